@@ -1,0 +1,772 @@
+"""The Large Vision Model: a LLaMA-1 transformer over visual sentences (arXiv 2312.00785), its sizes, loss, cache and files.
+
+    python lvm.py sizes                                          the table of sizes, with parameter counts
+    python lvm.py convert --model runs/mini --out mini-hf        run folder -> Hugging Face folder, on a laptop
+    python lvm.py convert --model params::streaming_params --out lvm-hf       EasyLM stream -> Hugging Face folder
+
+A visual sentence is a row of token ids: ids below `codes` are image codes of the tokenizer, the `specials` after them
+are BOS, EOS, pad and spares. Rotary positions turn the two halves of a head against each other, as in Hugging Face's
+LLaMA; EasyLM turns neighbours, and its wq and wk are permuted when they are read.
+
+Dimensions: B batch, T tokens, D hidden, N heads, K head_dim, F feed-forward, V vocabulary, L layers, S cache slots.
+Weights under `blocks` are stacked: `q_DNK` there has the shape (L, D, N, K), and (D, N, K) inside the scan.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import msgpack
+import numpy as np
+import safetensors
+import safetensors.numpy
+import tyro
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from flash_attention import flash_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class LVMConfig:
+    hidden: int
+    """width of the residual stream"""
+    ffn: int
+    """width of the gated feed-forward layer"""
+    layers: int
+    """number of transformer blocks"""
+    heads: int
+    """attention heads; hidden / heads must be an even number"""
+    codes: int = 8192
+    """codebook size of the tokenizer: ids 0 to codes - 1 are image codes"""
+    specials: int = 100
+    """special ids after the codes; vocab_size = codes + specials"""
+    context: int = 4096
+    """longest sentence in tokens"""
+    bos_id: int | None = None
+    """begin-of-sentence id; None means codes"""
+    eos_id: int | None = None
+    """end-of-sentence id; None means codes + 1"""
+    pad_id: int | None = None
+    """padding id; None means codes + 2"""
+    rope_theta: float = 1e4
+    """base of the rotary frequencies"""
+    rms_eps: float = 1e-6
+    """added to the mean square in RMSNorm"""
+
+    def __post_init__(self):
+        for name in ("hidden", "ffn", "layers", "heads", "codes", "context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.hidden % self.heads or self.hidden // self.heads % 2:
+            raise ValueError(f"hidden {self.hidden} / heads {self.heads} must be an even whole number (rotary pairs)")
+        for name, value in (("bos", self.bos), ("eos", self.eos), ("pad", self.pad)):
+            if not self.codes <= value < self.vocab_size:
+                raise ValueError(
+                    f"{name} id {value} must be a special, {self.codes} to {self.vocab_size - 1}; set {name}_id or specials"
+                )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.codes + self.specials
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def bos(self) -> int:
+        return self.codes if self.bos_id is None else self.bos_id
+
+    @property
+    def eos(self) -> int:
+        return self.codes + 1 if self.eos_id is None else self.eos_id
+
+    @property
+    def pad(self) -> int:
+        return self.codes + 2 if self.pad_id is None else self.pad_id
+
+
+SIZES = {
+    "mini": LVMConfig(hidden=256, ffn=704, layers=6, heads=4, codes=512, context=1026),
+    "debug": LVMConfig(hidden=128, ffn=256, layers=2, heads=4),
+    "100m": LVMConfig(hidden=640, ffn=1664, layers=22, heads=10),
+    "300m": LVMConfig(hidden=1024, ffn=2688, layers=22, heads=8),
+    "600m": LVMConfig(hidden=1536, ffn=4096, layers=22, heads=16),
+    "1b": LVMConfig(hidden=2048, ffn=5504, layers=22, heads=16),
+    "3b": LVMConfig(hidden=3200, ffn=8640, layers=26, heads=32),
+    "7b": LVMConfig(hidden=4096, ffn=11008, layers=32, heads=32),
+    "13b": LVMConfig(hidden=5120, ffn=13824, layers=40, heads=40),
+    "20b": LVMConfig(hidden=6144, ffn=16128, layers=46, heads=48),
+    "30b": LVMConfig(hidden=6656, ffn=17920, layers=60, heads=52),
+}
+
+
+class LVM(eqx.Module):
+    """`LVM(config, key=key)`: float32 weights, N(0, 0.02) as published, norm scales 1."""
+
+    embedding_VD: Array
+    blocks: "Block"
+    norm_D: Array
+    head_DV: Array
+    config: LVMConfig = eqx.field(static=True)
+
+    def __init__(self, config: LVMConfig, *, key):
+        embedding_key, head_key, *block_keys = jax.random.split(key, 2 + config.layers)
+        self.embedding_VD = _normal(embedding_key, config.vocab_size, config.hidden)
+        self.blocks = eqx.filter_vmap(lambda key: Block(config, key))(jnp.stack(block_keys))
+        self.norm_D = jnp.ones(config.hidden)
+        self.head_DV = _normal(head_key, config.hidden, config.vocab_size)
+        self.config = config
+
+    def __call__(
+        self,
+        ids_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"] | None = None,
+        *,
+        dtype=None,
+        remat: bool = False,
+        gather=lambda weights: weights,
+        reduce=lambda x_BTD: x_BTD,
+        implementation: str | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Returns float32 logits; those at t predict the id at t + 1. An id outside the vocabulary gives NaN.
+
+        `dtype` is that of the matrix products (None: the weights' own); norms, rotary angles, softmax and logits are
+        float32 always. `remat` keeps only each block's input for the backward pass. `segment_ids_BT` stops attention
+        between segments; positions run on. `implementation` is `flash_attention`'s.
+
+        Inside `jax.shard_map`, `gather` turns shards into whole weights: it is given the model without its blocks,
+        and then, in the (rematerialised) body of the scan, one block at a time. It sees the stored dtype; what it
+        casts before its collective is what the wire and the reduced gradient carry. `reduce` sums a block's two
+        row-parallel products over the "tensor" axis.
+        """
+        B, T = ids_BT.shape
+        _check_length("ids_BT", T, self.config)
+        ends = _cast(gather(self.ends), dtype)
+        rope_TK = rope_angles(jnp.arange(T), self.config)
+
+        def run(x_BTD, block):
+            block = _cast(gather(block), dtype)
+            q_BTNK, k_BTNK, v_BTNK = block.project(x_BTD, rope_TK)
+            a_BTNK = flash_attention(
+                q_BTNK, k_BTNK, v_BTNK, segment_ids_BT=segment_ids_BT, implementation=implementation
+            )
+            return block.merge(x_BTD, a_BTNK, reduce), None
+
+        x_BTD, _ = lax.scan(jax.checkpoint(run) if remat else run, ends.embed(ids_BT), self.blocks)
+        return ends.logits(x_BTD)
+
+    @property
+    def ends(self):
+        """The model without its blocks: embedding, last norm, head."""
+        return eqx.tree_at(lambda model: model.blocks, self, None)
+
+    def embed(self, ids):
+        return self.embedding_VD.at[ids].get(mode="fill", fill_value=jnp.nan)
+
+    def logits(self, x):
+        x = rms_norm(x, self.norm_D, self.config.rms_eps)
+        return jnp.einsum("...d,dv->...v", x, self.head_DV, preferred_element_type=jnp.float32)
+
+
+class Block(eqx.Module):
+    """x += attention(norm(x)); x += down(silu(gate norm(x)) * up norm(x))."""
+
+    attention_norm_D: Array
+    q_DNK: Array
+    k_DNK: Array
+    v_DNK: Array
+    o_NKD: Array
+    ffn_norm_D: Array
+    gate_DF: Array
+    up_DF: Array
+    down_FD: Array
+    rms_eps: float = eqx.field(static=True)
+
+    def __init__(self, config, key):
+        D, N, K, F = config.hidden, config.heads, config.head_dim, config.ffn
+        keys = jax.random.split(key, 7)
+        self.attention_norm_D = jnp.ones(D)
+        self.q_DNK = _normal(keys[0], D, N, K)
+        self.k_DNK = _normal(keys[1], D, N, K)
+        self.v_DNK = _normal(keys[2], D, N, K)
+        self.o_NKD = _normal(keys[3], N, K, D)
+        self.ffn_norm_D = jnp.ones(D)
+        self.gate_DF = _normal(keys[4], D, F)
+        self.up_DF = _normal(keys[5], D, F)
+        self.down_FD = _normal(keys[6], F, D)
+        self.rms_eps = config.rms_eps
+
+    def project(self, x_BTD, rope_TK):
+        h_BTD = rms_norm(x_BTD, self.attention_norm_D, self.rms_eps)
+        q_BTNK = jnp.einsum("btd,dnk->btnk", h_BTD, self.q_DNK)
+        k_BTNK = jnp.einsum("btd,dnk->btnk", h_BTD, self.k_DNK)
+        v_BTNK = jnp.einsum("btd,dnk->btnk", h_BTD, self.v_DNK)
+        return rotate(q_BTNK, rope_TK), rotate(k_BTNK, rope_TK), v_BTNK
+
+    def merge(self, x_BTD, a_BTNK, reduce=lambda x_BTD: x_BTD):
+        x_BTD += reduce(jnp.einsum("btnk,nkd->btd", a_BTNK, self.o_NKD))
+        h_BTD = rms_norm(x_BTD, self.ffn_norm_D, self.rms_eps)
+        h_BTF = jax.nn.silu(h_BTD @ self.gate_DF) * (h_BTD @ self.up_DF)
+        return x_BTD + reduce(h_BTF @ self.down_FD)
+
+
+# Where each weight lives on a ("data", "fsdp", "tensor", "seq") mesh, by field name. fsdp splits the residual width;
+# tensor splits heads and the feed-forward width, so that a block ends in two sums over tensor (`reduce`). The
+# embedding and the head stay whole over tensor (8292 = 4 * 3 * 691 splits badly), norm scales everywhere.
+SHARDING = {
+    "embedding_VD": (None, "fsdp"),
+    "attention_norm_D": (None,),
+    "q_DNK": ("fsdp", "tensor", None),
+    "k_DNK": ("fsdp", "tensor", None),
+    "v_DNK": ("fsdp", "tensor", None),
+    "o_NKD": ("tensor", None, "fsdp"),
+    "ffn_norm_D": (None,),
+    "gate_DF": ("fsdp", "tensor"),
+    "up_DF": ("fsdp", "tensor"),
+    "down_FD": ("tensor", "fsdp"),
+    "norm_D": (None,),
+    "head_DV": ("fsdp", None),
+}
+
+
+def partition_specs(tree):
+    """PartitionSpecs from SHARDING for a model, or a tree that holds models, such as its gradients or Adam's moments.
+
+    The stacked layer axis is never split; a leaf that is not a weight (a step count) is replicated.
+    """
+
+    def spec(path, leaf):
+        axes = SHARDING.get(getattr(path[-1], "name", None) if path else None)
+        if axes is None:
+            return PartitionSpec()
+        return PartitionSpec(*(None,) * (leaf.ndim - len(axes)), *axes)
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def next_token_loss(
+    logits_BTV: Float[Array, "B T V"], ids_BT: Int[Array, "B T"], mask_BT
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Cross-entropy of the id at t + 1 under the logits at t -> (loss, tokens), as published.
+
+    `mask_BT` marks the target ids that count (ids_BT[:, 0] is nobody's target). The loss is a mean over rows of each
+    row's mean over its counted targets; a row without any counts as 0. Shards of equal row counts may thus
+    `lax.pmean` the loss and `lax.psum` the tokens: the result is that of the whole batch.
+    """
+    targets_BT = jnp.roll(ids_BT, -1, axis=1)
+    mask_BT = jnp.roll(mask_BT, -1, axis=1).astype(jnp.float32).at[:, -1].set(0)
+    picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    loss_BT = (jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT) * mask_BT
+    tokens_B = mask_BT.sum(axis=1)
+    return jnp.mean(loss_BT.sum(axis=1) / jnp.maximum(tokens_B, 1)), tokens_B.sum()
+
+
+def parameter_count(config: LVMConfig) -> int:
+    model = eqx.filter_eval_shape(LVM, config, key=jax.random.key(0))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model))
+
+
+class Cache(NamedTuple):
+    """Keys (rotated) and values of the tokens read so far; slots at and after `length` hold zeros."""
+
+    k_LBNSK: Array
+    v_LBNSK: Array
+    length: Int[Array, ""]
+
+
+def prefill(
+    model: LVM, ids_BT: Int[Array, "B T"], length: int, *, dtype=None, implementation: str | None = None
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Reads T ids -> float32 logits for the next one, and a cache with room for `length` tokens in all.
+
+    `length` and `dtype` (None: the weights' own) are static under jit.
+    """
+    B, T = ids_BT.shape
+    _check_length("length", length, model.config)
+    if T > length:
+        raise ValueError(f"the prompt has {T} tokens and the cache room for {length}; pass length={T} or more")
+    ends = _cast(model.ends, dtype)
+    rope_TK = rope_angles(jnp.arange(T), model.config)
+
+    def run(x_BTD, block):
+        block = _cast(block, dtype)
+        q_BTNK, k_BTNK, v_BTNK = block.project(x_BTD, rope_TK)
+        a_BTNK = flash_attention(q_BTNK, k_BTNK, v_BTNK, implementation=implementation)
+        slots = [jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, length - T), (0, 0))) for x in (k_BTNK, v_BTNK)]
+        return block.merge(x_BTD, a_BTNK), slots
+
+    x_BTD, (k_LBNSK, v_LBNSK) = lax.scan(run, ends.embed(ids_BT), model.blocks)
+    return ends.logits(x_BTD[:, -1]), Cache(k_LBNSK, v_LBNSK, jnp.int32(T))
+
+
+def decode_step(model: LVM, ids_B: Int[Array, "B"], cache: Cache, *, dtype=None) -> tuple[Float[Array, "B V"], Cache]:
+    """Reads one more id a row -> float32 logits for the next one, and the longer cache; donate the old one.
+
+    `dtype` is static under jit. A full cache cannot raise in a compiled program: the logits are NaN.
+    """
+    S = cache.k_LBNSK.shape[3]
+    ends = _cast(model.ends, dtype)
+    rope_TK = rope_angles(cache.length[None], model.config)
+    visible_S = jnp.arange(S) <= cache.length
+
+    # The cache rides in the carry, where one slot is written in place: as the scan's xs and ys it would be copied.
+    def run(carry, block_and_layer):
+        x_BTD, k_LBNSK, v_LBNSK = carry
+        block, layer = block_and_layer
+        block = _cast(block, dtype)
+        q_BTNK, k_BTNK, v_BTNK = block.project(x_BTD, rope_TK)
+        at = (layer, 0, 0, cache.length, 0)
+        k_LBNSK = lax.dynamic_update_slice(k_LBNSK, jnp.swapaxes(k_BTNK, 1, 2)[None].astype(k_LBNSK.dtype), at)
+        v_LBNSK = lax.dynamic_update_slice(v_LBNSK, jnp.swapaxes(v_BTNK, 1, 2)[None].astype(v_LBNSK.dtype), at)
+        k_BNSK = lax.dynamic_index_in_dim(k_LBNSK, layer, keepdims=False)
+        v_BNSK = lax.dynamic_index_in_dim(v_LBNSK, layer, keepdims=False)
+        scores_BNTS = jnp.einsum("btnk,bnsk->bnts", q_BTNK, k_BNSK, preferred_element_type=jnp.float32)
+        scores_BNTS = jnp.where(visible_S, scores_BNTS * model.config.head_dim**-0.5, -jnp.inf)
+        weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BNSK.dtype)
+        a_BTNK = jnp.einsum("bnts,bnsk->btnk", weights_BNTS, v_BNSK)
+        return (block.merge(x_BTD, a_BTNK), k_LBNSK, v_LBNSK), None
+
+    carry = (ends.embed(ids_B[:, None]), cache.k_LBNSK, cache.v_LBNSK)
+    (x_BTD, k_LBNSK, v_LBNSK), _ = lax.scan(run, carry, (model.blocks, jnp.arange(model.config.layers)))
+    logits_BV = jnp.where(cache.length < S, ends.logits(x_BTD[:, 0]), jnp.nan)
+    return logits_BV, Cache(k_LBNSK, v_LBNSK, cache.length + 1)
+
+
+def rms_norm(x, scale_D, eps):
+    """RMSNorm with float32 statistics; returns x's dtype."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps) * scale_D).astype(x.dtype)
+
+
+def rope_angles(positions_T, config: LVMConfig):
+    """(cos, sin), float32, of position * theta^(-2i / K), both (T, 1, K / 2)."""
+    # In bfloat16 the positions 4090 to 4095 would all round to the same 4096.
+    frequencies = np.float32(config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim))
+    angles = positions_T.astype(jnp.float32)[:, None, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTNK, rope_TK):
+    """Turns the pair (x[i], x[i + K/2]) by its angle, in float32; returns x's dtype."""
+    cos, sin = rope_TK
+    a, b = jnp.split(x_BTNK.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNK.dtype)
+
+
+def _normal(key, *shape):
+    return 0.02 * jax.random.normal(key, shape)
+
+
+def _cast(weights, dtype):
+    """Matrices in the compute dtype; norm scales stay as they are stored."""
+    return weights if dtype is None else jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 1 else w, weights)
+
+
+def _check_length(name, length, config):
+    if length > config.context:
+        raise ValueError(
+            f"{name} asks for {length} tokens; the model's context is {config.context}: cut the sentence, "
+            f"or rebuild the model with dataclasses.replace(config, context={length})"
+        )
+
+
+# The names of the weights in a Hugging Face LlamaForCausalLM, which stores matrices as (outputs, inputs), and in an
+# EasyLM stream, which stores them as (inputs, outputs). The embedding is (V, D) in both.
+HF_NAMES = {
+    "embedding_VD": "model.embed_tokens.weight",
+    "attention_norm_D": "model.layers.{}.input_layernorm.weight",
+    "q_DNK": "model.layers.{}.self_attn.q_proj.weight",
+    "k_DNK": "model.layers.{}.self_attn.k_proj.weight",
+    "v_DNK": "model.layers.{}.self_attn.v_proj.weight",
+    "o_NKD": "model.layers.{}.self_attn.o_proj.weight",
+    "ffn_norm_D": "model.layers.{}.post_attention_layernorm.weight",
+    "gate_DF": "model.layers.{}.mlp.gate_proj.weight",
+    "up_DF": "model.layers.{}.mlp.up_proj.weight",
+    "down_FD": "model.layers.{}.mlp.down_proj.weight",
+    "norm_D": "model.norm.weight",
+    "head_DV": "lm_head.weight",
+}
+EASYLM_NAMES = {
+    "embedding_VD": "transformer/wte/embedding",
+    "attention_norm_D": "transformer/h/{}/attention_norm/kernel",
+    "q_DNK": "transformer/h/{}/attention/wq/kernel",
+    "k_DNK": "transformer/h/{}/attention/wk/kernel",
+    "v_DNK": "transformer/h/{}/attention/wv/kernel",
+    "o_NKD": "transformer/h/{}/attention/wo/kernel",
+    "ffn_norm_D": "transformer/h/{}/ffn_norm/kernel",
+    "gate_DF": "transformer/h/{}/feed_forward/w1/kernel",
+    "up_DF": "transformer/h/{}/feed_forward/w3/kernel",
+    "down_FD": "transformer/h/{}/feed_forward/w2/kernel",
+    "norm_D": "transformer/ln_f/kernel",
+    "head_DV": "lm_head/kernel",
+}
+EASYLM_PREFIXES = ("params::", "trainstate_params::", "trainstate::")
+
+
+def load(path, *, dtype=jnp.float32, heads: int | None = None) -> LVM:
+    """Reads a run folder (newest step that restores), a Hugging Face folder or an EasyLM stream; weights in `dtype`.
+
+    A Hugging Face folder that was not written here does not say how its vocabulary splits: 8292 ids are read as 8192
+    codes and 100 specials, with our BOS, EOS and pad (its own, 1 and 2, are image codes); any other count needs
+    "codes" and "specials" in its config.json. An EasyLM stream holds no config: it is matched to SIZES by its shapes,
+    or takes `heads`, 100 specials and a context of 4096. Its path may carry EasyLM's `params::` or
+    `trainstate_params::`.
+
+    Raises FileNotFoundError for what is not there and ValueError for what is not as it should be.
+    """
+    for prefix in EASYLM_PREFIXES:
+        if str(path).startswith(prefix):
+            return _load_easylm(Path(str(path).removeprefix(prefix)), dtype, heads)
+    path = Path(path)
+    if path.is_file():
+        if path.suffix in (".safetensors", ".json", ".bin"):
+            raise ValueError(f"{path} is one file of a Hugging Face folder: pass the folder, {path.parent}")
+        return _load_easylm(path, dtype, heads)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist: pass a run folder, a Hugging Face folder or an EasyLM stream")
+    config = _read_json(path / "config.json")
+    if "model_type" in config:
+        return _load_hf(path, config, dtype)
+    if isinstance(config.get("model"), dict):
+        return _load_run(path, config["model"], dtype)
+    raise ValueError(f"{path / 'config.json'} has neither 'model' (a run) nor 'model_type' (Hugging Face)")
+
+
+def save(model: LVM, path, *, shard_bytes: float = 5e9):
+    """Writes a Hugging Face LlamaForCausalLM folder: config.json and safetensors, cut into files of `shard_bytes`.
+
+    The folder appears under its name when it is whole; one that exists with something in it raises ValueError.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not an empty folder: choose another path or remove it")
+    leaves = {keys[-1].name: np.asarray(leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(model)}
+
+    def rows(layer):
+        for field, name in HF_NAMES.items():
+            if ("{}" in name) == (layer is not None):
+                yield name.format(layer), field, leaves[field] if layer is None else leaves[field][layer]
+
+    tensors = [row for layer in (None, *range(model.config.layers)) for row in rows(layer)]
+    shards, room = [], 0
+    for tensor in tensors:
+        if tensor[2].nbytes > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(tensor)
+        room -= tensor[2].nbytes
+
+    partial = path.with_name(path.name + f".partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        weight_map = {}
+        for i, shard in enumerate(shards, 1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+            arrays = {name: _to_hf(field, array) for name, field, array in shard}
+            safetensors.numpy.save_file(arrays, partial / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(arrays, file)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": sum(array.nbytes for _, _, array in tensors)}, "weight_map": weight_map}
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        config = _hf_config(model.config) | {"torch_dtype": leaves["head_DV"].dtype.name}
+        (partial / "config.json").write_text(json.dumps(config, indent=2))
+        if path.exists():
+            path.rmdir()
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _load_hf(path, hf, dtype):
+    config = _config_from_hf(hf, path / "config.json")
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").is_file():
+        files = ["model.safetensors"]
+    elif index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} has no 'weight_map' of tensor names to files")
+        files = sorted(set(map(str, weight_map.values())))
+    else:
+        raise FileNotFoundError(
+            f"{path} has neither model.safetensors nor model.safetensors.index.json; pickled .bin weights are not read: "
+            "write them again with transformers' save_pretrained, which writes safetensors"
+        )
+    readers = {}
+    for file in files:
+        if Path(file).name != file:
+            raise ValueError(f"{index} names the file {file!r} outside its own folder")
+        try:
+            reader = safetensors.safe_open(path / file, framework="np")
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path / file} is not a whole safetensors file: {error}") from None
+        readers |= dict.fromkeys(reader.keys(), reader)
+    # Old exports also carry the rotary frequencies, which follow from the config.
+    readers = {name: file for name, file in readers.items() if not name.endswith("rotary_emb.inv_freq")}
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in readers.items()}
+
+    def read(name, field):
+        array = readers[name].get_tensor(name)
+        return array if field == "embedding_VD" else array.T
+
+    return _assemble(config, HF_NAMES, shapes, read, path, dtype)
+
+
+def _load_easylm(path, dtype, heads):
+    """EasyLM's StreamingCheckpointer: msgpack (key tuple, flax-serialised tensor) pairs, one after another."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file: pass an EasyLM stream such as params::streaming_params")
+    tensors = {}
+    try:
+        with open(path, "rb") as file:
+            for key, value in msgpack.Unpacker(file, read_size=1 << 26, max_buffer_size=0):
+                while key[0] == "params":
+                    key = key[1:]
+                if key[0] in ("transformer", "lm_head"):  # a train state also holds the optimizer and the step
+                    tensors["/".join(key)] = _flax_tensor(value).astype(dtype)
+    except (ValueError, TypeError, IndexError, KeyError, msgpack.UnpackException) as error:
+        raise ValueError(f"{path} is not an EasyLM stream of LLaMA weights: {error}") from None
+
+    shapes = {name: array.shape for name, array in tensors.items()}
+    for name in ("transformer/wte/embedding", "transformer/h/0/feed_forward/w1/kernel"):
+        if len(shapes.get(name, ())) != 2:
+            raise ValueError(f"{path} is not an EasyLM stream of LLaMA weights: it has no matrix {name}")
+    vocab, hidden = shapes["transformer/wte/embedding"]
+    ffn = shapes["transformer/h/0/feed_forward/w1/kernel"][1]
+    layers = len({name.split("/")[2] for name in shapes if name.startswith("transformer/h/")})
+    found = dict(hidden=hidden, ffn=ffn, layers=layers, codes=vocab - 100)
+    if heads is None:
+        sizes = [c for c in SIZES.values() if found == {field: getattr(c, field) for field in found}]
+        if not sizes:
+            raise ValueError(f"{path} has {found}, which is no size of ours, so its heads are unknown: pass heads (--heads)")
+        config = sizes[0]
+    else:
+        config = LVMConfig(**found, heads=heads)
+
+    def read(name, field):
+        array = tensors.pop(name)
+        if field in ("q_DNK", "k_DNK"):  # pairs (0, 1), (2, 3) ... become pairs (0, K/2), (1, K/2 + 1) ...
+            array = array.reshape(hidden, config.heads, config.head_dim // 2, 2).swapaxes(2, 3)
+        return array
+
+    return _assemble(config, EASYLM_NAMES, shapes, read, path, dtype)
+
+
+def _load_run(path, fields, dtype):
+    """A run of train.py: the item `model` of the newest step that restores."""
+    import orbax.checkpoint as ocp  # takes seconds to import, and only runs need it
+
+    try:
+        config = LVMConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path / 'config.json'}: 'model' is not an LVM config: {error}") from None
+    folder = (path / "checkpoints").absolute()
+    # A CheckpointManager would tidy up, and the run may still be training; unfinished steps are not plain numbers.
+    steps = [int(step.name) for step in folder.glob("*") if step.name.isdigit()]
+    if not steps:
+        raise FileNotFoundError(f"{path} has no checkpoint in checkpoints/ yet: train it further, or pass another path")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    skeleton = eqx.filter_eval_shape(LVM, config, key=jax.random.key(0))
+    skeleton = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=here), skeleton)
+    for step in sorted(steps, reverse=True):
+        try:
+            return ocp.StandardCheckpointer().restore(folder / str(step) / "model", skeleton)
+        except Exception as error:  # a broken step fails in as many ways as it can be broken
+            reason = str(error).split("\n")[0]
+            print(f"{folder / str(step)} does not restore ({reason}); trying the one before", file=sys.stderr)
+    raise ValueError(f"{folder} has no step that restores as the config says: {config}")
+
+
+def _assemble(config, names, shapes, read, source, dtype):
+    """Builds the model from `read(name, field)`, once the names and `shapes` in the file are those that config asks for."""
+    skeleton = eqx.filter_eval_shape(LVM, config, key=jax.random.key(0))
+    wanted = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(skeleton):
+        field = keys[-1].name
+        stacked = "{}" in names[field]
+        shape = _matrix(field, leaf.shape[1:] if stacked else leaf.shape)
+        if names is HF_NAMES and field != "embedding_VD":
+            shape = shape[::-1]
+        wanted |= {names[field].format(layer): shape for layer in (range(config.layers) if stacked else [None])}
+    for what, found in (("lacks the tensor", wanted.keys() - shapes), ("has an unknown tensor", shapes.keys() - wanted)):
+        if found:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise ValueError(f"{source} {what} {min(found)}{more}; it must hold the {config.layers} blocks of an LLaMA")
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
+            raise ValueError(f"{source}: {name} has the shape {shapes[name]}, expected {shape}")
+
+    def build(keys, leaf):
+        field = keys[-1].name
+        array = np.empty(leaf.shape, dtype)
+        if "{}" in names[field]:
+            for layer in range(config.layers):
+                array[layer] = read(names[field].format(layer), field).reshape(leaf.shape[1:])
+        else:
+            array[...] = read(names[field], field)
+        return jnp.asarray(array)
+
+    return jax.tree_util.tree_map_with_path(build, skeleton)
+
+
+def _matrix(field, shape):
+    """The (inputs, outputs) of a weight: heads and head_dim are one axis in every file."""
+    if len(shape) < 3:
+        return tuple(shape)
+    return (shape[0] * shape[1], shape[2]) if field == "o_NKD" else (shape[0], shape[1] * shape[2])
+
+
+def _to_hf(field, array):
+    array = array.reshape(_matrix(field, array.shape))
+    return np.ascontiguousarray(array if field == "embedding_VD" else array.T)
+
+
+def _hf_config(config):
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden,
+        "intermediate_size": config.ffn,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.heads,
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.rms_eps,
+        "rope_theta": config.rope_theta,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": config.bos,
+        "eos_token_id": config.eos,
+        "pad_token_id": config.pad,
+        "codes": config.codes,
+        "specials": config.specials,
+    }
+
+
+def _config_from_hf(hf, file):
+    try:
+        vocab, heads = hf["vocab_size"], hf["num_attention_heads"]
+        hidden, ffn, layers = hf["hidden_size"], hf["intermediate_size"], hf["num_hidden_layers"]
+    except KeyError as error:
+        raise ValueError(f"{file} has no {error}") from None
+    # transformers 5 keeps rope_theta inside rope_parameters, transformers 4 beside a rope_scaling that may be null.
+    rope = (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
+    refused = {
+        f"model_type {hf['model_type']!r}": hf["model_type"] != "llama",
+        "grouped-query attention (num_key_value_heads)": hf.get("num_key_value_heads") not in (None, heads),
+        "attention_bias": hf.get("attention_bias"),
+        "mlp_bias": hf.get("mlp_bias"),
+        "rope scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
+        "tie_word_embeddings": hf.get("tie_word_embeddings"),
+        f"hidden_act {hf.get('hidden_act')!r}": hf.get("hidden_act", "silu") != "silu",
+        f"head_dim {hf.get('head_dim')} != hidden_size / heads": hf.get("head_dim") not in (None, hidden / heads),
+        "quantized weights": hf.get("quantization_config"),
+    }
+    for what, is_so in refused.items():
+        if is_so:
+            raise ValueError(f"{file} asks for {what}; an LVM is a plain LLaMA-1 without it")
+    codes = hf.get("codes", 8192 if vocab == 8292 else None)
+    if codes is None:
+        raise ValueError(f'{file} has {vocab} ids and does not say how many are codes: add "codes": N and "specials": M')
+    ids = {}
+    if "codes" in hf:  # written here: its special ids mean what they say
+        for i, name in enumerate(("bos", "eos", "pad")):
+            value = hf.get(f"{name}_token_id")
+            ids[f"{name}_id"] = None if value == codes + i else value
+    try:
+        config = LVMConfig(
+            hidden=hidden, ffn=ffn, layers=layers, heads=heads, codes=codes, specials=hf.get("specials", vocab - codes),
+            context=hf.get("max_position_embeddings", 4096), rms_eps=hf.get("rms_norm_eps", 1e-6),
+            rope_theta=rope.get("rope_theta", hf.get("rope_theta", 1e4)), **ids,
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from None
+    if config.vocab_size != vocab:
+        raise ValueError(f"{file}: codes {codes} + specials {config.specials} is not vocab_size {vocab}")
+    return config
+
+
+def _flax_tensor(data):
+    """flax.serialization.to_bytes of one array: msgpack extension 1, or pieces of at most 1 GiB in a dict."""
+
+    def array(code, payload):
+        if code != 1:
+            raise ValueError(f"msgpack extension {code} is not an array")
+        shape, dtype, buffer = msgpack.unpackb(payload)
+        return np.frombuffer(buffer, jnp.dtype(dtype)).reshape(shape)
+
+    value = msgpack.unpackb(data, ext_hook=array)
+    if isinstance(value, dict):
+        pieces, shape = ([value[key][str(i)] for i in range(len(value[key]))] for key in ("chunks", "shape"))
+        value = np.concatenate(pieces).reshape(shape)
+    if not isinstance(value, np.ndarray):
+        raise ValueError(f"expected an array, got a {type(value).__name__}")
+    return value
+
+
+def _read_json(file):
+    try:
+        value = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} does not exist: pass a run folder or a Hugging Face folder") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Write any model that can be read as a Hugging Face LlamaForCausalLM folder."""
+
+    model: str
+    """run folder, Hugging Face folder or EasyLM stream"""
+    out: Path
+    """folder to write; must not exist, or be empty"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """dtype of the weights written"""
+    heads: int | None = None
+    """attention heads of an EasyLM stream whose shapes are no size in the table"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Print the table of sizes."""
+
+
+def main():
+    args = tyro.cli(Convert | Sizes, description=__doc__)
+    if isinstance(args, Sizes):
+        row = "{:>5} {:>7} {:>6} {:>7} {:>6} {:>9} {:>6} {:>8} {:>15}".format
+        print(row("size", "hidden", "ffn", "layers", "heads", "head_dim", "vocab", "context", "parameters"))
+        for name, c in SIZES.items():
+            count = f"{parameter_count(c):,}"
+            print(row(name, c.hidden, c.ffn, c.layers, c.heads, c.head_dim, c.vocab_size, c.context, count))
+        return
+    try:
+        model = load(args.model, dtype=jnp.dtype(args.dtype), heads=args.heads)
+        save(model, args.out)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"lvm.py convert: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{args.out}: {parameter_count(model.config):,} parameters in {args.dtype}, {model.config}")
+
+
+if __name__ == "__main__":
+    main()
