@@ -1,6 +1,6 @@
-"""Softmax attention over (batch, tokens, heads, head_dim) arrays: one public function, and the reference that defines it.
+"""Softmax attention over (batch, tokens, heads, head_dim) arrays: one public function, one reference that defines it.
 
-Today every implementation is plain JAX; the Pallas kernels arrive behind `flash_attention` without a change to its callers.
+Every implementation here is plain JAX so far; Pallas kernels arrive behind `flash_attention`, which stays as it is.
 
 Dimensions: B batch, T query tokens, S key tokens, N heads, K head_dim. The queries are those of the last T of S tokens.
 """
@@ -28,7 +28,7 @@ def flash_attention(
     `jax.nn.dot_product_attention`. All give the same numbers; None takes "chunked", the fastest of them on a CPU.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation is {implementation!r}; there are: None, {', '.join(map(repr, IMPLEMENTATIONS))}")
+        raise ValueError(f"implementation {implementation!r} is none of None, {', '.join(map(repr, IMPLEMENTATIONS))}")
     arrays = q_BTNK, k_BTNK, v_BTNK
     if implementation == "xla":
         mask = _mask(q_BTNK.shape[1], k_BTNK.shape[1], causal, segment_ids_BT)

@@ -1,4 +1,4 @@
-"""The Large Vision Model: a LLaMA-1 transformer over visual sentences (arXiv 2312.00785), its sizes, loss, cache and files.
+"""The Large Vision Model (arXiv 2312.00785), a LLaMA-1 transformer over visual sentences: sizes, loss, cache, files.
 
     python lvm.py sizes                                          the table of sizes, with parameter counts
     python lvm.py convert --model runs/mini --out mini-hf        run folder -> Hugging Face folder, on a laptop
@@ -71,9 +71,8 @@ class LVMConfig:
             raise ValueError(f"hidden {self.hidden} / heads {self.heads} must be an even whole number (rotary pairs)")
         for name, value in (("bos", self.bos), ("eos", self.eos), ("pad", self.pad)):
             if not self.codes <= value < self.vocab_size:
-                raise ValueError(
-                    f"{name} id {value} must be a special, {self.codes} to {self.vocab_size - 1}; set {name}_id or specials"
-                )
+                ids = f"{self.codes} to {self.vocab_size - 1}"
+                raise ValueError(f"{name} id {value} must be a special, {ids}; set {name}_id or specials")
 
     @property
     def vocab_size(self) -> int:
@@ -97,7 +96,7 @@ class LVMConfig:
 
 
 SIZES = {
-    "mini": LVMConfig(hidden=256, ffn=704, layers=6, heads=4, codes=512, context=1026),
+    "mini": LVMConfig(hidden=256, ffn=704, layers=6, heads=4, codes=512, context=578),
     "debug": LVMConfig(hidden=128, ffn=256, layers=2, heads=4),
     "100m": LVMConfig(hidden=640, ffn=1664, layers=22, heads=10),
     "300m": LVMConfig(hidden=1024, ffn=2688, layers=22, heads=8),
@@ -500,8 +499,8 @@ def _load_hf(path, hf, dtype):
         files = sorted(set(map(str, weight_map.values())))
     else:
         raise FileNotFoundError(
-            f"{path} has neither model.safetensors nor model.safetensors.index.json; pickled .bin weights are not read: "
-            "write them again with transformers' save_pretrained, which writes safetensors"
+            f"{path} has neither model.safetensors nor model.safetensors.index.json; pickled .bin weights are not "
+            "read: write them again with transformers' save_pretrained, which writes safetensors"
         )
     readers = {}
     for file in files:
@@ -549,7 +548,7 @@ def _load_easylm(path, dtype, heads):
     if heads is None:
         sizes = [c for c in SIZES.values() if found == {field: getattr(c, field) for field in found}]
         if not sizes:
-            raise ValueError(f"{path} has {found}, which is no size of ours, so its heads are unknown: pass heads (--heads)")
+            raise ValueError(f"{path} has {found}, which is no size of ours: pass its number of heads (--heads)")
         config = sizes[0]
     else:
         config = LVMConfig(**found, heads=heads)
@@ -579,9 +578,17 @@ def _load_run(path, fields, dtype):
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     skeleton = eqx.filter_eval_shape(LVM, config, key=jax.random.key(0))
     skeleton = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=here), skeleton)
+    wanted = {keys[-1].name: leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(skeleton)}
+    handler = ocp.StandardCheckpointHandler()
     for step in sorted(steps, reverse=True):
+        item = folder / str(step) / "model"
         try:
-            return ocp.StandardCheckpointer().restore(folder / str(step) / "model", skeleton)
+            stored = jax.tree_util.tree_leaves_with_path(handler.metadata(item).tree)
+            shapes = {keys[-1].key: leaf.shape for keys, leaf in stored}
+            for name in sorted(shapes.keys() | wanted.keys()):  # orbax would say so too, in a thousand lines
+                if shapes.get(name) != wanted.get(name):
+                    raise ValueError(f"{name} is {shapes.get(name)}, by the config {wanted.get(name)}")
+            return handler.restore(item, args=ocp.args.StandardRestore(skeleton))
         except Exception as error:  # a broken step fails in as many ways as it can be broken
             reason = str(error).split("\n")[0]
             print(f"{folder / str(step)} does not restore ({reason}); trying the one before", file=sys.stderr)
@@ -589,7 +596,7 @@ def _load_run(path, fields, dtype):
 
 
 def _assemble(config, names, shapes, read, source, dtype):
-    """Builds the model from `read(name, field)`, once the names and `shapes` in the file are those that config asks for."""
+    """Builds the model from `read(name, field)`, once the names and `shapes` in the file are what config asks for."""
     skeleton = eqx.filter_eval_shape(LVM, config, key=jax.random.key(0))
     wanted = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(skeleton):
@@ -599,10 +606,11 @@ def _assemble(config, names, shapes, read, source, dtype):
         if names is HF_NAMES and field != "embedding_VD":
             shape = shape[::-1]
         wanted |= {names[field].format(layer): shape for layer in (range(config.layers) if stacked else [None])}
-    for what, found in (("lacks the tensor", wanted.keys() - shapes), ("has an unknown tensor", shapes.keys() - wanted)):
+    missing, unknown = wanted.keys() - shapes, shapes.keys() - wanted
+    for what, found in (("lacks the tensor", missing), ("has an unknown tensor", unknown)):
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-            raise ValueError(f"{source} {what} {min(found)}{more}; it must hold the {config.layers} blocks of an LLaMA")
+            raise ValueError(f"{source} {what} {min(found)}{more}; it must hold a LLaMA of {config.layers} layers")
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise ValueError(f"{source}: {name} has the shape {shapes[name]}, expected {shape}")
@@ -664,6 +672,9 @@ def _config_from_hf(hf, file):
         hidden, ffn, layers = hf["hidden_size"], hf["intermediate_size"], hf["num_hidden_layers"]
     except KeyError as error:
         raise ValueError(f"{file} has no {error}") from None
+    for value in (vocab, heads, hidden, ffn, layers):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{file} has a size of {value!r}; vocab_size, hidden_size and their like are counts")
     # transformers 5 keeps rope_theta inside rope_parameters, transformers 4 beside a rope_scaling that may be null.
     rope = (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
     refused = {
@@ -682,7 +693,7 @@ def _config_from_hf(hf, file):
             raise ValueError(f"{file} asks for {what}; an LVM is a plain LLaMA-1 without it")
     codes = hf.get("codes", 8192 if vocab == 8292 else None)
     if codes is None:
-        raise ValueError(f'{file} has {vocab} ids and does not say how many are codes: add "codes": N and "specials": M')
+        raise ValueError(f'{file} does not say how many of its {vocab} ids are codes: add "codes": N, "specials": M')
     ids = {}
     if "codes" in hf:  # written here: its special ids mean what they say
         for i, name in enumerate(("bos", "eos", "pad")):

@@ -121,26 +121,28 @@ def train(config: Config) -> lvm.LVM:
     data, heldout = (config.data, config.heldout or split_path(config.data)) if config.data else make_demo(config)
     shards = [tokenize_data.Shards(tokenize_data.split_weight(path)[0]) for path in data]
     model_config = model_config_for(config, shards[0])
-    dtype = {"auto": jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16}.get(config.dtype) or jnp.dtype(config.dtype)
+    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = jnp.dtype(auto if config.dtype == "auto" else config.dtype)
     context = config.context or model_config.context
     specials = (model_config.bos, model_config.eos, model_config.pad)
     read = functools.partial(tokenize_data.open_dataset, context=context, specials=specials)
     begin_run(config, model_config, [s.about["tokenizer"] for s in shards])
+    # Orbax writes under a temporary name and renames: a kill leaves the step before it as the newest.
+    manager = ocp.CheckpointManager(config.out.absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2))
+    first = manager.latest_step() or 0
+    batches = iter(read(data, batch=config.batch, seed=config.seed, start=first, process=jax.process_index(), processes=jax.process_count()))
     heldout_batch = next(iter(read([heldout], batch=32, seed=0)))
-    local_batches = read(data, batch=config.batch, seed=config.seed, process=jax.process_index(), processes=jax.process_count())
 
     optimizer, schedule = make_optimizer(config)
     state, shardings = make_state(config, model_config, optimizer, mesh)
-    # Orbax writes under a temporary name and renames: a kill leaves the step before it as the newest.
-    manager = ocp.CheckpointManager(config.out.absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2))
-    if (first := manager.latest_step() or 0) > 0:
+    if first:
         abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
         restored = manager.restore(first, args=ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in abstract.items()}))
         state = {k: restored[k] for k in state}
         print(f"resuming {config.out} at step {first}")
     keep_log_until(config.out / "metrics.jsonl", first)
 
-    print(f"{config.size}: {lvm.parameter_count(model_config):,} parameters, {dtype.dtype if hasattr(dtype, 'dtype') else dtype} on {mesh.size} {jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}")
+    print(f"{config.size}: {lvm.parameter_count(model_config):,} parameters, {dtype.name} on {mesh.size} {jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}")
     entropy = unigram_entropy(shards)
     print(f"baseline: the entropy of the unigram distribution is {entropy:.3f} nats a code; a loss below it means that the model uses context")
 
@@ -148,11 +150,8 @@ def train(config: Config) -> lvm.LVM:
     step_fn = make_train_step(loss_fn, optimizer, config.accumulate, shardings)
     eval_fn = jax.jit(loss_fn)
     place = lambda batch: {k: jax.make_array_from_process_local_data(NamedSharding(mesh, ROWS), v) for k, v in batch.items()}
-    tokens = int(config.batch * context)
+    tokens, last_step = config.batch * context, first
     began = last_time = time.time()
-    last_step = first
-    batches = iter(read(data, batch=config.batch, seed=config.seed, start=first, process=jax.process_index(), processes=jax.process_count()))
-    del local_batches
 
     with tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True) as bar:
         for step in range(first + 1, config.steps + 1):

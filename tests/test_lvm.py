@@ -1,0 +1,581 @@
+"""Claims about lvm.py, against Hugging Face's LlamaForCausalLM (fixtures by make_lvm_fixtures.py) and by definition."""
+
+import dataclasses
+import functools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import msgpack
+import numpy as np
+import pytest
+import safetensors.numpy
+import weights_rule
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+import lvm
+from flash_attention import IMPLEMENTATIONS, flash_attention, reference
+
+ROOT = Path(__file__).parent.parent
+FIXTURES = np.load(Path(__file__).parent / "fixtures" / "lvm.npz")
+CONFIG = lvm.LVMConfig(hidden=48, ffn=80, layers=3, heads=4, codes=28, specials=12, context=32)
+IDS = jnp.asarray(np.random.default_rng(1).integers(0, CONFIG.vocab_size, (8, 24)), jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    def scaled(path, w):  # at N(0, 0.02) attention is flat and every id equally likely: wrong models would pass
+        return 1 + weights_rule.tensor(path[-1].name, w.shape, 0.1) if "norm" in path[-1].name else 8 * w
+
+    return jax.tree_util.tree_map_with_path(scaled, new(CONFIG))
+
+
+def new(config):
+    """A model of N(0, 0.02) and ones; `lvm.LVM(config, key=key)` would first compile its random numbers."""
+
+    def weight(path, leaf):
+        name = path[-1].name
+        return jnp.ones(leaf.shape) if "norm" in name else jnp.asarray(weights_rule.tensor(name, leaf.shape, 0.02))
+
+    return jax.tree_util.tree_map_with_path(weight, eqx.filter_eval_shape(lvm.LVM, config, key=jax.random.key(0)))
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def forward(model, ids_BT, segment_ids_BT=None, dtype=None):
+    return model(ids_BT, segment_ids_BT, dtype=dtype)
+
+
+def hf_folder(path, config, weights, file="model.safetensors"):
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(weights, path / file, metadata={"format": "pt"})
+    return path
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+# Sizes and the network
+
+
+def test_parameter_counts_equal_the_published_table_to_the_digit():
+    counts = {name: lvm.parameter_count(config) for name, config in lvm.SIZES.items() if name != "mini"}
+    assert counts == {
+        "debug": 2_451_072, "100m": 116_974_720, "300m": 290_968_576, "600m": 648_396_288, "1b": 1_147_119_616,
+        "3b": 3_274_742_400, "7b": 6_544_199_680, "13b": 12_773_094_400, "20b": 20_722_710_528, "30b": 32_213_342_720,
+    }  # fmt: skip
+    assert {config.vocab_size for name, config in lvm.SIZES.items() if name != "mini"} == {8292}
+
+
+def test_special_ids_follow_the_codes_unless_they_are_set():
+    config = lvm.SIZES["7b"]
+    assert (config.bos, config.eos, config.pad) == (8192, 8193, 8194)
+    smaller = dataclasses.replace(config, codes=512, eos_id=520)
+    assert (smaller.bos, smaller.eos, smaller.pad, smaller.vocab_size) == (512, 520, 514, 612)
+
+
+@pytest.mark.parametrize("name", weights_rule.LLAMAS)
+def test_logits_equal_transformers(name, tmp_path):
+    config = weights_rule.LLAMAS[name]
+    model = lvm.load(hf_folder(tmp_path / name, config, weights_rule.llama(config)))
+    logits_BTV = forward(model, FIXTURES[f"{name}.ids"])
+    assert logits_BTV.dtype == jnp.float32
+    np.testing.assert_allclose(logits_BTV, FIXTURES[f"{name}.logits"], atol=1e-4)
+
+
+def test_fresh_weights_are_those_published():
+    model = jax.jit(lambda key: lvm.LVM(lvm.SIZES["debug"], key=key))(jax.random.key(0))
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(model):
+        if "norm" in keys[-1].name:
+            assert (leaf == 1).all()
+        else:
+            assert abs(float(leaf.std()) - 0.02) < 2e-4 and abs(float(leaf.mean())) < 2e-4
+
+
+def test_no_position_depends_on_a_later_one(model):
+    rows_TD = model.embedding_VD[IDS[0]]
+
+    def run(rows_TD, t):  # the embedding is fed as a table of its own, so that the gradient is for each position
+        fed = eqx.tree_at(lambda m: m.embedding_VD, model, rows_TD)
+        return fed(jnp.arange(len(rows_TD))[None])[0, t].sum()
+
+    moved = jax.jit(jax.vmap(jax.grad(run), (None, 0)))(rows_TD, jnp.arange(len(rows_TD)))
+    influence_TS = np.abs(moved).sum(-1)
+    assert (np.triu(influence_TS, 1) == 0).all()
+    assert (influence_TS[np.tril_indices(len(rows_TD))] > 1e-6).all()
+
+
+def test_segments_do_not_see_each_other(model):
+    segments_BT = jnp.broadcast_to(jnp.arange(24) >= 10, IDS.shape).astype(int)
+    whole, apart = forward(model, IDS), forward(model, IDS, segments_BT)
+    other_start = forward(model, IDS.at[:, :10].set(0), segments_BT)
+    np.testing.assert_allclose(apart[:, :10], whole[:, :10], atol=1e-5)
+    np.testing.assert_allclose(apart[:, 10:], other_start[:, 10:], atol=1e-5)
+    assert np.abs(apart - whole)[:, 10:].max() > 0.1
+
+
+def test_a_scan_over_blocks_equals_a_loop(model):
+    rope_TK = lvm.rope_angles(jnp.arange(24), CONFIG)
+    x_BTD = model.embedding_VD[IDS]
+    for layer in range(CONFIG.layers):
+        block = jax.tree.map(lambda w: w[layer], model.blocks)
+        q, k, v = block.project(x_BTD, rope_TK)
+        x_BTD = block.merge(x_BTD, reference(q, k, v))
+    np.testing.assert_allclose(forward(model, IDS), model.logits(x_BTD), atol=1e-5)
+
+
+MASK = jnp.asarray(np.random.default_rng(2).random(IDS.shape) < 0.5)
+
+
+def loss_and_gradients(model, **kwargs):
+    loss = lambda model: lvm.next_token_loss(model(IDS, **kwargs), IDS, MASK)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(model)
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    return loss_and_gradients(model)
+
+
+def test_rematerialisation_changes_no_loss_and_no_gradient(model, plain):
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(compare, loss_and_gradients(model, remat=True), plain)
+
+
+def test_rotary_angles_are_exact_at_the_end_of_the_context_in_any_compute_dtype():
+    config = lvm.SIZES["7b"]
+    positions_T = jnp.arange(4090, 4096)
+    cos, sin = lvm.rope_angles(positions_T, config)
+    exact = np.arange(4090, 4096)[:, None, None] * 1e4 ** (-np.arange(0, 128, 2) / 128)
+    np.testing.assert_allclose(cos, np.cos(exact), atol=5e-4)
+    np.testing.assert_allclose(sin, np.sin(exact), atol=5e-4)
+    turned = lvm.rotate(jnp.ones((1, 6, 1, 128), jnp.bfloat16), (cos, sin))[0, :, 0].astype(jnp.float32)
+    assert turned.shape == (6, 128)
+    for a in range(6):
+        for b in range(a):
+            assert np.abs(turned[a] - turned[b]).max() > 0.5
+
+
+def test_bfloat16_compute_stays_near_float32(model):
+    logits_BTV = forward(model, IDS, dtype=jnp.bfloat16)
+    assert logits_BTV.dtype == jnp.float32
+    exact_BTV = forward(model, IDS)
+    assert 1e-4 < np.abs(logits_BTV - exact_BTV).max() < 0.05 * np.abs(exact_BTV).max()
+
+
+def test_an_id_outside_the_vocabulary_is_loud(model):
+    logits_BTV = forward(model, IDS.at[0, 5].set(CONFIG.vocab_size))
+    assert np.isnan(logits_BTV[0, 5:]).all() and np.isfinite(logits_BTV[1:]).all()
+
+
+# Attention
+
+
+SEGMENTS = jnp.asarray(np.arange(300) // np.array([[70], [400]]))  # five segments in row 0, one in row 1
+
+
+def attention_and_gradients(attend, T):
+    q, k, v = (jnp.asarray(weights_rule.tensor(x, (2, 300, 2, 16))) for x in "qkv")
+    loss = lambda q, k, v: (attend(q, k, v) ** 2).sum()
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q[:, -T:], k, v)
+
+
+@functools.cache
+def attention_by_definition(causal, T):
+    def attend(q_BTNK, k_BTNK, v_BTNK):
+        rows, columns = jnp.arange(300)[-T:, None], jnp.arange(300)
+        seen_BTS = (SEGMENTS[:, -T:, None] == SEGMENTS[:, None]) & ((rows >= columns) | (not causal))
+        exp_BNTS = seen_BTS[:, None] * jnp.exp(jnp.einsum("btnk,bsnk->bnts", q_BTNK, k_BTNK) / 4)
+        return jnp.einsum("bnts,bsnk->btnk", exp_BNTS / exp_BNTS.sum(-1, keepdims=True), v_BTNK)
+
+    return attention_and_gradients(attend, T)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("causal, T", [(True, 300), (True, 40), (False, 300)])
+def test_every_attention_equals_its_definition_forward_and_backward(implementation, causal, T):
+    options = dict(causal=causal, segment_ids_BT=SEGMENTS, implementation=implementation)
+    ours = attention_and_gradients(functools.partial(flash_attention, **options), T)
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    jax.tree.map(compare, ours, attention_by_definition(causal, T))
+
+
+def test_an_unknown_attention_is_refused_by_name():
+    q = jnp.zeros((1, 4, 1, 8))
+    with pytest.raises(ValueError, match="'cudnnn' is none of None, 'chunked', 'reference', 'xla'"):
+        flash_attention(q, q, q, implementation="cudnnn")
+
+
+# Loss and sharding
+
+
+def test_the_loss_is_a_mean_over_rows_of_each_rows_mean_over_its_targets():
+    logits_BTV = jnp.asarray(weights_rule.tensor("logits", (3, 5, 7)))
+    ids_BT = jnp.asarray([[0, 1, 2, 3, 4], [4, 5, 6, 0, 1], [1, 1, 1, 1, 1]])
+    mask_BT = jnp.asarray([[1, 1, 0, 1, 1], [1, 0, 0, 0, 1], [1, 0, 0, 0, 0]])  # the first id is nobody's target
+    log_p = np.log(np.exp(logits_BTV) / np.exp(logits_BTV).sum(-1, keepdims=True))
+    rows = [-(log_p[0, 0, 1] + log_p[0, 2, 3] + log_p[0, 3, 4]) / 3, -log_p[1, 3, 1], 0]
+    loss, tokens = lvm.next_token_loss(logits_BTV, ids_BT, mask_BT)
+    np.testing.assert_allclose(loss, np.mean(rows), rtol=1e-6)
+    assert tokens == 4
+
+
+def test_eight_devices_equal_one(model, plain):
+    axes = ("data", "fsdp", "tensor", "seq")
+    mesh = jax.make_mesh((2, 2, 2, 1), axes, axis_types=(AxisType.Auto,) * 4)
+
+    def gather(weights):
+        def whole(path, w):
+            split = lvm.SHARDING[path[-1].name]
+            w = lax.pcast(w, "data", to="varying")
+            return lax.all_gather(w, "fsdp", axis=split.index("fsdp"), tiled=True) if "fsdp" in split else w
+
+        return jax.tree_util.tree_map_with_path(whole, weights)
+
+    def sharded(model, ids_BT, mask_BT):
+        reduce = lambda x_BTD: lax.psum(x_BTD, "tensor")
+        loss, tokens = lvm.next_token_loss(model(ids_BT, gather=gather, reduce=reduce, remat=True), ids_BT, mask_BT)
+        return lax.pmean(loss, ("data", "fsdp")), lax.psum(tokens, ("data", "fsdp"))
+
+    rows = PartitionSpec(("data", "fsdp"))
+    in_specs = (lvm.partition_specs(model), rows, rows)
+    many = jax.shard_map(sharded, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec())
+    sharded_too = jax.jit(jax.value_and_grad(many, has_aux=True))(model, IDS, MASK)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), sharded_too, plain)
+
+
+def test_every_weight_has_a_place_on_the_mesh_and_the_layer_axis_is_never_split(model):
+    specs = lvm.partition_specs({"weights": model, "step": jnp.zeros(())})
+    assert specs["step"] == PartitionSpec()
+    assert specs["weights"].blocks.q_DNK == PartitionSpec(None, "fsdp", "tensor", None)
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(model):
+        assert len(lvm.SHARDING[keys[-1].name]) == leaf.ndim - ("blocks" in str(keys[0]))
+
+
+# Cache
+
+
+def test_cached_decoding_equals_the_whole_forward(model):
+    logits_BTV = forward(model, IDS)
+    logits_BV, cache = jax.jit(lvm.prefill, static_argnames="length")(model, IDS[:, :13], 24)
+    np.testing.assert_allclose(logits_BV, logits_BTV[:, 12], atol=1e-5)
+    step = jax.jit(lvm.decode_step, donate_argnums=2)
+    for t in range(13, 24):
+        logits_BV, cache = step(model, IDS[:, t], cache)
+        np.testing.assert_allclose(logits_BV, logits_BTV[:, t], atol=1e-5)
+    logits_BV, _ = step(model, IDS[:, 0], cache)
+    assert np.isnan(logits_BV).all()  # a 25th token in a cache for 24
+
+
+def test_cached_decoding_in_bfloat16_equals_its_own_forward(model):
+    logits_BTV = forward(model, IDS, dtype=jnp.bfloat16)
+    read = jax.jit(lambda model, ids_BT: lvm.prefill(model, ids_BT, 24, dtype=jnp.bfloat16))
+    step = jax.jit(lambda model, ids_B, cache: lvm.decode_step(model, ids_B, cache, dtype=jnp.bfloat16))
+    _, cache = read(model, IDS[:, :20])
+    assert cache.k_LBNSK.dtype == jnp.bfloat16 and cache.k_LBNSK.shape == (3, 8, 4, 24, 12)
+    logits_BV, _ = step(model, IDS[:, 20], cache)
+    np.testing.assert_allclose(logits_BV, logits_BTV[:, 20], atol=0.03 * np.abs(logits_BTV).max())
+
+
+# Files
+
+
+def test_a_saved_folder_comes_back_to_the_bit(model, tmp_path):
+    for dtype in (jnp.float32, jnp.bfloat16):
+        cast = jax.tree.map(lambda w: w.astype(dtype), model)
+        lvm.save(cast, tmp_path / dtype.__name__)
+        assert_same(lvm.load(tmp_path / dtype.__name__, dtype=dtype), cast)
+
+
+@pytest.mark.parametrize("name", weights_rule.LLAMAS)
+def test_a_saved_folder_holds_what_transformers_reads(name, tmp_path):
+    config, weights = weights_rule.LLAMAS[name], weights_rule.llama(weights_rule.LLAMAS[name])
+    lvm.save(lvm.load(hf_folder(tmp_path / "in", config, weights)), tmp_path / "out")
+    saved = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    assert saved.keys() == weights.keys()
+    for key in weights:
+        np.testing.assert_array_equal(saved[key], weights[key])
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.items() <= written.items()
+    assert written["architectures"] == ["LlamaForCausalLM"] and written["torch_dtype"] == "float32"
+    assert written["num_key_value_heads"] == written["num_attention_heads"]
+
+
+def test_transformers_computes_the_same_logits_from_a_saved_folder(model, tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed; make_lvm_fixtures.py made the same check")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    lvm.save(model, tmp_path / "out", shard_bytes=20_000)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        logits_BTV = theirs(torch.from_numpy(np.asarray(IDS)).long()).logits.numpy()
+    np.testing.assert_allclose(forward(model, IDS), logits_BTV, atol=1e-4)
+
+
+def test_sharded_safetensors_equal_one_file(model, tmp_path):
+    lvm.save(model, tmp_path / "out", shard_bytes=20_000)
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(files) > 5 and {f.name for f in files} == set(index["weight_map"].values())
+    assert index["metadata"]["total_size"] == 4 * lvm.parameter_count(CONFIG)
+    assert_same(lvm.load(tmp_path / "out"), model)
+
+
+def test_a_folder_written_elsewhere_with_8292_ids_keeps_our_special_ids(tmp_path):
+    model = new(lvm.SIZES["debug"])
+    lvm.save(model, tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    config = {k: v for k, v in json.loads(file.read_text()).items() if k not in ("codes", "specials", "pad_token_id")}
+    file.write_text(json.dumps(config | {"bos_token_id": 1, "eos_token_id": 2}))  # HF's defaults: both are image codes
+    assert lvm.load(tmp_path / "out").config == lvm.SIZES["debug"]
+
+
+def easylm_stream(path, model, prefix, extra=()):
+    """Writes what EasyLM's StreamingCheckpointer would: neighbours are the pairs, matrices (inputs, outputs)."""
+
+    def neighbours(w_DNK):
+        first, second = np.split(np.asarray(w_DNK), 2, axis=-1)
+        return np.stack([first, second], axis=-1).reshape(len(w_DNK), -1)
+
+    def flat(w, inputs):
+        return np.asarray(w).reshape(inputs, -1)
+
+    D = model.config.hidden
+    tensors = {("transformer", "wte", "embedding"): model.embedding_VD, ("lm_head", "kernel"): model.head_DV}
+    tensors[("transformer", "ln_f", "kernel")] = model.norm_D
+    for layer in range(model.config.layers):
+        b = jax.tree.map(lambda w: w[layer], model.blocks)
+        block = {("attention", "wq"): neighbours(b.q_DNK), ("attention", "wk"): neighbours(b.k_DNK)}
+        block |= {("attention", "wv"): flat(b.v_DNK, D), ("attention", "wo"): flat(b.o_NKD, D)}
+        block |= {("feed_forward", f"w{i}"): w for i, w in ((1, b.gate_DF), (2, b.down_FD), (3, b.up_DF))}
+        block |= {("attention_norm",): b.attention_norm_D, ("ffn_norm",): b.ffn_norm_D}
+        tensors |= {("transformer", "h", str(layer), *name, "kernel"): w for name, w in block.items()}
+
+    def array(w):
+        w = np.asarray(w)
+        return msgpack.ExtType(1, msgpack.packb((w.shape, w.dtype.name, w.tobytes())))
+
+    with open(path, "wb") as file:
+        for key, value in extra:
+            file.write(msgpack.packb((key, value)))
+        for key, w in tensors.items():
+            value = array(w)
+            if key[-1] == "embedding":  # flax cuts what is over 1 GiB into pieces
+                shape = {"0": w.shape[0], "1": w.shape[1]}
+                pieces = {"0": array(w.reshape(-1)[:100]), "1": array(w.reshape(-1)[100:])}
+                value = {"__msgpack_chunked_array__": True, "shape": shape, "chunks": pieces}
+            file.write(msgpack.packb((prefix + key, msgpack.packb(value))))
+    return path
+
+
+@pytest.fixture(scope="module")
+def easylm_model():
+    return new(lvm.LVMConfig(hidden=48, ffn=80, layers=2, heads=4, codes=60))
+
+
+def test_an_easylm_stream_becomes_the_same_model(easylm_model, tmp_path):
+    stream = easylm_stream(tmp_path / "streaming_params", easylm_model, ("params",))
+    for path in (stream, f"params::{stream}"):
+        assert_same(lvm.load(path, heads=4), easylm_model)
+
+
+def test_an_easylm_train_state_gives_its_parameters(easylm_model, tmp_path):
+    extra = [(("step",), msgpack.packb(7)), (("opt_state", "0", "mu", "params", "lm_head", "kernel"), msgpack.packb(0))]
+    stream = easylm_stream(tmp_path / "streaming_train_state", easylm_model, ("params", "params"), extra)
+    assert_same(lvm.load(f"trainstate_params::{stream}", heads=4), easylm_model)
+
+
+def test_an_easylm_stream_of_a_known_size_needs_no_heads(tmp_path):
+    model = new(lvm.SIZES["debug"])
+    assert_same(lvm.load(easylm_stream(tmp_path / "stream", model, ("params",))), model)
+
+
+def test_interleaved_rotation_of_a_stream_equals_ours_of_the_model_read(easylm_model, tmp_path):
+    """EasyLM turns the neighbours (2i, 2i + 1) by the i-th angle: scores from its own layout must equal ours."""
+    D, N, K = 48, 4, 12
+    model = easylm_model
+    wq, wk = (weights_rule.tensor(x, (D, N * K), D**-0.5) for x in ("wq", "wk"))
+    h_TD = weights_rule.tensor("h", (9, D))
+    angles = np.arange(9)[:, None, None] * 1e4 ** (-np.arange(0, K, 2) / K)
+
+    def turn(w):
+        x = (h_TD @ w).reshape(9, N, K // 2, 2)
+        x = (x[..., 0] + 1j * x[..., 1]) * np.exp(1j * angles)
+        return np.stack([x.real, x.imag], -1).reshape(9, N, K)
+
+    stream = easylm_stream(tmp_path / "stream", model, ("params",))
+    packed = {tuple(key): value for key, value in msgpack.Unpacker(open(stream, "rb"))}
+    for name, w in (("wq", wq), ("wk", wk)):
+        array = msgpack.ExtType(1, msgpack.packb((w.shape, "float32", w.tobytes())))
+        packed[("params", "transformer", "h", "0", "attention", name, "kernel")] = msgpack.packb(array)
+    stream.write_bytes(b"".join(msgpack.packb(item) for item in packed.items()))
+    block = jax.tree.map(lambda w: w[0], lvm.load(stream, heads=4).blocks)
+    rope_TK = lvm.rope_angles(jnp.arange(9), model.config)
+    q, k = (lvm.rotate(jnp.einsum("td,dnk->tnk", h_TD, w)[None], rope_TK)[0] for w in (block.q_DNK, block.k_DNK))
+    scores = jnp.einsum("tnk,snk->nts", q, k)
+    np.testing.assert_allclose(scores, np.einsum("tnk,snk->nts", turn(wq), turn(wk)), atol=1e-4)
+
+
+@pytest.fixture
+def run_folder(model, tmp_path):
+    """A run as train.py leaves it: three steps, the newest is `model`."""
+    import orbax.checkpoint as ocp
+
+    path = tmp_path / "run"
+    (path / "checkpoints").mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps({"model": dataclasses.asdict(CONFIG), "steps": 32}))
+    with ocp.CheckpointManager(path / "checkpoints") as manager:
+        for step in (8, 16, 32):
+            weights = jax.tree.map(lambda w: w * step / 32, model)
+            state = ocp.args.Composite(model=ocp.args.StandardSave(weights), step=ocp.args.JsonSave(step))
+            manager.save(step, args=state)
+    return path
+
+
+def test_a_run_folder_gives_its_newest_step_that_restores(model, run_folder, capfd):
+    assert_same(lvm.load(run_folder), model)
+    for file in (run_folder / "checkpoints" / "32" / "model").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    assert_same(lvm.load(run_folder), jax.tree.map(lambda w: w / 2, model))
+    assert re.search("checkpoints/32 does not restore .*; trying the one before", capfd.readouterr().err)
+
+
+def test_a_run_whose_config_is_not_that_of_its_weights_is_refused(run_folder, capfd):
+    config = dataclasses.asdict(dataclasses.replace(CONFIG, ffn=96))
+    (run_folder / "config.json").write_text(json.dumps({"model": config}))
+    with pytest.raises(ValueError, match="no step that restores as the config says"):
+        lvm.load(run_folder)
+    assert "down_FD is (3, 80, 48), by the config (3, 96, 48)" in capfd.readouterr().err
+
+
+def test_the_convert_command_turns_a_run_into_a_folder(model, run_folder, tmp_path):
+    out = tmp_path / "hf"
+    command = [sys.executable, ROOT / "lvm.py", "convert", "--model", run_folder, "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same(lvm.load(out), model)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2 and len(again.stderr.splitlines()) == 1 and "not an empty folder" in again.stderr
+
+
+def test_the_sizes_command_prints_the_table(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lvm.py", "sizes"])
+    lvm.main()
+    assert "6,544,199,680" in capsys.readouterr().out
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(heads=5), "hidden 48 / heads 5"),
+        (dict(heads=16), "even"),
+        (dict(layers=0), "layers is 0"),
+        (dict(specials=2), r"pad id 30 must be a special, 28 to 29"),
+        (dict(bos_id=1), "bos id 1 must be a special"),
+    ],
+)
+def test_a_bad_config_says_which_number_is_wrong(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)
+
+
+def test_a_sentence_longer_than_the_context_says_so(model):
+    for call in (lambda: model(jnp.zeros((1, 33), int)), lambda: lvm.prefill(model, IDS, 33)):
+        with pytest.raises(ValueError, match="33 tokens; the model's context is 32"):
+            call()
+    with pytest.raises(ValueError, match="24 tokens and the cache room for 20"):
+        lvm.prefill(model, IDS, 20)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(num_key_value_heads=2), "grouped-query"),
+        (dict(attention_bias=True), "attention_bias"),
+        (dict(rope_scaling={"type": "linear", "factor": 2}), "rope scaling"),
+        (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope scaling"),
+        (dict(tie_word_embeddings=True), "tie_word_embeddings"),
+        (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
+        (dict(model_type="mistral"), "model_type 'mistral'"),
+        (dict(head_dim=16), "head_dim 16"),
+        (dict(codes=50), "codes 50 .* is not vocab_size 160"),
+        (dict(codes=None), "does not say how many of its 160 ids are codes"),
+        (dict(eos_token_id=2), "eos id 2 must be a special"),
+        (dict(hidden_size=None), "has no 'hidden_size'"),
+        (dict(hidden_size="128"), "has a size of '128'"),
+        (dict(intermediate_size=177), r"gate_proj.weight has the shape \(176, 128\), expected \(177, 128\)"),
+        (dict(num_hidden_layers=3), r"lacks the tensor model.layers.2.* and 8 more"),
+        (dict(num_hidden_layers=1), r"has an unknown tensor model.layers.1"),
+    ],
+)
+def test_a_folder_that_is_no_lvm_is_refused_with_its_reason(change, message, tmp_path):
+    config = weights_rule.LLAMAS["head32"]
+    changed = {key: value for key, value in (config | change).items() if value is not None}
+    folder = hf_folder(tmp_path / "hf", changed, weights_rule.llama(config))
+    with pytest.raises(ValueError, match=message) as error:
+        lvm.load(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_broken_files_are_refused_by_name(easylm_model, model, tmp_path):
+    config = weights_rule.LLAMAS["head32"]
+    folder = hf_folder(tmp_path / "hf", config, weights_rule.llama(config))
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
+        lvm.load(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="neither model.safetensors nor"):
+        lvm.load(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "../x"}}))
+    with pytest.raises(ValueError, match="'../x' outside its own folder"):
+        lvm.load(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        lvm.load(folder)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="neither 'model' .* nor 'model_type'"):
+        lvm.load(folder)
+    (folder / "config.json").write_text(json.dumps({"model": dataclasses.asdict(CONFIG)}))
+    with pytest.raises(FileNotFoundError, match="has no checkpoint"):
+        lvm.load(folder)
+
+    stream = easylm_stream(tmp_path / "stream", easylm_model, ("params",))
+    with pytest.raises(ValueError, match="pass its number of heads"):
+        lvm.load(stream)
+    stream.write_bytes(stream.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="lacks the tensor transformer/h/1"):
+        lvm.load(stream, heads=4)
+    for rubbish in (b"", b"rubbish", bytes(range(256)), b"\xc1" * 9):
+        stream.write_bytes(rubbish)
+        with pytest.raises(ValueError, match="stream is not an EasyLM stream"):
+            lvm.load(stream)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        lvm.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        lvm.load("params::nowhere")
+    with pytest.raises(ValueError, match="pass the folder"):
+        lvm.load(folder / "config.json")
+
+
+def test_a_save_that_fails_leaves_nothing_behind(model, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        lvm.save(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
