@@ -44,7 +44,7 @@ class Common:
     """Tokenizer folder; by default the one that the run names, else the bundled one."""
     data: Path | None = None
     """Held-out dataset folder."""
-    sentences: int = 32
+    sentences: int = 16
     """At most this many sentences of each kind, evenly spaced over the dataset."""
     out: Path | None = None
     """Folder for the results; must not exist. By default runs/evaluate/COMMAND-MODEL, whose files are replaced."""

@@ -96,7 +96,7 @@ class LVMConfig:
 
 
 SIZES = {
-    "mini": LVMConfig(hidden=256, ffn=704, layers=6, heads=4, codes=512, context=578),
+    "mini": LVMConfig(hidden=192, ffn=512, layers=6, heads=6, codes=512, context=578),
     "debug": LVMConfig(hidden=128, ffn=256, layers=2, heads=4),
     "100m": LVMConfig(hidden=640, ffn=1664, layers=22, heads=10),
     "300m": LVMConfig(hidden=1024, ffn=2688, layers=22, heads=8),
@@ -442,9 +442,10 @@ def load(path, *, dtype=jnp.float32, heads: int | None = None) -> LVM:
     raise ValueError(f"{path / 'config.json'} has neither 'model' (a run) nor 'model_type' (Hugging Face)")
 
 
-def save(model: LVM, path, *, shard_bytes: float = 5e9):
+def save(model: LVM, path, *, shard_bytes: float = 5e9, tokenizer: str | None = None):
     """Writes a Hugging Face LlamaForCausalLM folder: config.json and safetensors, cut into files of `shard_bytes`.
 
+    `tokenizer` is the fingerprint of the one whose codes the model was trained on, for config.json.
     The folder appears under its name when it is whole; one that exists with something in it raises ValueError.
     """
     path = Path(path)
@@ -479,6 +480,7 @@ def save(model: LVM, path, *, shard_bytes: float = 5e9):
             index = {"metadata": {"total_size": sum(array.nbytes for _, _, array in tensors)}, "weight_map": weight_map}
             (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         config = _hf_config(model.config) | {"torch_dtype": leaves["head_DV"].dtype.name}
+        config |= {"tokenizer": tokenizer} if tokenizer else {}
         (partial / "config.json").write_text(json.dumps(config, indent=2))
         if path.exists():
             path.rmdir()
@@ -772,7 +774,8 @@ def main():
         return
     try:
         model = load(args.model, dtype=jnp.dtype(args.dtype), heads=args.heads)
-        save(model, args.out)
+        config = Path(args.model) / "config.json"
+        save(model, args.out, tokenizer=_read_json(config).get("tokenizer") if config.is_file() else None)
     except (ValueError, FileNotFoundError) as error:
         print(f"lvm.py convert: {error}", file=sys.stderr)
         sys.exit(2)

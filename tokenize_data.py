@@ -285,11 +285,17 @@ class Shards:
             raise ValueError(f"{self.folder / 'dataset.json'}: format {self.about.get('format')}, this program reads {FORMAT}")
         self.shards = []
         for name in sorted(n for n in names if n.endswith(".tokens")):
+            if Path(name).name != name:
+                raise ValueError(f"{self.folder / 'dataset.json'}: names the file {name!r} outside its own folder")
             path, index = self.folder / name, self.folder / name.replace(".tokens", ".index.npy")
             try:
                 index_N2, size = np.load(index), path.stat().st_size
             except (OSError, ValueError, EOFError) as error:
                 raise ValueError(f"{index}: cannot be read ({error})") from None
+            if index_N2.ndim != 2 or index_N2.shape[1:] != (2,) or index_N2.dtype != np.int64 or not len(index_N2):
+                raise ValueError(f"{index}: wanted int64 [sentences, 2], got {index_N2.dtype} {list(index_N2.shape)}")
+            if np.diff(index_N2[:, 0], prepend=0).min() < 1 or not 0 <= index_N2[:, 1].min() <= index_N2[:, 1].max() < len(self.kinds):
+                raise ValueError(f"{index}: damaged, its ends do not rise or it names kinds that dataset.json does not")
             if size != 2 * index_N2[-1, 0]:
                 raise ValueError(f"{path}: {size:,} bytes, {index.name} asks for {2 * int(index_N2[-1, 0]):,}; the file is truncated or mixed up")
             tokens = np.memmap(path, "<u2", mode="r")
@@ -402,6 +408,8 @@ class Demo:
     """Dataset folder to write, or with --pictures an `.npy` file; must not exist."""
     sentences: int = 1000
     """Sentences to compose."""
+    prompts: bool = False
+    """Write each sentence as a folder of PNG pictures but for the last one, ready for `sample.py --prompt`, instead."""
     pictures: int = 0
     """Write this many loose pictures (uint8 [N, H, W, 3]) instead, to train a tokenizer on."""
     split: Literal["train", "heldout"] = "train"
@@ -441,6 +449,15 @@ def demo(config: Demo):
         labels[i], pixels = demo_sentence(world, rng, size, str(rng.choice(config.tasks)) if config.tasks else None)
         return list(pixels)
 
+    if config.prompts:
+        for i in range(config.sentences):
+            pixels = compose(i, tokenizer.config.resolution)
+            folder = config.out / (f"{labels[i]}-{i}" if config.sentences > 1 else "")
+            folder.mkdir(parents=True)
+            for t, pixels_HWC in enumerate(pixels[:-1]):
+                Image.fromarray((pixels_HWC * 255 + 0.5).astype(np.uint8)).save(folder / f"{t:02d}.png")
+        print(f"wrote {config.sentences} prompts to {config.out}")
+        return
     items = [(f"sentence {i}", lambda size, i=i: compose(i, size)) for i in range(config.sentences)]
     codes_NTS, kept, _ = encode_items(tokenizer, items, 16)
     write_dataset(config.out, tokenizer, kinds, ((kinds.index(labels[i]), codes.reshape(-1)) for i, codes in zip(kept, codes_NTS)))

@@ -61,6 +61,9 @@ class Config:
     """Micro-batches an update: each holds batch / accumulate sentences, so memory shrinks and the result does not change."""
     context: int | None = None
     """Tokens of a row; by default the size's own."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw, as published; or muon for the blocks' matrices (scaled to AdamW's step, so that the same learning rate
+    serves both) with adamw for the rest."""
     learning_rate: float = 1.5e-3
     """Peak of the cosine schedule."""
     final_learning_rate: float = 0.1
@@ -228,12 +231,27 @@ def make_train_step(loss_fn, optimizer, accumulate, shardings):
 
 
 def make_optimizer(config: Config):
-    """AdamW after clipping by the global norm; linear warm-up, then cosine. Returns (optimizer, schedule)."""
+    """AdamW or Muon after clipping by the global norm; linear warm-up, then cosine. Returns (optimizer, schedule)."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup, config.steps, config.final_learning_rate * config.learning_rate)
     matrices = lambda model: jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in path[-1].name, model)
-    adamw = optax.adamw(schedule, config.b1, config.b2, weight_decay=config.weight_decay, mask=matrices)
-    return optax.chain(optax.clip_by_global_norm(config.clip), adamw), schedule
+    if config.optimizer == "adamw":
+        update = optax.adamw(schedule, config.b1, config.b2, weight_decay=config.weight_decay, mask=matrices)
+    else:
+        # Which axes of a weight are summed over and which it makes; the stacked layers before them are a batch.
+        ends = {"q_DNK": (1, 2), "k_DNK": (1, 2), "v_DNK": (1, 2), "o_NKD": (2, 1), "gate_DF": (1, 1), "up_DF": (1, 1), "down_FD": (1, 1)}
+
+        def axes(path, w):
+            if (name := path[-1].name) not in ends:
+                return None
+            taken, made = ends[name]
+            return optax.contrib.MuonDimensionNumbers(tuple(range(1, 1 + taken)), tuple(range(1 + taken, 1 + taken + made)))
+
+        update = optax.contrib.muon(
+            schedule, weight_decay=config.weight_decay, weight_decay_mask=matrices, adam_b1=config.b1, adam_b2=config.b2,
+            adam_weight_decay=config.weight_decay, consistent_rms=0.2,
+            muon_weight_dimension_numbers=lambda model: jax.tree_util.tree_map_with_path(axes, model))
+    return optax.chain(optax.clip_by_global_norm(config.clip), update), schedule
 
 
 def make_state(config: Config, model_config, optimizer, mesh):

@@ -307,6 +307,7 @@ def test_generate_refuses_what_cannot_be(model, tokenizer, bad):
         sample.generate(model, tokenizer, pictures(1), key=jax.random.key(0), **bad)
 
 
+@pytest.mark.skipif(not sample.MINI.exists(), reason="assets/mini is not in this checkout")
 def test_with_no_flags_the_bundled_model_answers_the_bundled_prompt(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     status, printed, errors = command(monkeypatch, capsys)

@@ -88,7 +88,7 @@ def test_crop_keeps_the_aspect_ratio_and_stretch_does_not(tmp_path):
     image = Image.new("RGB", (40, 20), "black")
     image.paste("white", (10, 0, 30, 20))  # the central square
     image.save(tmp_path / "wide.png")
-    assert tokenize_data.read_image(tmp_path / "wide.png", 8, fit="crop").min() == 1
+    assert tokenize_data.read_image(tmp_path / "wide.png", 8, fit="crop").min() > 0.9  # bicubic looks a little beyond the cut
     assert tokenize_data.read_image(tmp_path / "wide.png", 8)[:, 0].max() < 0.2
 
 
@@ -171,9 +171,10 @@ def test_inpainting_covers_a_square_or_patches_and_leaves_the_rest():
         covered = tokenize_data.cover(picture_HWC, np.random.default_rng(seed))
         assert set(np.unique(covered)) <= {0, 0.5}
         rows, columns = np.nonzero(covered[..., 0] == 0)
-        box = (np.ptp(rows) + 1) * (np.ptp(columns) + 1) if len(rows) else 0
-        squares += len(rows) == box and np.ptp(rows) == np.ptp(columns) and len(rows) % 64 != 0
-    assert 30 <= squares <= 90  # p = .3 of 200, less those squares whose area is a multiple of a patch's
+        if len(rows):
+            height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+            squares += len(rows) == height * width and height == width and height % 8 != 0
+    assert 30 <= squares <= 90  # p = .3 of 200, less those whose side is a whole number of patches
 
 
 def test_frames_of_a_sentence_come_from_one_clip_at_one_stride(tmp_path, tokenizer):
