@@ -96,7 +96,7 @@ class LVMConfig:
 
 
 SIZES = {
-    "mini": LVMConfig(hidden=192, ffn=512, layers=6, heads=6, codes=512, context=578),
+    "mini": LVMConfig(hidden=192, ffn=512, layers=6, heads=3, codes=512, context=578, rope_theta=100.0),
     "debug": LVMConfig(hidden=128, ffn=256, layers=2, heads=4),
     "100m": LVMConfig(hidden=640, ffn=1664, layers=22, heads=10),
     "300m": LVMConfig(hidden=1024, ffn=2688, layers=22, heads=8),
