@@ -53,9 +53,9 @@ class Config:
     """Start from these weights (run folder, Hugging Face folder or EasyLM stream) instead of random ones."""
     tokenizer: Path = vqgan.MINI
     """Tokenizer that made the data: the sample pictures are decoded with it."""
-    steps: int = 320
+    steps: int = 400
     """Updates of the weights."""
-    batch: int = 8
+    batch: int = 4
     """Sentences an update, over all devices."""
     accumulate: int = 1
     """Micro-batches an update: each holds batch / accumulate sentences, so memory shrinks and the result does not change."""
@@ -64,7 +64,7 @@ class Config:
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw, as published; or muon for the blocks' matrices (scaled to AdamW's step, so that the same learning rate
     serves both) with adamw for the rest."""
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2e-3
     """Peak of the cosine schedule."""
     final_learning_rate: float = 0.1
     """Learning rate at the last step, as a fraction of the peak."""
@@ -86,7 +86,7 @@ class Config:
     """Recompute each block in the backward pass: less memory, a third more compute."""
     demo_sentences: int = 960
     """Sentences to make where --data is empty."""
-    save_every: int = 80
+    save_every: int = 50
     """Steps between checkpoints (the newest two are kept), held-out losses and sample pictures."""
     log_every: int = 5
     """Steps between lines of metrics.jsonl."""

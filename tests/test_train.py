@@ -102,6 +102,18 @@ def test_norm_scales_are_spared_from_weight_decay():
     assert all((size == 0) == ("norm" in name) for name, size in moved.items())
 
 
+def test_muon_moves_every_matrix_of_the_blocks_by_a_fifth_of_the_learning_rate():
+    """RMS 0.2, AdamW's own, is what `consistent_rms` promises (Liu et al. 2025, Muon is scalable for LLM training)."""
+    model = lvm.LVM(TINY, key=jax.random.key(0))
+    optimizer, _ = train.make_optimizer(train.Config(steps=10, warmup=0, weight_decay=0, learning_rate=1.0, optimizer="muon"))
+    grads = jax.tree.map(lambda w: jax.random.normal(jax.random.key(w.size), w.shape), model)
+    updates, _ = optimizer.update(grads, optimizer.init(model), model)
+    sizes = {path[-1].name: float(jnp.sqrt(jnp.mean(leaf**2))) for path, leaf in jax.tree_util.tree_leaves_with_path(updates)}
+    matrices = {"q_DNK", "k_DNK", "v_DNK", "o_NKD", "gate_DF", "up_DF", "down_FD"}
+    assert all(0.13 < sizes[name] < 0.25 for name in matrices), sizes
+    assert all(sizes[name] > 0.9 for name in sizes.keys() - matrices), sizes  # Adam's first step
+
+
 def test_the_schedule_rises_to_the_peak_and_falls_to_its_fraction():
     _, schedule = train.make_optimizer(train.Config(steps=100, warmup=10, learning_rate=1.0, final_learning_rate=0.1))
     assert schedule(0) == 0 and np.isclose(schedule(10), 1) and np.isclose(schedule(100), 0.1) and schedule(50) > schedule(60)
