@@ -54,8 +54,6 @@ class Source:
     """Tokenizer folder; the bundled one by default."""
     fit: Literal["stretch", "crop"] = "stretch"
     """Stretch each picture to the square, as LVM does, or crop it."""
-    shots: int = 8
-    """Pairs a sentence."""
     epochs: int = 1
     """Passes over the pictures, each in another order."""
     seed: int = 0
@@ -66,15 +64,22 @@ class Source:
     def __post_init__(self):
         if self.out.exists():
             raise ValueError(f"--out {self.out} exists; choose another folder or delete it")
-        if self.shots < 1 or self.epochs < 1:
-            raise ValueError(f"--shots and --epochs must be at least 1, got {self.shots} and {self.epochs}")
+        for name in {"epochs", "shots", "frames", "max_stride"} & {f.name for f in dataclasses.fields(self)}:
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs(Source):
+class PairSource(Source):
+    shots: int = 8
+    """Pairs a sentence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs(PairSource):
     """8 x [input, annotation]; the two folders hold files of the same names (suffixes may differ)."""
 
-    answers: Path = None
+    answers: Path | None = None
     """Folder of annotations; `inputs/a/b.jpg` belongs to `answers/a/b.png`."""
 
     def __post_init__(self):
@@ -84,12 +89,12 @@ class Pairs(Source):
 
 
 @dataclasses.dataclass(frozen=True)
-class Colorize(Source):
+class Colorize(PairSource):
     """8 x [grey, colour]; grey = .2989 R + .5870 G + .1140 B."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Inpaint(Source):
+class Inpaint(PairSource):
     """8 x [masked, original]; with p = .3 one zeroed square, else 8 x 8 patches each kept with probability U(0, 1)."""
 
 
@@ -133,7 +138,7 @@ def tokenize_inpaint(source: Inpaint):
                          for epoch in range(source.epochs) for path in paths], epochs_inside=True)
 
 
-def write_pairs(source: Source, items, unmatched=(), epochs_inside=False):
+def write_pairs(source: PairSource, items, unmatched=(), epochs_inside=False):
     """Encodes each (input, answer) once, then cuts a permutation of the readable ones into sentences, once an epoch."""
     tokenizer = vqgan.load(source.tokenizer)
     codes_NPS, kept, rejected = encode_items(tokenizer, items, 2, source.max_rejected)
@@ -411,7 +416,7 @@ class Demo:
     prompts: bool = False
     """Write each sentence as a folder of PNG pictures but for the last one, ready for `sample.py --prompt`, instead."""
     pictures: int = 0
-    """Write this many loose pictures (uint8 [N, H, W, 3]) instead, to train a tokenizer on."""
+    """Write this many loose pictures (uint8 [N, 48, 48, 3], every task) instead, to train the `mini` tokenizer on."""
     split: Literal["train", "heldout"] = "train"
     """Which objects, backgrounds and colour pairs to use."""
     tasks: tuple[str, ...] = ()
@@ -428,6 +433,8 @@ class Demo:
             raise ValueError("--sentences must be at least 1 and --pictures at least 0")
         if unknown := set(self.tasks) - TASKS.keys():
             raise ValueError(f"--tasks {' '.join(unknown)}: unknown; choose from {' '.join(TASKS)}")
+        if self.pictures and (self.prompts or self.tasks):
+            raise ValueError("--pictures draws from every task; leave out --prompts and --tasks")
 
 
 def demo(config: Demo):
