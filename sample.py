@@ -52,12 +52,12 @@ class Config:
     """Continuations to draw, each by its own random numbers."""
     frames: int = 1
     """New pictures of each continuation, one after another."""
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest code every time, which leaves one candidate."""
+    temperature: float = 0.8
+    """Divides the logits (published: 1); 0 takes the likeliest code every time, which leaves one candidate."""
     top_k: int = 0
     """Draw from this many likeliest codes only; 0 draws from all."""
-    top_p: float = 1.0
-    """Draw from the fewest codes whose probabilities sum to this."""
+    top_p: float = 0.9
+    """Draw from the fewest codes whose probabilities sum to this (published: 1)."""
     seed: int = 0
     """Seed of the drawing. Candidate i depends on the seed and i, not on how many there are."""
     fit: Literal["stretch", "crop"] = "stretch"
