@@ -30,7 +30,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
-IMPLEMENTATIONS = ("pallas", "cudnn", "xla", "chunked", "reference")
+OURS = ("pallas",)  # our kernels
+IMPLEMENTATIONS = (*OURS, "cudnn", "xla", "chunked", "reference")
 HIDDEN = -1e30  # score of a key that a query must not see; -inf would make NaN of rows that see none
 
 
@@ -59,12 +60,14 @@ def flash_attention(
     if implementation == "chunked":
         return _chunked(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT)
     if implementation in ("cudnn", "xla"):
-        # cuDNN wants causality as a flag: a mask would be read from memory. Its flag aligns the first tokens.
+        # cuDNN wants causality as a flag: a mask would be read from memory. Its flag aligns the first tokens. It also
+        # wants whole groups of eight numbers in a head.
         flag = implementation == "cudnn" and causal and T == S
-        mask = _mask(T, S, causal and not flag, segment_ids_BT)
-        return jax.nn.dot_product_attention(
-            q_BTNK, k_BTNK, v_BTNK, mask=mask, is_causal=flag, implementation=implementation
-        )
+        mask, K = _mask(T, S, causal and not flag, segment_ids_BT), q_BTNK.shape[-1]
+        more = [(0, 0)] * 3 + [(0, -K % 8 if implementation == "cudnn" else 0)]
+        arrays = [jnp.pad(x, more) for x in (q_BTNK, k_BTNK, v_BTNK)]
+        options = dict(mask=mask, is_causal=flag, scale=K**-0.5, implementation=implementation)
+        return jax.nn.dot_product_attention(*arrays, **options)[..., :K]
     if implementation == "hopper":
         reason = hopper_refuses(q_BTNK.shape, k_BTNK.shape, q_BTNK.dtype, causal, segment_ids_BT is not None)
         if reason:
