@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 import flash_attention
+import lvm
+import train
 from flash_attention import decode_attention, ring_attention, zigzag
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 3e-2}
@@ -271,3 +274,16 @@ def test_ahead_of_time_the_decode_kernel_compiles_for(chip):
     args = [jax.ShapeDtypeStruct(*shape, sharding=NamedSharding(mesh, spec)) for shape, spec in zip(shapes, specs)]
     sharded = jax.shard_map(decode, mesh=mesh, in_specs=specs, out_specs=P("seq"), check_vma=True)
     assert jax.jit(sharded).trace(*args).lower().compile() is not None
+
+
+@pytest.mark.parametrize("chip", ["v4", "v5e", "h200"])
+def test_ahead_of_time_the_models_gradients_over_a_mesh_compile_for(chip, monkeypatch):
+    monkeypatch.setattr(flash_attention, "choose", lambda *_: "pallas")  # as on that chip
+    mesh = Mesh(chips(chip).reshape(1, 2, 2, 1), train.AXES)
+    model = eqx.filter_eval_shape(lvm.LVM, lvm.SIZES["debug"], key=jax.random.key(0))
+    specs = lvm.partition_specs(model)
+    place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+    ids_BT = jax.ShapeDtypeStruct((2, 578), jnp.int32, sharding=NamedSharding(mesh, train.ROWS))
+    loss = train.make_loss(mesh, specs, jnp.bfloat16, remat=True)
+    compiled = jax.jit(jax.grad(loss)).trace(jax.tree.map(place, model, specs), ids_BT, ids_BT).lower().compile()
+    assert ("tpu_custom_call" if chip != "h200" else "triton") in compiled.as_text()
