@@ -21,16 +21,20 @@ The queries are those of the last T of S tokens. lse is float32 in natural logar
 """
 
 import functools
+import math
+import sys
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
-OURS = ("pallas",)  # our kernels
+OURS = ("hopper", "pallas")  # our kernels
 IMPLEMENTATIONS = (*OURS, "cudnn", "xla", "chunked", "reference")
 HIDDEN = -1e30  # score of a key that a query must not see; -inf would make NaN of rows that see none
 
@@ -69,9 +73,7 @@ def flash_attention(
         options = dict(mask=mask, is_causal=flag, scale=K**-0.5, implementation=implementation)
         return jax.nn.dot_product_attention(*arrays, **options)[..., :K]
     if implementation == "hopper":
-        reason = hopper_refuses(q_BTNK.shape, k_BTNK.shape, q_BTNK.dtype, causal, segment_ids_BT is not None)
-        if reason:
-            raise ValueError(f'implementation "hopper" cannot do this: {reason}; take "pallas" or None')
+        _refuse_hopper(q_BTNK, k_BTNK, causal, segment_ids_BT)
     segments = None if segment_ids_BT is None else (segment_ids_BT[:, S - T :], segment_ids_BT)
     q_BTNK, k_BTNK, v_BTNK, segments = _alike(q_BTNK, k_BTNK, v_BTNK, segments)
     return _attend(q_BTNK, k_BTNK, v_BTNK, segments, causal, implementation)
@@ -82,20 +84,42 @@ def choose(q_BTNK, k_BTNK, causal: bool, segmented: bool) -> str:
     backend = jax.default_backend()
     if backend == "cpu":
         return "chunked"
-    if backend != "gpu":
-        return "pallas"
-    capability = getattr(jax.devices()[0], "compute_capability", "")
-    if capability.startswith("9."):
+    if backend == "gpu" and getattr(jax.local_devices()[0], "compute_capability", "").startswith("9."):
         reason = hopper_refuses(q_BTNK.shape, k_BTNK.shape, q_BTNK.dtype, causal, segmented)
+        reason = reason or _cuda_refuses(jax.extend.backend.get_backend().platform_version)
+        reason = reason or _hopper_trial(q_BTNK.shape[-1])
         if reason is None:
             return "hopper"
-        _say_once(f"flash_attention: the Hopper kernels cannot do this ({reason}); the portable kernels do it, slower")
+        _say_once(f"flash_attention: {reason}; the portable kernels run instead")
     return "pallas"
 
 
 @functools.cache
+def _hopper_trial(K) -> str | None:
+    """Returns what is wrong with the Hopper kernels on this device, held to the reference once a process.
+
+    They were written without such a GPU at hand: proved in an interpreter and compiled, not run.
+    """
+    shape = 1, 300, 2, K
+
+    def run(attend):
+        arrays = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(4)]
+        o, vjp = jax.vjp(attend, *arrays[:3])
+        return o, *vjp(arrays[3])
+
+    with jax.ensure_compile_time_eval():  # also where a model is being traced
+        try:
+            ours = jax.jit(lambda: run(lambda q, k, v: _attend(q, k, v, None, True, "hopper")))()
+        except Exception as error:
+            return f"the Hopper kernels do not compile here ({str(error).splitlines()[0]})"
+        exact = jax.jit(lambda: run(reference))()
+        error = max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in zip(ours, exact))
+    return None if error < 0.03 else f"the Hopper kernels are wrong here at head_dim {K} (relative error {error:.1e})"
+
+
+@functools.cache
 def _say_once(line):
-    print(line, flush=True)
+    print(line, file=sys.stderr, flush=True)
 
 
 def reference(q_BTNK, k_BTNK, v_BTNK, *, causal=True, segment_ids_BT=None):
@@ -135,6 +159,8 @@ def ring_attention(
     _check_shapes(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT)
     if causal and q_BTNK.shape[1] % 2:
         raise ValueError(f"a ring's device holds two chunks of the same length; it has {q_BTNK.shape[1]} tokens")
+    if implementation == "hopper":
+        _refuse_hopper(q_BTNK, k_BTNK, causal, segment_ids_BT)
     if implementation is None:
         implementation = choose(q_BTNK, k_BTNK, causal, segment_ids_BT is not None)
         implementation = "xla" if implementation == "chunked" else implementation
@@ -359,8 +385,8 @@ def _forward(q_BTNK, k_BSNK, v_BSNK, segments, causal, implementation, out_dtype
     """(o_BTNK, lse_BTN); `segments` is None or (ids of the queries, ids of the keys)."""
     out_dtype = out_dtype or q_BTNK.dtype
     if implementation == "hopper" and causal:
-        o_BTNK, lse_BTN = hopper_forward(q_BTNK, k_BSNK, v_BSNK)
-        return o_BTNK.astype(out_dtype), lse_BTN
+        o_BTNK, lse_BNT = _hopper_forward(q_BTNK, k_BSNK, v_BSNK)
+        return o_BTNK.astype(out_dtype), jnp.swapaxes(lse_BNT, 1, 2)
     heads_first = _swap(q_BTNK, k_BSNK, v_BSNK)
     if implementation == "xla":
         return _swap(*_xla_forward(causal, out_dtype, *heads_first, segments))
@@ -373,8 +399,8 @@ def _backward(q_BTNK, k_BSNK, v_BSNK, segments, o_BTNK, lse_BTN, do_BTNK, causal
     out_dtype = out_dtype or q_BTNK.dtype
     delta_BTN = jnp.einsum("btnk,btnk->btn", o_BTNK, do_BTNK, preferred_element_type=jnp.float32)
     if implementation == "hopper" and causal:
-        gradients = hopper_backward(q_BTNK, k_BSNK, v_BSNK, lse_BTN, delta_BTN, do_BTNK)
-        return tuple(x.astype(out_dtype) for x in gradients)
+        arrays = q_BTNK, k_BSNK, v_BSNK, do_BTNK, *_swap(lse_BTN * _LOG2_E, delta_BTN)
+        return tuple(x.astype(out_dtype) for x in (_hopper_dq(*arrays), *_hopper_dkv(*arrays)))
     heads_first = _swap(q_BTNK, k_BSNK, v_BSNK, do_BTNK, lse_BTN, delta_BTN)
     if implementation == "xla":
         return _swap(*_xla_backward(causal, out_dtype, *heads_first, segments))
@@ -701,6 +727,414 @@ def _alike(*trees, axes=frozenset()):
     return jax.tree.map(vary, trees)
 
 
+# --------------------------------------------------------------------------- Hopper kernels (H100, H200), Mosaic GPU
+
+# Three kernels of one build. A block of the grid is two compute warpgroups, each with R tokens of its own (queries in
+# the forward and dq, keys in dkv), and a memory warpgroup, which streams blocks of C tokens of the other side through
+# rings in shared memory. Each gradient is summed by one warpgroup, without atomics. R and C end names as T does.
+
+# {head_dim: {kernel: (R, C, ring slots)}}, all that 227 KiB of shared memory and the registers hold without much spill.
+HOPPER_BLOCKS = {
+    64: {"forward": (64, 128, 4), "dq": (64, 128, 4), "dkv": (64, 128, 4)},
+    96: {"forward": (64, 128, 3), "dq": (64, 128, 3), "dkv": (64, 64, 4)},
+    128: {"forward": (64, 128, 2), "dq": (64, 128, 2), "dkv": (64, 64, 3)},
+}
+_HOPPER_HEAD_DIM = {64: 64, 96: 96, 100: 128, 128: 128}  # a row of 100 is no multiple of 16 bytes, as copies want it
+_COMPUTE_WARPGROUPS = 2
+# Three warpgroups start with 168 registers a thread, so 2 * 240 + 24 is all there is; to ask for more would hang.
+_COMPUTE_REGISTERS, _MEMORY_REGISTERS = 240, 24
+_LOG2_E = math.log2(math.e)
+
+
+def hopper_refuses(q_shape, kv_shape, dtype, causal, has_segments) -> str | None:
+    """Returns why the Hopper bodies cannot take these (B, T, N, K) arrays, or None if they can."""
+    if not causal:
+        return "the Hopper kernels are causal"
+    if has_segments:
+        return "the Hopper kernels know no segment ids"
+    if tuple(q_shape) != tuple(kv_shape):
+        return f"the Hopper kernels want as many queries as keys, not shapes {tuple(q_shape)} and {tuple(kv_shape)}"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"the Hopper kernels take bfloat16, not {jnp.dtype(dtype).name}"
+    if q_shape[3] not in _HOPPER_HEAD_DIM:
+        return f"the Hopper kernels take head_dim {', '.join(map(str, _HOPPER_HEAD_DIM))}, not {q_shape[3]}"
+    if 0 in q_shape:
+        return f"shape {tuple(q_shape)} is empty"
+    return None
+
+
+def _cuda_refuses(platform_version) -> str | None:
+    """Returns why this CUDA cannot compile them; `platform_version` as in `jax.extend.backend.get_backend()`.
+
+    The ptxas of CUDA 12.8.0 to 12.9.0 miscompiles causal masks (JAX's own kernel refuses it too).
+    """
+    numbers = [int(word) for word in platform_version.split() if word.isdigit()]
+    if "cuda" in platform_version and numbers and 12080 <= numbers[-1] <= 12090:
+        return f"CUDA {numbers[-1]} miscompiles causal masks: install jax[cuda13]"
+    return None
+
+
+def _hopper_forward(q_BTNK, k_BTNK, v_BTNK):
+    """Causal softmax(q k^T / sqrt(K)) v and its float32 natural log-sum-exp: (o_BTNK, lse_BNT).
+
+    Where T is no multiple of 128, or K is 100, the arrays are first copied into larger ones, filled up with zeros: a
+    row of 100 is no multiple of 16 bytes, as the copies to shared memory want it. XLA writes the larger q and k at once
+    where they are rotated. (Projections with 128 columns a head would spare the copy of v, at 9% more products in 3b.)
+    """
+    B, T, N, K = q_BTNK.shape
+    R, C, slots = _hopper_blocks(K, "forward")
+    q, k, v = _pad_to_blocks(R, C, q_BTNK, k_BTNK, v_BTNK)
+    tiles, scale = q.shape[1] // (_COMPUTE_WARPGROUPS * R), K**-0.5 * _LOG2_E
+
+    def attention_forward(q_ref, k_ref, v_ref, o_ref, lse_ref, q_smem, lse_smem, k_smem, v_smem, barriers):
+        q_filled, turn, k_filled, k_freed, v_filled, v_freed = barriers
+        tile = tiles - 1 - lax.axis_index("tile")  # the longest first
+        full, last = _key_blocks(tile, _COMPUTE_WARPGROUPS * R, C)
+
+        def memory():
+            keys, values = [(k_ref, k_smem)], [(v_ref, v_smem)]
+            _fill_rings(0, last, C, slots, (keys, k_filled, k_freed), (values, v_filled, v_freed))
+
+        def compute(wg):
+            start = (tile * _COMPUTE_WARPGROUPS + wg) * R
+            _load_own(start, R, q_filled.at[wg], (q_ref, q_smem.at[wg]))
+
+            def take_turns():
+                plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(turn)
+
+            def step(i, carry, on_diagonal):
+                o_RK, max_R, sum_R = carry
+                slot = lax.rem(i, slots)
+                plgpu.barrier_wait(k_filled.at[slot])
+                scores_RC = _product(q_smem.at[wg], k_smem.at[slot].transpose((1, 0)), meanwhile=take_turns)
+                plgpu.barrier_arrive(k_freed.at[slot])
+                if on_diagonal:
+                    scores_RC = _hide_later_keys(scores_RC, start, i * C, query_axis=0)
+                new_max_R = jnp.maximum(max_R, scores_RC.max(axis=1) * scale)
+                shrink_R = jnp.exp2(max_R - new_max_R)
+                p_RC = jnp.exp2(scores_RC * scale - _across(new_max_R, (R, C), 0))
+                o_RK = o_RK * _across(shrink_R, o_RK.shape, 0)
+                sum_R = sum_R * shrink_R + p_RC.sum(axis=1)
+                # Keeps the compiler from moving the softmax into the other warpgroup's turn to multiply.
+                o_RK, max_R, sum_R, p_RC = lax.optimization_barrier((o_RK, new_max_R, sum_R, p_RC.astype(q.dtype)))
+                plgpu.barrier_wait(v_filled.at[slot])
+                take_turns()
+                o_RK = _add_products((o_RK, p_RC, v_smem.at[slot]))
+                plgpu.barrier_arrive(v_freed.at[slot])
+                return o_RK, max_R, sum_R
+
+            # While one warpgroup multiplies, the other exponentiates; both take as many turns, or they would hang.
+            pl.when(wg == 1)(take_turns)
+            carry = _full((R, q.shape[3]), 0), _full((R,), -jnp.inf, _by_row()), _full((R,), 0, _by_row())
+            carry = lax.fori_loop(0, full, functools.partial(step, on_diagonal=False), carry)
+            o_RK, max_R, sum_R = lax.fori_loop(full, last, functools.partial(step, on_diagonal=True), carry)
+            pl.when(wg == 0)(take_turns)
+
+            q_smem.at[wg][...] = (o_RK * _across(1 / sum_R, o_RK.shape, 0)).astype(q.dtype)
+            lse_smem.at[wg][...] = max_R * math.log(2) + jnp.log(sum_R)
+            _store_own(start, R, (q_smem.at[wg], o_ref), (lse_smem.at[wg], lse_ref))
+
+        _split_roles(memory, compute)
+
+    o, lse = _hopper_kernel(
+        attention_forward,
+        (q, k, v),
+        out_type=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, q.shape[1]), jnp.float32)],
+        grid=(N, tiles, B),
+        scratch_types=[
+            _smem(_COMPUTE_WARPGROUPS, R, q.shape[3]),
+            plgpu.SMEM((_COMPUTE_WARPGROUPS, R), jnp.float32),
+            _smem(slots, C, q.shape[3]),
+            _smem(slots, C, q.shape[3]),
+            [
+                plgpu.Barrier(num_barriers=_COMPUTE_WARPGROUPS),
+                plgpu.Barrier(num_arrivals=_COMPUTE_WARPGROUPS),
+                *_ring_barriers(slots),
+                *_ring_barriers(slots),
+            ],
+        ],
+    )
+    return o[:, :T, :, :K], lse[:, :, :T]
+
+
+def _hopper_dq(q_BTNK, k_BTNK, v_BTNK, do_BTNK, log2_sum_BNT, delta_BNT):
+    B, T, N, K = q_BTNK.shape
+    R, C, slots = _hopper_blocks(K, "dq")
+    arrays = _pad_to_blocks(R, C, q_BTNK, k_BTNK, v_BTNK, do_BTNK, log2_sum_BNT, delta_BNT)
+    _, T_padded, _, K_padded = arrays[0].shape
+    tiles, dtype, scale = T_padded // (_COMPUTE_WARPGROUPS * R), q_BTNK.dtype, K**-0.5
+
+    def attention_dq(q_ref, k_ref, v_ref, do_ref, log2_sum_ref, delta_ref, dq_ref, own_smem, k_smem, v_smem, barriers):
+        own_filled, k_filled, k_freed, v_filled, v_freed = barriers
+        tile = tiles - 1 - lax.axis_index("tile")  # the longest first
+        full, last = _key_blocks(tile, _COMPUTE_WARPGROUPS * R, C)
+
+        def memory():
+            keys, values = [(k_ref, k_smem)], [(v_ref, v_smem)]
+            _fill_rings(0, last, C, slots, (keys, k_filled, k_freed), (values, v_filled, v_freed))
+
+        def compute(wg):
+            start = (tile * _COMPUTE_WARPGROUPS + wg) * R
+            q_smem, do_smem, log2_sum_smem, delta_smem = (smem.at[wg] for smem in own_smem)
+            rows = (log2_sum_ref, log2_sum_smem), (delta_ref, delta_smem)
+            _load_own(start, R, own_filled.at[wg], (q_ref, q_smem), (do_ref, do_smem), *rows)
+            log2_sum_R, delta_R = _load(log2_sum_smem, _by_row()), _load(delta_smem, _by_row())
+
+            def step(i, dq_RK, on_diagonal):
+                slot = lax.rem(i, slots)
+                plgpu.barrier_wait(k_filled.at[slot])
+                scores_RC = _product(q_smem, k_smem.at[slot].transpose((1, 0)))
+                if on_diagonal:
+                    scores_RC = _hide_later_keys(scores_RC, start, i * C, query_axis=0)
+                p_RC = jnp.exp2(scores_RC * (scale * _LOG2_E) - _across(log2_sum_R, (R, C), 0))
+                plgpu.barrier_wait(v_filled.at[slot])
+                dp_RC = _product(do_smem, v_smem.at[slot].transpose((1, 0)))
+                plgpu.barrier_arrive(v_freed.at[slot])
+                ds_RC = p_RC * (dp_RC - _across(delta_R, (R, C), 0))
+                dq_RK = _add_products((dq_RK, ds_RC.astype(dtype), k_smem.at[slot]))
+                plgpu.barrier_arrive(k_freed.at[slot])
+                return dq_RK
+
+            dq_RK = lax.fori_loop(0, full, functools.partial(step, on_diagonal=False), _full((R, K_padded), 0))
+            dq_RK = lax.fori_loop(full, last, functools.partial(step, on_diagonal=True), dq_RK)
+            q_smem[...] = (dq_RK * scale).astype(dtype)
+            _store_own(start, R, (q_smem, dq_ref))
+
+        _split_roles(memory, compute)
+
+    own_array, own_row = _smem(_COMPUTE_WARPGROUPS, R, K_padded), plgpu.SMEM((_COMPUTE_WARPGROUPS, R), jnp.float32)
+    own_filled = plgpu.Barrier(num_arrivals=4, num_barriers=_COMPUTE_WARPGROUPS)
+    (dq,) = _hopper_kernel(
+        attention_dq,
+        arrays,
+        out_type=[jax.ShapeDtypeStruct((B, T_padded, N, K_padded), dtype)],
+        grid=(N, tiles, B),
+        scratch_types=[
+            [own_array, own_array, own_row, own_row],
+            _smem(slots, C, K_padded),
+            _smem(slots, C, K_padded),
+            [own_filled, *_ring_barriers(slots), *_ring_barriers(slots)],
+        ],
+    )
+    return dq[:, :T, :, :K]
+
+
+def _hopper_dkv(q_BTNK, k_BTNK, v_BTNK, do_BTNK, log2_sum_BNT, delta_BNT):
+    B, T, N, K = q_BTNK.shape
+    R, C, slots = _hopper_blocks(K, "dkv")
+    arrays = _pad_to_blocks(R, C, q_BTNK, k_BTNK, v_BTNK, do_BTNK, log2_sum_BNT, delta_BNT)
+    _, T_padded, _, K_padded = arrays[0].shape
+    tiles, dtype, scale = T_padded // (_COMPUTE_WARPGROUPS * R), q_BTNK.dtype, K**-0.5
+
+    def attention_dkv(q_ref, k_ref, v_ref, do_ref, log2_sum_ref, delta_ref, dk_ref, dv_ref, own_smem, rings, barriers):
+        q_smem, do_smem, log2_sum_smem, delta_smem = rings
+        own_filled, q_filled, q_freed, do_filled, do_freed = barriers
+        tile = lax.axis_index("tile")
+        first, full, last = _query_blocks(tile, _COMPUTE_WARPGROUPS * R, C, T_padded)
+
+        def memory():
+            queries = [(q_ref, q_smem), (log2_sum_ref, log2_sum_smem), (delta_ref, delta_smem)]
+            cotangents = [(do_ref, do_smem)]
+            _fill_rings(first, last, C, slots, (queries, q_filled, q_freed), (cotangents, do_filled, do_freed))
+
+        def compute(wg):
+            start = (tile * _COMPUTE_WARPGROUPS + wg) * R
+            k_smem, v_smem = (smem.at[wg] for smem in own_smem)
+            _load_own(start, R, own_filled.at[wg], (k_ref, k_smem), (v_ref, v_smem))
+
+            def step(i, carry, on_diagonal):
+                dk_RK, dv_RK = carry
+                slot = lax.rem(i, slots)
+                plgpu.barrier_wait(q_filled.at[slot])
+                scores_RC = _product(k_smem, q_smem.at[slot].transpose((1, 0)))
+                if on_diagonal:
+                    scores_RC = _hide_later_keys(scores_RC, i * C, start, query_axis=1)
+                log2_sum_C = _load(log2_sum_smem.at[slot], _by_column())
+                p_RC = jnp.exp2(scores_RC * (scale * _LOG2_E) - _across(log2_sum_C, (R, C), 1))
+                plgpu.barrier_wait(do_filled.at[slot])
+                dv_RK, dp_RC = _add_products(
+                    (dv_RK, p_RC.astype(dtype), do_smem.at[slot]),
+                    (_full((R, C), 0), v_smem, do_smem.at[slot].transpose((1, 0))),
+                )
+                plgpu.barrier_arrive(do_freed.at[slot])
+                delta_C = _load(delta_smem.at[slot], _by_column())
+                plgpu.commit_smem()  # the two rows were read by plain loads: the next copies must not overtake them
+                ds_RC = p_RC * (dp_RC - _across(delta_C, (R, C), 1))
+                dk_RK = _add_products((dk_RK, ds_RC.astype(dtype), q_smem.at[slot]))
+                plgpu.barrier_arrive(q_freed.at[slot])
+                return dk_RK, dv_RK
+
+            carry = _full((R, K_padded), 0), _full((R, K_padded), 0)
+            carry = lax.fori_loop(first, full, functools.partial(step, on_diagonal=True), carry)
+            dk_RK, dv_RK = lax.fori_loop(full, last, functools.partial(step, on_diagonal=False), carry)
+            k_smem[...] = (dk_RK * scale).astype(dtype)
+            v_smem[...] = dv_RK.astype(dtype)
+            _store_own(start, R, (k_smem, dk_ref), (v_smem, dv_ref))
+
+        _split_roles(memory, compute)
+
+    own_array, ring_row = _smem(_COMPUTE_WARPGROUPS, R, K_padded), plgpu.SMEM((slots, C), jnp.float32)
+    own_filled = plgpu.Barrier(num_arrivals=2, num_barriers=_COMPUTE_WARPGROUPS)
+    dk, dv = _hopper_kernel(
+        attention_dkv,
+        arrays,
+        out_type=[jax.ShapeDtypeStruct((B, T_padded, N, K_padded), dtype)] * 2,
+        grid=(N, tiles, B),
+        scratch_types=[
+            [own_array, own_array],
+            [_smem(slots, C, K_padded), _smem(slots, C, K_padded), ring_row, ring_row],
+            [own_filled, *_ring_barriers(slots, copies=3), *_ring_barriers(slots)],
+        ],
+    )
+    return dk[:, :T, :, :K], dv[:, :T, :, :K]
+
+
+def _key_blocks(tile, tile_tokens, C):
+    """For a tile of queries: they see all of key blocks 0 to full, and some of full to last."""
+    return tile * tile_tokens // C, (tile * tile_tokens + tile_tokens + C - 1) // C
+
+
+def _query_blocks(tile, tile_tokens, C, T):
+    """For a tile of keys: query blocks first to full see some of them, full to last see all of them."""
+    return tile * tile_tokens // C, (tile * tile_tokens + tile_tokens + C - 1) // C, T // C
+
+
+def _hopper_blocks(K, kernel):
+    return HOPPER_BLOCKS[_HOPPER_HEAD_DIM[K]][kernel]
+
+
+def _pad_to_blocks(R, C, *arrays):
+    """Zeros after the tokens of (B, T, N, K) and (B, N, T) arrays, up to whole tiles and blocks, and after K.
+
+    They reach no result: a padded key is later than every query, and a padded query has no cotangent.
+    """
+    K = arrays[0].shape[3]
+    more_T, more_K = -arrays[0].shape[1] % math.lcm(_COMPUTE_WARPGROUPS * R, C), _HOPPER_HEAD_DIM[K] - K
+    widths = {4: ((0, 0), (0, more_T), (0, 0), (0, more_K)), 3: ((0, 0), (0, 0), (0, more_T))}
+    return [jnp.pad(x, widths[x.ndim]) for x in arrays]
+
+
+def _hopper_kernel(body, operands, *, out_type, grid, scratch_types):
+    results = plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=grid,
+        grid_names=("head", "tile", "batch"),
+        num_threads=_COMPUTE_WARPGROUPS + 1,
+        thread_name="wg",
+        scratch_types=scratch_types,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(*operands)
+    # Under shard_map's check_vma, plgpu.kernel forgets over which mesh axes its results vary.
+    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in operands))
+    missing = lambda x: tuple(varying - jax.typeof(x).manual_axis_type.varying)
+    return [lax.pcast(x, missing(x), to="varying") for x in results]
+
+
+def _smem(count, tokens, K):
+    """`count` bf16 arrays (tokens, K), tiled and swizzled as wgmma reads them: by 64 columns, or 32 where K is 96."""
+    columns = 64 if K % 64 == 0 else 32
+    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
+    return plgpu.SMEM((count, tokens, K), jnp.bfloat16, transforms=transforms)
+
+
+def _ring_barriers(slots, copies=1):
+    """(filled, freed): a slot is filled by `copies` copies and freed by all compute warpgroups."""
+    filled = plgpu.Barrier(num_arrivals=copies, num_barriers=slots)
+    return filled, plgpu.Barrier(num_arrivals=_COMPUTE_WARPGROUPS, num_barriers=slots)
+
+
+def _split_roles(memory, compute):
+    def with_few_registers():
+        plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
+        memory()
+
+    def with_many_registers():
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        compute(lax.axis_index("wg"))
+
+    lax.cond(lax.axis_index("wg") == _COMPUTE_WARPGROUPS, with_few_registers, with_many_registers)
+
+
+def _fill_rings(first, last, C, slots, *streams):
+    """Copies blocks first to last of every stream ([(array, ring), ...], filled, freed), each when its slot is free."""
+
+    @pl.loop(first, last)
+    def _(i):
+        slot = lax.rem(i, slots)
+        for copies, filled, freed in streams:
+            pl.when(i >= first + slots)(functools.partial(plgpu.barrier_wait, freed.at[slot]))
+            for ref, ring in copies:
+                plgpu.copy_gmem_to_smem(_tokens(ref, i * C, C), ring.at[slot], filled.at[slot])
+
+
+def _load_own(start, R, filled, *copies):
+    for ref, smem in copies:
+        plgpu.copy_gmem_to_smem(_tokens(ref, start, R), smem, filled)
+    plgpu.barrier_wait(filled)
+
+
+def _store_own(start, R, *copies):
+    plgpu.commit_smem()
+    for smem, ref in copies:
+        plgpu.copy_smem_to_gmem(smem, _tokens(ref, start, R))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _tokens(ref, start, count):
+    """Tokens start to start + count of this block's head, of a (B, T, N, K) or a (B, N, T) array."""
+    b, n, tokens = lax.axis_index("batch"), lax.axis_index("head"), pl.ds(start, count)
+    return ref.at[b, tokens, n] if len(ref.shape) == 4 else ref.at[b, n, tokens]
+
+
+def _product(a, b, meanwhile=lambda: None):
+    """a @ b in float32; `meanwhile` runs between issue and wait."""
+
+    def issue(acc_ref):
+        plgpu.wgmma(acc_ref, a, b)
+        meanwhile()
+        return acc_ref[...]
+
+    return pl.run_scoped(issue, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def _add_products(*terms):
+    """acc + a @ b for every (acc, a, b), with one wait for all; a single one is returned bare."""
+
+    def issue(acc_refs):
+        for acc_ref, (_, a, b) in zip(acc_refs, terms, strict=True):
+            plgpu.wgmma(acc_ref, a, b)
+
+    sums = pl.run_state(issue)(tuple(plgpu.ACC.init(acc) for acc, _, _ in terms))
+    return sums if len(terms) > 1 else sums[0]
+
+
+def _hide_later_keys(scores, first_query, first_key, query_axis):
+    index = lambda axis: plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=plgpu.Layout.WGMMA)
+    return jnp.where(first_query + index(query_axis) >= first_key + index(1 - query_axis), scores, -jnp.inf)
+
+
+def _across(x, shape, axis):
+    return lax.broadcast_in_dim(x, shape, [axis])
+
+
+def _load(ref, layout):
+    return plgpu.layout_cast(ref[...], layout)
+
+
+def _full(shape, value, layout=None):
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout or plgpu.Layout.WGMMA)
+
+
+def _by_row():
+    return plgpu.Layout.WGMMA.reduce(1)
+
+
+def _by_column():
+    return plgpu.Layout.WGMMA.reduce(0)
+
+
 # -------------------------------------------------------------------------------------------------------- plain jnp
 
 
@@ -723,6 +1157,12 @@ def _mask(T, S, causal, segment_ids_BT):
         same = (segment_ids_BT[:, S - T :, None] == segment_ids_BT[:, None, :])[:, None]
         mask = same if mask is None else mask & same
     return mask
+
+
+def _refuse_hopper(q_BTNK, k_BTNK, causal, segment_ids_BT):
+    reason = hopper_refuses(q_BTNK.shape, k_BTNK.shape, q_BTNK.dtype, causal, segment_ids_BT is not None)
+    if reason:
+        raise ValueError(f'implementation "hopper" cannot do this: {reason}; take "pallas" or None')
 
 
 def _check_shapes(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT):

@@ -2,6 +2,8 @@
 
 import functools
 import importlib.util
+import types
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -111,18 +113,51 @@ def test_large_scores_do_not_overflow():
     assert all(np.isfinite(x).all() for x in forward_and_gradients(attend, *arrays))
 
 
-def test_on_a_cpu_the_default_is_plain_jnp_and_on_accelerators_our_kernels(monkeypatch):
+def test_the_default_is_plain_jnp_on_a_cpu_and_our_kernels_on_accelerators(monkeypatch, capsys):
     q, k, _, _ = tensors(0, 8, 8, 64, jnp.bfloat16)
-    assert flash_attention.choose(q, k, True, False) == "chunked"
+    choice = lambda x=q, segmented=False: flash_attention.choose(x, x, True, segmented)
+    assert choice() == "chunked"
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert flash_attention.choose(q, k, True, False) == "pallas"
+    assert choice() == "pallas"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert flash_attention.choose(q, k, True, False) == "pallas"
+    device, backend = types.SimpleNamespace(compute_capability="8.0"), types.SimpleNamespace(platform_version="cuda 13000")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(jax.extend.backend, "get_backend", lambda: backend)
+    monkeypatch.setattr(flash_attention, "_hopper_trial", lambda K: None)
+    assert choice() == "pallas"
+    device.compute_capability = "9.0"
+    assert choice() == "hopper" and capsys.readouterr().err == ""
+    assert choice(segmented=True) == choice(segmented=True) == "pallas"
+    assert capsys.readouterr().err.splitlines() == ["flash_attention: the Hopper kernels know no segment ids; the portable kernels run instead"]
+    assert choice(q.astype(jnp.float32)) == "pallas" and "take bfloat16, not float32" in capsys.readouterr().err
+    backend.platform_version = "PJRT C API\ncuda 12080"
+    assert choice() == "pallas" and "CUDA 12080 miscompiles" in capsys.readouterr().err
+    backend.platform_version = "PJRT C API\ncuda 13000"
+    monkeypatch.setattr(flash_attention, "_hopper_trial", lambda K: "the Hopper kernels are wrong here")
+    assert choice() == "pallas" and "wrong here" in capsys.readouterr().err
+
+
+def test_hopper_kernels_that_give_wrong_numbers_are_found_before_a_model_uses_them(monkeypatch):
+    attend = flash_attention._attend
+    try:
+        for causal, verdict in ((True, None), (False, "are wrong here at head_dim 64")):  # a kernel that forgets causality
+            monkeypatch.setattr(flash_attention, "_attend", lambda q, k, v, segments, *_: attend(q, k, v, segments, causal, "xla"))
+            flash_attention._hopper_trial.cache_clear()
+            seen = []
+
+            @jax.jit
+            def model(x):  # the trial runs while a model is being traced
+                return lax.scan(jax.checkpoint(lambda x, _: (seen.append(flash_attention._hopper_trial(64)) or x, None)), x, length=2)[0]
+
+            model(jnp.ones(2))
+            assert verdict is None and seen[0] is None or verdict in seen[0]
+    finally:
+        flash_attention._hopper_trial.cache_clear()
 
 
 def test_what_attention_cannot_do_is_refused_in_words():
     q = jnp.zeros((1, 4, 1, 8))
-    with pytest.raises(ValueError, match="'cudnnn' is none of None, 'pallas'"):
+    with pytest.raises(ValueError, match="'cudnnn' is none of None, 'hopper', 'pallas'"):
         flash_attention.flash_attention(q, q, q, implementation="cudnnn")
     with pytest.raises(ValueError, match="there are 4 queries and 3 keys"):
         flash_attention.flash_attention(q, q[:, :3], q[:, :3])
@@ -130,10 +165,64 @@ def test_what_attention_cannot_do_is_refused_in_words():
         flash_attention.flash_attention(q, q[..., :4], q)
     with pytest.raises(ValueError, match=r"shape \(1, 3\) for 1 rows of 4 tokens"):
         flash_attention.flash_attention(q, q, q, segment_ids_BT=jnp.zeros((1, 3), int))
+    with pytest.raises(ValueError, match="the Hopper kernels take bfloat16, not float32; take \"pallas\" or None"):
+        flash_attention.flash_attention(q, q, q, implementation="hopper")
     with pytest.raises(ValueError, match="10 tokens do not divide into 2 x 4 chunks"):
         zigzag(10, 4)
     with pytest.raises(ValueError, match="the cache has 100 slots"):
         decode_attention(q, *[jnp.zeros((1, 1, 4, 100, 8))] * 2, 0, 1, implementation="pallas")
+
+
+# The Hopper kernels, on a machine without a Hopper GPU
+
+
+@pytest.mark.parametrize("K", [64, 96, 100, 128])
+def test_the_hopper_kernels_lower_to_mosaic_gpu(K):
+    x = jax.ShapeDtypeStruct((2, 1000, 4, K), jnp.bfloat16)
+    attend = functools.partial(flash_attention.flash_attention, implementation="hopper")
+    run = jax.jit(lambda q, k, v, do: forward_and_gradients(attend, q, k, v, do))
+    assert run.trace(x, x, x, x).lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 3  # forward, dq, dkv
+
+
+@pytest.mark.parametrize("K, T", [(64, 300), (96, 128), (100, 130), (128, 257)])
+def test_the_hopper_kernels_interpreted_are_the_definition_and_have_no_races(K, T, monkeypatch):
+    try:
+        from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+        interpreter = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))
+    except (ImportError, AttributeError):
+        pytest.skip(f"jax {jax.__version__} has no interpreter for these kernels; jax 0.12 has")
+
+    # Two things that the interpreter lacks: a product whose left side is in registers, and several in one run_state.
+    def product(token, mesh_location, thread, source_info=None, *, product=gpu_callbacks.wgmma, **refs):
+        a = np.asarray(refs["a_allocation_key_as_array"])
+        if a.ndim == 1:  # a reference: the key of its allocation
+            return product(token=token, mesh_location=mesh_location, thread=thread, source_info=source_info, **refs)
+        memory = gpu_callbacks._get_shared_memory()
+        info = gpu_callbacks.memory.GPULoggingInfo(mesh_location, thread, source_info)
+
+        def resolve(name):
+            key = gpu_callbacks.HostAllocationKey.from_array(refs[f"{name}_allocation_key_as_array"])
+            transforms = gpu_callbacks._remove_noop_transforms(refs[f"{name}_transforms"])
+            access = memory.access(key, jax.tree.map(int, transforms))
+            return key, access, memory.get_buffer_content(key, access, thread, logging_info=info)[0]
+
+        key, access, total = resolve("acc")
+        total = total + a.astype(np.float32) @ resolve("b")[2].astype(np.float32)
+        memory.store_buffer_content(key, access, total, thread, logging_info=info)
+        return token
+
+    def add_products(*terms):
+        sums = tuple(total + flash_attention._product(a, b) for total, a, b in terms)
+        return sums if len(sums) > 1 else sums[0]
+
+    monkeypatch.setattr(gpu_callbacks, "wgmma", product)
+    monkeypatch.setattr(flash_attention, "_add_products", add_products)
+    arrays = tensors(K, T, T, K, jnp.bfloat16, B=1)
+    attend = functools.partial(flash_attention.flash_attention, implementation="hopper")
+    with interpreter:
+        ours = forward_and_gradients(attend, *arrays)
+    assert_equal(ours, definition(*arrays), TOLERANCE[jnp.bfloat16])
 
 
 # Meshes
@@ -254,6 +343,16 @@ def test_ahead_of_time_the_portable_kernels_compile_for(chip, T, K, dtype, causa
         q, k, v, causal=causal, segment_ids_BT=ids, implementation="pallas")
     shapes = [((4, T, 2, K), dtype)] * 3 + [((4, T), jnp.int32)]
     assert compile_ahead(chips(chip), gradients_of(attend), P("seq"), *shapes) is not None
+
+
+@pytest.mark.parametrize("K", [64, 96, 100, 128])
+def test_ahead_of_time_the_hopper_kernels_are_assembled(K):
+    toolkit = Path("/usr/local/cuda")
+    if not (toolkit / "bin/ptxas").exists() or not (toolkit / "nvvm/libdevice").exists():
+        pytest.skip("no CUDA 13 toolkit in /usr/local/cuda: its ptxas and libdevice make machine code; lowering was tested")
+    attend = functools.partial(flash_attention.flash_attention, implementation="hopper")
+    shapes = [((4, 1000, 2, K), jnp.bfloat16)] * 3
+    assert "mosaic_gpu" in compile_ahead(chips("h200"), gradients_of(attend), P("seq"), *shapes).as_text()
 
 
 @pytest.mark.parametrize("chip", ["v4", "v5e", "h200"])
