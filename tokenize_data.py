@@ -27,6 +27,7 @@ K colours of a palette, B rows of a batch.
 """
 
 import base64
+import binascii
 import bisect
 import collections
 import contextlib
@@ -1254,11 +1255,13 @@ class Jsonl:
 
     def __init__(self, path, codes: int, specials, fields: str | None = None, vocabulary: int | None = None, max_rejected: float = BAD_LINES):
         self.path, self.codes, self.kinds, self.vocabulary = Path(path), codes, ["jsonl"], vocabulary or codes + 100
-        self.fields = split_fields(fields or "<|bos|>,{tokens},<|eos|>", specials[:2], self.vocabulary)
+        self.fields = [(key, counts, np.array([key], np.int32) if isinstance(key, int) else None)
+                       for key, counts in split_fields(fields or "<|bos|>,{tokens},<|eos|>", specials[:2], self.vocabulary)]
+        self.keys, self.all_count = [key for key, _, _ in self.fields if isinstance(key, str)], all(counts for _, counts, _ in self.fields)
         if not self.path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
         self.file, self.rejected, self.counts_K = open(self.path, "rb"), [], np.zeros(codes, np.int64)
-        offsets, lengths, content_lengths, hashes = [], [], [], []
+        places, lengths, hashes = [], [], []
         for number in itertools.count(1):
             offset = self.file.tell()
             if not (line := self.file.readline(LONGEST_LINE)):
@@ -1266,13 +1269,15 @@ class Jsonl:
             if not line.strip():
                 continue
             try:
-                ids_T, _, codes_T = self.parse(line)
+                texts = self.texts(line)
+                codes_T = np.concatenate([self.decode(text, key) for text, key in zip(texts, self.keys)])
             except ValueError as error:
                 self.rejected.append({"path": f"{path}:{number}", "reason": str(error)})
                 continue
-            offsets.append((offset, len(line)))
-            lengths.append(len(ids_T))
-            content_lengths.append(len(codes_T))
+            # Where each text lies in the file, so that a row is read without parsing JSON; or (-1, the line) if it is escaped.
+            found = [line.find(text) for text in texts]
+            places.append([(offset + at, len(text)) if at >= 0 else (-1 - offset, len(line)) for at, text in zip(found, texts)])
+            lengths.append(len(codes_T))
             hashes.append(zlib.crc32(codes_T.astype("<u2").tobytes()))
             self.counts_K += np.bincount(codes_T[codes_T < codes], minlength=codes)
         if self.rejected:
@@ -1282,50 +1287,58 @@ class Jsonl:
                 last += f"; {path}.rejected.jsonl lists them"
             except OSError:  # a folder that may only be read
                 pass
-            print(f"{path}: {len(self.rejected)} of {len(self.rejected) + len(offsets)} lines are bad and left out; {last}", file=sys.stderr)
-            if len(self.rejected) > max_rejected * (len(offsets) + len(self.rejected)):
+            print(f"{path}: {len(self.rejected)} of {len(self.rejected) + len(places)} lines are bad and left out; {last}", file=sys.stderr)
+            if len(self.rejected) > max_rejected * (len(places) + len(self.rejected)):
                 raise ValueError(f"{path}: more than {max_rejected:.0%} of its lines are bad; {last}")
-        if not offsets:
+        if not places:
             raise ValueError(f"{path}: no line in it")
-        self.offsets_N2, self.row_lengths_N, self.hashes_N = np.array(offsets), np.array(lengths), np.array(hashes)
-        self.longest = max(content_lengths)
-        self.about = {"tokenizer": None, "codes": codes, "codes_per_image": None, "sentences": len(offsets), "tokens": sum(content_lengths), "kinds": {"jsonl": len(offsets)}}
+        self.places_NK2, self.lengths_N, self.hashes_N = np.array(places), np.array(lengths), np.array(hashes)
+        self.row_lengths_N, self.longest = self.lengths_N + len(self.fields) - len(self.keys), int(self.lengths_N.max())
+        self.about = {"tokenizer": None, "codes": codes, "codes_per_image": None, "sentences": len(places), "tokens": sum(lengths), "kinds": {"jsonl": len(places)}}
 
-    def parse(self, line: bytes):
-        """-> (int32 ids, their masks or None for all ones, the tokens without literal ids)."""
+    def texts(self, line: bytes) -> list[bytes]:
+        """The base64 under each key of the fields."""
         if len(line) == LONGEST_LINE:
             raise ValueError(f"a line of more than {LONGEST_LINE:,} bytes")
-        example, parts, content = json.loads(line), [], []
-        for key, counts in self.fields:
-            if isinstance(key, int):
-                ids_T = np.array([key], np.int32)
-            else:
-                text = example.get(key) if isinstance(example, dict) else None
-                if not isinstance(text, str):
-                    raise ValueError(f"no text under the key {key!r}")
-                try:
-                    ids_T = np.frombuffer(base64.b64decode(text, validate=True), "<i4")
-                except ValueError:
-                    raise ValueError(f"{key!r} is no base64 of int32 tokens") from None
-                if not len(ids_T) or ids_T.min() < 0 or ids_T.max() >= self.vocabulary:
-                    raise ValueError(f"{key!r} holds {f'tokens from {ids_T.min()} to {ids_T.max()}' if len(ids_T) else 'no tokens'}; wanted ids below {self.vocabulary}")
-                content.append(ids_T)
-            parts.append((ids_T, counts))
-        masks = None if all(counts for _, counts in parts) else np.concatenate([np.full(len(ids_T), counts, np.float32) for ids_T, counts in parts])
-        return np.concatenate([ids_T for ids_T, _ in parts]), masks, np.concatenate(content or [np.zeros(0, np.int32)])
+        example = json.loads(line)
+        texts = [example.get(key) if isinstance(example, dict) else None for key in self.keys]
+        for key, text in zip(self.keys, texts):
+            if not isinstance(text, str) or not text.isascii():
+                raise ValueError(f"no base64 text under the key {key!r}")
+        return [text.encode() for text in texts]
+
+    def decode(self, text: bytes, key: str) -> np.ndarray:
+        try:
+            ids_T = np.frombuffer(binascii.a2b_base64(text, strict_mode=True), "<i4")
+        except ValueError:
+            raise ValueError(f"{key!r} is no base64 of int32 tokens") from None
+        if not len(ids_T) or ids_T.view("<u4").max() >= self.vocabulary:  # as unsigned ones negative ids are large too
+            raise ValueError(f"{key!r} holds {f'tokens from {ids_T.min()} to {ids_T.max()}' if len(ids_T) else 'no tokens'}; wanted ids below {self.vocabulary}")
+        return ids_T
 
     def __len__(self):
-        return len(self.offsets_N2)
+        return len(self.places_NK2)
 
-    def line(self, i) -> bytes:
-        offset, length = self.offsets_N2[i]
-        return os.pread(self.file.fileno(), int(length), int(offset))
+    def contents(self, i) -> list[np.ndarray]:
+        """The tokens of line i under each key."""
+        found = []
+        for k, (place, length) in enumerate(self.places_NK2[i].tolist()):
+            text = os.pread(self.file.fileno(), length, place if place >= 0 else -1 - place)
+            try:
+                found.append(self.decode(text if place >= 0 else self.texts(text)[k], self.keys[k]))
+            except ValueError as error:
+                raise ValueError(f"{self.path} has changed since it was opened: {error}") from None
+        return found
 
     def __getitem__(self, i):
-        return 0, self.parse(self.line(i))[2]
+        return 0, np.concatenate(self.contents(i))
 
     def row(self, i, specials):
-        return self.parse(self.line(i))[:2]
+        """-> (int32 ids; which of them the loss counts: None for all)."""
+        contents = iter(self.contents(i))
+        parts = [next(contents) if isinstance(key, str) else literal for key, _, literal in self.fields]
+        masks = None if self.all_count else np.concatenate([np.full(len(part), counts, np.float32) for part, (_, counts, _) in zip(parts, self.fields)])
+        return np.concatenate(parts), masks
 
     def code_counts(self):
         return self.counts_K
@@ -1509,10 +1522,10 @@ def pack(opened, chosen, weights, *, seed: int, context: int, packing: str, spec
             at += len(ids_T)
             if at >= high - low:
                 break
-        rows_BT = np.arange(count)[:, None] * (context - 1) + np.arange(context)
-        mask_BT = counts_T[rows_BT]
+        rows = lambda x_T: np.lib.stride_tricks.as_strided(x_T, (count, context), (4 * (context - 1), 4)).copy()
+        mask_BT = rows(counts_T)
         mask_BT[:, 0] = 0  # the first of a row is nobody's target here: it was the last of the row before
-        return {"ids_BT": flat_T[rows_BT], "mask_BT": mask_BT}
+        return {"ids_BT": rows(flat_T), "mask_BT": mask_BT}
 
     def segment(first, count):
         nonlocal walked, used
@@ -1641,7 +1654,7 @@ def inspect(config: Inspect):
             raise ValueError(f"{config.data}: dataset.json counts other sentences, tokens or kinds than there are")
     p_K = counts_K[counts_K > 0] / counts_K.sum()
     entropy = float(-(p_K * np.log(p_K)).sum())
-    lengths_N = shards.lengths_N if isinstance(shards, Shards) else shards.row_lengths_N - 2
+    lengths_N = shards.lengths_N
     print(f"{config.data}: {about['sentences']:,} sentences, {about['tokens']:,} tokens of {about['codes_per_image'] or 'unknown'} a picture; tokenizer {about['tokenizer'] or 'unknown'}")
     for kind, count in about["kinds"].items():
         print(f"  {count:>9,} {kind}")
