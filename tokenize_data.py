@@ -1,33 +1,62 @@
-"""From pictures to visual sentences: reads images, strings their codes into sentences, writes and reads shards.
+"""From pictures to visual sentences: reads images and clips, strings their codes into sentences, writes and reads shards.
 
     python tokenize_data.py demo --out data/demo                                   # embedded pictures, exact answers
-    python tokenize_data.py pairs --inputs photos --answers masks --out data/masks  # matched by file name
-    python tokenize_data.py colorize --inputs photos --out data/colour
-    python tokenize_data.py inpaint --inputs photos --out data/inpaint
-    python tokenize_data.py frames --inputs clips --out data/video                 # a folder of folders of frames
+    python tokenize_data.py pairs --inputs photos --answers masks depth --out data/pairs      # matched by file name
+    python tokenize_data.py colorize --inputs photos --out data/colour             # inpaint: the same flags
+    python tokenize_data.py multi --inputs photos depth normals --out data/multi   # K modalities of one picture
+    python tokenize_data.py category --inputs classes --out data/category          # a folder of folders, one a class
+    python tokenize_data.py video --inputs clips --strides 8 12 24 --out data/video           # mp4 webm mkv avi mov gif
+    python tokenize_data.py frames --inputs clips --out data/frames                # a folder of folders of frames
+    python tokenize_data.py multi-video --inputs rgb depth --out data/both         # clips of the same names
+    python tokenize_data.py tracks --inputs co3d --modalities images masks depths --out data/tracks
+    python tokenize_data.py recolor --inputs labels --out colours                  # integer maps to colours, and back
+    python tokenize_data.py import-jsonl --inputs dataset.jsonl --tokenizer PATH --out data/lvm   # and export-jsonl
     python tokenize_data.py show --data data/demo --out sentences.png              # decode sentences, as a check
+    python tokenize_data.py inspect --data data/demo                               # counts, use of the codes, digests
 
 A sentence is `codes of picture 1, codes of picture 2, ...`, uint16, without special ids; the reader adds BOS and EOS.
-A dataset is a folder: `dataset.json`, `NNNNN.tokens` (flat uint16) and `NNNNN.index.npy` (int64 [sentences, 2]: where
-each sentence ends, and its kind). It is written as `DIR.partial` and renamed when whole.
+A dataset is a folder: `dataset.json`, `NNNNN.tokens` (flat uint16) and `NNNNN.index.npy` (int64 [sentences, 3]: where
+each sentence ends, its kind, and the CRC-32 of its tokens). It is written as `DIR.partial` and renamed when whole.
 
-Dimension key: N pictures or sentences, T pictures of a sentence or its tokens, S codes of a picture, H W C a picture.
+Pictures are encoded in chunks that are kept in `DIR.codes` until all are there. A run that was killed goes on with the
+chunks that are missing; several hosts that share a disk each take a part (`--part 0/4`), and the last one to finish
+strings the sentences. The result depends on neither: it is that of one run, to the byte.
+
+Dimension key: N pictures or sentences, T pictures of a sentence or its tokens, S codes of a picture, H W C a picture,
+K colours of a palette, B rows of a batch.
 """
 
+import base64
+import binascii
+import bisect
+import collections
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
+import math
+import multiprocessing
+import multiprocessing.connection
 import os
+import re
+import shutil
+import signal
 import sys
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
-from typing import Callable, Iterable, Literal
+from typing import Callable, Iterable, Literal, NamedTuple
 
+import av
 import grain
+import jax
 import numpy as np
 import tyro
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -37,9 +66,12 @@ from vqgan import find_images, read_image  # read_image is public here too: ever
 FORMAT = 1
 PICTURES = vqgan.HERE / "assets" / "pictures"
 SENTENCES_PER_SHARD = 65_536
+CHUNK = 4096  # pictures encoded between two points from which a killed run can go on
+CHECKED_WHOLE = 1 << 30  # datasets of more tokens have their ids checked as they are read, not when they are opened
+BAD_LINES = 0.05  # of a jsonl that is read directly: more than this fraction stops the run
 
 
-# ---------------------------------------------------------------------------------------------------- sentences
+# ---------------------------------------------------------------------------------------------------- kinds of sentence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,37 +86,79 @@ class Source:
     """Tokenizer folder; the bundled one by default."""
     fit: Literal["stretch", "crop"] = "stretch"
     """Stretch each picture to the square, as LVM does, or crop it."""
+    random_crop: float = 1.0
+    """Show a random part of each picture (the same of all pictures of a shot or clip): at least this fraction of its sides."""
+    flip: bool = False
+    """Mirror half of the shots or clips, each as a whole."""
+    jitter: float = 0.0
+    """Change brightness, contrast and saturation by up to this fraction, alike in all pictures of a shot or clip."""
+    filter: str = ""
+    """Use only the files whose path below --inputs holds this text."""
+    limit: int | None = None
+    """Use only the first so many pictures or clips, in order of name."""
     epochs: int = 1
-    """Passes over the pictures, each in another order."""
+    """Passes over the files, each in another order and with other random choices."""
     seed: int = 0
-    """Seed of orders, masks, strides and starts."""
+    """Seed of orders, masks, strides, starts and augmentations."""
     max_rejected: float = 0.05
-    """Stop where more than this fraction of the pictures cannot be read."""
+    """Stop where more than this fraction of the files cannot be read."""
+    context: int = 4098
+    """Report the sentences that are longer than this with BOS and EOS."""
+    workers: int | None = None
+    """Processes that read files; 0: two threads of this one. By default one a core, or 0 for fewer than 2,000 pictures."""
+    batch: int = 64
+    """Pictures encoded at a time, over all devices."""
+    mesh: int = -1
+    """Devices that share a batch; -1 for all."""
+    part: str = "0/1"
+    """`i/n`: encode the i-th of n parts, on this host; the others run the same command with the same --out and their own i."""
+    patience: float = 45.0
+    """Seconds without a sign of life from the workers after which they are stopped; raise it for clips that take longer."""
 
     def __post_init__(self):
         if self.out.exists():
             raise ValueError(f"--out {self.out} exists; choose another folder or delete it")
-        for name in {"epochs", "shots", "frames", "max_stride"} & {f.name for f in dataclasses.fields(self)}:
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        for name in {"epochs", "shots", "frames", "max_stride", "limit", "batch", "context", "pictures"} & {f.name for f in dataclasses.fields(self)}:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        for name, low, high in (("random_crop", 0.05, 1), ("jitter", 0, 1), ("max_rejected", 0, 1), ("patience", 0.1, math.inf)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"--{name.replace('_', '-')} must lie in [{low}, {high}], got {getattr(self, name)}")
+        split_part(self.part)
 
 
 @dataclasses.dataclass(frozen=True)
-class PairSource(Source):
+class Stills(Source):
+    duplicates: int | None = None
+    """Leave out pictures whose 64-bit difference hash is within so many bits (0 to 7; 3 finds copies that were scaled or
+    compressed) and whose mean colour is close to those of an earlier one; DIR.duplicates.jsonl lists them."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.duplicates is not None and not 0 <= self.duplicates <= 7:
+            raise ValueError(f"--duplicates must lie in [0, 7], got {self.duplicates}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PairSource(Stills):
     shots: int = 8
     """Pairs a sentence."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs(PairSource):
-    """8 x [input, annotation]; the two folders hold files of the same names (suffixes may differ)."""
+    """8 x [input, annotation]; the folders hold files of the same names (suffixes may differ)."""
 
-    answers: Path | None = None
-    """Folder of annotations; `inputs/a/b.jpg` belongs to `answers/a/b.png`."""
+    answers: tuple[Path, ...] = ()
+    """Folders of annotations; `inputs/a/b.jpg` belongs to `answers/a/b.png`. Each folder makes sentences of its own, of
+    the kind `pairs` if it is the only one, else `pairs-FOLDER`."""
+    answer_filter: str = ""
+    """Use only the annotations whose path below their folder holds this text."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.answers is None:
+        object.__setattr__(self, "answers", (self.answers,) if isinstance(self.answers, Path) else self.answers or ())
+        if not self.answers:
             raise ValueError("--answers FOLDER is missing: the annotations, under the same names as --inputs")
 
 
@@ -97,10 +171,60 @@ class Colorize(PairSource):
 class Inpaint(PairSource):
     """8 x [masked, original]; with p = .3 one zeroed square, else 8 x 8 patches each kept with probability U(0, 1)."""
 
+    squares: float = 0.3
+    """Share of the pictures that lose a square; the others lose patches."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Multi(Stills):
+    """3 x K modalities of the same picture, in a random order of the K that all shots of a sentence share."""
+
+    inputs: tuple[Path, ...]
+    """K folders that hold files of the same names (suffixes may differ), one for each modality."""
+    shots: int = 3
+    """Pictures a sentence, each in all its modalities."""
+    shuffle_tasks: bool = True
+    """Draw the order of the modalities for each sentence; else it is that of --inputs."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.inputs) < 2:
+            raise ValueError("--inputs wants at least two folders, one for each modality")
+
+
+@dataclasses.dataclass(frozen=True)
+class Category(Stills):
+    """4 pictures of each of 4 classes: class by class, every folder that directly holds pictures being a class."""
+
+    per_class: Literal[1, 2, 4, 8] = 4
+    """Pictures of a class in a sentence."""
+    pictures: int = 16
+    """Pictures a sentence; a multiple of --per-class."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.pictures % self.per_class:
+            raise ValueError(f"--pictures {self.pictures} is not a multiple of --per-class {self.per_class}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Video(Source):
+    """16 frames of one video file: one sentence for each epoch, stride and video, with a random start."""
+
+    frames: int = 16
+    """Pictures a sentence."""
+    strides: tuple[int, ...] = (8, 12, 24)
+    """Frames from one picture to the next. Videos too short for a stride are listed in DIR.rejected.jsonl."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.strides or min(self.strides) < 1 or len(set(self.strides)) < len(self.strides):
+            raise ValueError(f"--strides {' '.join(map(str, self.strides))}: wanted different numbers of at least 1")
+
 
 @dataclasses.dataclass(frozen=True)
 class Frames(Source):
-    """16 frames of one clip; every folder that directly holds pictures is a clip, its files in order of name."""
+    """16 frames of one clip; every folder that directly holds pictures is a clip, its files in natural order of name."""
 
     frames: int = 16
     """Pictures a sentence."""
@@ -108,70 +232,418 @@ class Frames(Source):
     """The stride of a sentence is drawn from 1 to this."""
 
 
+@dataclasses.dataclass(frozen=True)
+class MultiVideo(Source):
+    """Several modalities of the same clips, in both orders: all frames of task 0, then of task 1 ... (kind
+    `multi-video-by-task`); and frame 0 of every task, frame 1 of every task ... (kind `multi-video-by-frame`)."""
+
+    inputs: tuple[Path, ...]
+    """A folder for each modality; clips are video files, or folders of frames, of the same name in each."""
+    frames: int | None = None
+    """Frames a clip; by default as many as make 16 pictures a sentence over all modalities and shots."""
+    shots: int = 1
+    """Clips a sentence."""
+    max_stride: int = 4
+    """The stride of a clip is drawn from 1 to this."""
+    shuffle_tasks: bool = False
+    """Draw the order of the modalities for each sentence; else it is that of --inputs."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.inputs) < 2:
+            raise ValueError("--inputs wants at least two folders, one for each modality")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tracks(Source):
+    """Views of things in CO3D's layout, `CATEGORY/TRACK/{images,masks,depths}/`: 4 x [4 images][4 masks], and the same with
+    every other modality (kinds `tracks-masks`, ...). Files belong together by their name up to the first dot."""
+
+    modalities: tuple[str, ...] = ("images", "masks", "depths")
+    """Names of a track's folders; the first are the images."""
+    half_floats: tuple[str, ...] = ("depths",)
+    """Those whose 16-bit pictures hold float16 values, as CO3D's depths do; scaled by the largest of a shot."""
+    frames: int = 4
+    """Views a shot."""
+    shots: int = 4
+    """Tracks a sentence, of one category as far as they go."""
+    max_stride: int = 4
+    """The stride of a shot's views is drawn from 1 to this."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.modalities) < 2 or len(set(self.modalities)) < len(self.modalities):
+            raise ValueError("--modalities wants at least two different names: the images, and what is shown of them")
+
+
+class Item(NamedTuple):
+    """What a worker reads at a time. `read(size)` returns a list of pictures, or (pictures, notes): without any picture
+    the item is left out, and a note {"path", "reason", "bad"} says why; bad ones count against --max-rejected."""
+
+    name: str
+    read: Callable
+
+
+class Series(NamedTuple):
+    """Sentences of one kind: `shots` units each, in an order that `salt` seeds (None: as they come). A unit is a tuple of
+    items; it shows the pictures `rows` of theirs, `tasks` drawing their modalities in another order for each sentence."""
+
+    kind: int
+    units: list[tuple[int, ...]]
+    shots: int
+    salt: tuple[int, ...] | None = None
+    rows: Callable = lambda codes_TS, tasks: codes_TS
+    tasks: int | None = None
+    group: list | None = None  # units of one group stand next to each other
+
+
 def tokenize_pairs(source: Pairs):
-    inputs, answers = ({path.relative_to(root).with_suffix("").as_posix(): path for path in find_images(root)}
-                       for root in (source.inputs, source.answers))
-    unmatched = [{"path": str((inputs | answers)[stem]), "reason": "no file of this name in the other folder"} for stem in sorted(inputs.keys() ^ answers.keys())]
-    stems = sorted(inputs.keys() & answers.keys())
-    if not stems:
-        raise ValueError(f"no file in {source.inputs} has a partner of the same name in {source.answers}")
-    read = lambda stem, size: [read_image(path, size, source.fit) for path in (inputs[stem], answers[stem])]
-    write_pairs(source, [(str(inputs[stem]), lambda size, stem=stem: read(stem, size)) for stem in stems], unmatched)
+    folders = (source.inputs, *source.answers)
+    notes = []
+    found = [find_stems(folder, source.answer_filter if k else source.filter, notes) for k, folder in enumerate(folders)]
+    for k, answers in enumerate(found[1:], 1):
+        notes += [{"path": str((found[0] | answers)[stem]), "reason": f"no file of this name in {folders[0 if stem in answers else k]}"}
+                  for stem in sorted(found[0].keys() ^ answers.keys())]
+        if not found[0].keys() & answers.keys():
+            raise ValueError(f"no file in {source.inputs} has a partner of the same name in {folders[k]}")
+    names = [folder.name for folder in source.answers]
+    kinds = ["pairs"] if len(names) == 1 else [f"pairs-{name}" if names.count(name) == 1 else f"pairs-{k}-{name}" for k, name in enumerate(names)]
+    stems = sorted(found[0].keys() & set().union(*found[1:]))[:source.limit]
+    stems = without_duplicates(source, {stem: found[0][stem] for stem in stems})
+    items, at = still_items(source, stems, found)
+    write_sentences(source, kinds, items, [
+        Series(k, [(at[0, epoch, stem], at[k + 1, epoch, stem]) for stem in stems if stem in found[k + 1]], source.shots, (epoch, *[k] * (k > 0)))
+        for epoch in range(source.epochs) for k in range(len(kinds))], notes)
 
 
 def tokenize_colorize(source: Colorize):
-    def read(path, size):
-        colour = read_image(path, size, source.fit)
-        return [to_grey(colour), colour]
-
-    write_pairs(source, [(str(path), lambda size, path=path: read(path, size)) for path in find_images(source.inputs)])
+    write_pairs(source, read_colorize, source.epochs if augments(source) else 1)
 
 
 def tokenize_inpaint(source: Inpaint):
-    def read(path, epoch, size):
-        original = read_image(path, size, source.fit)
-        name = path.relative_to(source.inputs).as_posix()
-        return [cover(original, np.random.default_rng((source.seed, epoch, zlib.crc32(name.encode())))), original]
-
-    paths = find_images(source.inputs)  # every epoch covers other parts, so each is encoded anew
-    write_pairs(source, [(str(path), lambda size, path=path, epoch=epoch: read(path, epoch, size))
-                         for epoch in range(source.epochs) for path in paths], epochs_inside=True)
+    write_pairs(source, functools.partial(read_inpaint, squares=source.squares), source.epochs)  # every epoch covers other parts
 
 
-def write_pairs(source: PairSource, items, unmatched=(), epochs_inside=False):
-    """Encodes each (input, answer) once, then cuts a permutation of the readable ones into sentences, once an epoch."""
-    tokenizer = vqgan.load(source.tokenizer)
-    codes_NPS, kept, rejected = encode_items(tokenizer, items, 2, source.max_rejected)
-    epochs = 1 if epochs_inside else source.epochs
-    if len(kept) < source.shots:
-        raise ValueError(f"{source.inputs}: {len(kept)} readable pairs do not fill one sentence of {source.shots}; lower --shots")
-    orders = [np.random.default_rng((source.seed, epoch)).permutation(len(kept)) for epoch in range(epochs)]
-    groups = [order[i:i + source.shots] for order in orders for i in range(0, len(order) - source.shots + 1, source.shots)]
-    kind = type(source).__name__.lower()
-    write_dataset(source.out, tokenizer, [kind], ((0, codes_NPS[group].reshape(-1)) for group in groups), [*unmatched, *rejected])
+def write_pairs(source: PairSource, read, encodings: int):
+    """[changed, original] pairs made from single pictures: each is encoded `encodings` times, and shown in each epoch."""
+    notes = []
+    stems = find_stems(source.inputs, source.filter, notes)
+    stems = without_duplicates(source, dict(sorted(stems.items())[:source.limit]))
+    items = [Item(str(path), functools.partial(read, path=path, view=draw_view(source, epoch, stem),
+                                               seed=(source.seed, epoch, zlib.crc32(path.relative_to(source.inputs).as_posix().encode()))))
+             for epoch in range(encodings) for stem, path in stems.items()]
+    N = len(stems)
+    write_sentences(source, [type(source).__name__.lower()], items, [
+        Series(0, [(i,) for i in range(N * min(epoch, encodings - 1), N * min(epoch, encodings - 1) + N)], source.shots, (epoch,))
+        for epoch in range(source.epochs)], notes, pictures=2)
+
+
+def tokenize_multi(source: Multi):
+    notes = []
+    found = [find_stems(folder, source.filter, notes) for folder in source.inputs]
+    everywhere = set(found[0]).intersection(*found[1:])
+    notes += [{"path": str(path), "reason": "no file of this name in every other folder"} for stems in found for stem, path in stems.items() if stem not in everywhere]
+    if not everywhere:
+        raise ValueError(f"no file name is in each of {', '.join(map(str, source.inputs))}")
+    stems = without_duplicates(source, {stem: found[0][stem] for stem in sorted(everywhere)[:source.limit]})
+    items, at = still_items(source, stems, found)
+    K = len(found)
+    write_sentences(source, ["multi"], items, [
+        Series(0, [tuple(at[k, epoch, stem] for k in range(K)) for stem in stems], source.shots, (epoch,),
+               rows=lambda codes_TS, tasks: codes_TS[tasks], tasks=K if source.shuffle_tasks else None)
+        for epoch in range(source.epochs)], notes)
+
+
+def tokenize_category(source: Category):
+    notes = []
+    stems = without_duplicates(source, dict(sorted(find_stems(source.inputs, source.filter, notes).items())[:source.limit]))
+    items, at = still_items(source, stems, [stems])
+    classes = {}
+    for stem, path in stems.items():
+        classes.setdefault(path.parent, []).append(stem)
+    wanted = source.pictures // source.per_class
+    if len(classes) < wanted:
+        raise ValueError(f"{source.inputs}: {len(classes)} folders hold pictures, a sentence shows {wanted} classes; lower --pictures or raise --per-class")
+
+    def arrange(good_N):
+        """Groups of one class's pictures; then sentences of different classes, those with more groups left being likelier."""
+        for epoch in range(source.epochs):
+            rng, groups = np.random.default_rng((source.seed, epoch)), []
+            for members in classes.values():
+                kept = [at[0, epoch, stem] for stem in members if good_N[at[0, epoch, stem]]]
+                kept = [kept[i] for i in rng.permutation(len(kept))]
+                groups.append([kept[i:i + source.per_class] for i in range(0, len(kept) - source.per_class + 1, source.per_class)])
+            left_N = np.array([len(g) for g in groups])
+            while (left_N > 0).sum() >= wanted:
+                chosen = rng.choice(len(groups), wanted, replace=False, p=left_N / left_N.sum())
+                left_N[chosen] -= 1
+                yield 0, [i for c in chosen for i in groups[c].pop()]
+
+    write_sentences(source, ["category"], items, arrange, notes)
+
+
+def tokenize_video(source: Video):
+    files = find_videos(source.inputs, source.filter)[:source.limit]
+    items = [clip_item(source, [file], file.relative_to(source.inputs).as_posix(), epoch, (stride,), source.frames)
+             for epoch in range(source.epochs) for stride in source.strides for file in files]
+    write_sentences(source, ["video"], items, [Series(0, [(i,) for i in range(len(items))], 1)], pictures=source.frames)
 
 
 def tokenize_frames(source: Frames):
-    tokenizer, rng = vqgan.load(source.tokenizer), np.random.default_rng(source.seed)
-    paths = find_images(source.inputs)
-    codes_N1S, kept, rejected = encode_items(
-        tokenizer, [(str(p), lambda size, p=p: [read_image(p, size, source.fit)]) for p in paths], 1, source.max_rejected)
-    clips = [list(group) for _, group in itertools.groupby(range(len(kept)), key=lambda i: paths[kept[i]].parent)]
-    sentences, short = [], 0
-    for _ in range(source.epochs):
-        for clip in clips:
-            longest = (len(clip) - 1) // (source.frames - 1) if source.frames > 1 else source.max_stride
-            if longest < 1:
-                short += 1
+    clips = find_clips(source.inputs, source.filter, videos=False)
+    items = [clip_item(source, [clip], name, epoch, range(1, source.max_stride + 1), source.frames)
+             for epoch in range(source.epochs) for name, clip in sorted(clips.items())[:source.limit]]
+    write_sentences(source, ["frames"], items, [Series(0, [(i,) for i in range(len(items))], 1)], pictures=source.frames)
+
+
+def tokenize_multi_video(source: MultiVideo):
+    found = [find_clips(folder, source.filter, videos=True) for folder in source.inputs]
+    names = sorted(set(found[0]).intersection(*found[1:]))
+    mixed = [name for name in names if len({type(clips[name]) for clips in found}) > 1]
+    names = [name for name in names if name not in mixed][:source.limit]
+    notes = [{"path": str(folder / name), "reason": "no clip of this name in every other folder"}
+             for folder, clips in zip(source.inputs, found) for name in sorted(clips) if any(name not in other for other in found)]
+    notes += [{"path": str(source.inputs[0] / name), "reason": "a video file in one folder, a folder of frames in another"} for name in mixed]
+    if not names:
+        raise ValueError(f"no clip name is in each of {', '.join(map(str, source.inputs))}")
+    K = len(found)
+    frames = source.frames or max(1, 16 // (K * source.shots))
+    items = [clip_item(source, [clips[name] for clips in found], name, epoch, range(1, source.max_stride + 1), frames)
+             for epoch in range(source.epochs) for name in names]
+
+    def by_task(codes_TS, tasks):
+        return codes_TS.reshape(K, frames, -1)[slice(None) if tasks is None else tasks].reshape(codes_TS.shape)
+
+    def by_frame(codes_TS, tasks):
+        return by_task(codes_TS, tasks).reshape(K, frames, -1).swapaxes(0, 1).reshape(codes_TS.shape)
+
+    N = len(names)
+    write_sentences(source, ["multi-video-by-task", "multi-video-by-frame"], items, [
+        Series(kind, [(i,) for i in range(N * epoch, N * epoch + N)], source.shots, (epoch,), rows, K if source.shuffle_tasks else None)
+        for epoch in range(source.epochs) for kind, rows in enumerate((by_task, by_frame))], notes, pictures=K * frames)
+
+
+def tokenize_tracks(source: Tracks):
+    images, notes, tracks = source.modalities[0], [], {}
+    if not source.inputs.is_dir():
+        raise FileNotFoundError(f"{source.inputs}: no such folder")
+    for folder in sorted(p.parent for p in source.inputs.rglob(images) if p.is_dir()):
+        missing = [name for name in source.modalities if not (folder / name).is_dir()]
+        if missing:
+            notes.append({"path": str(folder), "reason": f"a track without {' and '.join(missing)}"})
+        elif source.filter in (name := folder.relative_to(source.inputs).as_posix()):
+            tracks[name] = [pictures_of(folder / modality) for modality in source.modalities]
+    tracks = dict(list(tracks.items())[:source.limit])
+    if not tracks:
+        raise ValueError(f"{source.inputs}: no folder below it holds {', '.join(source.modalities)}")
+    F, N = source.frames, len(tracks)
+    half = [name in source.half_floats for name in source.modalities]
+    items = [clip_item(source, clips, name, epoch, range(1, source.max_stride + 1), F, half) for epoch in range(source.epochs) for name, clips in tracks.items()]
+    category = [name.rpartition("/")[0] for name in tracks]
+    write_sentences(source, [f"tracks-{name}" for name in source.modalities[1:]], items, [
+        Series(k - 1, [(i,) for i in range(N * epoch, N * epoch + N)], source.shots, (epoch, k),
+               rows=lambda codes_TS, tasks, k=k: np.concatenate([codes_TS[:F], codes_TS[k * F:k * F + F]]), group=category)
+        for epoch in range(source.epochs) for k in range(1, len(source.modalities))], notes, pictures=len(half) * F)
+
+
+def write_sentences(source: Source, kinds, items: list[Item], series, notes=(), pictures: int = 1):
+    """Encodes the items and, when those of all parts are there, strings the readable ones into sentences.
+
+    `series`: a list of Series, or a function from a boolean for each item (was it readable?) to (kind, items) of each
+    sentence. `pictures`: how many an item has."""
+    tokenizer = vqgan.load(source.tokenizer)
+    encoded = encode_chunks(source, tokenizer, items, pictures, notes)
+    if encoded is None:
+        return
+    good_N, codes_of, found = encoded
+    unused = collections.Counter()
+
+    def sentences():
+        if callable(series):
+            yield from ((kind, np.concatenate([codes_of(i) for i in chosen])) for kind, chosen in series(good_N))
+            return
+        for kind, units, shots, salt, rows, tasks, group in series:
+            kept = [n for n, unit in enumerate(units) if all(good_N[i] for i in unit)]
+            rng = np.random.default_rng((source.seed, *(salt or ())))
+            order = [kept[i] for i in (range(len(kept)) if salt is None else rng.permutation(len(kept)))]
+            if group:
+                order.sort(key=lambda n: group[n])
+            for start in range(0, len(order) - shots + 1, shots):
+                permuted = None if tasks is None else rng.permutation(tasks)
+                yield kind, np.concatenate([rows(np.concatenate([codes_of(i) for i in units[n]]), permuted) for n in order[start:start + shots]])
+            unused[kinds[kind]] += len(order) % shots
+
+    strung = sentences()
+    if (first := next(strung, None)) is None:
+        report(source.out, [*notes, *found])
+        shots = f"one sentence of {series[0].shots}" if not callable(series) and series[0].shots > 1 else "one sentence"
+        raise ValueError(f"{source.inputs if isinstance(source.inputs, Path) else source.inputs[0]}: {int(good_N.sum())} readable items do not fill {shots}; "
+                         f"lower --shots, --frames, --strides or --per-class, or see {source.out}.rejected.jsonl")
+    write_dataset(source.out, tokenizer, kinds, itertools.chain([first], strung), [*notes, *found], source.context, "" if split_part(source.part)[1] == 1 else f"-{split_part(source.part)[0]}")
+    remove_chunks(source.out)
+    for kind, count in unused.items():
+        if count:
+            print(f"{kind}: {count} readable shots or clips did not fill another sentence and were left out")
+
+
+# ---------------------------------------------------------------------------------------------------- finding files
+
+
+def find_stems(folder: Path, text: str, notes: list) -> dict[str, Path]:
+    """{path below the folder without its suffix: path}, sorted; a second file of the same name goes into the notes."""
+    stems = {}
+    for path in find_images(folder):
+        name = path.relative_to(folder)
+        if text in name.as_posix():
+            stem = name.with_suffix("").as_posix()
+            if stem in stems:
+                notes.append({"path": str(path), "reason": f"has the name of {stems[stem]}, but for the suffix"})
+            stems.setdefault(stem, path)
+    if not stems:
+        raise ValueError(f"{folder}: no picture's path holds {text!r}; change --filter or --answer-filter")
+    return stems
+
+
+VIDEOS = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif"}
+
+
+def find_videos(folder: Path, text: str) -> list[Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEOS and p.is_file() and text in p.relative_to(folder).as_posix())
+    if not files:
+        raise ValueError(f"{folder}: no videos below this folder ({' '.join(sorted(VIDEOS))}){' with ' + repr(text) + ' in their path' if text else ''}")
+    return files
+
+
+def find_clips(folder: Path, text: str, videos: bool) -> dict[str, "Path | tuple[Path, ...]"]:
+    """{name: video file without its suffix, or the pictures that a folder directly holds}."""
+    clips = {}
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if videos and path.suffix.lower() in VIDEOS and path.is_file() and text in name:
+            if (name := path.relative_to(folder).with_suffix("").as_posix()) in clips:
+                raise ValueError(f"{path}: another clip of this name is beside it; rename one of them")
+            clips[name] = path
+        elif path.is_dir() and text in name and (pictures := pictures_of(path, (".gif",) if videos else ())):
+            clips[name] = pictures
+    if not videos and text in folder.name and (pictures := pictures_of(folder)):
+        clips["."] = pictures
+    if not clips:
+        raise ValueError(f"{folder}: no clips below this folder{' with ' + repr(text) + ' in their path' if text else ''}")
+    return clips
+
+
+def pictures_of(folder: Path, no=()) -> tuple[Path, ...]:
+    """The pictures that a folder directly holds, in natural order: frame 2 before frame 10."""
+    natural = lambda path: [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", path.name)]
+    return tuple(sorted((p for p in folder.iterdir() if p.suffix.lower() in vqgan.SUFFIXES.difference(no) and p.is_file()), key=natural))
+
+
+def without_duplicates(source: Stills, stems: dict[str, Path]) -> dict[str, Path]:
+    """With --duplicates: the pictures that resemble no earlier one; DIR.duplicates.jsonl lists the others."""
+    if source.duplicates is None:
+        return stems
+    items = [Item(str(path), functools.partial(read_signature, path=path)) for path in stems.values()]
+    bits, kept, report = source.duplicates, {}, []
+    edges = np.linspace(0, 64, bits + 2).astype(int)  # hashes within `bits` of each other agree in one of bits + 1 bands
+    bands, signatures = collections.defaultdict(list), []
+    bar = tqdm(total=len(items), unit="picture", desc="duplicates", dynamic_ncols=True)
+    with bar, contextlib.closing(read_ahead(items, range(len(items)), 72, count_workers(source, len(items)), source.patience)) as reading:
+        for n, (stem, (_, signature, _)) in enumerate(zip(stems, reading)):
+            bar.update()
+            signatures.append((stem, signature))
+            if not len(signature):  # cannot be read: encoding will say so
+                kept[stem] = stems[stem]
                 continue
-            stride = int(rng.integers(1, min(longest, source.max_stride) + 1))
-            start = int(rng.integers(len(clip) - stride * (source.frames - 1)))
-            sentences.append(clip[start:start + stride * (source.frames - 1) + 1:stride])
-    if not sentences:
-        raise ValueError(f"{source.inputs}: no clip has {source.frames} frames; lower --frames")
-    if short:
-        print(f"{short // source.epochs} clips have fewer than {source.frames} frames and were left out")
-    write_dataset(source.out, tokenizer, ["frames"], ((0, codes_N1S[s].reshape(-1)) for s in sentences), rejected)
+            key, colour = int.from_bytes(np.packbits(signature[0, :64] > 0.5).tobytes(), "little"), signature[0, 64:]
+            near = ((bin(key ^ other).count("1"), m) for a, b in zip(edges, edges[1:]) for other, m in bands[a, key >> int(a) & (1 << int(b - a)) - 1])
+            hit = next(((d, m) for d, m in near if d <= bits and np.abs(colour - signatures[m][1][0, 64:]).max() < 0.06), None)
+            if hit:
+                report.append({"path": str(stems[stem]), "duplicate_of": str(stems[signatures[hit[1]][0]]), "bits": hit[0]})
+                continue
+            kept[stem] = stems[stem]
+            for a, b in zip(edges, edges[1:]):
+                bands[a, key >> int(a) & (1 << int(b - a)) - 1].append((key, n))
+    write_lines(f"{source.out}.duplicates.jsonl", report)
+    print(f"{len(report)} of {len(stems)} pictures are duplicates and are left out; {source.out}.duplicates.jsonl lists them")
+    return kept
+
+
+# ---------------------------------------------------------------------------------------------------- reading pictures
+
+
+def augments(source: Source) -> bool:
+    return source.random_crop < 1 or source.flip or source.jitter > 0
+
+
+def draw_view(source: Source, epoch: int, name: str):
+    """How a shot or clip is shown, all its pictures alike: (fit, box, mirrored?, factors of brightness, contrast, saturation)."""
+    if not augments(source):
+        return source.fit, None, False, None
+    rng = np.random.default_rng((source.seed, epoch, zlib.crc32(name.encode()), 1))
+    side = rng.uniform(source.random_crop, 1)
+    left, top = rng.uniform(0, 1 - side, 2)
+    box = (left, top, min(1.0, left + side), min(1.0, top + side)) if source.random_crop < 1 else None
+    factors = tuple(rng.uniform(1 - source.jitter, 1 + source.jitter, 3)) if source.jitter else None
+    return source.fit, box, bool(source.flip and rng.random() < 0.5), factors
+
+
+def read_view(path, size: int, view) -> np.ndarray:
+    return adjust(read_image(path, size, *view[:2]), view)
+
+
+def adjust(pixels_HWC, view):
+    """Mirrors and jitters as the view says."""
+    _, _, mirrored, factors = view
+    if mirrored:
+        pixels_HWC = pixels_HWC[:, ::-1]
+    if factors:
+        brightness, contrast, saturation = np.float32(factors)
+        pixels_HWC = np.clip(pixels_HWC * brightness, 0, 1)
+        grey_HWC = to_grey(pixels_HWC)
+        pixels_HWC = np.clip(grey_HWC.mean() + contrast * (pixels_HWC - grey_HWC.mean()), 0, 1)
+        grey_HWC = to_grey(pixels_HWC)
+        pixels_HWC = np.clip(grey_HWC + saturation * (pixels_HWC - grey_HWC), 0, 1)
+    return pixels_HWC
+
+
+def still_items(source: Stills, stems, found):
+    """An item for each picture of `stems` in the folders `found`, anew in each epoch only where pictures are augmented;
+    and the number of the item of (folder, epoch, stem)."""
+    items, at = [], {}
+    for epoch in range(source.epochs):
+        for stem in stems:
+            for k, paths in enumerate(found):
+                if stem in paths and epoch and not augments(source):
+                    at[k, epoch, stem] = at[k, 0, stem]
+                elif stem in paths:
+                    at[k, epoch, stem] = len(items)
+                    items.append(Item(str(paths[stem]), functools.partial(read_still, path=paths[stem], view=draw_view(source, epoch, stem))))
+    return items, at
+
+
+def read_still(size, path, view):
+    return [read_view(path, size, view)]
+
+
+def read_colorize(size, path, view, seed):
+    colour = read_view(path, size, view)
+    return [to_grey(colour), colour]
+
+
+def read_inpaint(size, path, view, seed, squares):
+    original = read_view(path, size, view)
+    return [cover(original, np.random.default_rng(seed), squares), original]
+
+
+def read_signature(size, path):
+    """The 64 bits of the difference hash, and the mean colour: float32 [67] in [0, 1]."""
+    pixels_HWC = read_image(path, size)
+    grey_89 = to_grey(pixels_HWC)[..., 0].reshape(8, size // 8, 9, size // 9).mean((1, 3))
+    return [np.concatenate([np.diff(grey_89, axis=1).reshape(-1) > 0, pixels_HWC.mean((0, 1))]).astype(np.float32)]
 
 
 def to_grey(pixels_HWC):
@@ -180,11 +652,11 @@ def to_grey(pixels_HWC):
     return np.clip(np.repeat(grey_HW1, 3, axis=-1), 0, 1)
 
 
-def cover(pixels_HWC, rng):
-    """Zeroes a square of side U[.1, .5) of the picture (p = .3), else the dropped ones of 8 x 8 patches."""
+def cover(pixels_HWC, rng, squares: float = 0.3):
+    """Zeroes a square of side U[25, 128) of 256 (with probability `squares`), else the dropped ones of 8 x 8 patches."""
     size, pixels_HWC = len(pixels_HWC), pixels_HWC.copy()
-    if rng.random() < 0.3:
-        side = int(rng.integers(round(0.1 * size), size // 2))
+    if rng.random() < squares:
+        side = int(rng.integers(-(-25 * size // 256), size // 2))
         y, x = rng.integers(0, size - side + 1, 2)
         pixels_HWC[y:y + side, x:x + side] = 0
         return pixels_HWC
@@ -193,81 +665,501 @@ def cover(pixels_HWC, rng):
     return pixels_HWC * kept[patch][:, patch, None]
 
 
+def clip_item(source, tracks, name, epoch, strides, frames, half=None) -> Item:
+    """The same frames of the tracks (video files, or tuples of pictures) of one clip, one track after the other."""
+    read = functools.partial(read_clip, tracks=tuple(tracks), name=name, strides=tuple(strides), frames=frames, half=half or [False] * len(tracks),
+                             view=draw_view(source, epoch, name), seed=(source.seed, epoch, zlib.crc32(name.encode())))
+    return Item(str(tracks[0] if isinstance(tracks[0], Path) else tracks[0][0].parent if tracks[0] else name), read)
+
+
+def read_clip(size, tracks, name, strides, frames, half, view, seed):
+    """-> (pictures, notes): `frames` of each track, at a stride and from a start that `seed` draws."""
+    stride_order = np.random.default_rng(seed).permutation(strides).tolist()
+    fitting = lambda count: next((s for s in stride_order if s * (frames - 1) < count), None)
+    place = str(tracks[0] if isinstance(tracks[0], Path) else tracks[0][0].parent if tracks[0] else name)
+    short = lambda count: {"path": place, "reason": f"{count} frames, {frames} at stride {min(strides)} take {min(strides) * (frames - 1) + 1}"}
+    if isinstance(tracks[0], Path):
+        count = min(map(count_frames, tracks))
+        while (stride := fitting(count)) is not None:
+            start = int(np.random.default_rng((*seed, stride)).integers(count - stride * (frames - 1)))
+            read = [read_frames(track, range(start, start + stride * (frames - 1) + 1, stride), size, view) for track in tracks]
+            if all(there is None for _, there in read):
+                return [picture for pictures, _ in read for picture in pictures], []
+            count = min(there for _, there in read if there is not None)  # the container promised more than there are
+        return [], [short(count)]
+
+    notes, files = [], []
+    for track in tracks:
+        files.append({})
+        for path in track:
+            key = path.name.split(".")[0] if len(tracks) > 1 else path.name
+            if files[-1].setdefault(key, path) != path:
+                notes.append({"path": str(path), "reason": "another frame has this name up to the first dot"})
+    left = [key for key in files[0] if all(key in other for other in files)]
+    notes += [{"path": str(path), "reason": "a frame that is not in every modality"} for group in files for key, path in group.items() if key not in set(left)]
+    # The start is the frame whose name scrambles to the least number. A frame that cannot be read is noted, taken away, and
+    # the draw made again; as those between the frames shown are tried too, the outcome is as if it had never been there.
+    tried = {}
+    while (stride := fitting(len(left))) is not None:
+        span, salt = stride * (frames - 1) + 1, zlib.crc32(repr(seed).encode())
+        start = int(scramble(np.array([zlib.crc32(key.encode()) + (salt << 32) for key in left[:len(left) - span + 1]], np.uint64)).argmin())
+        chosen = left[start:start + span:stride]
+        try:
+            for key in left[start:start + span]:
+                for k, group in enumerate(files):
+                    path, shown = group[key], key in chosen
+                    if (k, key, shown) not in tried:
+                        tried[k, key, shown] = read_half(path) if half[k] else read_view(path, size, view) if shown else len(read_image(path, 8))
+        except (ValueError, OSError) as error:
+            notes.append({"path": str(path), "reason": str(error), "bad": True})
+            left.remove(key)
+            continue
+        pictures = []
+        for k in range(len(files)):
+            shots = [tried[k, key, True] for key in chosen]
+            if half[k]:
+                scale = np.float32(max(1e-9, max(float(shot.max()) for shot in shots)))
+                shots = [adjust(vqgan.to_pixels(Image.fromarray(shot / scale), size, *view[:2]), view) for shot in shots]
+            pictures += shots
+        return pictures, notes
+    return [], [*notes, short(len(left))]
+
+
+def read_half(path) -> np.ndarray:
+    """A 16-bit picture that holds float16 values -> float32 [H, W], infinities and NaN as 0."""
+    bits_HW = read_integers(path)
+    if bits_HW.max(initial=0) > 65535:
+        raise ValueError(f"{path}: values of more than 16 bits are no float16")
+    return np.maximum(np.nan_to_num(bits_HW.astype(np.uint16).view(np.float16).astype(np.float32), nan=0, posinf=0, neginf=0), 0)
+
+
+# The demuxer is named, never guessed: guessing would also try playlists, which open what they name.
+def demuxer(head: bytes) -> str | None:
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
+        return "mov"  # mp4 too
+    return {b"\x1aE\xdf\xa3": "matroska", b"RIFF": "avi"}.get(head[:4])  # matroska: webm too
+
+
+def open_video(file, path):
+    file.seek(0)
+    if (format := demuxer(file.read(12))) is None:
+        raise ValueError(f"{path}: not an MP4, MOV, MKV, WebM, AVI or GIF video")
+    file.seek(0)
+    container = av.open(file, format=format)
+    if not container.streams.video:
+        raise ValueError(f"{path}: no picture stream in it")
+    stream = container.streams.video[0]
+    if stream.codec_context.width * stream.codec_context.height > vqgan.MAX_PIXELS:
+        raise ValueError(f"{path}: {stream.codec_context.width}x{stream.codec_context.height} pixels are over the limit of {vqgan.MAX_PIXELS:,}")
+    stream.thread_type = "NONE"  # the workers are many already
+    return container
+
+
+def count_frames(path: Path) -> int:
+    """Frames of a video by its packets (nothing is decoded), or of a GIF."""
+    with video_errors(path), open(path, "rb") as file:
+        if file.read(6) in (b"GIF87a", b"GIF89a"):
+            with Image.open(path, formats=("GIF",)) as image:
+                return image.n_frames
+        with open_video(file, path) as container:
+            return sum(packet.size > 0 for packet in container.demux(video=0))
+
+
+def read_frames(path: Path, wanted, size: int, view):
+    """-> (the wanted frames, resized bilinearly as the published script does; None, or how many there are if fewer)."""
+    pictures, show = [], lambda image: adjust(vqgan.to_pixels(image, size, *view[:2], Image.Resampling.BILINEAR), view)
+    with video_errors(path), open(path, "rb") as file:
+        if file.read(6) in (b"GIF87a", b"GIF89a"):
+            with Image.open(path, formats=("GIF",)) as image:
+                if image.width * image.height > vqgan.MAX_PIXELS:
+                    raise ValueError(f"{image.width}x{image.height} pixels are over the limit of {vqgan.MAX_PIXELS:,}")
+                for number in wanted:
+                    image.seek(number)
+                    pictures.append(show(image.convert("RGBA")))
+            return pictures, None
+        with open_video(file, path) as container:
+            left, number = collections.deque(wanted), -1
+            for number, frame in enumerate(container.decode(video=0)):
+                if number == left[0]:
+                    image = frame.to_image()
+                    if turned := round(getattr(frame, "rotation", 0)) % 360:
+                        image = image.rotate(turned, expand=True)
+                    pictures.append(show(image))
+                    left.popleft()
+                    if not left:
+                        return pictures, None
+    return [], number + 1
+
+
+@contextlib.contextmanager
+def video_errors(path):
+    """Whatever a decoder raises becomes a ValueError that names the file."""
+    try:
+        yield
+    except (av.error.FFmpegError, ValueError, EOFError, IndexError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+
+
+def read_integers(path) -> np.ndarray:
+    """A grey or palette picture -> its stored integers, [H, W]. Raises ValueError for a colour picture."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with Image.open(path, formats=vqgan.FORMATS) as image:
+            if image.width * image.height > vqgan.MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels are over the limit of {vqgan.MAX_PIXELS:,}")
+            if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
+                raise ValueError(f"a {image.mode} picture, not a map of integers")
+            return np.asarray(image).astype(np.int64)
+    except Exception as error:  # as in vqgan.read_image
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_item(read, size: int, compact: bool):
+    """-> (pictures [T, ...], or none, notes). With `compact`, as uint8 where that loses nothing."""
+    try:
+        pictures = read(size)
+        pictures, notes = pictures if isinstance(pictures, tuple) else (pictures, [])
+        pictures = np.stack(pictures).astype(np.float32) if len(pictures) else np.zeros(0, np.float32)
+        if pictures.size and not (pictures.min() >= 0 and pictures.max() <= 1):
+            raise ValueError(f"values in [{pictures.min()}, {pictures.max()}]; wanted [0, 1]")
+    except (ValueError, OSError) as error:
+        return np.zeros(0, np.float32), [{"path": None, "reason": str(error), "bad": True}]
+    if compact:
+        levels = np.rint(pictures * 255).astype(np.uint8)
+        pictures = levels if np.array_equal(levels.astype(np.float32) / 255, pictures) else pictures
+    return pictures, notes
+
+
+def count_workers(source: Source, pictures: int) -> int:
+    return source.workers if source.workers is not None else 0 if pictures < 2000 else os.cpu_count() or 1
+
+
+def read_ahead(items: list[Item], todo, size: int, workers: int, patience: float):
+    """Yields (number of the item, pictures, notes) in the order of `todo`, read by other processes (0: by two threads).
+
+    Raises ChildProcessError where a worker dies, or none gives a sign of life for `patience` seconds, naming the file."""
+    if not workers:
+        waiting = collections.deque()
+        with ThreadPoolExecutor(2) as pool:
+            try:
+                for i in todo:
+                    waiting.append((i, pool.submit(read_item, items[i].read, size, False)))
+                    if len(waiting) > 16:
+                        i, future = waiting.popleft()
+                        yield i, *named(future.result(), items[i].name)
+                while waiting:
+                    i, future = waiting.popleft()
+                    yield i, *named(future.result(), items[i].name)
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return
+    # A fork of this process would copy JAX's locks; a server that only imported the modules forks in a millisecond.
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(["tokenize_data"])
+    busy, processes = {}, {}
+    for _ in range(workers):
+        ours, theirs = context.Pipe()
+        processes[ours] = context.Process(target=serve, args=(theirs, size), daemon=True)
+        processes[ours].start()
+        theirs.close()
+        busy[ours] = collections.deque()
+    doing = lambda pipe: items[busy[pipe][0]].name if busy[pipe] else "nothing"
+    queue, done, ahead = iter(todo), {}, 4 * workers + 16
+    try:
+        for wanted in todo:
+            while True:
+                for pipe in sorted(busy, key=lambda pipe: len(busy[pipe])):
+                    while len(busy[pipe]) < 2 and len(done) + sum(map(len, busy.values())) < ahead and (i := next(queue, None)) is not None:
+                        busy[pipe].append(i)
+                        try:
+                            pipe.send((i, items[i].read))
+                        except OSError:
+                            pass  # it died: the answer that does not come says so below
+                for pipe in multiprocessing.connection.wait(list(busy), 0 if wanted in done else patience) or ([] if wanted in done else [None]):
+                    if pipe is None:
+                        raise ChildProcessError(f"no worker gave a sign of life for {patience:g} seconds; they were reading {', '.join(map(doing, busy))}. "
+                                                "Raise --patience, or take the file away; the same command goes on where this one stopped")
+                    try:
+                        i, *answer = pipe.recv()
+                    except (EOFError, OSError):
+                        processes[pipe].join(1)
+                        raise ChildProcessError(f"a worker ended with status {processes[pipe].exitcode} while it read {doing(pipe)} (-9: killed, perhaps for memory); "
+                                                "the same command goes on where this one stopped") from None
+                    busy[pipe].remove(i)
+                    done[i] = answer
+                if wanted in done:
+                    break
+            yield wanted, *named(done.pop(wanted), items[wanted].name)
+    finally:
+        for process in processes.values():
+            process.kill()
+        for pipe, process in processes.items():
+            process.join()
+            pipe.close()
+
+
+def named(answer, name):
+    """Notes about the item itself get its name."""
+    pictures, notes = answer
+    return pictures, [note | {"path": note["path"] or name} for note in notes]
+
+
+def serve(pipe, size: int):
+    """A worker: reads what it is told until the other end of the pipe closes, be it by the death of the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        while True:
+            i, read = pipe.recv()
+            pipe.send((i, *read_item(read, size, True)))
+    except (EOFError, OSError):
+        pass
+
+
+# ---------------------------------------------------------------------------------------------------- encoding
+
+
 def encode_items(tokenizer, items: list[tuple[str, Callable]], pictures: int, max_rejected=0.0, batch=64):
     """Encodes items (name, function from size to a list of `pictures` arrays) in full batches.
 
     Returns uint16 codes [kept, pictures, S], the indices of the kept items, and a list of {"path", "reason"} for the
     others. Raises ValueError where more than `max_rejected` of the items cannot be read, or none can."""
-    size, codes, kept, rejected = tokenizer.config.resolution, [], [], []
-
-    def read(item):
-        try:
-            return item[1](size), None
-        except (ValueError, OSError) as error:
-            return None, str(error)
-
-    waiting, per_batch = [], max(1, batch // pictures)
-
-    def flush():
-        pixels_BHWC = np.zeros((per_batch * pictures, size, size, 3), np.float32)  # one shape, one compilation
-        pixels_BHWC[:len(waiting) * pictures] = np.concatenate([np.stack(w) for w in waiting])
-        out = vqgan.encode(tokenizer, pixels_BHWC)
-        codes.append(out[:len(waiting) * pictures])
-        waiting.clear()
-
-    with ThreadPoolExecutor(2) as pool, tqdm(total=len(items) * pictures, unit="picture", dynamic_ncols=True) as bar:
-        for start in range(0, len(items), 512):  # bounded read-ahead
-            for index, (images, reason) in enumerate(pool.map(read, items[start:start + 512]), start):
-                bar.update(pictures)
-                if images is None:
-                    rejected.append({"path": items[index][0], "reason": reason})
-                    if len(rejected) > max_rejected * len(items):
-                        raise ValueError(f"{len(rejected)} of {len(items)} pictures cannot be read, more than --max-rejected {max_rejected}; the last: {reason}")
-                    continue
+    codes, kept, rejected = [], [], []
+    with tqdm(total=len(items) * pictures, unit="picture", dynamic_ncols=True) as bar:
+        for index, codes_TS, notes in encode_stream(tokenizer, [Item(*item) for item in items], range(len(items)), batch=batch, devices=1):
+            bar.update(pictures)
+            rejected += notes
+            if len(codes_TS):
                 kept.append(index)
-                waiting.append(images)
-                if len(waiting) == per_batch:
-                    flush()
-        if waiting:
-            flush()
-    codes_NS = np.concatenate([np.asarray(c) for c in codes]).astype(np.uint16)
-    return codes_NS.reshape(len(kept), pictures, -1), kept, rejected
+                codes.append(codes_TS)
+            check_rejected(len(rejected), len(items), max_rejected, notes)
+    if not kept:
+        raise ValueError("there is nothing to encode")
+    return np.stack(codes), kept, [{k: note[k] for k in ("path", "reason")} for note in rejected]
+
+
+def encode_stream(tokenizer, items, todo, *, batch: int, devices: int, workers: int = 0, patience: float = 45.0, flush_after=lambda i: False):
+    """Yields (number of the item, uint16 codes [T, S], notes) in order. Reading, and the device's work on one batch, go on
+    while the next batch is filled. A batch never reaches over an item after which it must be flushed."""
+    size, S = tokenizer.config.resolution, tokenizer.config.codes_per_image
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+    tokenizer, split = jax.device_put(tokenizer, NamedSharding(mesh, P())), NamedSharding(mesh, P("data"))
+    waiting, running, codes_NS = collections.deque(), collections.deque(), np.zeros((0, S), np.uint16)
+    pixels_BHWC, filled = np.zeros((batch, size, size, 3), np.float32), 0
+
+    def start():
+        nonlocal pixels_BHWC, filled
+        if filled:  # always the same shape: one compilation
+            running.append((vqgan.encode(tokenizer, jax.device_put(pixels_BHWC, split)), filled))
+            pixels_BHWC, filled = np.zeros_like(pixels_BHWC), 0  # a new array: the device may still read the old one
+
+    def finish(still_running):
+        nonlocal codes_NS
+        while len(running) > still_running:
+            codes_BS, count = running.popleft()
+            codes_NS = np.concatenate([codes_NS, np.asarray(codes_BS)[:count].astype(np.uint16)])
+        while waiting and waiting[0][1] <= len(codes_NS):
+            i, count, notes = waiting.popleft()
+            yield i, codes_NS[:count], notes
+            codes_NS = codes_NS[count:]
+
+    with contextlib.closing(read_ahead(items, todo, size, workers, patience)) as reading:
+        for i, pictures, notes in reading:
+            waiting.append((i, len(pictures), notes))
+            for pixels_HWC in pictures:
+                pixels_BHWC[filled] = pixels_HWC if pixels_HWC.dtype == np.float32 else pixels_HWC.astype(np.float32) / 255
+                filled += 1
+                if filled == batch:
+                    start()
+                    yield from finish(still_running=1)
+            if flush_after(i):
+                start()
+                yield from finish(still_running=1)
+    start()
+    yield from finish(still_running=0)
+
+
+def encode_chunks(source: Source, tokenizer, items: list[Item], pictures: int, notes):
+    """Encodes the chunks of this part that are not there yet, each into two files below `OUT.codes`.
+
+    Returns (was it readable, for each item; function from an item to its codes [T, S]; notes), or None while chunks of
+    other parts are missing. Raises ValueError where more than `max_rejected` of the files cannot be read."""
+    folder, S = Path(f"{source.out}.codes"), tokenizer.config.codes_per_image
+    devices = jax.device_count() if source.mesh == -1 else source.mesh
+    if not 1 <= devices <= jax.device_count():
+        raise ValueError(f"--mesh {source.mesh}: {jax.device_count()} devices are here; wanted -1 or a number up to that")
+    batch = -(-source.batch // devices) * devices
+    begin_chunks(folder, source, tokenizer, items, batch)
+    part, parts = split_part(source.part)
+    per_chunk = max(1, CHUNK // pictures)
+    chunks = range(-(-len(items) // per_chunk))
+    numbers = lambda chunk: range(chunk * per_chunk, min(len(items), (chunk + 1) * per_chunk))
+    about = {chunk: read_chunk(folder, chunk, S) for chunk in chunks if (folder / f"{chunk:06d}.json").exists()}
+    todo = [i for chunk in chunks if chunk % parts == part and chunk not in about for i in numbers(chunk)]
+    bad = sum(note.get("bad", False) for done in about.values() for note in done["notes"])
+    last_of = lambda i: i == numbers(i // per_chunk)[-1]
+    counts, found, codes = [], [], []
+    with tqdm(total=len(items) * pictures, initial=(len(items) - len(todo)) * pictures, unit="picture", dynamic_ncols=True) as bar:
+        stream = encode_stream(tokenizer, items, todo, batch=batch, devices=devices, workers=count_workers(source, len(todo) * pictures),
+                               patience=source.patience, flush_after=last_of)
+        for i, codes_TS, item_notes in stream:
+            bar.update(pictures)
+            counts.append(len(codes_TS))
+            codes.append(codes_TS)
+            found += item_notes
+            bad += sum(note.get("bad", False) for note in item_notes)
+            if bad > source.max_rejected * len(items) * (pictures if pictures > 2 else 1):
+                bar.close()
+                report(source.out, [*notes, *(note for done in about.values() for note in done["notes"]), *found])
+                check_rejected(bad, len(items) * (pictures if pictures > 2 else 1), source.max_rejected, item_notes)
+            if last_of(i):
+                write_chunk(folder, i // per_chunk, counts, np.concatenate(codes), found)
+                counts, found, codes = [], [], []
+    missing = [chunk for chunk in chunks if not (folder / f"{chunk:06d}.json").exists()]
+    if source.out.exists():
+        print(f"another part wrote {source.out} in the meantime")
+        return None
+    if missing:
+        print(f"part {source.part} is encoded; {len(missing)} of {len(chunks)} chunks are still to come from other parts; the last to finish writes {source.out}")
+        return None
+    about = [read_chunk(folder, chunk, S) for chunk in chunks]
+    counts_N = np.concatenate([done["counts"] for done in about]) if about else np.zeros(0, int)
+    starts_N = np.concatenate([np.cumsum([0, *done["counts"][:-1]]) for done in about]) if about else np.zeros(0, int)
+    open_chunk = functools.lru_cache(256)(lambda chunk: np.memmap(folder / f"{chunk:06d}.codes", "<u2", mode="r").reshape(-1, S))
+    codes_of = lambda i: open_chunk(i // per_chunk)[starts_N[i]:starts_N[i] + counts_N[i]]
+    return counts_N > 0, codes_of, [note for done in about for note in done["notes"]]
+
+
+def check_rejected(bad: int, total: int, most: float, notes):
+    if bad > most * total:
+        raise ValueError(f"{bad} of {total} pictures cannot be read, more than --max-rejected {most}; the last: {notes[-1]['reason'] if notes else ''}")
+
+
+def begin_chunks(folder: Path, source: Source, tokenizer, items, batch):
+    """Makes `OUT.codes`, or finds it as a run with the same settings, files and tokenizer left it."""
+    free = {"out", "tokenizer", "max_rejected", "context", "workers", "batch", "mesh", "part", "patience"}
+    names = hashlib.sha256()
+    for item in items:
+        names.update(repr((item.name, item.read.func.__name__, item.read.keywords)).encode())
+    plan = {"kind": type(source).__name__, "tokenizer": vqgan.fingerprint(tokenizer), "batch": batch, "files": f"{len(items)} items, {names.hexdigest()[:16]}",
+            **json.loads(json.dumps({k: v for k, v in dataclasses.asdict(source).items() if k not in free}, default=str))}
+    file = folder / "plan.json"
+    if folder.exists() and not file.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is in the way: it is no unfinished run; choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    if file.exists():
+        before = json.loads(file.read_text())
+        if changed := [f"{k}: {before.get(k)} -> {v}" for k, v in plan.items() if before.get(k) != v]:
+            raise ValueError(f"{folder} holds an unfinished run with other settings ({'; '.join(changed)}); repeat them, delete it, or choose another --out")
+    write_whole(file, (json.dumps(plan, indent=1) + "\n").encode())
+
+
+def write_chunk(folder: Path, chunk: int, counts, codes_NS, notes):
+    """The codes first, then what vouches for them; either appears whole."""
+    data = codes_NS.astype("<u2").tobytes()
+    write_whole(folder / f"{chunk:06d}.codes", data)
+    about = {"counts": counts, "notes": notes, "sha256": hashlib.sha256(data).hexdigest()}
+    write_whole(folder / f"{chunk:06d}.json", (json.dumps(about) + "\n").encode())
+
+
+def read_chunk(folder: Path, chunk: int, S: int) -> dict:
+    file = folder / f"{chunk:06d}.json"
+    try:
+        about = json.loads(file.read_text())
+        data = (folder / f"{chunk:06d}.codes").read_bytes()
+        if len(data) != 2 * S * sum(about["counts"]) or hashlib.sha256(data).hexdigest() != about["sha256"]:
+            raise ValueError("its codes are others than it says")
+        return about
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: damaged ({error}); delete it and run the same command again") from None
+
+
+def remove_chunks(out: Path):
+    folder = Path(f"{out}.codes")
+    for file in folder.iterdir():
+        if re.fullmatch(r"\d{6}\.(codes|json)(\.[0-9a-z.-]+)?|plan\.json(\.[0-9a-z.-]+)?", file.name):
+            file.unlink()
+    folder.rmdir()
+
+
+def write_whole(path, data: bytes):
+    """The file appears under its name with all of its bytes, or not at all."""
+    partial = Path(f"{path}.{os.uname().nodename.lower() if hasattr(os, 'uname') else 'here'}-{os.getpid()}")
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+def write_lines(path, records):
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records).encode())
+
+
+def report(out: Path, notes):
+    """Writes OUT.rejected.jsonl, {"path", "reason"} a line, or takes away that of an earlier run."""
+    path = Path(f"{out}.rejected.jsonl")
+    if notes:
+        write_lines(path, [{k: note[k] for k in ("path", "reason")} for note in notes])
+        print(f"{len(notes)} inputs were left out; {path} says why")
+    else:
+        path.unlink(missing_ok=True)
+
+
+def split_part(text: str) -> tuple[int, int]:
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise ValueError(f"--part {text}: wanted i/n with i from 0 to n - 1, such as 0/4")
+    return int(part), int(parts)
 
 
 # ---------------------------------------------------------------------------------------------------- shards
 
 
-def write_dataset(out: Path, tokenizer, kinds: list[str], sentences: Iterable[tuple[int, np.ndarray]], rejected=()):
+def write_dataset(out: Path, tokenizer, kinds: list[str], sentences: Iterable[tuple[int, np.ndarray]], rejected=(), context: int | None = None, suffix: str = ""):
     """Writes (kind, uint16 tokens) sentences as a dataset folder, whole or not at all. Raises FileExistsError for an old one."""
-    out, partial = Path(out), Path(f"{out}.partial")
+    out, partial = Path(out), Path(f"{out}.partial{suffix}")
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another --out or delete it")
     if partial.exists():  # what a killed run left behind
+        if any(not re.fullmatch(r"\d{5}\.(tokens|index\.npy)|dataset\.json", file.name) for file in partial.iterdir()):
+            raise FileExistsError(f"{partial} is in the way, and holds files that no run left there; choose another --out")
         for file in partial.iterdir():
             file.unlink()
     partial.mkdir(parents=True, exist_ok=True)
-    files, total, tokens, counts = {}, 0, 0, [0] * len(kinds)
+    files, tokens, counts, longer = {}, 0, [0] * len(kinds), 0
     sentences = iter(sentences)
-    while shard := list(itertools.islice(sentences, SENTENCES_PER_SHARD)):
-        stem = partial / f"{len(files) // 2:05d}"
-        index_N2 = np.stack([np.cumsum([len(t) for _, t in shard]), [kind for kind, _ in shard]], axis=1).astype(np.int64)
-        np.concatenate([t for _, t in shard]).astype("<u2").tofile(f"{stem}.tokens")
-        np.save(f"{stem}.index.npy", index_N2)
-        for file in (Path(f"{stem}.tokens"), Path(f"{stem}.index.npy")):
-            files[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-        total, tokens = total + len(shard), tokens + int(index_N2[-1, 0])
-        for kind, _ in shard:
-            counts[kind] += 1
+    while (first := next(sentences, None)) is not None:
+        stem, index, end, digest = partial / f"{len(files) // 2:05d}", [], 0, hashlib.sha256()
+        with open(f"{stem}.tokens", "wb") as file:
+            for kind, codes in itertools.chain([first], itertools.islice(sentences, SENTENCES_PER_SHARD - 1)):
+                codes = np.asarray(codes).reshape(-1)
+                if not len(codes) or codes.min() < 0 or codes.max() >= tokenizer.config.num_embeddings:
+                    raise ValueError(f"{out}: a sentence of {len(codes)} codes {f'up to {codes.max()} ' if len(codes) else ''}does not fit the tokenizer's {tokenizer.config.num_embeddings}")
+                data = codes.astype("<u2").tobytes()
+                file.write(data)
+                digest.update(data)
+                end += len(codes)
+                index.append((end, kind, zlib.crc32(data)))
+                counts[kind] += 1
+                longer += context is not None and len(codes) + 2 > context
+        np.save(f"{stem}.index.npy", np.array(index, np.int64))
+        files[f"{stem.name}.tokens"] = digest.hexdigest()
+        files[f"{stem.name}.index.npy"] = hashlib.sha256(Path(f"{stem}.index.npy").read_bytes()).hexdigest()
+        tokens += end
     about = {"format": FORMAT, "tokenizer": vqgan.fingerprint(tokenizer), "codes": tokenizer.config.num_embeddings,
-             "codes_per_image": tokenizer.config.codes_per_image, "sentences": total, "tokens": tokens,
+             "codes_per_image": tokenizer.config.codes_per_image, "sentences": sum(counts), "tokens": tokens,
              "kinds": dict(zip(kinds, counts)), "rejected": len(rejected), "sha256": files}
     (partial / "dataset.json").write_text(json.dumps(about, indent=1) + "\n")
-    if rejected:
-        report = Path(f"{out}.rejected.jsonl")
-        report.write_text("".join(json.dumps(r) + "\n" for r in rejected))
-        print(f"{len(rejected)} inputs were left out; {report} says why")
-    partial.rename(out)
-    print(f"wrote {total:,} sentences, {tokens:,} tokens to {out}")
+    report(out, rejected)
+    try:
+        partial.rename(out)
+    except OSError:
+        if not out.exists():
+            raise
+        shutil.rmtree(partial)  # another part was faster, with the same result
+    if longer:
+        print(f"{longer:,} of {sum(counts):,} sentences are longer than --context {context} with BOS and EOS: train with a longer one, or with --packing concat")
+    print(f"wrote {sum(counts):,} sentences, {tokens:,} tokens to {out}")
 
 
 class Shards:
@@ -294,101 +1186,647 @@ class Shards:
                 raise ValueError(f"{self.folder / 'dataset.json'}: names the file {name!r} outside its own folder")
             path, index = self.folder / name, self.folder / name.replace(".tokens", ".index.npy")
             try:
-                index_N2, size = np.load(index), path.stat().st_size
+                index_N3, size = np.load(index), path.stat().st_size
             except (OSError, ValueError, EOFError) as error:
                 raise ValueError(f"{index}: cannot be read ({error})") from None
-            if index_N2.ndim != 2 or index_N2.shape[1:] != (2,) or index_N2.dtype != np.int64 or not len(index_N2):
-                raise ValueError(f"{index}: wanted int64 [sentences, 2], got {index_N2.dtype} {list(index_N2.shape)}")
-            if np.diff(index_N2[:, 0], prepend=0).min() < 1 or not 0 <= index_N2[:, 1].min() <= index_N2[:, 1].max() < len(self.kinds):
+            if index_N3.ndim != 2 or index_N3.shape[1] not in (2, 3) or index_N3.dtype != np.int64 or not len(index_N3):
+                raise ValueError(f"{index}: wanted int64 [sentences, 3], got {index_N3.dtype} {list(index_N3.shape)}")
+            if np.diff(index_N3[:, 0], prepend=0).min() < 1 or not 0 <= index_N3[:, 1].min() <= index_N3[:, 1].max() < len(self.kinds):
                 raise ValueError(f"{index}: damaged, its ends do not rise or it names kinds that dataset.json does not")
-            if size != 2 * index_N2[-1, 0]:
-                raise ValueError(f"{path}: {size:,} bytes, {index.name} asks for {2 * int(index_N2[-1, 0]):,}; the file is truncated or mixed up")
-            tokens = np.memmap(path, "<u2", mode="r")
-            for start in range(0, len(tokens), 1 << 24):
-                if (highest := int(tokens[start:start + (1 << 24)].max())) >= self.codes:
-                    raise ValueError(f"{path}: code {highest} is outside the codebook of {self.codes}")
-            self.shards.append((tokens, index_N2))
-        self.firsts = np.cumsum([0] + [len(index_N2) for _, index_N2 in self.shards])
+            if size != 2 * index_N3[-1, 0]:
+                raise ValueError(f"{path}: {size:,} bytes, {index.name} asks for {2 * int(index_N3[-1, 0]):,}; the file is truncated or mixed up")
+            self.shards.append((np.memmap(path, "<u2", mode="r"), index_N3))
+        self.firsts = np.cumsum([0] + [len(index_N3) for _, index_N3 in self.shards])
         if not self.firsts[-1]:
             raise ValueError(f"{folder}: the dataset holds no sentence")
-        self.longest = max(int(np.diff(index_N2[:, 0], prepend=0).max()) for _, index_N2 in self.shards)
+        self.starts_N = np.concatenate([np.concatenate([[0], index_N3[:-1, 0]]) for _, index_N3 in self.shards])
+        self.lengths_N = np.concatenate([np.diff(index_N3[:, 0], prepend=0) for _, index_N3 in self.shards])
+        self.longest = int(self.lengths_N.max())
+        self.checked = int(self.lengths_N.sum()) <= CHECKED_WHOLE
+        if self.checked:
+            self.check_codes()
+
+    def check_codes(self):
+        for n, (tokens, _) in enumerate(self.shards):
+            for start in range(0, len(tokens), 1 << 24):
+                if (highest := int(tokens[start:start + (1 << 24)].max())) >= self.codes:
+                    raise ValueError(f"{self.folder} shard {n}: code {highest} is outside the codebook of {self.codes}")
 
     def __len__(self):
         return int(self.firsts[-1])
 
     def __getitem__(self, i):
-        shard = int(np.searchsorted(self.firsts, i, side="right")) - 1
-        tokens, index_N2 = self.shards[shard]
-        row = int(i) - self.firsts[shard]
-        return int(index_N2[row, 1]), tokens[index_N2[row - 1, 0] if row else 0:index_N2[row, 0]]
+        shard = bisect.bisect_right(self.firsts, i) - 1 if len(self.shards) > 1 else 0
+        tokens, index_N3 = self.shards[shard]
+        start = self.starts_N[i]
+        return int(index_N3[int(i) - self.firsts[shard], 1]), tokens[start:start + self.lengths_N[i]]
+
+    @property
+    def row_lengths_N(self):
+        return self.lengths_N + 2
+
+    def row(self, i, specials):
+        """-> (BOS, codes and EOS of sentence i as int32; which of them the loss counts: None for all)."""
+        tokens = self[i][1]
+        ids_T = np.empty(len(tokens) + 2, np.int32)
+        ids_T[0], ids_T[1:-1], ids_T[-1] = specials[0], tokens, specials[1]
+        if not self.checked and tokens.max() >= self.codes:
+            raise ValueError(f"{self.folder}: sentence {i} holds code {tokens.max()}, outside the codebook of {self.codes}")
+        return ids_T, None
+
+    @functools.cached_property
+    def hashes_N(self):
+        """CRC-32 of the tokens of each sentence; datasets of the first version do not store it."""
+        if all(index_N3.shape[1] == 3 for _, index_N3 in self.shards):
+            return np.concatenate([index_N3[:, 2] for _, index_N3 in self.shards])
+        return np.array([zlib.crc32(self[i][1].tobytes()) for i in range(len(self))])
+
+    def code_counts(self):
+        return sum(np.bincount(tokens, minlength=self.codes) for tokens, _ in self.shards)
+
+
+class Jsonl:
+    """LVM's `dataset.jsonl`, read where it lies: `jsonl[i]` is (0, its tokens). Every line is read once to index and check
+    it; bad ones are left out, counted, and listed in PATH.rejected.jsonl.
+
+    `fields` is the mini-language of LVM's trainer, by default BOS, tokens, EOS: a comma list of `{key}` (base64 of int32
+    tokens), `<|id|>`, `<|bos|>` and `<|eos|>` (one literal id), each in `[ ]` where the loss shall leave it out.
+    Raises ValueError for other fields, ids outside the `vocabulary`, an empty file, or more than BAD_LINES bad lines."""
+
+    def __init__(self, path, codes: int, specials, fields: str | None = None, vocabulary: int | None = None, max_rejected: float = BAD_LINES):
+        self.path, self.codes, self.kinds, self.vocabulary = Path(path), codes, ["jsonl"], vocabulary or codes + 100
+        self.fields = [(key, counts, np.array([key], np.int32) if isinstance(key, int) else None)
+                       for key, counts in split_fields(fields or "<|bos|>,{tokens},<|eos|>", specials[:2], self.vocabulary)]
+        self.keys, self.all_count = [key for key, _, _ in self.fields if isinstance(key, str)], all(counts for _, counts, _ in self.fields)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        self.file, self.rejected, self.counts_K = open(self.path, "rb"), [], np.zeros(codes, np.int64)
+        places, lengths, hashes = [], [], []
+        for number in itertools.count(1):
+            offset = self.file.tell()
+            if not (line := self.file.readline(LONGEST_LINE)):
+                break
+            if not line.strip():
+                continue
+            try:
+                texts = self.texts(line)
+                codes_T = np.concatenate([self.decode(text, key) for text, key in zip(texts, self.keys)])
+            except ValueError as error:
+                self.rejected.append({"path": f"{path}:{number}", "reason": str(error)})
+                continue
+            # Where each text lies in the file, so that a row is read without parsing JSON; or (-1, the line) if it is escaped.
+            found = [line.find(text) for text in texts]
+            places.append([(offset + at, len(text)) if at >= 0 else (-1 - offset, len(line)) for at, text in zip(found, texts)])
+            lengths.append(len(codes_T))
+            hashes.append(zlib.crc32(codes_T.astype("<u2").tobytes()))
+            self.counts_K += np.bincount(codes_T[codes_T < codes], minlength=codes)
+        if self.rejected:
+            last = f"the last is {self.rejected[-1]['path']}: {self.rejected[-1]['reason']}"
+            try:
+                write_lines(f"{path}.rejected.jsonl", self.rejected)
+                last += f"; {path}.rejected.jsonl lists them"
+            except OSError:  # a folder that may only be read
+                pass
+            print(f"{path}: {len(self.rejected)} of {len(self.rejected) + len(places)} lines are bad and left out; {last}", file=sys.stderr)
+            if len(self.rejected) > max_rejected * (len(places) + len(self.rejected)):
+                raise ValueError(f"{path}: more than {max_rejected:.0%} of its lines are bad; {last}")
+        if not places:
+            raise ValueError(f"{path}: no line in it")
+        self.places_NK2, self.lengths_N, self.hashes_N = np.array(places), np.array(lengths), np.array(hashes)
+        self.row_lengths_N, self.longest = self.lengths_N + len(self.fields) - len(self.keys), int(self.lengths_N.max())
+        self.about = {"tokenizer": None, "codes": codes, "codes_per_image": None, "sentences": len(places), "tokens": sum(lengths), "kinds": {"jsonl": len(places)}}
+
+    def texts(self, line: bytes) -> list[bytes]:
+        """The base64 under each key of the fields."""
+        if len(line) == LONGEST_LINE:
+            raise ValueError(f"a line of more than {LONGEST_LINE:,} bytes")
+        example = json.loads(line)
+        texts = [example.get(key) if isinstance(example, dict) else None for key in self.keys]
+        for key, text in zip(self.keys, texts):
+            if not isinstance(text, str) or not text.isascii():
+                raise ValueError(f"no base64 text under the key {key!r}")
+        return [text.encode() for text in texts]
+
+    def decode(self, text: bytes, key: str) -> np.ndarray:
+        try:
+            ids_T = np.frombuffer(binascii.a2b_base64(text, strict_mode=True), "<i4")
+        except ValueError:
+            raise ValueError(f"{key!r} is no base64 of int32 tokens") from None
+        if not len(ids_T) or ids_T.view("<u4").max() >= self.vocabulary:  # as unsigned ones negative ids are large too
+            raise ValueError(f"{key!r} holds {f'tokens from {ids_T.min()} to {ids_T.max()}' if len(ids_T) else 'no tokens'}; wanted ids below {self.vocabulary}")
+        return ids_T
+
+    def __len__(self):
+        return len(self.places_NK2)
+
+    def contents(self, i) -> list[np.ndarray]:
+        """The tokens of line i under each key."""
+        found = []
+        for k, (place, length) in enumerate(self.places_NK2[i].tolist()):
+            text = os.pread(self.file.fileno(), length, place if place >= 0 else -1 - place)
+            try:
+                found.append(self.decode(text if place >= 0 else self.texts(text)[k], self.keys[k]))
+            except ValueError as error:
+                raise ValueError(f"{self.path} has changed since it was opened: {error}") from None
+        return found
+
+    def __getitem__(self, i):
+        return 0, np.concatenate(self.contents(i))
+
+    def row(self, i, specials):
+        """-> (int32 ids; which of them the loss counts: None for all)."""
+        contents = iter(self.contents(i))
+        parts = [next(contents) if isinstance(key, str) else literal for key, _, literal in self.fields]
+        masks = None if self.all_count else np.concatenate([np.full(len(part), counts, np.float32) for part, (_, counts, _) in zip(parts, self.fields)])
+        return np.concatenate(parts), masks
+
+    def code_counts(self):
+        return self.counts_K
+
+
+LONGEST_LINE = 1 << 26
+
+
+def split_fields(text: str, specials, vocabulary: int) -> list[tuple["str | int", bool]]:
+    """'[{context}],<|8192|>' -> [("context", False), (8192, True)]: keys and literal ids, and whether the loss counts them."""
+    fields, ids = [], dict(zip(("bos", "eos"), specials))
+    for field in text.split(","):
+        match = re.fullmatch(r"(\[)?(?:<\|(bos|eos|\d+)\|>|\{([^{}\[\]<>|]+)\})(\])?", field.strip())
+        if not match or (match[1] is None) != (match[4] is None):
+            lost = "; a page that shows HTML swallows <|8192|>" if not field.strip() else ""
+            raise ValueError(f"--fields {text!r}: {field!r} is neither {{key}} nor <|id|>, nor one of them in [ ]; LVM's are '<|8192|>,{{tokens}},<|8193|>'{lost}")
+        key = match[3] or ids.get(match[2]) or int(match[2])
+        if isinstance(key, int) and key >= vocabulary:
+            raise ValueError(f"--fields {text!r}: the id {key} is outside the vocabulary of {vocabulary}")
+        fields.append((key, match[1] is None))
+    if all(isinstance(key, int) for key, _ in fields):
+        raise ValueError(f"--fields {text!r}: no {{key}} in it, such as {{tokens}}")
+    return fields
+
+
+def open_sentences(path, codes: int | None = None, specials=None, fields: str | None = None, vocabulary: int | None = None) -> "Shards | Jsonl":
+    """A dataset folder, or a `.jsonl`, whose ids are taken to be of a codebook of `codes` entries."""
+    if Path(path).suffix != ".jsonl":
+        return Shards(path)
+    if codes is None:
+        raise ValueError(f"{path} does not say how many codes its tokenizer has; pass codes=8192 for LVM's")
+    return Jsonl(path, codes, specials or (codes, codes + 1, codes + 2), fields, vocabulary)
+
+
+# ---------------------------------------------------------------------------------------------------- the reader
+
+
+PACKINGS = ("sentence", "concat", "segment")
 
 
 def open_dataset(paths_and_weights, *, context: int, batch: int, seed: int, start: int = 0, process: int = 0, processes: int = 1,
-                 specials: tuple[int, int, int] | None = None):
+                 specials: tuple[int, int, int] | None = None, packing: Literal["sentence", "concat", "segment"] = "sentence",
+                 fields: str | None = None, codes: int | None = None, vocabulary: int | None = None,
+                 heldout_fraction: float = 0.0, heldout: bool = False):
     """Batches for ever, from any number of datasets, shuffled and mixed by `seed`: a grain dataset of
-    {"ids_BT": int32, "mask_BT": float32}, one sentence a row: BOS, codes, EOS, then padding that the mask leaves out.
+    {"ids_BT": int32, "mask_BT": float32}, and with `segment` {"segment_ids_BT": int32}. `mask_BT` marks the targets.
 
-    `paths_and_weights`: "DIR" or "DIR:weight" each; sentences are drawn in proportion to the weights (default 1).
-    `start`: the step to begin at. The order of all sentences depends on the seed alone; process p of P reads every
-    P-th one, so a run may go on with another number of processes. `specials`: ids of BOS, EOS and padding (default
-    codebook size + 0, 1, 2). Raises ValueError where a sentence does not fit `context`, datasets were made by different
-    tokenizers, or `batch` does not divide by `processes`."""
+    `paths_and_weights`: "DIR" or "DIR:weight" each, or a `.jsonl` in the place of DIR (`fields` and `codes` are for those,
+    see `Jsonl`), or opened ones, or pairs of an opened one and its weight. Each dataset is shuffled as a whole, anew in each epoch. Sentences are drawn exactly in
+    the proportion of the weights (default 1): over any period of the pattern, and nearly so over any stretch of it.
+    `packing`: `sentence`: one a row, then padding. `concat`, as published: sentences are joined for ever and cut into
+    rows; attention crosses them. Each row begins with the last token of the row before, so that every token is a target
+    once: rows of `context` 4097 are LVM's 4096 inputs and targets. `segment`: as many whole sentences as fit into a row,
+    in order, then padding; attention keeps to a segment (0 is the padding), and so positions, being relative, restart.
+    `start`: the step to begin at. A batch depends on the arguments and its number alone; process p of P gets the p-th of
+    P equal parts of its rows, so a run may go on with another number of processes. `specials`: ids of BOS, EOS and
+    padding (default codebook size + 0, 1, 2). `heldout_fraction` of the sentences, chosen by the hash of their tokens, are
+    left out, or with `heldout` are the only ones.
+    Raises ValueError where a sentence does not fit `context`, datasets were made by different tokenizers, `batch` does
+    not divide by `processes`, or the data do not fill a batch."""
     if batch % processes:
         raise ValueError(f"--batch {batch} is not a multiple of the {processes} processes")
-    folders, weights = zip(*map(split_weight, paths_and_weights))
-    opened = [Shards(folder) for folder in folders]
-    for shards in opened:
-        if shards.longest + 2 > context:
-            raise ValueError(f"{shards.folder}: a sentence has {shards.longest} codes and needs --context {shards.longest + 2} with BOS and EOS, got {context}")
-        if shards.about["tokenizer"] != opened[0].about["tokenizer"]:
-            raise ValueError(f"{shards.folder} was made by another tokenizer than {opened[0].folder}")
-    bos, eos, pad = specials or (opened[0].codes + i for i in range(3))
+    if packing not in PACKINGS:
+        raise ValueError(f"packing {packing!r} is none of {', '.join(PACKINGS)}")
+    opened, weights = zip(*(p if isinstance(p, tuple) else (p, 1.0) if isinstance(p, (Shards, Jsonl)) else split_weight(p) for p in paths_and_weights))
+    opened = [part if isinstance(part, (Shards, Jsonl)) or Path(part).suffix == ".jsonl" else Shards(part) for part in opened]
+    codes = codes or next((part.codes for part in opened if not isinstance(part, str)), None)
+    opened = [open_sentences(part, codes, specials, fields, vocabulary) if isinstance(part, str) else part for part in opened]
+    if fields and not any(isinstance(part, Jsonl) for part in opened):
+        raise ValueError(f"--fields {fields!r} is for .jsonl files, and there is none among {', '.join(map(str, paths_and_weights))}")
+    specials = specials or tuple(opened[0].codes + i for i in range(3))
+    names = [str(part.folder if isinstance(part, Shards) else part.path) for part in opened]
+    for name, part in zip(names, opened):
+        for other, first in zip(names, opened):
+            if part.codes != first.codes:
+                raise ValueError(f"{name} has codes of {part.codes} entries, {other} of {first.codes}: they were made by different tokenizers")
+            if len({part.about["tokenizer"], first.about["tokenizer"], None}) > 2:
+                raise ValueError(f"{name} was made by another tokenizer than {other}")
+    for name, part in zip(names, opened):
+        if packing != "concat" and (longest := int(part.row_lengths_N.max())) > context:
+            raise ValueError(f"{name}: a sentence has {part.longest} codes and needs --context {longest} with BOS and EOS, got {context}")
+    chosen = [np.flatnonzero(is_heldout(part, heldout_fraction) == heldout) if heldout_fraction or heldout else np.arange(len(part)) for part in opened]
+    for name, members_N in zip(names, chosen):
+        if not len(members_N):
+            raise ValueError(f"{name}: a held-out fraction of {heldout_fraction} leaves no sentence {'in' if heldout else 'out of'} it")
+    sentences, tokens = sum(map(len, chosen)), sum(int(part.row_lengths_N[members_N].sum()) for part, members_N in zip(opened, chosen))
+    if (sentences if packing == "sentence" else tokens // (context - 1)) < batch:
+        raise ValueError(f"{', '.join(names)}: {sentences} sentences of {tokens} tokens do not fill a batch of {batch} rows of {context}; lower --batch")
+    read = pack(opened, chosen, weights, seed=seed, context=context, packing=packing, specials=specials)
+    rows = batch // processes
+    steps = grain.MapDataset.source(Steps(lambda step: read(step * batch + process * rows, rows)))
+    return steps[start:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
 
-    def to_row(sentence):
-        tokens = sentence[1]
-        ids_T, mask_T = np.full(context, pad, np.int32), np.zeros(context, np.float32)
-        ids_T[0], ids_T[1:1 + len(tokens)], ids_T[1 + len(tokens)] = bos, tokens, eos
-        mask_T[1:2 + len(tokens)] = 1
-        return {"ids_BT": ids_T, "mask_BT": mask_T}
 
-    parts = [grain.MapDataset.source(shards).seed(seed + i).shuffle().repeat() for i, shards in enumerate(opened)]
-    rows = grain.MapDataset.mix(parts, weights=weights) if len(parts) > 1 else parts[0]
-    return rows[start * batch + process::processes].map(to_row).batch(batch // processes).to_iter_dataset(
-        grain.ReadOptions(num_threads=2, prefetch_buffer_size=16))
+class Steps:
+    """A grain source without an end: item i is what the function makes of i."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __len__(self):
+        return 1 << 40
+
+    def __getitem__(self, step):
+        return self.function(int(step))
+
+
+def pack(opened, chosen, weights, *, seed: int, context: int, packing: str, specials):
+    """-> function from (first row, rows) to a batch of them: rows of an endless stream of sentences, each at random access."""
+    pad = specials[2]
+    shares = [Fraction(str(weight)).limit_denominator(1_000_000) for weight in weights]
+    unit = math.lcm(*(share.denominator for share in shares))
+    counts = np.array([int(share * unit) for share in shares]) // math.gcd(*(int(share * unit) for share in shares))
+    if counts.sum() > 1 << 24:
+        raise ValueError(f"the weights {' '.join(map(str, weights))} have no common measure of a reasonable size; round them")
+    # One period of the mixture: dataset i comes counts[i] times, evenly spaced; `rank` numbers its turns.
+    turns_P = np.argsort(np.concatenate([(np.arange(n) + 0.5) / n for n in counts]), kind="stable")
+    part_P, rank_P = np.repeat(np.arange(len(counts)), counts)[turns_P], np.concatenate([np.arange(n) for n in counts])[turns_P]
+
+    @functools.lru_cache(2 * len(opened) + 2)
+    def order(part, epoch):
+        key = scramble(scramble(scramble(np.array([seed % (1 << 64)], np.uint64)) + np.uint64(part)) + np.uint64(epoch))
+        return chosen[part][np.argsort(scramble(np.arange(len(chosen[part]), dtype=np.uint64) + key), kind="stable")]
+
+    def stream(first, count):
+        """-> (dataset, sentence in it) of the sentences number first, first + 1, ... of the mixture."""
+        period_N, place_N = np.divmod(np.arange(first, first + count), len(part_P))
+        part_N, sentence_N = part_P[place_N], np.empty(count, np.int64)
+        turn_N = period_N * counts[part_N] + rank_P[place_N]
+        for part in np.unique(part_N):
+            at = np.flatnonzero(part_N == part)
+            epoch_N, position_N = np.divmod(turn_N[at], len(chosen[part]))
+            for epoch in np.unique(epoch_N):
+                sentence_N[at[epoch_N == epoch]] = order(int(part), int(epoch))[position_N[epoch_N == epoch]]
+        return part_N, sentence_N
+
+    def empty(count):
+        return np.full((count, context), pad, np.int32), np.zeros((count, context), np.float32)
+
+    def by_sentence(first, count):
+        ids_BT, mask_BT = empty(count)
+        for b, (part, sentence) in enumerate(zip(*(x.tolist() for x in stream(first, count)))):
+            ids_T, counts_T = opened[part].row(sentence, specials)
+            ids_BT[b, :len(ids_T)] = ids_T
+            mask_BT[b, 1:len(ids_T)] = 1 if counts_T is None else counts_T[1:]
+        return {"ids_BT": ids_BT, "mask_BT": mask_BT}
+
+    # The other packings need to know where sentences end. The stream is walked in blocks, lengths only; what is kept of a
+    # block is where it begins, and of the last few the rest.
+    BLOCK, lock, begins, row_begins, walked, used = 8192, threading.Lock(), [0], [0], 0, 0
+
+    @functools.lru_cache(8)
+    def block(b):
+        part_N, sentence_N = stream(b * BLOCK, BLOCK)
+        lengths_N = np.zeros(BLOCK, np.int64)
+        for part in np.unique(part_N):
+            lengths_N[part_N == part] = opened[part].row_lengths_N[sentence_N[part_N == part]]
+        return part_N.tolist(), sentence_N.tolist(), np.cumsum(lengths_N).tolist()
+
+    def walk(n):
+        """Sentences n, n + 1, ... of the stream: (ids, their masks or None)."""
+        for n in itertools.count(n):
+            part_N, sentence_N, _ = block(n // BLOCK)
+            yield opened[part_N[n % BLOCK]].row(sentence_N[n % BLOCK], specials)
+
+    def concat(first, count):
+        low, high = first * (context - 1), (first + count) * (context - 1) + 1
+        with lock:
+            while begins[-1] <= low:
+                begins.append(begins[-1] + block(len(begins) - 1)[2][-1])
+        b = bisect.bisect_right(begins, low) - 1
+        ends = block(b)[2]
+        n = bisect.bisect_right(ends, low - begins[b])
+        at = begins[b] + (ends[n - 1] if n else 0) - low  # where sentence n begins, at or before the first row
+        flat_T, counts_T = np.empty(high - low, np.int32), np.ones(high - low, np.float32)
+        for ids_T, masks_T in walk(b * BLOCK + n):
+            piece = slice(max(at, 0), min(at + len(ids_T), high - low))
+            flat_T[piece] = ids_T[piece.start - at:piece.stop - at]
+            if masks_T is not None:
+                counts_T[piece] = masks_T[piece.start - at:piece.stop - at]
+            at += len(ids_T)
+            if at >= high - low:
+                break
+        rows = lambda x_T: np.lib.stride_tricks.as_strided(x_T, (count, context), (4 * (context - 1), 4)).copy()
+        mask_BT = rows(counts_T)
+        mask_BT[:, 0] = 0  # the first of a row is nobody's target here: it was the last of the row before
+        return {"ids_BT": rows(flat_T), "mask_BT": mask_BT}
+
+    def segment(first, count):
+        nonlocal walked, used
+        with lock:
+            while len(row_begins) <= first + count:
+                ends, n = block(walked)[2], 0
+                while (n_next := bisect.bisect_right(ends, (ends[n - 1] if n else 0) + context - used)) < BLOCK:
+                    row_begins.append(walked * BLOCK + n_next)
+                    n, used = n_next, 0
+                walked, used = walked + 1, used + ends[-1] - (ends[n - 1] if n else 0)
+        ids_BT, mask_BT = empty(count)
+        segment_ids_BT, sentences = np.zeros((count, context), np.int32), walk(row_begins[first])
+        for b in range(count):
+            at = 0
+            for number in range(row_begins[first + b + 1] - row_begins[first + b]):
+                ids_T, counts_T = next(sentences)
+                end = at + len(ids_T)
+                ids_BT[b, at:end], segment_ids_BT[b, at:end] = ids_T, number + 1
+                mask_BT[b, at + 1:end] = 1 if counts_T is None else counts_T[1:]  # nothing before it tells a segment's first id
+                at = end
+        return {"ids_BT": ids_BT, "mask_BT": mask_BT, "segment_ids_BT": segment_ids_BT}
+
+    return {"sentence": by_sentence, "concat": concat, "segment": segment}[packing]
+
+
+def scramble(x_N):
+    """splitmix64's finaliser: uint64 -> uint64, a bijection whose results look random. Numpy's own generators may change."""
+    x_N = x_N + np.uint64(0x9E3779B97F4A7C15)
+    x_N = (x_N ^ (x_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x_N = (x_N ^ (x_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x_N ^ (x_N >> np.uint64(31))
+
+
+def is_heldout(part, fraction: float):
+    """For each sentence: is it among the held-out fraction? By the hash of its tokens, wherever it is stored."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"--heldout-fraction must lie between 0 and 1, got {fraction}")
+    return scramble(part.hashes_N.astype(np.uint64)) < np.uint64(int(fraction * 2**64))
 
 
 def split_weight(text) -> tuple[str, float]:
     """'DIR:0.5' -> ('DIR', 0.5); 'DIR' -> ('DIR', 1.0)."""
     path, colon, weight = str(text).rpartition(":")
     try:
-        return (path, float(weight)) if colon and not os.path.exists(str(text)) else (str(text), 1.0)
+        path, weight = (path, float(weight)) if colon and not os.path.exists(str(text)) else (str(text), 1.0)
     except ValueError:
         return str(text), 1.0
+    if not 0 < weight < math.inf:
+        raise ValueError(f"{text}: a weight must be more than 0")
+    return path, weight
+
+
+# ---------------------------------------------------------------------------------------------------- looking at data
 
 
 @dataclasses.dataclass(frozen=True)
 class Show:
-    """Decode sentences back to pictures, one a row."""
+    """Decode sentences back to pictures, a caption above each."""
 
     data: Path
-    """Dataset folder."""
+    """Dataset folder, or a .jsonl of the tokenizer's codes."""
     out: Path = Path("sentences.png")
     """Picture to write."""
     tokenizer: Path = vqgan.MINI
     """The tokenizer that made the dataset."""
     count: int = 8
-    """Sentences to show, evenly spaced over the dataset."""
+    """Sentences to show: of each kind as many, evenly spaced, and at least one."""
+    columns: int = 16
+    """Pictures on a line."""
 
 
 def show(config: Show):
-    tokenizer, shards = vqgan.load(config.tokenizer), Shards(config.data)
-    if vqgan.fingerprint(tokenizer) != shards.about["tokenizer"]:
+    tokenizer = vqgan.load(config.tokenizer)
+    shards, S = open_sentences(config.data, tokenizer.config.num_embeddings), tokenizer.config.codes_per_image
+    if shards.about["tokenizer"] not in (None, vqgan.fingerprint(tokenizer)):
         raise ValueError(f"{config.data} was made by another tokenizer than {config.tokenizer}")
-    chosen = [shards[i] for i in np.linspace(0, len(shards) - 1, min(config.count, len(shards))).astype(int)]
-    rows = [np.asarray(vqgan.decode(tokenizer, tokens.reshape(-1, shards.about["codes_per_image"]).astype(np.int32))) for _, tokens in chosen]
-    longest = max(map(len, rows))
-    vqgan.save_rows([np.concatenate([row, np.ones((longest - len(row), *row.shape[1:]))]) for row in rows], config.out)
-    print(f"wrote {config.out}: " + ", ".join(shards.kinds[kind] for kind, _ in chosen))
+    kinds_N = np.concatenate([index_N3[:, 1] for _, index_N3 in shards.shards]) if isinstance(shards, Shards) else np.zeros(len(shards), int)
+    present = np.unique(kinds_N)
+    chosen = [at[i] for kind in present for at in [np.flatnonzero(kinds_N == kind)]
+              for i in np.linspace(0, len(at) - 1, min(max(1, config.count // len(present)), len(at))).astype(int)]
+    blocks, gap, size = [], 2, tokenizer.config.resolution
+    for i in chosen:
+        kind, tokens = shards[i]
+        if len(tokens) % S or tokens.max() >= shards.codes:
+            raise ValueError(f"{config.data}: sentence {i} is not a row of pictures of {S} codes below {shards.codes}")
+        pictures = np.asarray(vqgan.decode(tokenizer, tokens.reshape(-1, S).astype(np.int32)))
+        caption = Image.new("L", (4000, 14), 255)
+        ImageDraw.Draw(caption).text((gap, 1), f"{shards.kinds[kind]}, sentence {i}: {len(pictures)} pictures, {len(tokens)} codes", fill=0)
+        blocks.append((np.asarray(caption), [pictures[t:t + config.columns] for t in range(0, len(pictures), config.columns)]))
+    width = (size + 2 * gap) * max(len(line) for _, lines in blocks for line in lines)
+    sheet = []
+    for caption_HW, lines in blocks:
+        sheet.append(np.repeat(caption_HW[:, :width, None], 3, axis=2))
+        for line in lines:
+            padded = np.pad((line * 255 + 0.5).astype(np.uint8), ((0, 0), (gap, gap), (gap, gap), (0, 0)), constant_values=255)
+            row_HWC = np.concatenate(list(padded), axis=1)
+            sheet.append(np.pad(row_HWC, ((0, 0), (0, width - row_HWC.shape[1]), (0, 0)), constant_values=255))
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(sheet)).save(config.out)
+    print(f"wrote {config.out}: " + ", ".join(shards.kinds[kinds_N[i]] for i in chosen))
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """Print counts, kinds, lengths and the use of the codes, and verify the digest of every file."""
+
+    data: Path
+    """Dataset folder, or a .jsonl."""
+    codes: int = 8192
+    """Codes of the tokenizer, for a .jsonl."""
+    context: int = 4098
+    """Report the sentences that are longer than this with BOS and EOS."""
+
+
+def inspect(config: Inspect):
+    shards = open_sentences(config.data, config.codes)
+    about, counts_K = shards.about, shards.code_counts()
+    if isinstance(shards, Shards):
+        shards.check_codes()
+        for name, digest in about["sha256"].items():
+            with open(shards.folder / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    raise ValueError(f"{shards.folder / name}: its bytes are not those that were written (sha256 differs)")
+        kinds_N = np.bincount(np.concatenate([index_N3[:, 1] for _, index_N3 in shards.shards]), minlength=len(shards.kinds))
+        if len(shards) != about["sentences"] or int(shards.lengths_N.sum()) != about["tokens"] or kinds_N.tolist() != list(about["kinds"].values()):
+            raise ValueError(f"{config.data}: dataset.json counts other sentences, tokens or kinds than there are")
+    p_K = counts_K[counts_K > 0] / counts_K.sum()
+    entropy = float(-(p_K * np.log(p_K)).sum())
+    lengths_N = shards.lengths_N
+    print(f"{config.data}: {about['sentences']:,} sentences, {about['tokens']:,} tokens of {about['codes_per_image'] or 'unknown'} a picture; tokenizer {about['tokenizer'] or 'unknown'}")
+    for kind, count in about["kinds"].items():
+        print(f"  {count:>9,} {kind}")
+    print(f"lengths      {lengths_N.min():,} to {lengths_N.max():,} codes; {int((lengths_N + 2 > config.context).sum()):,} longer than --context {config.context} with BOS and EOS")
+    print(f"codes        {len(p_K):,} of {shards.codes:,} in use, perplexity {math.exp(entropy):,.1f}, unigram entropy {entropy:.3f} nats")
+    print(f"left out     {about.get('rejected', len(getattr(shards, 'rejected', ()))):,}")
+    if isinstance(shards, Shards):
+        print(f"digests      {len(about['sha256'])} files are as they were written")
+
+
+# ---------------------------------------------------------------------------------------------------- other formats
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportJsonl:
+    """LVM's `dataset.jsonl` -> a dataset folder; each file is a kind of its own name. Bad lines are listed, not read."""
+
+    inputs: tuple[Path, ...]
+    """.jsonl files of lines {"tokens": base64 of int32}."""
+    out: Path
+    """Dataset folder to write; must not exist."""
+    tokenizer: Path = vqgan.MINI
+    """The tokenizer that made them."""
+    max_rejected: float = 0.05
+    """Stop where more than this fraction of a file's lines is bad."""
+
+    def __post_init__(self):
+        if self.out.exists():
+            raise ValueError(f"--out {self.out} exists; choose another folder or delete it")
+
+
+def import_jsonl(config: ImportJsonl):
+    tokenizer = vqgan.load(config.tokenizer)
+    codes, kinds = tokenizer.config.num_embeddings, [path.stem for path in config.inputs]
+    if len(set(kinds)) < len(kinds):
+        kinds = [f"{n}-{kind}" for n, kind in enumerate(kinds)]
+    files = [Jsonl(path, codes, (codes, codes + 1), "{tokens}", vocabulary=codes, max_rejected=config.max_rejected) for path in config.inputs]
+    sentences = ((kind, file[i][1]) for kind, file in enumerate(files) for i in tqdm(range(len(file)), unit="sentence", dynamic_ncols=True))
+    write_dataset(config.out, tokenizer, kinds, sentences, [line for file in files for line in file.rejected])
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportJsonl:
+    """A dataset folder -> LVM's `dataset.jsonl`: {"tokens": base64 of int32} a line, in order, without BOS and EOS."""
+
+    data: Path
+    """Dataset folder."""
+    out: Path
+    """.jsonl file to write; must not exist."""
+
+
+def export_jsonl(config: ExportJsonl):
+    if config.out.exists():
+        raise FileExistsError(f"--out {config.out} exists; choose another file or delete it")
+    shards, partial = Shards(config.data), Path(f"{config.out}.partial")
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    with open(partial, "w") as file:
+        for i in tqdm(range(len(shards)), unit="sentence", dynamic_ncols=True):
+            file.write(json.dumps({"tokens": base64.b64encode(shards[i][1].astype("<i4").tobytes()).decode()}) + "\n")
+    partial.rename(config.out)
+    print(f"wrote {len(shards):,} sentences to {config.out}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recolor:
+    """Integer maps (grey, palette or 16-bit pictures) -> colours of a fixed random palette, as answers for `pairs`; with
+    --invert colours, such as a model's answers, -> the integers of the nearest palette colours."""
+
+    inputs: Path
+    """Folder of pictures, searched in depth."""
+    out: Path
+    """Folder of PNG to write, under the same names, with palette.json; must not exist."""
+    palette: Path | None = None
+    """palette.json of an earlier call, a list of [R, G, B]; by default one is drawn."""
+    colours: int = 256
+    """Colours of a palette that is drawn: one more than the largest integer."""
+    size: int | None = None
+    """Resize the maps to this square first, taking nearest pixels, which mixes no labels."""
+    invert: bool = False
+    """From colours back to integers; wants --palette."""
+    seed: int = 0
+    """Seed of a palette that is drawn."""
+    max_rejected: float = 0.05
+    """Stop where more than this fraction of the pictures cannot be read."""
+
+    def __post_init__(self):
+        if self.out.exists():
+            raise ValueError(f"--out {self.out} exists; choose another folder or delete it")
+        if self.invert and self.palette is None:
+            raise ValueError("--invert wants the --palette that made the colours")
+        if not 2 <= self.colours <= 65536:
+            raise ValueError(f"--colours must lie in [2, 65536], got {self.colours}")
+
+
+def recolor(config: Recolor):
+    palette_K3, partial, notes = read_palette(config.palette) if config.palette else draw_palette(config.colours, config.seed), Path(f"{config.out}.partial"), []
+    if partial.exists():
+        raise FileExistsError(f"{partial} is in the way, perhaps from a run that was stopped; delete it")
+    stems = find_stems(config.inputs, "", notes)
+    partial.mkdir(parents=True)
+    bad = 0
+    for stem, path in tqdm(stems.items(), unit="picture", dynamic_ncols=True):
+        try:
+            if config.invert:
+                pixels_HWC = read_colours(path, config.size)
+                labels_HW = labels_of_colours(pixels_HWC, palette_K3)
+                image = Image.fromarray(labels_HW.astype(np.uint8 if len(palette_K3) <= 256 else np.uint16))
+            else:
+                labels_HW = read_integers(path)
+                if not 0 <= labels_HW.min() <= labels_HW.max() < len(palette_K3):
+                    raise ValueError(f"{path}: integers from {labels_HW.min()} to {labels_HW.max()}; the palette has {len(palette_K3)} colours")
+                image = Image.fromarray(palette_K3[labels_HW])
+                image = image.resize((config.size,) * 2, Image.Resampling.NEAREST) if config.size else image
+        except (ValueError, OSError) as error:
+            notes.append({"path": str(path), "reason": str(error)})
+            bad += 1
+            if bad > config.max_rejected * len(stems):
+                report(config.out, notes)
+                shutil.rmtree(partial)
+                check_rejected(bad, len(stems), config.max_rejected, notes)
+            continue
+        (partial / stem).parent.mkdir(parents=True, exist_ok=True)
+        image.save(f"{partial / stem}.png")
+    (partial / "palette.json").write_text(json.dumps(palette_K3.tolist()) + "\n")
+    report(config.out, notes)
+    partial.rename(config.out)
+    print(f"wrote {len(stems) - bad} pictures and palette.json to {config.out}")
+
+
+def read_colours(path, size: int | None) -> np.ndarray:
+    """-> float32 [H, W, 3] in [0, 1], at its own size unless another is asked for."""
+    with contextlib.ExitStack() as stack:
+        if size is None:
+            try:
+                image = stack.enter_context(Image.open(path, formats=vqgan.FORMATS))
+            except Exception as error:
+                raise ValueError(f"{path}: {error}") from None
+            if image.width != image.height:
+                raise ValueError(f"{path}: {image.width}x{image.height} pixels are no square, as a model's answers are; name a --size")
+            size = image.width
+    return read_image(path, size)
+
+
+def draw_palette(colours: int, seed: int) -> np.ndarray:
+    """uint8 [K, 3]: black, then each time the one of 64 random colours that is farthest from all before it, so that
+    integers can be read back from colours that a model or a codec has changed a little."""
+    rng, palette_K3 = np.random.default_rng((seed, colours)), np.zeros((colours, 3), np.uint8)
+    for k in range(1, colours):
+        tried_N3 = rng.integers(0, 256, (64, 3))
+        distance_N = np.square(tried_N3[:, None] - palette_K3[None, :k].astype(int)).sum(-1).min(1)
+        palette_K3[k] = tried_N3[distance_N.argmax()]
+    return palette_K3
+
+
+def read_palette(path: Path) -> np.ndarray:
+    try:
+        palette_K3 = np.array(json.loads(Path(path).read_text()))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: no palette ({error})") from None
+    if palette_K3.ndim != 2 or palette_K3.shape[1] != 3 or not np.issubdtype(palette_K3.dtype, np.integer) or palette_K3.min() < 0 or palette_K3.max() > 255:
+        raise ValueError(f"{path}: wanted a list of [R, G, B] from 0 to 255")
+    return palette_K3.astype(np.uint8)
+
+
+def labels_of_colours(pixels_HWC, palette_K3) -> np.ndarray:
+    """float pixels in [0, 1], such as a generated picture -> int64 [H, W]: the palette's nearest colour for each."""
+    colours_K3, rows = palette_K3.astype(np.float32) / 255, []
+    for row_WC in pixels_HWC:
+        rows.append(np.argmin(np.square(colours_K3).sum(-1) - 2 * row_WC @ colours_K3.T, axis=-1))
+    return np.stack(rows)
 
 
 # ---------------------------------------------------------------------------------------------------- demo
@@ -641,7 +2079,10 @@ def halve(picture_HWC):
 # ---------------------------------------------------------------------------------------------------- commands
 
 COMMANDS = {"pairs": (Pairs, tokenize_pairs), "colorize": (Colorize, tokenize_colorize), "inpaint": (Inpaint, tokenize_inpaint),
-            "frames": (Frames, tokenize_frames), "demo": (Demo, demo), "show": (Show, show)}
+            "multi": (Multi, tokenize_multi), "category": (Category, tokenize_category), "video": (Video, tokenize_video),
+            "frames": (Frames, tokenize_frames), "multi-video": (MultiVideo, tokenize_multi_video), "tracks": (Tracks, tokenize_tracks),
+            "demo": (Demo, demo), "recolor": (Recolor, recolor), "import-jsonl": (ImportJsonl, import_jsonl),
+            "export-jsonl": (ExportJsonl, export_jsonl), "show": (Show, show), "inspect": (Inspect, inspect)}
 
 
 def main():
@@ -650,7 +2091,7 @@ def main():
         next(run for kind, run in COMMANDS.values() if type(config) is kind)(config)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, ChildProcessError) else 2)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ import vqgan
 
 AXES = ("data", "fsdp", "tensor", "seq")
 ROWS = P(("data", "fsdp"))  # a batch is split over both
+ROW_KEYS = ("ids_BT", "mask_BT", "segment_ids_BT")  # of a batch; the last only where a row holds several sentences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +45,22 @@ class Config:
     size: Literal[tuple(lvm.SIZES)] = "mini"
     """Width and depth of the model; `python lvm.py sizes` prints the table."""
     data: tuple[str, ...] = ()
-    """Dataset folders, each `DIR` or `DIR:weight`. Without any, demo sentences are made in the run folder."""
+    """Dataset folders or LVM's `.jsonl` files, each `DIR` or `DIR:weight`. Without any, demo sentences are made in the run
+    folder."""
+    packing: Literal[tokenize_data.PACKINGS] = "sentence"
+    """How sentences become rows. sentence: one a row, padded. concat, as published: joined for ever and cut; attention
+    crosses sentences, and --context 4097 are LVM's 4096 inputs and targets. segment: as many whole ones as fit, each
+    attending to itself alone."""
+    fields: str | None = None
+    """For .jsonl data, LVM's mini-language: `{key}` tokens of the line, `<|id|>` a literal id, in [ ] what the loss leaves
+    out; by default '<|bos|>,{tokens},<|eos|>', which for LVM's codes is '<|8192|>,{tokens},<|8193|>'."""
+    special_ids: tuple[int, int, int] | None = None
+    """Ids of BOS, EOS and padding; by default the three after the codes."""
     heldout: Path | None = None
     """Dataset folder for the held-out loss and the sample pictures; by default the first of --data."""
+    heldout_fraction: float = 0.0
+    """Keep this fraction of the sentences, chosen by the hash of their tokens, out of the training; where --heldout is not
+    given, the held-out loss and the sample pictures come from it."""
     out: Path = Path("runs/mini")
     """Run folder; a run that it already holds is resumed."""
     init: Path | None = None
@@ -101,6 +115,10 @@ class Config:
             raise ValueError(f"--batch {self.batch} is not a multiple of --accumulate {self.accumulate}")
         if self.warmup >= self.steps and self.steps > 1:
             raise ValueError(f"--warmup {self.warmup} must be less than --steps {self.steps}")
+        if not 0 <= self.heldout_fraction < 1:
+            raise ValueError(f"--heldout-fraction must lie in [0, 1), got {self.heldout_fraction}")
+        if self.fields and not any(tokenize_data.split_weight(path)[0].endswith(".jsonl") for path in self.data):
+            raise ValueError(f"--fields {self.fields!r} is for .jsonl files, and --data names none")
         try:
             sizes = [int(n) for n in self.mesh.split(",")]
         except ValueError:
@@ -121,20 +139,27 @@ def train(config: Config) -> lvm.LVM:
     if config.batch % (config.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]):
         raise ValueError(f"--batch {config.batch} over {config.accumulate} micro-batches does not divide by the {mesh.shape['data'] * mesh.shape['fsdp']} devices of data x fsdp")
     check_writable(config.out)
-    data, heldout = (config.data, config.heldout or split_path(config.data)) if config.data else make_demo(config)
-    shards = [tokenize_data.Shards(tokenize_data.split_weight(path)[0]) for path in data]
-    model_config = model_config_for(config, shards[0])
+    data, heldout = (config.data, config.heldout) if config.data else make_demo(config)
+    paths, weights = zip(*map(tokenize_data.split_weight, data))
+    codes = next((tokenize_data.Shards(path).codes for path in paths if not path.endswith(".jsonl")), lvm.SIZES[config.size].codes)
+    model_config = model_config_for(config, codes)
+    specials = (model_config.bos, model_config.eos, model_config.pad)
+    open_sentences = functools.partial(tokenize_data.open_sentences, codes=codes, specials=specials, fields=config.fields, vocabulary=model_config.vocab_size)
+    shards = [open_sentences(path) for path in paths]
     auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     dtype = jnp.dtype(auto if config.dtype == "auto" else config.dtype)
     context = config.context or model_config.context
-    specials = (model_config.bos, model_config.eos, model_config.pad)
-    read = functools.partial(tokenize_data.open_dataset, context=context, specials=specials)
+    read = functools.partial(tokenize_data.open_dataset, context=context, specials=specials, packing=config.packing)
     begin_run(config, model_config, [s.about["tokenizer"] for s in shards])
     # Orbax writes under a temporary name and renames: a kill leaves the step before it as the newest.
     manager = ocp.CheckpointManager(config.out.absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2))
     first = manager.latest_step() or 0
-    batches = iter(read(data, batch=config.batch, seed=config.seed, start=first, process=jax.process_index(), processes=jax.process_count()))
-    heldout_batch = next(iter(read([heldout], batch=32, seed=0)))
+    batches = iter(read(list(zip(shards, weights)), batch=config.batch, seed=config.seed, start=first, process=jax.process_index(),
+                        processes=jax.process_count(), heldout_fraction=config.heldout_fraction))
+    heldout = open_sentences(heldout) if heldout else shards[0]
+    fraction = 0.0 if config.heldout or not config.data else config.heldout_fraction
+    kept_N = np.flatnonzero(tokenize_data.is_heldout(heldout, fraction)) if fraction else np.arange(len(heldout))
+    heldout_batch = next(iter(read([heldout], batch=heldout_rows(heldout, kept_N, mesh, context, config), seed=0, heldout_fraction=fraction, heldout=fraction > 0)))
 
     optimizer, schedule = make_optimizer(config)
     state, shardings = make_state(config, model_config, optimizer, mesh)
@@ -172,14 +197,14 @@ def train(config: Config) -> lvm.LVM:
                         "tokens_per_second": round(rate, 1), "seconds": round(now - began, 2)}
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", tokens=f"{rate:,.0f}/s")
                 if saving:
-                    line["heldout_loss"] = float(eval_fn(state["model"], *place(heldout_batch).values()))
+                    line["heldout_loss"] = float(eval_fn(state["model"], *(place(heldout_batch)[k] for k in ROW_KEYS if k in heldout_batch)))
                     manager.save(step, args=ocp.args.Composite(**{k: ocp.args.StandardSave(v) for k, v in state.items()}))
                     last_time = time.time()
                 if jax.process_index() == 0:
                     with open(config.out / "metrics.jsonl", "a") as log:
                         log.write(json.dumps(line) + "\n")
             if saving and jax.process_count() == 1:
-                sample_picture(config, state["model"], heldout, config.out / "samples" / f"{step}.png")
+                sample_picture(config, state["model"], heldout, config.out / "samples" / f"{step}.png", kept_N=kept_N)
                 last_time = time.time()
     manager.close()
     print(f"""done: {config.out} (loss {last_loss(config.out):.3f}, unigram entropy {entropy:.3f}); look at {config.out}/samples/{config.steps}.png, then type
@@ -189,7 +214,7 @@ def train(config: Config) -> lvm.LVM:
 
 
 def make_loss(mesh, specs, dtype, remat):
-    """loss(model, ids_BT, mask_BT): the mean over the whole batch, computed shard by shard.
+    """loss(model, ids_BT, mask_BT[, segment_ids_BT]): the mean over the whole batch, computed shard by shard.
 
     Differentiate it outside the shard_map: the transpose of each gather below is then the reduce-scatter of its gradient."""
 
@@ -202,10 +227,12 @@ def make_loss(mesh, specs, dtype, remat):
 
         return jax.tree_util.tree_map_with_path(whole, weights)
 
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(specs, ROWS, ROWS), out_specs=P())
-    def loss(model, ids_BT, mask_BT):
-        logits_BTV = model(ids_BT, gather=gather, reduce=lambda x: lax.psum(x, "tensor"), dtype=dtype, remat=remat)
+    def shard_loss(model, ids_BT, mask_BT, segment_ids_BT=None):
+        logits_BTV = model(ids_BT, segment_ids_BT, gather=gather, reduce=lambda x: lax.psum(x, "tensor"), dtype=dtype, remat=remat)
         return lax.pmean(lvm.next_token_loss(logits_BTV, ids_BT, mask_BT)[0], ("data", "fsdp"))
+
+    def loss(model, *rows):
+        return jax.shard_map(shard_loss, mesh=mesh, in_specs=(specs, *[ROWS] * len(rows)), out_specs=P())(model, *rows)
 
     return loss
 
@@ -218,7 +245,7 @@ def make_train_step(loss_fn, optimizer, accumulate, shardings):
         micro = jax.tree.map(lambda x_BT: x_BT.reshape(-1, accumulate, x_BT.shape[1]).swapaxes(0, 1), batch)
 
         def add(total, rows):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(state["model"], rows["ids_BT"], rows["mask_BT"])), None
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(state["model"], *(rows[k] for k in ROW_KEYS if k in rows))), None
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["model"]))
         (loss, grads), _ = lax.scan(add, zero, micro)
@@ -283,13 +310,24 @@ def make_mesh(config: Config):
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def model_config_for(config: Config, shards):
-    """The size's config, with the codebook of the data and the context that was asked for."""
-    model_config = dataclasses.replace(lvm.SIZES[config.size], codes=shards.codes)
+def model_config_for(config: Config, codes: int):
+    """The size's config, with the codebook of the data, and the context and special ids that were asked for."""
+    model_config = dataclasses.replace(lvm.SIZES[config.size], codes=codes)
+    if config.special_ids:
+        model_config = dataclasses.replace(model_config, **dict(zip(("bos_id", "eos_id", "pad_id"), config.special_ids)))
     return dataclasses.replace(model_config, context=config.context or model_config.context)
 
 
 # ---------------------------------------------------------------------------------------------------- the run folder
+
+
+def heldout_rows(heldout, kept_N, mesh, context: int, config: Config) -> int:
+    """32 rows, or as many as the held-out sentences fill, a multiple of the devices that share them."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    there = len(kept_N) if config.packing == "sentence" else int(heldout.row_lengths_N[kept_N].sum()) // (context - 1)
+    if there < devices:
+        raise ValueError(f"the held-out sentences fill {there} rows, and {devices} devices share them; give more of them, or another --mesh")
+    return min(32, there) // devices * devices
 
 
 def make_demo(config: Config):
@@ -342,20 +380,25 @@ def last_loss(out: Path) -> float:
 
 def unigram_entropy(shards) -> float:
     """Entropy in nats of the codes' frequencies: the loss of a model that knows these and nothing else."""
-    counts_V = sum(np.bincount(tokens, minlength=s.codes) for s in shards for tokens, _ in s.shards)
+    counts_V = sum(s.code_counts() for s in shards)
     p_V = counts_V[counts_V > 0] / counts_V.sum()
     return float(-(p_V * np.log(p_V)).sum())
 
 
-def sample_picture(config: Config, model, heldout, path: Path, rows=6):
-    """Rows of held-out sentences: all but the last picture, the true last one, and the model's likeliest one."""
-    tokenizer, shards = vqgan.load(config.tokenizer), tokenize_data.Shards(heldout)
+def sample_picture(config: Config, model, heldout, path: Path, rows=6, kept_N=None):
+    """Rows of held-out sentences (`kept_N` of the dataset): all but the last picture, the true last one, and the model's likeliest one."""
+    tokenizer, shards = vqgan.load(config.tokenizer), tokenize_data.Shards(heldout) if isinstance(heldout, (str, Path)) else heldout
+    kept_N = np.arange(len(shards)) if kept_N is None else kept_N
     if vqgan.fingerprint(tokenizer) != shards.about["tokenizer"]:
-        print(f"no sample pictures: {heldout} was not made by {config.tokenizer}; name its tokenizer with --tokenizer", file=sys.stderr)
+        print(f"no sample pictures: the held-out sentences were not made by {config.tokenizer}, or do not say so as a .jsonl does; name their tokenizer "
+              "with --tokenizer, or turn the .jsonl into shards with: python tokenize_data.py import-jsonl", file=sys.stderr)
         return
     S = shards.about["codes_per_image"]
-    sentences = [shards[i][1] for i in np.linspace(0, len(shards) - 1, rows).astype(int)]
-    sentences = np.stack([s for s in sentences if len(s) == len(sentences[0])]).astype(np.int32)
+    sentences = [shards[i][1] for i in kept_N[np.linspace(0, len(kept_N) - 1, rows).astype(int)]]
+    if (most := (model.config.context - 1) // S * S) < 2 * S:
+        print(f"no sample pictures: a context of {model.config.context} holds no two pictures of {S} codes after BOS", file=sys.stderr)
+        return
+    sentences = np.stack([s[-most:] for s in sentences if len(s) == len(sentences[0])]).astype(np.int32)
     prompt_BT = np.concatenate([np.full((len(sentences), 1), model.config.bos), sentences[:, :-S]], axis=1)
     answer_BS = likeliest_picture(jax.device_put(model, jax.devices()[0]), jnp.asarray(prompt_BT, jnp.int32), S)
     codes_BNS = np.concatenate([sentences, answer_BS], axis=1).reshape(len(sentences), -1, S)
@@ -375,10 +418,6 @@ def likeliest_picture(model, prompt_BT, S):
 
     _, codes_SB = lax.scan(step, (logits_BV, cache), length=S)
     return codes_SB.T
-
-
-def split_path(data) -> str:
-    return tokenize_data.split_weight(data[0])[0]
 
 
 def main():

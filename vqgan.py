@@ -577,11 +577,11 @@ def keep_log_until(log: Path, step: int):
 # ---------------------------------------------------------------------------------------------------- pictures
 
 
-def read_image(path, size: int, fit: Literal["stretch", "crop"] = "stretch") -> np.ndarray:
+def read_image(path, size: int, fit: Literal["stretch", "crop"] = "stretch", box=None) -> np.ndarray:
     """One picture file -> float32 [size, size, 3] in [0, 1].
 
     `stretch` resizes by bicubic without keeping the aspect ratio, as LVM does; `crop` cuts the largest centred square
-    first. EXIF rotation is applied, transparency is laid over white, of an animation the first frame is taken, and
+    first; `box` (left, top, right, bottom as fractions) is the part of that to show. EXIF rotation is applied, transparency is laid over white, of an animation the first frame is taken, and
     16-bit and float greys are scaled by their full range (65535; float must lie in [0, 1]) instead of saturating.
     Raises ValueError, naming the file, for what is no JPEG, PNG, WebP, GIF, BMP or TIFF, is damaged, or is over
     64 Mpx; FileNotFoundError where there is none."""
@@ -592,13 +592,13 @@ def read_image(path, size: int, fit: Literal["stretch", "crop"] = "stretch") -> 
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels are over the limit of {MAX_PIXELS:,}")
             image = ImageOps.exif_transpose(image)
-            return to_pixels(image, size, fit)
+            return to_pixels(image, size, fit, box)
     except Exception as error:  # Pillow raises many kinds; whatever it is, the user wants the file's name and the reason
         reason = "not a JPEG, PNG, WebP, GIF, BMP or TIFF picture" if type(error).__name__ == "UnidentifiedImageError" else error
         raise ValueError(f"{path}: {reason}") from None
 
 
-def to_pixels(image: Image.Image, size: int, fit: str = "stretch") -> np.ndarray:
+def to_pixels(image: Image.Image, size: int, fit: str = "stretch", box=None, resample=Image.Resampling.BICUBIC) -> np.ndarray:
     """Pillow image of any mode -> float32 [size, size, 3] in [0, 1]; see `read_image`."""
     if image.mode.startswith("I") or image.mode == "F":
         grey_HW = np.asarray(image, np.float32) / (1.0 if image.mode == "F" else 65535.0)
@@ -611,10 +611,13 @@ def to_pixels(image: Image.Image, size: int, fit: str = "stretch") -> np.ndarray
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         channels = [image.convert("RGB")]
     image = channels[0]
-    if fit == "crop":
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    elif image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    if fit == "crop" and box is None:
+        image = ImageOps.fit(image, (size, size), resample)
+    elif image.size != (size, size) or box is not None:
+        width, height = image.size if fit == "stretch" else (min(image.size),) * 2
+        left, top = (image.width - width) / 2, (image.height - height) / 2
+        edges = (0, 0, 1, 1) if box is None else box
+        image = image.resize((size, size), resample, (left + edges[0] * width, top + edges[1] * height, left + edges[2] * width, top + edges[3] * height))
     pixels = np.asarray(image, np.float32)
     if pixels.ndim == 2:
         return np.repeat(np.clip(pixels, 0, 1)[:, :, None], 3, axis=2)

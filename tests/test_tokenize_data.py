@@ -1,14 +1,28 @@
+import base64
+import collections
+import functools
+import itertools
 import json
+import multiprocessing
+import os
 import pathlib
+import re
+import resource
+import shutil
 import subprocess
 import sys
+import time
+import zlib
 
+import av
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
+import lvm
 import tokenize_data
+import train
 import vqgan
 
 SIZE = 16
@@ -269,8 +283,8 @@ def test_the_order_of_sentences_does_not_depend_on_the_number_of_processes(datas
 def test_datasets_are_mixed_by_weight(dataset, tmp_path, tokenizer):
     rows = (np.full(32, 31, np.uint16) for _ in range(10))
     tokenize_data.write_dataset(tmp_path / "other", vqgan.load(tokenizer), ["c"], ((0, row) for row in rows))
-    iterator = iter(tokenize_data.open_dataset([f"{dataset[0]}:3", f"{tmp_path / 'other'}:1"], context=34, batch=40, seed=0))
-    batch = next(iterator)["ids_BT"]
+    iterator = iter(tokenize_data.open_dataset([f"{dataset[0]}:3", f"{tmp_path / 'other'}:1"], context=34, batch=20, seed=0))
+    batch = np.concatenate([next(iterator)["ids_BT"] for _ in range(2)])
     assert (batch[:, 1:33] == 31).all(axis=1).sum() == 10
 
 
@@ -315,11 +329,616 @@ def test_a_dataset_appears_whole_or_not_at_all(tmp_path, tokenizer):
 
 
 def test_show_decodes_sentences_to_a_picture(tmp_path, dataset, tokenizer):
-    tokenize_data.show(tokenize_data.Show(data=dataset[0], out=tmp_path / "s.png", tokenizer=tokenizer, count=3))
-    assert Image.open(tmp_path / "s.png").size == (2 * (SIZE + 4), 3 * (SIZE + 4))
+    tokenize_data.show(tokenize_data.Show(data=dataset[0], out=tmp_path / "s.png", tokenizer=tokenizer, count=4))
+    assert Image.open(tmp_path / "s.png").size == (2 * (SIZE + 4), 4 * (SIZE + 4 + 14))  # two of each kind, captions above
 
 
 def test_the_command_ends_with_one_line_and_status_2_on_bad_input(tmp_path):
     command = [sys.executable, "tokenize_data.py", "colorize", "--inputs", str(tmp_path / "none"), "--out", str(tmp_path / "d")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(tokenize_data.__file__).parent)
     assert done.returncode == 2 and "none: no such folder" in done.stderr and "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ every kind, code by code
+
+
+def codes_of_pixels(tokenizer, pixels):
+    pixels = np.stack(list(pixels)).astype(np.float32)
+    batches = np.zeros((-(-len(pixels) // 16), 16, *pixels.shape[1:]), np.float32)  # one shape, one compilation
+    batches.reshape(-1, *pixels.shape[1:])[:len(pixels)] = pixels
+    model = vqgan.load(tokenizer)
+    return [tuple(codes) for batch in batches for codes in np.asarray(vqgan.encode(model, batch)).tolist()][:len(pixels)]
+
+
+def codes_of_files(tokenizer, paths):
+    return dict(zip(paths, codes_of_pixels(tokenizer, [tokenize_data.read_image(path, SIZE) for path in paths])))
+
+
+def pictures_in(sentence):
+    return [tuple(sentence[i:i + 16]) for i in range(0, len(sentence), 16)]
+
+
+def run(config):
+    next(command for kind, command in tokenize_data.COMMANDS.values() if type(config) is kind)(config)
+    shards = tokenize_data.Shards(config.out)
+    return [(shards.kinds[kind], pictures_in(tokens.tolist())) for kind, tokens in map(shards.__getitem__, range(len(shards)))]
+
+
+def rejected(out):
+    return {pathlib.Path(r["path"]).name: r["reason"] for r in map(json.loads, pathlib.Path(f"{out}.rejected.jsonl").read_text().splitlines())}
+
+
+def test_pairs_make_sentences_of_each_annotation_folder(tmp_path, tokenizer):
+    photos, masks, depth = write_pictures(tmp_path / "photos", 6), write_pictures(tmp_path / "masks", 6, 0), tmp_path / "depth"
+    depth.mkdir()
+    for i in range(4):
+        picture(50 + i).save(depth / f"{i:03d}.jpg")
+    found = run(tokenize_data.Pairs(inputs=photos, answers=(masks, depth), out=tmp_path / "d", tokenizer=tokenizer, shots=2))
+    codes = {(path.parent.name, path.stem): c for path, c in codes_of_files(tokenizer, [*photos.iterdir(), *masks.iterdir(), *depth.iterdir()]).items()}
+    for kind, folder, count in (("pairs-masks", "masks", 6), ("pairs-depth", "depth", 4)):
+        pairs = sorted(tuple(s[i:i + 2]) for k, s in found if k == kind for i in (0, 2))
+        assert pairs == sorted((codes["photos", f"{i:03d}"], codes[folder, f"{i:03d}"]) for i in range(count))
+    assert rejected(tmp_path / "d").keys() == {"004.png", "005.png"}  # photos without a depth
+
+
+def test_colorization_and_inpainting_show_the_changed_picture_and_then_the_original(tmp_path, tokenizer):
+    folder = write_pictures(tmp_path / "in", 4)
+    originals = {path: tokenize_data.read_image(path, SIZE) for path in sorted(folder.iterdir())}
+    [(_, colour)] = run(tokenize_data.Colorize(inputs=folder, out=tmp_path / "c", tokenizer=tokenizer, shots=4))
+    wanted = list(zip(codes_of_pixels(tokenizer, [tokenize_data.to_grey(p) for p in originals.values()]), codes_of_pixels(tokenizer, originals.values())))
+    assert sorted(zip(colour[::2], colour[1::2])) == sorted(wanted)
+    masks = [[tokenize_data.cover(p, np.random.default_rng((0, epoch, zlib.crc32(path.name.encode())))) for path, p in originals.items()] for epoch in (0, 1)]
+    found = run(tokenize_data.Inpaint(inputs=folder, out=tmp_path / "i", tokenizer=tokenizer, shots=4, epochs=2))
+    for (_, sentence), masked in zip(found, masks):
+        assert sorted(zip(sentence[::2], sentence[1::2])) == sorted(zip(codes_of_pixels(tokenizer, masked), codes_of_pixels(tokenizer, originals.values())))
+
+
+def test_modalities_of_a_picture_come_in_one_order_a_sentence(tmp_path, tokenizer):
+    folders = [write_pictures(tmp_path / name, 12, 0) for name in "abc"]
+    for k, folder in enumerate(folders):
+        for path in folder.iterdir():
+            picture(100 * k + int(path.stem)).save(path)
+    at = {codes: (path.parent.name, path.stem) for path, codes in codes_of_files(tokenizer, [p for f in folders for p in f.iterdir()]).items()}
+    orders = []
+    for kind, sentence in run(tokenize_data.Multi(inputs=tuple(folders), out=tmp_path / "d", tokenizer=tokenizer, shots=3, epochs=3)):
+        shots = [[at[codes] for codes in sentence[i:i + 3]] for i in (0, 3, 6)]
+        assert kind == "multi" and len(sentence) == 9
+        assert all(len({stem for _, stem in shot}) == 1 for shot in shots) and len({shot[0][1] for shot in shots}) == 3
+        (order,) = {"".join(name for name, _ in shot) for shot in shots}
+        assert sorted(order) == ["a", "b", "c"]
+        orders.append(order)
+    assert len(orders) == 12 and len(set(orders)) > 2
+
+
+@pytest.mark.parametrize("per_class", [1, 2, 4])
+def test_a_category_sentence_shows_different_classes_one_after_the_other(tmp_path, tokenizer, per_class):
+    for c in range(5):
+        write_pictures(tmp_path / "in" / f"class{c}", 5, 10 * c)
+    at = {codes: path for path, codes in codes_of_files(tokenizer, list((tmp_path / "in").rglob("*.png"))).items()}
+    found = run(tokenize_data.Category(inputs=tmp_path / "in", out=tmp_path / "d", tokenizer=tokenizer, per_class=per_class, pictures=4))
+    for kind, sentence in found:
+        classes = [at[codes].parent.name for codes in sentence]
+        blocks = [set(classes[i:i + per_class]) for i in range(0, 4, per_class)]
+        assert kind == "category" and all(len(block) == 1 for block in blocks) and len(set(classes)) == len(blocks)
+    shown = [at[codes] for _, sentence in found for codes in sentence]
+    assert len(shown) == len(set(shown)) >= (16 if per_class == 4 else 18)
+
+
+def write_video(path, frames, first=0, rate=10):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [picture(first + i, 32) for i in range(frames)]
+    if path.suffix == ".gif":
+        images[0].save(path, save_all=True, append_images=images[1:], duration=50)
+        return path
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream({".webm": "libvpx", ".avi": "mpeg4"}.get(path.suffix, "libx264"), rate=rate)
+        stream.width = stream.height = 32
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode())
+    return path
+
+
+def frames_of(path):
+    """An independent reading: every frame, by PyAV's or Pillow's own means."""
+    if path.suffix == ".gif":
+        with Image.open(path) as image:
+            images = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+    else:
+        with av.open(str(path)) as container:
+            images = [frame.to_image() for frame in container.decode(video=0)]
+    return [np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR), np.float32) / 255 for image in images]
+
+
+def test_a_video_sentence_is_every_so_many_th_frame_of_one_file(tmp_path, tokenizer):
+    files = [write_video(tmp_path / "in" / f"clip{suffix}", 14 + n, 40 * n) for n, suffix in enumerate((".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif"))]
+    at = {codes: (path.name, t) for path in files for t, codes in enumerate(codes_of_pixels(tokenizer, frames_of(path)))}
+    write_video(tmp_path / "in" / "short.mp4", 3, 500)
+    (tmp_path / "in" / "half.mp4").write_bytes(files[0].read_bytes()[:900])
+    (tmp_path / "in" / "list.mp4").write_text("#EXTM3U\n#EXTINF:1,\n/etc/passwd\n")
+    found = run(tokenize_data.Video(inputs=tmp_path / "in", out=tmp_path / "d", tokenizer=tokenizer, frames=4, strides=(1, 4), epochs=2, max_rejected=0.5))
+    strides = collections.Counter()
+    for kind, sentence in found:
+        names, times = zip(*(at[codes] for codes in sentence))
+        assert kind == "video" and len(set(names)) == 1 and len(set(np.diff(times))) == 1
+        strides[names[0], int(np.diff(times)[0])] += 1
+    assert strides == {(path.name, stride): 2 for path in files for stride in (1, 4)}
+    reasons = rejected(tmp_path / "d")
+    assert "3 frames" in reasons["short.mp4"] and "half.mp4" in reasons and "not an MP4" in reasons["list.mp4"]
+
+
+def test_a_bad_frame_changes_a_clip_as_if_it_were_not_there(tmp_path, tokenizer):
+    clean, dirty = (write_pictures(tmp_path / name / "clip", 12) for name in ("clean", "dirty"))
+    for n, stem in enumerate(("002a", "005a", "007a")):
+        (dirty / f"{stem}.png").write_text("no picture")
+    (tmp_path / "dirty" / "few").mkdir()
+    picture(0).save(tmp_path / "dirty" / "few" / "1.png")
+    of = lambda name: run(tokenize_data.Frames(inputs=tmp_path / name, out=tmp_path / f"{name}-d", tokenizer=tokenizer, frames=5, max_stride=2, epochs=4, max_rejected=0.4))
+    assert of("clean") == of("dirty")
+    assert {"002a.png", "005a.png", "007a.png"} & rejected(tmp_path / "dirty-d").keys() and "1 frames" in rejected(tmp_path / "dirty-d")["few"]
+
+
+def test_frames_are_in_natural_order(tmp_path, tokenizer):
+    (tmp_path / "in" / "clip").mkdir(parents=True)
+    for i in range(12):
+        picture(i).save(tmp_path / "in" / "clip" / f"frame{i}.png")
+    [(_, sentence)] = run(tokenize_data.Frames(inputs=tmp_path / "in", out=tmp_path / "d", tokenizer=tokenizer, frames=12))
+    assert sentence == list(codes_of_files(tokenizer, [tmp_path / "in" / "clip" / f"frame{i}.png" for i in range(12)]).values())
+
+
+@pytest.mark.parametrize("suffix", ["", ".mp4"])
+def test_a_clip_in_several_modalities_makes_a_sentence_in_both_orders(tmp_path, tokenizer, suffix):
+    roots = [tmp_path / name for name in ("rgb", "depth")]
+    for k, root in enumerate(roots):
+        for c, name in enumerate(("clip0", "clip1", "alone")[:3 - k]):
+            first = 100 * k + 20 * c
+            if suffix:
+                write_video(root / f"{name}.mp4", 9, first)
+                continue
+            (root / name).mkdir(parents=True)
+            for t in range(9):
+                picture(first + t).save(root / name / f"{t}.png")
+    if suffix:
+        at = {codes: (root.name, path.stem, t) for root in roots for path in root.iterdir() for t, codes in enumerate(codes_of_pixels(tokenizer, frames_of(path)))}
+    else:
+        at = {codes: (path.parent.parent.name, path.parent.name, int(path.stem)) for path, codes in codes_of_files(tokenizer, [p for root in roots for p in root.rglob("*.png")]).items()}
+    found = run(tokenize_data.MultiVideo(inputs=tuple(roots), out=tmp_path / "d", tokenizer=tokenizer, frames=3, max_stride=2))
+    assert [kind for kind, _ in found] == ["multi-video-by-task"] * 2 + ["multi-video-by-frame"] * 2
+    for kind, sentence in found:
+        tasks, clips, times = zip(*(at[codes] for codes in sentence))
+        assert len(set(clips)) == 1
+        (t0, t1, t2) = times[:3] if kind == "multi-video-by-task" else times[::2]
+        assert t1 - t0 == t2 - t1 in (1, 2)
+        assert tasks == (("rgb",) * 3 + ("depth",) * 3 if kind == "multi-video-by-task" else ("rgb", "depth") * 3)
+        assert times == ((t0, t1, t2) * 2 if kind == "multi-video-by-task" else (t0, t0, t1, t1, t2, t2))
+    assert any("alone" in name for name in rejected(tmp_path / "d"))
+
+
+def test_tracks_show_the_images_and_then_their_masks_or_depths(tmp_path, tokenizer):
+    """CO3D's layout; its depths are float16 values in 16-bit pictures."""
+    depths, at = {}, {}
+    for n in range(4):
+        track = tmp_path / "in" / ("car" if n < 2 else "apple") / f"track{n}"
+        for folder, name in (("images", "frame{:06d}.jpg"), ("masks", "frame{:06d}.png"), ("depths", "frame{:06d}.jpg.geometric.png")):
+            (track / folder).mkdir(parents=True)
+            for t in range(3):
+                path = track / folder / name.format(t)
+                if folder == "depths":
+                    depths[n, t] = np.random.default_rng((n, t)).uniform(1, 7, (20, 20)).astype(np.float16)
+                    Image.fromarray(depths[n, t].view(np.uint16)).save(path)
+                else:
+                    picture(n * 20 + t + 10 * (folder == "masks")).save(path, quality=95)
+                    at[path] = (folder, n, t)
+    where = {codes: at[path] for path, codes in codes_of_files(tokenizer, list(at)).items()}
+    for n in range(4):
+        scale = np.float32(max(depths[n, t].astype(np.float32).max() for t in range(2)))
+        for t in range(2):
+            [codes] = codes_of_pixels(tokenizer, [vqgan.to_pixels(Image.fromarray(depths[n, t].astype(np.float32) / scale), SIZE)])
+            where.setdefault(codes, ("depths", n, t))
+    found = run(tokenize_data.Tracks(inputs=tmp_path / "in", out=tmp_path / "d", tokenizer=tokenizer, frames=2, shots=2, max_stride=1, limit=4, epochs=3))
+    assert {kind for kind, _ in found} == {"tracks-masks", "tracks-depths"} and len(found) == 12
+    for kind, sentence in found:
+        for first in (0, 4):
+            images, others = sentence[first:first + 2], sentence[first + 2:first + 4]
+            [(_, n, t), (_, m, u)] = [where[codes] for codes in images]
+            assert n == m and u == t + 1
+            if kind == "tracks-masks":
+                assert [where[codes] for codes in others] == [("masks", n, t), ("masks", n, u)]
+            elif t == 0:
+                assert [where[codes] for codes in others] == [("depths", n, 0), ("depths", n, 1)]
+        assert {where[codes][1] for codes in sentence[:2] + sentence[4:6]} in ({0, 1}, {2, 3})  # of one category
+
+
+def test_labels_survive_the_way_through_colours_and_back(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = {name: rng.integers(0, 256, (24, 24)).astype(dtype) for name, dtype in (("grey", np.uint8), ("deep", np.uint16))}
+    (tmp_path / "in").mkdir()
+    for name, array in labels.items():
+        Image.fromarray(array).save(tmp_path / "in" / f"{name}.png")
+    indexed = Image.fromarray(labels["grey"], "L").convert("P")
+    indexed.putpalette(list(range(256)) * 3)
+    indexed.putdata(labels["grey"].reshape(-1).tolist())
+    indexed.save(tmp_path / "in" / "indexed.png")
+    picture(0).save(tmp_path / "in" / "photo.png")
+    tokenize_data.recolor(tokenize_data.Recolor(inputs=tmp_path / "in", out=tmp_path / "colours", max_rejected=0.5))
+    assert rejected(tmp_path / "colours").keys() == {"photo.png"}
+    (tmp_path / "noisy").mkdir()
+    palette = np.array(json.loads((tmp_path / "colours" / "palette.json").read_text()))
+    closest = min(np.abs(a - b).max() for a, b in itertools.combinations(palette, 2))
+    for name in ("grey", "deep", "indexed"):
+        noisy = np.asarray(Image.open(tmp_path / "colours" / f"{name}.png")).astype(int)
+        noisy += rng.integers(-(closest // 4), closest // 4 + 1, noisy.shape)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(tmp_path / "noisy" / f"{name}.png")
+    tokenize_data.recolor(tokenize_data.Recolor(inputs=tmp_path / "noisy", out=tmp_path / "back", palette=tmp_path / "colours" / "palette.json", invert=True))
+    assert closest >= 8
+    for name, wanted in (("grey", labels["grey"]), ("deep", labels["deep"]), ("indexed", labels["grey"])):
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "back" / f"{name}.png")), wanted)
+
+
+def test_a_label_without_a_colour_is_refused(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.full((4, 4), 300, np.uint16)).save(tmp_path / "in" / "a.png")
+    with pytest.raises(ValueError, match="300.*256 colours"):
+        tokenize_data.recolor(tokenize_data.Recolor(inputs=tmp_path / "in", out=tmp_path / "d"))
+
+
+def test_augmentation_is_alike_on_both_sides_of_a_pair_and_new_in_each_epoch(tmp_path, tokenizer):
+    photos = write_pictures(tmp_path / "photos", 8)
+    (tmp_path / "same").mkdir()
+    for path in photos.iterdir():
+        Image.open(path).save(tmp_path / "same" / path.name)
+    found = run(tokenize_data.Pairs(inputs=photos, answers=(tmp_path / "same",), out=tmp_path / "d", tokenizer=tokenizer, shots=8, epochs=2,
+                                    random_crop=0.5, flip=True, jitter=0.4))
+    plain = codes_of_files(tokenizer, list(photos.iterdir()))
+    assert all(sentence[::2] == sentence[1::2] for _, sentence in found)
+    assert len({codes for _, sentence in found for codes in sentence}) == 16
+    assert len({codes for _, s in found for codes in s} & set(plain.values())) < 4  # few show the picture as it is
+
+
+def test_a_mirrored_view_is_the_mirror_image_of_the_crop(tmp_path):
+    image = picture(0, 40)
+    image.save(tmp_path / "a.png")
+    view = ("stretch", (0.25, 0.5, 0.75, 1.0), True, None)
+    wanted = np.asarray(image.crop((10, 20, 30, 40)).transpose(Image.Transpose.FLIP_LEFT_RIGHT), np.float32) / 255
+    np.testing.assert_allclose(tokenize_data.read_view(tmp_path / "a.png", 20, view), wanted, atol=0.02)
+
+
+def test_a_sideways_video_is_turned_upright(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 2)
+    upright = frames_of(path)
+    data, turn = bytearray(path.read_bytes()), (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)  # the matrix of a telephone held upright
+    at = data.index(b"tkhd") + 4 + 40
+    data[at:at + 36] = np.array(turn, ">i4").tobytes()
+    path.write_bytes(data)
+    [shown], _ = tokenize_data.read_frames(path, [1], SIZE, ("stretch", None, False, None))
+    np.testing.assert_allclose(shown, np.rot90(upright[1], -1), atol=0.02)  # clockwise, as players show it
+
+
+def test_duplicates_are_left_out_and_listed(tmp_path, tokenizer):
+    folder = write_pictures(tmp_path / "in", 6)
+    picture(3).resize((60, 60), Image.Resampling.BICUBIC).save(folder / "100.jpg", quality=80)
+    for name, colour in (("200", "red"), ("201", "blue"), ("202", "red")):
+        Image.new("RGB", (9, 9), colour).save(folder / f"{name}.png")
+    found = run(tokenize_data.Colorize(inputs=folder, out=tmp_path / "d", tokenizer=tokenizer, shots=8, duplicates=3))
+    report = {pathlib.Path(r["path"]).name: pathlib.Path(r["duplicate_of"]).name for r in map(json.loads, (tmp_path / "d.duplicates.jsonl").read_text().splitlines())}
+    assert report == {"100.jpg": "003.png", "202.png": "200.png"} and len(found) == 1
+
+
+def test_sentences_longer_than_the_context_are_reported(tmp_path, tokenizer, capsys):
+    folder = write_pictures(tmp_path / "in", 4)
+    run(tokenize_data.Colorize(inputs=folder, out=tmp_path / "d", tokenizer=tokenizer, shots=2, context=65))
+    assert "2 of 2 sentences are longer than --context 65" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------ faults
+
+
+def test_odd_pictures_are_read_or_listed_and_the_others_come_out_as_without_them(tmp_path, tokenizer):
+    good, odd = write_pictures(tmp_path / "good", 10), write_pictures(tmp_path / "odd", 10)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "noise.jpg")
+    bad = {"003a.jpg": (tmp_path / "noise.jpg").read_bytes()[:700], "003b.png": b"", "003c.png": b"text", "004a.png": b"%!PS-Adobe-3.0 EPSF-3.0\n",
+           "004b.jpg": b"SIMPLE  =                    T", "004c.png": b"%PDF-1.4"}
+    for name, content in bad.items():
+        (odd / name).write_bytes(content)
+    Image.new("1", (9000, 8000)).save(odd / "bomb.png")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    of = lambda folder: run(tokenize_data.Colorize(inputs=folder, out=tmp_path / f"{folder.name}-d", tokenizer=tokenizer, shots=5, max_rejected=0.5))
+    assert of(good) == of(odd)
+    assert rejected(tmp_path / "odd-d").keys() == {*bad, "bomb.png"}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
+    assert digests(tmp_path / "good-d") == digests(tmp_path / "odd-d")
+
+
+def digests(folder):
+    """What the dataset holds, but for how many inputs were left out."""
+    return {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir() if path.name != "dataset.json"}
+
+
+def test_workers_give_the_bytes_of_one_thread(tmp_path, tokenizer):
+    folder = write_pictures(tmp_path / "in", 12)
+    (folder / "bad.png").write_text("no picture")
+    Image.fromarray(np.linspace(0, 65535, 400).astype(np.uint16).reshape(20, 20)).save(folder / "deep.png")
+    for workers in (0, 3):
+        run(tokenize_data.Inpaint(inputs=folder, out=tmp_path / f"d{workers}", tokenizer=tokenizer, shots=2, epochs=2, workers=workers, max_rejected=0.1))
+    assert digests(tmp_path / "d0") == digests(tmp_path / "d3")
+    assert (tmp_path / "d0" / "dataset.json").read_bytes() == (tmp_path / "d3" / "dataset.json").read_bytes()
+    assert not list(tmp_path.glob("*.partial*")) + list(tmp_path.glob("*.codes"))
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes_with_other_workers(tmp_path, tokenizer):
+    """SIGKILL after the first chunks; again with four workers instead of one; against a run that nobody disturbed."""
+    folder = write_pictures(tmp_path / "in", 40)
+    script = f"import sys; sys.path.insert(0, {str(pathlib.Path(tokenize_data.__file__).parent)!r}); import tokenize_data; tokenize_data.CHUNK = 16; tokenize_data.main()"
+    slow = script.replace("tokenize_data.main()", "write = tokenize_data.write_chunk; tokenize_data.write_chunk = lambda *a: (write(*a), __import__('time').sleep(0.5)); tokenize_data.main()")
+    command = lambda code, out, workers: [sys.executable, "-c", code, "inpaint", "--inputs", str(folder), "--out", str(tmp_path / out), "--tokenizer", str(tokenizer),
+                                          "--shots", "4", "--batch", "8", "--workers", str(workers)]
+    first = subprocess.Popen(command(slow, "killed", 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    chunks = tmp_path / "killed.codes"
+    for _ in range(1200):
+        if len(list(chunks.glob("??????.json"))) >= 2 or first.poll() is not None:
+            break
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    assert not (tmp_path / "killed").exists() and 2 <= len(list(chunks.glob("??????.json"))) < 5
+    before = {path: path.stat().st_mtime_ns for path in chunks.glob("??????.codes")}
+    with pytest.raises(ValueError, match="other settings.*seed: 0 -> 1"):
+        run(tokenize_data.Inpaint(inputs=folder, out=tmp_path / "killed", tokenizer=tokenizer, shots=4, batch=8, seed=1))
+    again = subprocess.run(command(slow, "killed", 4), capture_output=True, text=True)
+    assert again.returncode == 0 and before, again.stderr
+    run(tokenize_data.Inpaint(inputs=folder, out=tmp_path / "clean", tokenizer=tokenizer, shots=4, batch=8, workers=0))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "killed").iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "clean").iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "killed", "clean"}
+
+
+def test_hosts_that_share_a_disk_make_the_bytes_of_one(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenize_data, "CHUNK", 8)
+    folder = write_pictures(tmp_path / "in", 14)
+    for part in ("1/3", "0/3", "2/3"):
+        assert not (tmp_path / "parts").exists()
+        tokenize_data.tokenize_colorize(tokenize_data.Colorize(inputs=folder, out=tmp_path / "parts", tokenizer=tokenizer, shots=3, part=part))
+    run(tokenize_data.Colorize(inputs=folder, out=tmp_path / "one", tokenizer=tokenizer, shots=3))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "parts").iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "one").iterdir()}
+
+
+def test_devices_that_share_a_batch_give_the_codes_of_one(tmp_path, tokenizer):
+    folder = write_pictures(tmp_path / "in", 10)
+    of = lambda mesh: run(tokenize_data.Colorize(inputs=folder, out=tmp_path / f"d{mesh}", tokenizer=tokenizer, shots=2, mesh=mesh, batch=16))
+    assert of(1) == of(8)
+
+
+@pytest.mark.parametrize("read, message", [(functools.partial(os._exit), "ended with status"), (functools.partial(time.sleep), "no worker gave a sign of life for 3")])
+def test_a_worker_that_dies_or_hangs_stops_the_run_and_is_named(tokenizer, read, message):
+    """Both functions take the picture size, 16: to end with this status, or to sleep for so long."""
+    began = time.time()
+    with pytest.raises(ChildProcessError, match=f"{message}.*the-culprit.png"):
+        list(tokenize_data.read_ahead([tokenize_data.Item("the-culprit.png", read)], range(1), 16, 1, 3))
+    assert time.time() - began < 15 and not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda d: (d / "empty").mkdir(), "no pictures"),
+    (lambda d: write_pictures(d / "empty", 1), "do not fill one sentence"),
+    (lambda d: [(d / "empty").mkdir(), (d / "empty" / "a.png").write_text("bad")], "max-rejected"),
+])
+def test_empty_all_bad_and_too_few_inputs_are_errors(tmp_path, tokenizer, make, message):
+    make(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        run(tokenize_data.Colorize(inputs=tmp_path / "empty", out=tmp_path / "d", tokenizer=tokenizer))
+
+
+def test_a_folder_of_the_user_is_never_cleared(tmp_path, tokenizer):
+    folder = write_pictures(tmp_path / "in", 2)
+    for name in ("d.partial", "d.codes"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+        with pytest.raises((ValueError, FileExistsError), match="in the way"):
+            run(tokenize_data.Colorize(inputs=folder, out=tmp_path / "d", tokenizer=tokenizer, shots=2))
+        assert (tmp_path / name / "mine.txt").exists()
+        shutil.rmtree(tmp_path / name)
+        shutil.rmtree(tmp_path / "d.codes", ignore_errors=True)
+
+
+def test_inspect_counts_and_finds_a_changed_byte(tmp_path, dataset, capsys):
+    tokenize_data.inspect(tokenize_data.Inspect(data=dataset[0], context=33))
+    printed = capsys.readouterr().out
+    assert "20 sentences, 640 tokens" in printed and "10 a" in printed and "32 of 32 in use" in printed and "20 longer than --context 33" in printed
+    shutil.copytree(dataset[0], tmp_path / "d")
+    data = bytearray((tmp_path / "d" / "00000.tokens").read_bytes())
+    data[100] ^= 1
+    (tmp_path / "d" / "00000.tokens").write_bytes(data)
+    with pytest.raises(ValueError, match="00000.tokens.*sha256"):
+        tokenize_data.inspect(tokenize_data.Inspect(data=tmp_path / "d"))
+
+
+# ------------------------------------------------------------------------------------------------ jsonl
+
+
+def write_jsonl(path, rows, **more):
+    """As LVM's scripts write it."""
+    lines = [json.dumps({"tokens": base64.b64encode(np.asarray(row, "i4").tobytes()).decode("utf-8")}) + "\n" for row in rows]
+    path.write_text("".join(lines))
+    return path
+
+
+def test_jsonl_comes_in_and_goes_out_to_the_byte(tmp_path, tokenizer, dataset):
+    rows = [np.random.default_rng(i).integers(0, 32, 32 + 16 * (i % 3)) for i in range(9)]
+    file = write_jsonl(tmp_path / "lvm.jsonl", rows)
+    tokenize_data.import_jsonl(tokenize_data.ImportJsonl(inputs=(file,), out=tmp_path / "d", tokenizer=tokenizer))
+    assert sentences(tmp_path / "d") == [row.tolist() for row in rows]
+    tokenize_data.export_jsonl(tokenize_data.ExportJsonl(data=tmp_path / "d", out=tmp_path / "again.jsonl"))
+    assert (tmp_path / "again.jsonl").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("packing, context", [("sentence", 40), ("concat", 25), ("segment", 80)])
+def test_a_jsonl_reads_as_the_shards_made_of_it(tmp_path, dataset, packing, context):
+    file = write_jsonl(tmp_path / "lvm.jsonl", dataset[1])
+    options = dict(context=context, batch=5, seed=3, packing=packing)
+    shards, lines = (iter(tokenize_data.open_dataset([d], codes=32, **options)) for d in (dataset[0], file))
+    for _ in range(9):
+        a, b = next(shards), next(lines)
+        assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
+
+
+def test_bad_lines_are_counted_listed_and_left_out(tmp_path, dataset, capsys):
+    file = write_jsonl(tmp_path / "lvm.jsonl", [*dataset[1], [1, 2, 999], [-1], []])
+    with open(file, "a") as more:
+        more.write('\n{"tokens": "%%%"}\n{"token": "AAAA"}\nnot json\n[1]\n{"tokens": "AAA="}\n')
+    source = tokenize_data.Jsonl(file, 32, (32, 33), max_rejected=0.5)
+    assert len(source) == 20 and (source[3][1] == dataset[1][3]).all()
+    lines = [r["path"].rpartition(":")[2] for r in map(json.loads, pathlib.Path(f"{file}.rejected.jsonl").read_text().splitlines())]
+    assert lines == ["21", "22", "23", "25", "26", "27", "28", "29"] and "8 of 28 lines" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="lines are bad"):
+        tokenize_data.Jsonl(file, 32, (32, 33))
+
+
+def test_fields_place_literal_ids_and_keep_the_loss_from_what_is_in_brackets(tmp_path):
+    encode = lambda row: base64.b64encode(np.asarray(row, "<i4").tobytes()).decode()
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"context": encode([1, 2]), "target": encode([3, 4])}) + "\n")
+    row = lambda fields: [None if x is None else x.tolist() for x in tokenize_data.Jsonl(file, 32, (32, 33), fields).row(0, None)]
+    assert row("[{context}],{target}") == [[1, 2, 3, 4], [0, 0, 1, 1]]
+    assert row("<|32|>,{target},<|33|>") == [[32, 3, 4, 33], None]
+    assert row("[<|bos|>],[{context}],<|40|>,{target},<|eos|>") == [[32, 1, 2, 40, 3, 4, 33], [0, 0, 0, 1, 1, 1, 1]]
+    batch = next(iter(tokenize_data.open_dataset([file], context=8, batch=1, seed=0, codes=32, fields="[{context}],{target}")))
+    assert batch["mask_BT"].tolist() == [[0, 0, 1, 1, 0, 0, 0, 0]]
+    for fields, message in ((",{tokens},", "swallows"), ("{a", "neither"), ("[{a}", "neither"), ("text", "neither"), ("<|999|>,{target}", "vocabulary"), ("<|1|>", "no {key}")):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            tokenize_data.Jsonl(file, 32, (32, 33), fields)
+
+
+def test_fields_without_a_jsonl_and_an_empty_jsonl_are_refused(tmp_path, dataset):
+    with pytest.raises(ValueError, match="--fields"):
+        tokenize_data.open_dataset([dataset[0]], context=34, batch=2, seed=0, fields="{tokens}")
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="no line"):
+        tokenize_data.open_dataset([tmp_path / "a.jsonl"], context=34, batch=2, seed=0, codes=32)
+
+
+# ------------------------------------------------------------------------------------------------ packing and order
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory, tokenizer):
+    """30 sentences of 16 to 64 codes; the first two codes number the sentence."""
+    folder, rng = tmp_path_factory.mktemp("uneven") / "d", np.random.default_rng(1)
+    rows = [np.concatenate([[i // 32, i % 32], rng.integers(0, 32, 14 + 16 * (i % 4))]).astype(np.uint16) for i in range(30)]
+    tokenize_data.write_dataset(folder, vqgan.load(tokenizer), ["a"], ((0, row) for row in rows))
+    return folder, rows
+
+
+def batches(paths, count, **options):
+    iterator = iter(tokenize_data.open_dataset(paths, **{"context": 66, "batch": 4, "seed": 1} | options))
+    return [next(iterator) for _ in range(count)]
+
+
+def test_concat_is_one_stream_cut_as_the_published_reader_cuts_it(uneven):
+    rows = np.concatenate([b["ids_BT"] for b in batches([uneven[0]], 30, packing="concat", context=33)])
+    assert (rows[1:, 0] == rows[:-1, -1]).all()  # inputs of a row: all but its last; targets: all but its first
+    stream = np.concatenate([rows[0, :1], rows[:, 1:].reshape(-1)]).tolist()
+    read, at = [], 0
+    while at < len(stream) and 33 in stream[at:]:
+        end = stream.index(33, at)
+        assert stream[at] == 32
+        read.append(tuple(stream[at + 1:end]))
+        at = end + 1
+    known = {tuple(row.tolist()) for row in uneven[1]}
+    assert len(read) > 60 and set(read[:30]) == set(read[30:60]) == known and read[:30] != read[30:60]
+
+
+def test_a_segment_row_holds_whole_sentences_and_marks_what_may_be_predicted(uneven):
+    seen = []
+    for batch in batches([uneven[0]], 8, packing="segment", context=100):
+        for ids, mask, segments in zip(batch["ids_BT"], batch["mask_BT"], batch["segment_ids_BT"]):
+            for number in range(1, segments.max() + 1):
+                sentence = ids[segments == number]
+                assert sentence[0] == 32 and sentence[-1] == 33 and mask[segments == number].tolist() == [0] + [1] * (len(sentence) - 1)
+                seen.append(tuple(sentence[1:-1].tolist()))
+            assert (ids[segments == 0] == 34).all() and mask[segments == 0].sum() == 0
+    known = {tuple(row.tolist()) for row in uneven[1]}
+    assert set(seen[:30]) == set(seen[30:60]) == known and len(seen) >= 60
+
+
+def test_a_sentence_packed_behind_others_gets_the_logits_it_gets_alone(uneven):
+    """Segments keep attention apart, and rotary positions are relative: so they restart."""
+    model = lvm.LVM(lvm.LVMConfig(hidden=32, ffn=48, layers=2, heads=2, codes=32, context=200), key=jax.random.key(0))
+    [batch] = batches([uneven[0]], 1, packing="segment", context=160, batch=2)
+    logits_BTV = model(batch["ids_BT"], batch["segment_ids_BT"])
+    compared = 0
+    for b in range(2):
+        for number in range(1, batch["segment_ids_BT"][b].max() + 1):
+            at = np.flatnonzero(batch["segment_ids_BT"][b] == number)
+            np.testing.assert_allclose(logits_BTV[b, at], model(batch["ids_BT"][b, at][None])[0], atol=2e-5)
+            compared += at[0] > 0
+    assert compared > 2
+
+
+@pytest.mark.parametrize("packing", tokenize_data.PACKINGS)
+def test_a_row_is_the_same_at_any_start_and_number_of_processes(uneven, dataset, packing):
+    paths, options = [f"{uneven[0]}:0.7", f"{dataset[0]}:0.3"], dict(packing=packing, seed=5)
+    whole = batches(paths, 12, **options)
+    for start, processes in ((7, 1), (3, 2), (9, 4)):
+        parts = [batches(paths, 3, start=start, process=p, processes=processes, **options) for p in range(processes)]
+        for step in range(3):
+            for key in whole[0]:
+                np.testing.assert_array_equal(np.concatenate([part[step][key] for part in parts]), whole[start + step][key])
+
+
+def test_the_mixture_is_exact_and_even(uneven, dataset):
+    own = {tuple(row[:2].tolist()) + (len(row),) for row in uneven[1]}
+    rows = np.concatenate([b["ids_BT"] for b in batches([f"{uneven[0]}:0.7", f"{dataset[0]}:0.3"], 25, batch=20)])
+    first = np.array([(int(row[1]), int(row[2]), int((row < 32).sum())) in own for row in rows])
+    assert first.sum() == 350 and all(abs(first[:n].sum() - 0.7 * n) <= 1 for n in range(len(first)))
+
+
+def test_the_held_out_fraction_is_the_same_sentences_wherever_they_are_stored(tmp_path, uneven, tokenizer):
+    of = lambda data, heldout: {tuple(ids[ids < 32].tolist()) for b in batches([data], 15, batch=2, heldout_fraction=0.3, heldout=heldout) for ids in b["ids_BT"]}
+    train, heldout = of(uneven[0], False), of(uneven[0], True)
+    assert not train & heldout and 3 <= len(heldout) <= 15 and train | heldout == {tuple(row.tolist()) for row in uneven[1]}
+    tokenize_data.write_dataset(tmp_path / "d", vqgan.load(tokenizer), ["b"], ((0, row) for row in reversed(uneven[1])))
+    assert of(tmp_path / "d", True) == heldout
+    with pytest.raises(ValueError, match="leaves no sentence in"):
+        batches([uneven[0]], 1, heldout_fraction=1e-9, heldout=True)
+
+
+@pytest.mark.parametrize("packing", tokenize_data.PACKINGS)
+def test_data_that_do_not_fill_a_batch_are_an_error(dataset, packing):
+    with pytest.raises(ValueError, match="do not fill a batch"):
+        tokenize_data.open_dataset([dataset[0]], context=34, batch=64, seed=0, packing=packing)
+
+
+def test_ids_of_a_dataset_too_large_to_check_at_once_are_checked_as_they_are_read(tmp_path, dataset, monkeypatch):
+    monkeypatch.setattr(tokenize_data, "CHECKED_WHOLE", 0)
+    shutil.copytree(dataset[0], tmp_path / "d")
+    (tmp_path / "d" / "00000.tokens").write_bytes(b"\xff\xff" * 640)
+    with pytest.raises(ValueError, match="outside the codebook"):
+        next(iter(tokenize_data.open_dataset([tmp_path / "d"], context=34, batch=2, seed=0)))
+
+
+def test_weights_without_a_measure_are_refused(dataset):
+    for weight in ("0", "-1"):
+        with pytest.raises(ValueError, match="more than 0"):
+            tokenize_data.open_dataset([f"{dataset[0]}:{weight}"], context=34, batch=2, seed=0)
+
+
+# ------------------------------------------------------------------------------------------------ training on it
+
+
+def losses(out, monkeypatch, **options):
+    """Trains a very small model for two steps -> the losses of metrics.jsonl, held-out ones included."""
+    monkeypatch.setitem(lvm.SIZES, "mini", lvm.LVMConfig(hidden=32, ffn=48, layers=1, heads=2, codes=32, context=34))
+    train.train(train.Config(out=out, steps=2, warmup=1, batch=8, log_every=1, save_every=2, **options))
+    return [{k: v for k, v in json.loads(line).items() if "loss" in k} for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_jsonl_written_by_hand_trains_as_the_shards_made_of_it(tmp_path, tokenizer, monkeypatch, capsys):
+    """Three sentences a row, with special ids of one's own, and a held-out fraction."""
+    rows = [np.random.default_rng(i).integers(0, 32, 32) for i in range(96)]
+    file = write_jsonl(tmp_path / "lvm.jsonl", rows)
+    tokenize_data.import_jsonl(tokenize_data.ImportJsonl(inputs=(file,), out=tmp_path / "d", tokenizer=tokenizer))
+    options = dict(packing="segment", context=102, heldout_fraction=0.4, tokenizer=tokenizer, special_ids=(40, 41, 42))
+    shards = losses(tmp_path / "a", monkeypatch, data=(str(tmp_path / "d"),), **options)
+    lines = losses(tmp_path / "b", monkeypatch, data=(str(file),), fields="<|40|>,{tokens},<|41|>", **options)
+    assert len(shards) == 2 and shards == lines and all(2 < line["loss"] < 6 for line in lines) and "heldout_loss" in shards[-1]
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["model"]["bos_id"] == 40
+    assert (tmp_path / "a" / "samples" / "2.png").exists() and "import-jsonl" in capsys.readouterr().err
