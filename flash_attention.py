@@ -178,6 +178,12 @@ def zigzag(tokens: int, ranks: int) -> Int[Array, "T"]:
     return chunks_RT[jnp.array(order)].reshape(-1)
 
 
+def zigzag_here(tokens: int, axis: str) -> Int[Array, "T"]:
+    """Inside shard_map: the places in the sentence of the `tokens` that this device holds in zigzag order."""
+    rank, last, half = lax.axis_index(axis), 2 * lax.axis_size(axis) - 1, jnp.arange(tokens // 2)
+    return jnp.concatenate([rank * (tokens // 2) + half, (last - rank) * (tokens // 2) + half])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _ring(q_BTNK, k_BTNK, v_BTNK, segments, axis, causal, implementation):
     return _ring_fwd(q_BTNK, k_BTNK, v_BTNK, segments, axis, causal, implementation)[0]

@@ -34,7 +34,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from flash_attention import cache_slots, decode_attention, flash_attention, join
+from flash_attention import cache_slots, decode_attention, flash_attention, join, ring_attention, zigzag_here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +137,7 @@ class LVM(eqx.Module):
         remat: bool = False,
         gather=lambda weights: weights,
         reduce=lambda x_BTD: x_BTD,
+        ring: str | None = None,
         implementation: str | None = None,
     ) -> Float[Array, "B T V"]:
         """Returns float32 logits; those at t predict the id at t + 1. An id outside the vocabulary gives NaN.
@@ -148,19 +149,20 @@ class LVM(eqx.Module):
         Inside `jax.shard_map`, `gather` turns shards into whole weights: it is given the model without its blocks,
         and then, in the (rematerialised) body of the scan, one block at a time. It sees the stored dtype; what it
         casts before its collective is what the wire and the reduced gradient carry. `reduce` sums a block's two
-        row-parallel products over the "tensor" axis.
+        row-parallel products over the "tensor" axis. `ring` names the axis over which the tokens of a sentence are
+        split, in the order of `flash_attention.zigzag`.
         """
         B, T = ids_BT.shape
-        _check_length("ids_BT", T, self.config)
+        if not ring:  # there a sentence may have been padded to whole chunks
+            _check_length("ids_BT", T, self.config)
         ends = _cast(gather(self.ends), dtype)
-        rope_TK = rope_angles(jnp.arange(T), self.config)
+        rope_TK = rope_angles(zigzag_here(T, ring) if ring else jnp.arange(T), self.config)
+        attend = functools.partial(ring_attention, axis=ring) if ring else flash_attention
 
         def run(x_BTD, block):
             block = _cast(gather(block), dtype)
             q_BTNK, k_BTNK, v_BTNK = block.project(x_BTD, rope_TK)
-            a_BTNK = flash_attention(
-                q_BTNK, k_BTNK, v_BTNK, segment_ids_BT=segment_ids_BT, implementation=implementation
-            )
+            a_BTNK = attend(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT=segment_ids_BT, implementation=implementation)
             return block.merge(x_BTD, a_BTNK, reduce), None
 
         x_BTD, _ = lax.scan(jax.checkpoint(run) if remat else run, ends.embed(ids_BT), self.blocks)
@@ -264,12 +266,20 @@ def next_token_loss(
     row's mean over its counted targets; a row without any counts as 0. Shards of equal row counts may thus
     `lax.pmean` the loss and `lax.psum` the tokens: the result is that of the whole batch.
     """
-    targets_BT = jnp.roll(ids_BT, -1, axis=1)
-    mask_BT = jnp.roll(mask_BT, -1, axis=1).astype(jnp.float32).at[:, -1].set(0)
+    return target_loss(logits_BTV, *next_tokens(ids_BT, mask_BT))
+
+
+def next_tokens(ids_BT, mask_BT):
+    """(targets_BT, mask_BT) of each position's next id; the last position has none."""
+    return jnp.roll(ids_BT, -1, axis=1), jnp.roll(mask_BT, -1, axis=1).astype(jnp.float32).at[:, -1].set(0)
+
+
+def target_loss(logits_BTV, targets_BT, mask_BT, whole_row=lambda sum_B: sum_B):
+    """`next_token_loss` of given targets; `whole_row` adds up the rows' sums where their tokens are split."""
     picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     loss_BT = (jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT) * mask_BT
-    tokens_B = mask_BT.sum(axis=1)
-    return jnp.mean(loss_BT.sum(axis=1) / jnp.maximum(tokens_B, 1)), tokens_B.sum()
+    tokens_B = whole_row(mask_BT.sum(axis=1))
+    return jnp.mean(whole_row(loss_BT.sum(axis=1)) / jnp.maximum(tokens_B, 1)), tokens_B.sum()
 
 
 def parameter_count(config: LVMConfig) -> int:
