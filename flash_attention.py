@@ -1,15 +1,42 @@
-"""Softmax attention over (batch, tokens, heads, head_dim) arrays: one public function, one reference that defines it.
+"""Softmax attention over (batch, tokens, heads, head_dim) arrays that never stores its matrix of weights.
 
-Every implementation here is plain JAX so far; Pallas kernels arrive behind `flash_attention`, which stays as it is.
+    out = flash_attention(q_BTNK, k_BTNK, v_BTNK)                       # causal; picks what suits the device
+    out = ring_attention(q_BTNK, k_BTNK, v_BTNK, "seq")                 # inside shard_map, tokens split over "seq"
+    out, lse = decode_attention(q_BNCK, k_LBNSK, v_LBNSK, layer, length)          # new tokens against a long cache
 
-Dimensions: B batch, T query tokens, S key tokens, N heads, K head_dim. The queries are those of the last T of S tokens.
+How it works. Scores s = scale q k^T are made block by block in fast memory. A running maximum m, a running sum
+l of exp(s - m) and a running output are corrected whenever a block raises m (online softmax, arXiv 1805.02867), so one
+pass over the keys gives exact softmax (FlashAttention, arXiv 2205.14135). Kept for the backward pass are only q, k, v,
+the output o and lse = m + log l, one number a row: exp(s - lse) is the softmax weight itself, so the backward pass makes
+each block of weights p again from q and k with no second search for the maximum (FlashAttention-2, arXiv 2307.08691):
+    dv = p^T do,   ds = p * (do v^T - rowsum(do * o)),   dq = scale ds k,   dk = scale ds^T q.
+One kernel owns rows of dq, another rows of dk and dv, so that nothing is added atomically and results are reproducible.
+lse also joins results: attention over two sets of keys is the mean of both, weighted by exp(lse). That serves keys that
+live on other devices (ring attention, arXiv 2310.01889), caches split over programs, and candidates that share a prompt.
+
+Two sets of kernels: portable ones (interpreted on CPU, Mosaic on TPU, Triton on any CUDA GPU), and Hopper ones.
+
+Dimensions: B batch, T query tokens, S key tokens, N heads, K head_dim, C queries at one time, L layers.
+The queries are those of the last T of S tokens. lse is float32 in natural logarithms.
 """
 
+import functools
+import math
+import sys
+
 import jax
+import jax.extend
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int
 
-IMPLEMENTATIONS = ("chunked", "reference", "xla")
+OURS = ("hopper", "pallas")  # our kernels
+IMPLEMENTATIONS = (*OURS, "cudnn", "xla", "chunked", "reference")
+HIDDEN = -1e30  # score of a key that a query must not see; -inf would make NaN of rows that see none
 
 
 def flash_attention(
@@ -24,18 +51,75 @@ def flash_attention(
     """softmax(q k^T / sqrt(K)) v in q's dtype, with float32 scores and softmax; T <= S.
 
     `causal` hides later tokens from a query, `segment_ids_BT` (one id for each of the S tokens) other segments.
-    `implementation`: "reference"; "chunked", which skips most of what causality hides; "xla", which is
-    `jax.nn.dot_product_attention`. All give the same numbers; None takes "chunked", the fastest of them on a CPU.
+    `implementation`: None picks by device and shape (`choose`); "pallas" our portable kernels, "hopper" ours for
+    that GPU, "cudnn" and "xla" `jax.nn.dot_product_attention`, "chunked" plain jnp that skips most of what causality
+    hides, "reference" the definition. All give the same numbers; those that cannot do what is asked raise ValueError.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation {implementation!r} is none of None, {', '.join(map(repr, IMPLEMENTATIONS))}")
-    arrays = q_BTNK, k_BTNK, v_BTNK
-    if implementation == "xla":
-        mask = _mask(q_BTNK.shape[1], k_BTNK.shape[1], causal, segment_ids_BT)
-        return jax.nn.dot_product_attention(*arrays, mask=mask, implementation="xla")
-    if implementation == "reference" or not causal:
-        return reference(*arrays, causal=causal, segment_ids_BT=segment_ids_BT)
-    return _chunked(*arrays, segment_ids_BT)
+    T, S = _check_shapes(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT)
+    implementation = implementation or choose(q_BTNK, k_BTNK, causal, segment_ids_BT is not None)
+    if implementation == "reference" or implementation == "chunked" and not causal:
+        return reference(q_BTNK, k_BTNK, v_BTNK, causal=causal, segment_ids_BT=segment_ids_BT)
+    if implementation == "chunked":
+        return _chunked(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT)
+    if implementation in ("cudnn", "xla"):
+        # cuDNN wants causality as a flag: a mask would be read from memory. Its flag aligns the first tokens. It also
+        # wants whole groups of eight numbers in a head.
+        flag = implementation == "cudnn" and causal and T == S
+        mask, K = _mask(T, S, causal and not flag, segment_ids_BT), q_BTNK.shape[-1]
+        more = [(0, 0)] * 3 + [(0, -K % 8 if implementation == "cudnn" else 0)]
+        arrays = [jnp.pad(x, more) for x in (q_BTNK, k_BTNK, v_BTNK)]
+        options = dict(mask=mask, is_causal=flag, scale=K**-0.5, implementation=implementation)
+        return jax.nn.dot_product_attention(*arrays, **options)[..., :K]
+    if implementation == "hopper":
+        _refuse_hopper(q_BTNK, k_BTNK, causal, segment_ids_BT)
+    segments = None if segment_ids_BT is None else (segment_ids_BT[:, S - T :], segment_ids_BT)
+    q_BTNK, k_BTNK, v_BTNK, segments = _alike(q_BTNK, k_BTNK, v_BTNK, segments)
+    return _attend(q_BTNK, k_BTNK, v_BTNK, segments, causal, implementation)
+
+
+def choose(q_BTNK, k_BTNK, causal: bool, segmented: bool) -> str:
+    """What `implementation=None` means on the default backend: our kernels on accelerators, plain jnp on a CPU."""
+    backend = jax.default_backend()
+    if backend == "cpu":
+        return "chunked"
+    if backend == "gpu" and getattr(jax.local_devices()[0], "compute_capability", "").startswith("9."):
+        reason = hopper_refuses(q_BTNK.shape, k_BTNK.shape, q_BTNK.dtype, causal, segmented)
+        reason = reason or _cuda_refuses(jax.extend.backend.get_backend().platform_version)
+        reason = reason or _hopper_trial(q_BTNK.shape[-1])
+        if reason is None:
+            return "hopper"
+        _say_once(f"flash_attention: {reason}; the portable kernels run instead")
+    return "pallas"
+
+
+@functools.cache
+def _hopper_trial(K) -> str | None:
+    """Returns what is wrong with the Hopper kernels on this device, held to the reference once a process.
+
+    They were written without such a GPU at hand: proved in an interpreter and compiled, not run.
+    """
+    shape = 1, 300, 2, K
+
+    def run(attend):
+        arrays = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(4)]
+        o, vjp = jax.vjp(attend, *arrays[:3])
+        return o, *vjp(arrays[3])
+
+    with jax.ensure_compile_time_eval():  # also where a model is being traced
+        try:
+            ours = jax.jit(lambda: run(lambda q, k, v: _attend(q, k, v, None, True, "hopper")))()
+        except Exception as error:
+            return f"the Hopper kernels do not compile here ({str(error).splitlines()[0]})"
+        exact = jax.jit(lambda: run(reference))()
+        error = max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in zip(ours, exact))
+    return None if error < 0.03 else f"the Hopper kernels are wrong here at head_dim {K} (relative error {error:.1e})"
+
+
+@functools.cache
+def _say_once(line):
+    print(line, file=sys.stderr, flush=True)
 
 
 def reference(q_BTNK, k_BTNK, v_BTNK, *, causal=True, segment_ids_BT=None):
@@ -48,6 +132,1016 @@ def reference(q_BTNK, k_BTNK, v_BTNK, *, causal=True, segment_ids_BT=None):
         scores_BNTS = jnp.where(mask, scores_BNTS, -jnp.inf)
     weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BTNK.dtype)
     return jnp.swapaxes(jnp.einsum("bnts,bnsk->bntk", weights_BNTS, v_BNSK), 1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------- ring attention
+
+
+def ring_attention(
+    q_BTNK: Float[Array, "B T N K"],
+    k_BTNK: Float[Array, "B T N K"],
+    v_BTNK: Float[Array, "B T N K"],
+    axis: str,
+    *,
+    causal: bool = True,
+    segment_ids_BT: Int[Array, "B T"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B T N K"]:
+    """`flash_attention` inside `jax.shard_map` of sentences whose tokens are split over a mesh axis.
+
+    With R devices along `axis` the sentence is cut into 2R chunks, and device r holds the chunks r and 2R - 1 - r
+    one after the other (`zigzag` gives the order, also for positions and targets): so each device has the same share of
+    the causal triangle. Keys and values travel round the ring (arXiv 2310.01889), 2R - 2 half-blocks of work a device.
+    `implementation`: "pallas" or "hopper" (its kernel for the block on the diagonal, "pallas" for the rest), or "xla".
+    """
+    if implementation not in (None, "pallas", "hopper", "xla"):
+        raise ValueError(f'implementation {implementation!r} of a ring is none of None, "pallas", "hopper", "xla"')
+    _check_shapes(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT)
+    if causal and q_BTNK.shape[1] % 2:
+        raise ValueError(f"a ring's device holds two chunks of the same length; it has {q_BTNK.shape[1]} tokens")
+    if implementation == "hopper":
+        _refuse_hopper(q_BTNK, k_BTNK, causal, segment_ids_BT)
+    if implementation is None:
+        implementation = choose(q_BTNK, k_BTNK, causal, segment_ids_BT is not None)
+        implementation = "xla" if implementation == "chunked" else implementation
+    segments = None if segment_ids_BT is None else (segment_ids_BT, segment_ids_BT)
+    q_BTNK, k_BTNK, v_BTNK, segments = _alike(q_BTNK, k_BTNK, v_BTNK, segments, axes={axis})
+    return _ring(q_BTNK, k_BTNK, v_BTNK, segments, axis, causal, implementation)
+
+
+def zigzag(tokens: int, ranks: int) -> Int[Array, "T"]:
+    """Where the tokens of a sentence go for `ring_attention`: x_BT[:, zigzag(T, R)] is split evenly over the axis."""
+    if tokens % (2 * ranks):
+        raise ValueError(f"{tokens} tokens do not divide into 2 x {ranks} chunks; pad the sentence to a multiple")
+    chunks_RT = jnp.arange(tokens).reshape(2 * ranks, -1)
+    order = [chunk for rank in range(ranks) for chunk in (rank, 2 * ranks - 1 - rank)]
+    return chunks_RT[jnp.array(order)].reshape(-1)
+
+
+def zigzag_here(tokens: int, axis: str) -> Int[Array, "T"]:
+    """Inside shard_map: the places in the sentence of the `tokens` that this device holds in zigzag order."""
+    rank, last, half = lax.axis_index(axis), 2 * lax.axis_size(axis) - 1, jnp.arange(tokens // 2)
+    return jnp.concatenate([rank * (tokens // 2) + half, (last - rank) * (tokens // 2) + half])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _ring(q_BTNK, k_BTNK, v_BTNK, segments, axis, causal, implementation):
+    return _ring_fwd(q_BTNK, k_BTNK, v_BTNK, segments, axis, causal, implementation)[0]
+
+
+def _ring_fwd(q_BTNK, k_BTNK, v_BTNK, segments, axis, causal, implementation):
+    T, ranks, rank = q_BTNK.shape[1], lax.axis_size(axis), lax.axis_index(axis)
+    forward = functools.partial(_forward, implementation=implementation, out_dtype=jnp.float32)
+    own = tuple(forward(q_BTNK, k_BTNK, v_BTNK, segments, causal))
+
+    def step(carry, i):
+        done, passing = carry
+        passing = _pass_on(passing, axis, ranks)
+        k_BTNK, v_BTNK, kv_segments = passing
+
+        def part(rows, cols):
+            pair = None if segments is None else (segments[0][:, rows], kv_segments[:, cols])
+            o, lse = forward(q_BTNK[:, rows], k_BTNK[:, cols], v_BTNK[:, cols], pair, False)
+            return _place(o, rows, T), _place(lse, rows, T, HIDDEN)
+
+        new = _visible_half(causal, rank, (rank - i) % ranks, T, part)
+        return (join(*(jnp.stack(pair) for pair in zip(done, new))), passing), None
+
+    passing = k_BTNK, v_BTNK, None if segments is None else segments[1]
+    ((o_BTNK, lse_BTN), _), _ = lax.scan(step, (own, passing), jnp.arange(1, ranks))
+    o_BTNK = o_BTNK.astype(q_BTNK.dtype)
+    return o_BTNK, (q_BTNK, k_BTNK, v_BTNK, segments, o_BTNK, lse_BTN)
+
+
+def _ring_bwd(axis, causal, implementation, residuals, do_BTNK):
+    q_BTNK, k_BTNK, v_BTNK, segments, o_BTNK, lse_BTN = residuals
+    T, ranks, rank = q_BTNK.shape[1], lax.axis_size(axis), lax.axis_index(axis)
+    backward = functools.partial(_backward, implementation=implementation, out_dtype=jnp.float32)
+    dq_BTNK, dk_BTNK, dv_BTNK = backward(*residuals, do_BTNK, causal)
+
+    # The gradients of a device's keys travel with the keys, and are at home after one round.
+    def step(carry, i):
+        dq_BTNK, passing = carry
+        passing = _pass_on(passing, axis, ranks)
+        k_BTNK, v_BTNK, kv_segments, dk_BTNK, dv_BTNK = passing
+
+        def part(rows, cols):
+            pair = None if segments is None else (segments[0][:, rows], kv_segments[:, cols])
+            given = o_BTNK[:, rows], lse_BTN[:, rows], do_BTNK[:, rows]
+            dq, dk, dv = backward(q_BTNK[:, rows], k_BTNK[:, cols], v_BTNK[:, cols], pair, *given, False)
+            return _place(dq, rows, T), _place(dk, cols, T), _place(dv, cols, T)
+
+        dq, dk, dv = _visible_half(causal, rank, (rank - i) % ranks, T, part)
+        return (dq_BTNK + dq, (k_BTNK, v_BTNK, kv_segments, dk_BTNK + dk, dv_BTNK + dv)), None
+
+    passing = k_BTNK, v_BTNK, None if segments is None else segments[1], dk_BTNK, dv_BTNK
+    (dq_BTNK, (*_, dk_BTNK, dv_BTNK)), _ = lax.scan(step, (dq_BTNK, passing), jnp.arange(1, ranks))
+    dk_BTNK, dv_BTNK = _pass_on((dk_BTNK, dv_BTNK), axis, ranks)
+    return *(x.astype(q_BTNK.dtype) for x in (dq_BTNK, dk_BTNK, dv_BTNK)), None
+
+
+_ring.defvjp(_ring_fwd, _ring_bwd)
+
+
+def _pass_on(tree, axis, ranks):
+    return jax.tree.map(lambda x: lax.ppermute(x, axis, [(r, (r + 1) % ranks) for r in range(ranks)]), tree)
+
+
+def _visible_half(causal, rank, sender, T, part):
+    """part(rows, cols) where queries of `rank` see keys of `sender`, another rank, in zigzag order.
+
+    Both chunks of queries see the first chunk of an earlier rank; the second chunk sees both of a later rank.
+    """
+    everything, first, second = slice(0, T), slice(0, T // 2), slice(T // 2, T)
+    if not causal:
+        return part(everything, everything)
+    return lax.cond(sender < rank, lambda: part(everything, first), lambda: part(second, everything))
+
+
+def _place(x, rows, T, fill=0.0):
+    """x as the given rows (axis 1) of T, the others `fill`."""
+    return jnp.pad(x, [(0, 0), (rows.start, T - rows.stop), *[(0, 0)] * (x.ndim - 2)], constant_values=fill)
+
+
+def join(o_PXK, lse_PX, axis=0):
+    """Results of the same queries against several sets of keys, stacked along `axis` -> (o, lse) against all keys."""
+    lse = jax.nn.logsumexp(lse_PX, axis=axis, keepdims=True)
+    return jnp.sum(o_PXK * jnp.exp(lse_PX - lse)[..., None], axis=axis), jnp.squeeze(lse, axis)
+
+
+# --------------------------------------------------------------------------------------------------------- decoding
+
+
+def decode_attention(
+    q_BNCK: Float[Array, "B N C K"],
+    k_LBNSK: Float[Array, "L B N S K"],
+    v_LBNSK: Float[Array, "L B N S K"],
+    layer: Int[Array, ""],
+    length: Int[Array, ""],
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B N C K"], Float[Array, "B N C"]]:
+    """C queries a row against the first `length` >= 1 slots of one layer's cache -> float32 (o_BNCK, lse_BNC).
+
+    Programs split the cache among them and `join` adds their results (flash-decoding, arXiv 2311.01282), so that one
+    row fills a device too. C candidates that share a prompt are C queries of one row: they read its keys and values
+    once (arXiv 2402.05099); `join` with the attention over each one's own cache. The cache is read in place, and only
+    the slots below `length`. `implementation`: "pallas" (S must be a multiple of 128), "xla", or None: "pallas" on
+    accelerators.
+    """
+    if implementation not in (None, "pallas", "xla"):
+        raise ValueError(f'implementation {implementation!r} of decoding is none of None, "pallas", "xla"')
+    S = k_LBNSK.shape[3]
+    if implementation == "pallas" and S % 128:
+        raise ValueError(f"the cache has {S} slots; the decode kernel wants a multiple of 128")
+    if implementation is None:
+        backend, K = jax.default_backend(), q_BNCK.shape[-1]
+        fits = S % 128 == 0 and (backend != "gpu" or K == pl.next_power_of_2(K))  # a cache is too big to be padded
+        implementation = "pallas" if backend != "cpu" and fits else "xla"
+    layer, length = jnp.asarray(layer, jnp.int32), jnp.asarray(length, jnp.int32)
+    if implementation == "xla":
+        k_BNSK = lax.dynamic_index_in_dim(k_LBNSK, layer, keepdims=False)
+        v_BNSK = lax.dynamic_index_in_dim(v_LBNSK, layer, keepdims=False)
+        s_BNCS = jnp.einsum("bnck,bnsk->bncs", q_BNCK, k_BNSK, preferred_element_type=jnp.float32)
+        s_BNCS = jnp.where(jnp.arange(S) < length, s_BNCS * q_BNCK.shape[-1] ** -0.5, HIDDEN)
+        lse_BNC = jax.nn.logsumexp(s_BNCS, axis=-1)
+        p_BNCS = jnp.exp(s_BNCS - lse_BNC[..., None]).astype(v_BNSK.dtype)
+        return jnp.einsum("bncs,bnsk->bnck", p_BNCS, v_BNSK, preferred_element_type=jnp.float32), lse_BNC
+    q_BNCK, k_LBNSK, v_LBNSK, at = _alike(q_BNCK, k_LBNSK, v_LBNSK, jnp.stack([layer, length]))
+    run = {name: functools.partial(_decode_kernel, name) for name in BLOCKS}
+    return lax.platform_dependent(q_BNCK, k_LBNSK, v_LBNSK, at, **run)
+
+
+def cache_slots(length: int) -> int:
+    """How many slots to give a cache of `length` tokens, so that the decode kernel takes it where there is one."""
+    return length if jax.default_backend() == "cpu" else _up(length, 128)
+
+
+def _decode_kernel(platform, q_BNCK, k_LBNSK, v_LBNSK, at):
+    L, B, N, S, K = k_LBNSK.shape
+    C, scale, dot = q_BNCK.shape[2], K**-0.5, functools.partial(_dot, platform)
+    cols = next(n for n in (512, 256, 128) if S % n == 0)
+    q_BNCK = _pad(q_BNCK, pl.cdiv(C, 16) * 16)  # the fewest rows of a matrix product
+    rows = q_BNCK.shape[2]
+    out_shape = [_out((B, N, S // cols, rows, width), jnp.float32, q_BNCK) for width in (K, 1)]
+    per_head = lambda b, n, i, *_: (b, n, 0, 0)
+    per_part = lambda b, n, i, *_: (b, n, i, 0, 0)
+    if platform == "cuda":  # references are pointers: nothing is read but what the body reads
+        body = functools.partial(_decode_body, dot=dot, scale=scale, cols=cols, sliced=True)
+        in_specs = [pl.BlockSpec((2,), lambda b, n, i: (0,)), pl.BlockSpec((None, None, rows, K), per_head),
+                    *[pl.BlockSpec(k_LBNSK.shape, lambda b, n, i: (0,) * 5)] * 2]
+        grid = dict(grid=(B, N, S // cols), in_specs=in_specs)
+    else:  # blocks are copied to fast memory: those past the length name the last one again, which is there already
+        body = functools.partial(_decode_body, dot=dot, scale=scale, cols=cols, sliced=False)
+        cache = pl.BlockSpec((None, None, None, cols, K),
+                             lambda b, n, i, at: (at[0], b, n, jnp.minimum(i, (at[1] - 1) // cols), 0))
+        grid = dict(num_scalar_prefetch=1, grid=(B, N, S // cols),
+                    in_specs=[pl.BlockSpec((None, None, rows, K), per_head), cache, cache])
+    grid["out_specs"] = [pl.BlockSpec((None, None, None, rows, width), per_part) for width in (K, 1)]
+    if platform != "cuda":
+        grid = dict(grid_spec=pltpu.PrefetchScalarGridSpec(**grid))
+    o_BNPCK, lse_BNPC1 = pl.pallas_call(body, out_shape=out_shape, **grid, **_compiler(platform))(
+        at, q_BNCK, k_LBNSK, v_LBNSK)
+    o_BNCK, lse_BNC = join(o_BNPCK, lse_BNPC1[..., 0], axis=2)
+    return o_BNCK[:, :, :C], lse_BNC[:, :, :C]
+
+
+def _decode_body(at_ref, q_ref, k_ref, v_ref, o_ref, lse_ref, *, dot, scale, cols, sliced):
+    layer, length, first = at_ref[0], at_ref[1], pl.program_id(2) * cols
+    here = (layer, pl.program_id(0), pl.program_id(1), pl.ds(first, cols)) if sliced else ...
+
+    @pl.when(first < length)
+    def attend():
+        s_CS = scale * dot(q_ref[...], k_ref[here], 1, 1)
+        s_CS = jnp.where(first + lax.broadcasted_iota(jnp.int32, s_CS.shape, 1) < length, s_CS, HIDDEN)
+        m_C1 = jnp.max(s_CS, axis=1, keepdims=True)
+        p_CS = jnp.exp(s_CS - m_C1)
+        l_C1 = jnp.sum(p_CS, axis=1, keepdims=True)
+        v_SK = v_ref[here]
+        o_ref[...] = dot(p_CS.astype(v_SK.dtype), v_SK, 1, 0) / l_C1
+        lse_ref[...] = m_C1 + jnp.log(l_C1)
+
+    @pl.when(first >= length)
+    def nothing():
+        o_ref[...] = jnp.zeros_like(o_ref)
+        lse_ref[...] = jnp.full_like(lse_ref, HIDDEN)
+
+
+# ------------------------------------------------------------------------------------------- one vjp, three backends
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q_BTNK, k_BSNK, v_BSNK, segments, causal, implementation):
+    return _forward(q_BTNK, k_BSNK, v_BSNK, segments, causal, implementation)[0]
+
+
+def _attend_fwd(q_BTNK, k_BSNK, v_BSNK, segments, causal, implementation):
+    o_BTNK, lse_BTN = _forward(q_BTNK, k_BSNK, v_BSNK, segments, causal, implementation)
+    return o_BTNK, (q_BTNK, k_BSNK, v_BSNK, segments, o_BTNK, lse_BTN)
+
+
+def _attend_bwd(causal, implementation, residuals, do_BTNK):
+    return *_backward(*residuals, do_BTNK, causal, implementation), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _forward(q_BTNK, k_BSNK, v_BSNK, segments, causal, implementation, out_dtype=None):
+    """(o_BTNK, lse_BTN); `segments` is None or (ids of the queries, ids of the keys)."""
+    out_dtype = out_dtype or q_BTNK.dtype
+    if implementation == "hopper" and causal:
+        o_BTNK, lse_BNT = _hopper_forward(q_BTNK, k_BSNK, v_BSNK)
+        return o_BTNK.astype(out_dtype), jnp.swapaxes(lse_BNT, 1, 2)
+    heads_first = _swap(q_BTNK, k_BSNK, v_BSNK)
+    if implementation == "xla":
+        return _swap(*_xla_forward(causal, out_dtype, *heads_first, segments))
+    run = {name: functools.partial(_portable_forward, name, causal, out_dtype) for name in BLOCKS}
+    return _swap(*lax.platform_dependent(*heads_first, segments, **run))
+
+
+def _backward(q_BTNK, k_BSNK, v_BSNK, segments, o_BTNK, lse_BTN, do_BTNK, causal, implementation, out_dtype=None):
+    """(dq_BTNK, dk_BSNK, dv_BSNK)."""
+    out_dtype = out_dtype or q_BTNK.dtype
+    delta_BTN = jnp.einsum("btnk,btnk->btn", o_BTNK, do_BTNK, preferred_element_type=jnp.float32)
+    if implementation == "hopper" and causal:
+        arrays = q_BTNK, k_BSNK, v_BSNK, do_BTNK, *_swap(lse_BTN * _LOG2_E, delta_BTN)
+        return tuple(x.astype(out_dtype) for x in (_hopper_dq(*arrays), *_hopper_dkv(*arrays)))
+    heads_first = _swap(q_BTNK, k_BSNK, v_BSNK, do_BTNK, lse_BTN, delta_BTN)
+    if implementation == "xla":
+        return _swap(*_xla_backward(causal, out_dtype, *heads_first, segments))
+    run = {name: functools.partial(_portable_backward, name, causal, out_dtype) for name in BLOCKS}
+    return _swap(*lax.platform_dependent(*heads_first, segments, **run))
+
+
+def _swap(*arrays):
+    return [jnp.swapaxes(x, 1, 2) for x in arrays]
+
+
+def _xla_forward(causal, out_dtype, q_BNTK, k_BNSK, v_BNSK, segments):
+    s_BNTS = _xla_scores(causal, q_BNTK, k_BNSK, segments)
+    lse_BNT = jax.nn.logsumexp(s_BNTS, axis=-1)
+    p_BNTS = jnp.exp(s_BNTS - lse_BNT[..., None]).astype(v_BNSK.dtype)
+    return jnp.einsum("bnts,bnsk->bntk", p_BNTS, v_BNSK, preferred_element_type=out_dtype), lse_BNT
+
+
+def _xla_backward(causal, out_dtype, q_BNTK, k_BNSK, v_BNSK, do_BNTK, lse_BNT, delta_BNT, segments):
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    p_BNTS = jnp.exp(_xla_scores(causal, q_BNTK, k_BNSK, segments) - lse_BNT[..., None])
+    dp_BNTS = product("bntk,bnsk->bnts", do_BNTK, v_BNSK)
+    ds_BNTS = (p_BNTS * (dp_BNTS - delta_BNT[..., None]) * q_BNTK.shape[-1] ** -0.5).astype(q_BNTK.dtype)
+    dq_BNTK = product("bnts,bnsk->bntk", ds_BNTS, k_BNSK)
+    dk_BNSK = product("bnts,bntk->bnsk", ds_BNTS, q_BNTK)
+    dv_BNSK = product("bnts,bntk->bnsk", p_BNTS.astype(do_BNTK.dtype), do_BNTK)
+    return tuple(x.astype(out_dtype) for x in (dq_BNTK, dk_BNSK, dv_BNSK))
+
+
+def _xla_scores(causal, q_BNTK, k_BNSK, segments):
+    T, S = q_BNTK.shape[2], k_BNSK.shape[2]
+    s_BNTS = jnp.einsum("bntk,bnsk->bnts", q_BNTK, k_BNSK, preferred_element_type=jnp.float32)
+    s_BNTS = s_BNTS * q_BNTK.shape[-1] ** -0.5
+    if causal:
+        s_BNTS = jnp.where(jnp.tril(jnp.ones((T, S), bool), S - T), s_BNTS, HIDDEN)
+    if segments is not None:
+        s_BNTS = jnp.where((segments[0][:, :, None] == segments[1][:, None, :])[:, None], s_BNTS, HIDDEN)
+    return s_BNTS
+
+
+# ------------------------------------------------------------------------------------------------- portable kernels
+
+# Rows of a block of queries or keys. A TPU wants multiples of 128, Triton powers of two.
+BLOCKS = {"cpu": 128, "tpu": 512, "cuda": 64}
+
+
+def _portable_forward(platform, causal, out_dtype, q_BNTK, k_BNSK, v_BNSK, segments):
+    T, S = q_BNTK.shape[2], k_BNSK.shape[2]
+    pieces = _pieces(T, S, causal, T, _longest(platform, q_BNTK))
+    dtype = out_dtype if len(pieces) == 1 else jnp.float32
+    os, lses = [], []
+    for rows, cols, offset in pieces:
+        o, lse = _forward_kernel(
+            platform, causal, offset, dtype, q_BNTK[:, :, rows], k_BNSK[:, :, cols], v_BNSK[:, :, cols],
+            _pair(segments, rows, cols))
+        before = [(0, 0), (0, 0), (rows.start, 0)]  # queries that see none of these keys
+        os.append(jnp.pad(o, [*before, (0, 0)]))
+        lses.append(jnp.pad(lse, before, constant_values=HIDDEN))
+    o_BNTK, lse_BNT = join(jnp.stack(os), jnp.stack(lses)) if len(pieces) > 1 else (os[0], lses[0])
+    return o_BNTK.astype(out_dtype), lse_BNT
+
+
+def _portable_backward(platform, causal, out_dtype, q_BNTK, k_BNSK, v_BNSK, do_BNTK, lse_BNT, delta_BNT, segments):
+    T, S = q_BNTK.shape[2], k_BNSK.shape[2]
+    longest = _longest(platform, q_BNTK)
+    pieces = _pieces(T, S, causal, longest, longest)
+    sums = [jnp.zeros_like(x, jnp.float32) for x in (q_BNTK, k_BNSK, v_BNSK)]
+    for rows, cols, offset in pieces:
+        new = _backward_kernels(
+            platform, causal, offset, out_dtype if len(pieces) == 1 else jnp.float32,
+            q_BNTK[:, :, rows], k_BNSK[:, :, cols], v_BNSK[:, :, cols], do_BNTK[:, :, rows],
+            lse_BNT[:, :, rows], delta_BNT[:, :, rows], _pair(segments, rows, cols))
+        if len(pieces) == 1:
+            return new
+        sums = [total.at[:, :, part].add(x) for total, part, x in zip(sums, (rows, cols, cols), new)]
+    return tuple(x.astype(out_dtype) for x in sums)
+
+
+def _longest(platform, x_BNTK):
+    """The most tokens of a head of which two arrays fit, double-buffered, in half of a TPU's 16 MiB of vector memory."""
+    if platform != "tpu":
+        return 2**31
+    return 2**23 // (4 * x_BNTK.dtype.itemsize * _up(x_BNTK.shape[-1], 128))
+
+
+def _pieces(T, S, causal, most_rows, most_cols):
+    """[(rows, cols, offset), ...] that cover the scores; row t of a piece sees its columns up to t + offset."""
+    pieces = []
+    for col in range(0, S, most_cols):
+        for row in range(0, T, most_rows):
+            first, end = max(row, col - (S - T)) if causal else row, min(row + most_rows, T)
+            if first < end:
+                pieces.append((slice(first, end), slice(col, min(col + most_cols, S)), first + S - T - col))
+    return pieces
+
+
+def _pair(segments, rows, cols):
+    return None if segments is None else (segments[0][:, rows], segments[1][:, cols])
+
+
+def _forward_kernel(platform, causal, offset, out_dtype, q_BNTK, k_BNSK, v_BNSK, segments):
+    (B, N, T, K), S = q_BNTK.shape, k_BNSK.shape[2]
+    (rows, cols), (q_BNTK, k_BNSK, v_BNSK) = _padded(platform, q_BNTK, k_BNSK, v_BNSK)
+    T_padded, K_padded = q_BNTK.shape[2:]
+    body = functools.partial(
+        _forward_body, cols=cols, S=S, **_settings(platform, K, causal, offset, segments))
+    o_BNTK, lse_BNT1 = _call(
+        platform, body, (B, N, T_padded // rows),
+        [(q_BNTK, rows), (k_BNSK, None), (v_BNSK, None), *_segment_inputs(segments, rows, None, T_padded, k_BNSK.shape[2])],
+        [((B, N, T_padded, K_padded), out_dtype), ((B, N, T_padded, 1), jnp.float32)], rows)
+    return o_BNTK[:, :, :T, :K], lse_BNT1[:, :, :T, 0]
+
+
+def _backward_kernels(
+    platform, causal, offset, out_dtype, q_BNTK, k_BNSK, v_BNSK, do_BNTK, lse_BNT, delta_BNT, segments
+):
+    (B, N, T, K), S = q_BNTK.shape, k_BNSK.shape[2]
+    (rows, cols), (q_BNTK, k_BNSK, v_BNSK, do_BNTK) = _padded(platform, q_BNTK, k_BNSK, v_BNSK, do_BNTK)
+    (T_padded, K_padded), S_padded = q_BNTK.shape[2:], k_BNSK.shape[2]
+    lse_BNT, delta_BNT = (jnp.pad(x, [(0, 0), (0, 0), (0, T_padded - T)]) for x in (lse_BNT, delta_BNT))
+    settings = _settings(platform, K, causal, offset, segments)
+
+    body = functools.partial(_dq_body, cols=cols, S=S, **settings)
+    (dq_BNTK,) = _call(
+        platform, body, (B, N, T_padded // rows),
+        [(q_BNTK, rows), (k_BNSK, None), (v_BNSK, None), (do_BNTK, rows), (lse_BNT[..., None], rows),
+         (delta_BNT[..., None], rows), *_segment_inputs(segments, rows, None, T_padded, S_padded)],
+        [((B, N, T_padded, K_padded), out_dtype)], rows)
+
+    # Transposed, key rows by query columns: then lse and delta are rows, and nothing is transposed in the kernel.
+    body = functools.partial(_dkv_body, rows=rows, T=T_padded, **settings)
+    dk_BNSK, dv_BNSK = _call(
+        platform, body, (B, N, S_padded // cols),
+        [(k_BNSK, cols), (v_BNSK, cols), (q_BNTK, None), (do_BNTK, None), (lse_BNT[:, :, None], None),
+         (delta_BNT[:, :, None], None), *_segment_inputs(segments, None, cols, T_padded, S_padded)],
+        [((B, N, S_padded, K_padded), out_dtype)] * 2, cols)
+    return dq_BNTK[:, :, :T, :K], dk_BNSK[:, :, :S, :K], dv_BNSK[:, :, :S, :K]
+
+
+def _settings(platform, K, causal, offset, segments):
+    segmented = segments is not None
+    return dict(dot=functools.partial(_dot, platform), scale=K**-0.5, causal=causal, offset=offset, segmented=segmented)
+
+
+def _forward_body(q_ref, k_ref, v_ref, *refs, dot, scale, cols, S, causal, offset, segmented):
+    *segment_refs, o_ref, lse_ref = refs
+    q_TK, row = q_ref[...], pl.program_id(2) * q_ref.shape[0]
+
+    def add(j, carry, edge):
+        o_TK, m_T1, l_T1 = carry
+        part = pl.ds(pl.multiple_of(j * cols, cols), cols)
+        s_TS = scale * dot(q_TK, k_ref[part], 1, 1)
+        if segmented:
+            s_TS = jnp.where(segment_refs[0][...] == segment_refs[1][:, part], s_TS, HIDDEN)
+        if edge:
+            s_TS = _hide(s_TS, row, j * cols, 0, causal, offset, S)
+        new_m_T1 = jnp.maximum(m_T1, jnp.max(s_TS, axis=1, keepdims=True))
+        p_TS, shrink_T1 = jnp.exp(s_TS - new_m_T1), jnp.exp(m_T1 - new_m_T1)
+        v_SK = v_ref[part]
+        o_TK = o_TK * shrink_T1 + dot(p_TS.astype(v_SK.dtype), v_SK, 1, 0)
+        return o_TK, new_m_T1, l_T1 * shrink_T1 + jnp.sum(p_TS, axis=1, keepdims=True)
+
+    zero_T1 = jnp.zeros((q_ref.shape[0], 1), jnp.float32)
+    carry = jnp.zeros(q_ref.shape, jnp.float32), zero_T1 + HIDDEN, zero_T1
+    o_TK, m_T1, l_T1 = _loop_over_keys(add, carry, row, q_ref.shape[0], k_ref.shape[0], cols, S, causal, offset)
+    o_ref[...] = (o_TK / l_T1).astype(o_ref.dtype)
+    lse_ref[...] = m_T1 + jnp.log(l_T1)
+
+
+def _dq_body(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs, dot, scale, cols, S, causal, offset, segmented):
+    *segment_refs, dq_ref = refs
+    q_TK, do_TK, lse_T1, delta_T1 = q_ref[...], do_ref[...], lse_ref[...], delta_ref[...]
+    row = pl.program_id(2) * q_ref.shape[0]
+
+    def add(j, dq_TK, edge):
+        part = pl.ds(pl.multiple_of(j * cols, cols), cols)
+        k_SK = k_ref[part]
+        s_TS = scale * dot(q_TK, k_SK, 1, 1)
+        if segmented:
+            s_TS = jnp.where(segment_refs[0][...] == segment_refs[1][:, part], s_TS, HIDDEN)
+        if edge:
+            s_TS = _hide(s_TS, row, j * cols, 0, causal, offset, S)
+        ds_TS = jnp.exp(s_TS - lse_T1) * (dot(do_TK, v_ref[part], 1, 1) - delta_T1)
+        return dq_TK + dot(ds_TS.astype(k_SK.dtype), k_SK, 1, 0)
+
+    dq_TK = jnp.zeros(q_ref.shape, jnp.float32)
+    dq_TK = _loop_over_keys(add, dq_TK, row, q_ref.shape[0], k_ref.shape[0], cols, S, causal, offset)
+    dq_ref[...] = (scale * dq_TK).astype(dq_ref.dtype)
+
+
+def _dkv_body(k_ref, v_ref, q_ref, do_ref, lse_ref, delta_ref, *refs, dot, scale, rows, T, causal, offset, segmented):
+    *segment_refs, dk_ref, dv_ref = refs
+    k_SK, v_SK, cols = k_ref[...], v_ref[...], k_ref.shape[0]
+    col = pl.program_id(2) * cols
+
+    def add(i, carry, edge):
+        dk_SK, dv_SK = carry
+        part = pl.ds(pl.multiple_of(i * rows, rows), rows)
+        q_TK, do_TK = q_ref[part], do_ref[part]
+        s_ST = scale * dot(k_SK, q_TK, 1, 1)
+        if segmented:
+            s_ST = jnp.where(segment_refs[1][...] == segment_refs[0][:, part], s_ST, HIDDEN)
+        if edge:
+            s_ST = _hide(s_ST, i * rows, col, 1, causal, offset, None)
+        p_ST = jnp.exp(s_ST - lse_ref[:, part])
+        ds_ST = p_ST * (dot(v_SK, do_TK, 1, 1) - delta_ref[:, part])
+        return dk_SK + dot(ds_ST.astype(q_TK.dtype), q_TK, 1, 0), dv_SK + dot(p_ST.astype(do_TK.dtype), do_TK, 1, 0)
+
+    carry = jnp.zeros(k_ref.shape, jnp.float32), jnp.zeros(k_ref.shape, jnp.float32)
+    dk_SK, dv_SK = _loop_over_queries(add, carry, col, cols, rows, T, causal, offset)
+    dk_ref[...] = (scale * dk_SK).astype(dk_ref.dtype)
+    dv_ref[...] = dv_SK.astype(dv_ref.dtype)
+
+
+def _loop_over_keys(add, carry, row, rows, S_padded, cols, S, causal, offset):
+    """add(block, carry, edge) over the blocks that some query of `row`... sees: whole ones, then those on an edge."""
+    # The bounds depend on the program even where they need not: interpreted under shard_map a constant one fails.
+    whole = jnp.minimum(row + S // cols, S // cols)
+    end = jnp.minimum(row + S_padded // cols, S_padded // cols)
+    if causal:
+        whole = jnp.minimum(whole, (row + offset + 1) // cols)
+        end = jnp.minimum(end, (row + rows - 1 + offset) // cols + 1)
+    carry = lax.fori_loop(0, whole, functools.partial(add, edge=False), carry)
+    return lax.fori_loop(whole, end, functools.partial(add, edge=True), carry)
+
+
+def _loop_over_queries(add, carry, col, cols, rows, T, causal, offset):
+    """add(block, carry, edge) over the blocks of queries that see some key of `col`...: edges, then whole ones."""
+    end = jnp.minimum(col + T // rows, T // rows)
+    first, whole = jnp.minimum(col, 0), jnp.minimum(col, 0)
+    if causal:
+        first = jnp.clip((col - offset) // rows, 0, end)
+        whole = jnp.clip((col + cols - 1 - offset + rows - 1) // rows, first, end)
+    carry = lax.fori_loop(first, whole, functools.partial(add, edge=True), carry)
+    return lax.fori_loop(whole, end, functools.partial(add, edge=False), carry)
+
+
+def _hide(s, row, col, query_axis, causal, offset, S):
+    """HIDDEN where key >= S, or where the key comes after the query; the block's first query is `row`, key `col`."""
+    key = col + lax.broadcasted_iota(jnp.int32, s.shape, 1 - query_axis)
+    visible = key < S if S is not None else None
+    if causal:
+        seen = key <= row + offset + lax.broadcasted_iota(jnp.int32, s.shape, query_axis)
+        visible = seen if visible is None else visible & seen
+    return s if visible is None else jnp.where(visible, s, HIDDEN)
+
+
+def _dot(platform, a, b, a_axis, b_axis):
+    """Contracts a_axis of a with b_axis of b in float32."""
+    # By default float32 inputs are rounded to bfloat16 on a TPU and to TF32 by Triton. There three TF32 products
+    # restore them: exact ones use no tensor cores and take minutes to compile.
+    exact = lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if platform == "cuda" else lax.Precision.HIGHEST
+    precision = exact if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(
+        a, b, (((a_axis,), (b_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _padded(platform, *arrays):
+    """((rows, cols) of a block, arrays with token axes of whole blocks): the first array has queries, the 2nd keys."""
+    most = BLOCKS[platform]
+    if platform == "cuda" and arrays[0].dtype.itemsize > 2:
+        most //= 2  # shared memory
+    sizes = []
+    for tokens in (arrays[0].shape[2], arrays[1].shape[2]):
+        sizes.append(_up(pl.cdiv(tokens, pl.cdiv(tokens, most)), min(most, 128)))
+    K = arrays[0].shape[3]
+    width = pl.next_power_of_2(K) if platform == "cuda" else K  # zeros add nothing to a product
+    return sizes, [_pad(x, _up(x.shape[2], size), width) for x, size in zip(arrays, [*sizes, sizes[1], sizes[0]])]
+
+
+def _pad(x_BNTK, tokens, width=None):
+    T, K = x_BNTK.shape[2:]
+    return jnp.pad(x_BNTK, [(0, 0), (0, 0), (0, tokens - T), (0, (width or K) - K)])
+
+
+def _up(n, multiple):
+    return pl.cdiv(n, multiple) * multiple
+
+
+def _segment_inputs(segments, rows, cols, T, S):
+    """Ids of queries and keys; those that go by blocks as columns (B, 1, n, 1), the others as rows (B, 1, 1, n)."""
+    inputs = []
+    for ids, block, n in zip(segments or (), (rows, cols), (T, S)):
+        ids = jnp.pad(ids.astype(jnp.int32), [(0, 0), (0, n - ids.shape[1])])
+        inputs.append((ids[:, None, :, None] if block else ids[:, None, None], block))
+    return inputs
+
+
+def _call(platform, body, grid, inputs, outputs, rows):
+    """Runs body once a (batch, head, block). Inputs: (array, rows of its block, or None for all); outputs are blocks."""
+
+    def spec(shape, rows):
+        heads, width = shape[1], shape[3]
+        place = lambda b, n, i: (b, n if heads > 1 else 0, i if rows else 0, 0)
+        return pl.BlockSpec((None, None, rows or shape[2], width), place)
+
+    arrays = [x for x, _ in inputs]
+    return pl.pallas_call(
+        body, grid=grid, in_specs=[spec(x.shape, block) for x, block in inputs],
+        out_specs=[spec(shape, rows) for shape, _ in outputs],
+        out_shape=[_out(shape, dtype, arrays[0]) for shape, dtype in outputs], **_compiler(platform),
+    )(*arrays)
+
+
+def _compiler(platform):
+    # Triton by name: without it, pallas_call on CUDA means Mosaic GPU in jax 0.10.
+    return {"cpu": dict(interpret=True), "tpu": {},
+            "cuda": dict(compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=2))}[platform]
+
+
+def _out(shape, dtype, like):
+    """An output that varies over the mesh axes that its inputs vary over, as shard_map's checks want it."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+
+def _alike(*trees, axes=frozenset()):
+    """The same arrays, all varying over the mesh axes (of a shard_map around) that any of them varies over, and `axes`."""
+    axes = set(axes).union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(trees)))
+
+    def vary(x):
+        missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, trees)
+
+
+# --------------------------------------------------------------------------- Hopper kernels (H100, H200), Mosaic GPU
+
+# Three kernels of one build. A block of the grid is two compute warpgroups, each with R tokens of its own (queries in
+# the forward and dq, keys in dkv), and a memory warpgroup, which streams blocks of C tokens of the other side through
+# rings in shared memory. Each gradient is summed by one warpgroup, without atomics. R and C end names as T does.
+
+# {head_dim: {kernel: (R, C, ring slots)}}, all that 227 KiB of shared memory and the registers hold without much spill.
+HOPPER_BLOCKS = {
+    64: {"forward": (64, 128, 4), "dq": (64, 128, 4), "dkv": (64, 128, 4)},
+    96: {"forward": (64, 128, 3), "dq": (64, 128, 3), "dkv": (64, 64, 4)},
+    128: {"forward": (64, 128, 2), "dq": (64, 128, 2), "dkv": (64, 64, 3)},
+}
+_HOPPER_HEAD_DIM = {64: 64, 96: 96, 100: 128, 128: 128}  # a row of 100 is no multiple of 16 bytes, as copies want it
+_COMPUTE_WARPGROUPS = 2
+# Three warpgroups start with 168 registers a thread, so 2 * 240 + 24 is all there is; to ask for more would hang.
+_COMPUTE_REGISTERS, _MEMORY_REGISTERS = 240, 24
+_LOG2_E = math.log2(math.e)
+
+
+def hopper_refuses(q_shape, kv_shape, dtype, causal, has_segments) -> str | None:
+    """Returns why the Hopper bodies cannot take these (B, T, N, K) arrays, or None if they can."""
+    if not causal:
+        return "the Hopper kernels are causal"
+    if has_segments:
+        return "the Hopper kernels know no segment ids"
+    if tuple(q_shape) != tuple(kv_shape):
+        return f"the Hopper kernels want as many queries as keys, not shapes {tuple(q_shape)} and {tuple(kv_shape)}"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"the Hopper kernels take bfloat16, not {jnp.dtype(dtype).name}"
+    if q_shape[3] not in _HOPPER_HEAD_DIM:
+        return f"the Hopper kernels take head_dim {', '.join(map(str, _HOPPER_HEAD_DIM))}, not {q_shape[3]}"
+    if 0 in q_shape:
+        return f"shape {tuple(q_shape)} is empty"
+    return None
+
+
+def _cuda_refuses(platform_version) -> str | None:
+    """Returns why this CUDA cannot compile them; `platform_version` as in `jax.extend.backend.get_backend()`.
+
+    The ptxas of CUDA 12.8.0 to 12.9.0 miscompiles causal masks (JAX's own kernel refuses it too).
+    """
+    numbers = [int(word) for word in platform_version.split() if word.isdigit()]
+    if "cuda" in platform_version and numbers and 12080 <= numbers[-1] <= 12090:
+        return f"CUDA {numbers[-1]} miscompiles causal masks: install jax[cuda13]"
+    return None
+
+
+def _hopper_forward(q_BTNK, k_BTNK, v_BTNK):
+    """Causal softmax(q k^T / sqrt(K)) v and its float32 natural log-sum-exp: (o_BTNK, lse_BNT).
+
+    Where T is no multiple of 128, or K is 100, the arrays are first copied into larger ones, filled up with zeros: a
+    row of 100 is no multiple of 16 bytes, as the copies to shared memory want it. XLA writes the larger q and k at once
+    where they are rotated. (Projections with 128 columns a head would spare the copy of v, at 9% more products in 3b.)
+    """
+    B, T, N, K = q_BTNK.shape
+    R, C, slots = _hopper_blocks(K, "forward")
+    q, k, v = _pad_to_blocks(R, C, q_BTNK, k_BTNK, v_BTNK)
+    tiles, scale = q.shape[1] // (_COMPUTE_WARPGROUPS * R), K**-0.5 * _LOG2_E
+
+    def attention_forward(q_ref, k_ref, v_ref, o_ref, lse_ref, q_smem, lse_smem, k_smem, v_smem, barriers):
+        q_filled, turn, k_filled, k_freed, v_filled, v_freed = barriers
+        tile = tiles - 1 - lax.axis_index("tile")  # the longest first
+        full, last = _key_blocks(tile, _COMPUTE_WARPGROUPS * R, C)
+
+        def memory():
+            keys, values = [(k_ref, k_smem)], [(v_ref, v_smem)]
+            _fill_rings(0, last, C, slots, (keys, k_filled, k_freed), (values, v_filled, v_freed))
+
+        def compute(wg):
+            start = (tile * _COMPUTE_WARPGROUPS + wg) * R
+            _load_own(start, R, q_filled.at[wg], (q_ref, q_smem.at[wg]))
+
+            def take_turns():
+                plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(turn)
+
+            def step(i, carry, on_diagonal):
+                o_RK, max_R, sum_R = carry
+                slot = lax.rem(i, slots)
+                plgpu.barrier_wait(k_filled.at[slot])
+                scores_RC = _product(q_smem.at[wg], k_smem.at[slot].transpose((1, 0)), meanwhile=take_turns)
+                plgpu.barrier_arrive(k_freed.at[slot])
+                if on_diagonal:
+                    scores_RC = _hide_later_keys(scores_RC, start, i * C, query_axis=0)
+                new_max_R = jnp.maximum(max_R, scores_RC.max(axis=1) * scale)
+                shrink_R = jnp.exp2(max_R - new_max_R)
+                p_RC = jnp.exp2(scores_RC * scale - _across(new_max_R, (R, C), 0))
+                o_RK = o_RK * _across(shrink_R, o_RK.shape, 0)
+                sum_R = sum_R * shrink_R + p_RC.sum(axis=1)
+                # Keeps the compiler from moving the softmax into the other warpgroup's turn to multiply.
+                o_RK, max_R, sum_R, p_RC = lax.optimization_barrier((o_RK, new_max_R, sum_R, p_RC.astype(q.dtype)))
+                plgpu.barrier_wait(v_filled.at[slot])
+                take_turns()
+                o_RK = _add_products((o_RK, p_RC, v_smem.at[slot]))
+                plgpu.barrier_arrive(v_freed.at[slot])
+                return o_RK, max_R, sum_R
+
+            # While one warpgroup multiplies, the other exponentiates; both take as many turns, or they would hang.
+            pl.when(wg == 1)(take_turns)
+            carry = _full((R, q.shape[3]), 0), _full((R,), -jnp.inf, _by_row()), _full((R,), 0, _by_row())
+            carry = lax.fori_loop(0, full, functools.partial(step, on_diagonal=False), carry)
+            o_RK, max_R, sum_R = lax.fori_loop(full, last, functools.partial(step, on_diagonal=True), carry)
+            pl.when(wg == 0)(take_turns)
+
+            q_smem.at[wg][...] = (o_RK * _across(1 / sum_R, o_RK.shape, 0)).astype(q.dtype)
+            lse_smem.at[wg][...] = max_R * math.log(2) + jnp.log(sum_R)
+            _store_own(start, R, (q_smem.at[wg], o_ref), (lse_smem.at[wg], lse_ref))
+
+        _split_roles(memory, compute)
+
+    o, lse = _hopper_kernel(
+        attention_forward,
+        (q, k, v),
+        out_type=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, q.shape[1]), jnp.float32)],
+        grid=(N, tiles, B),
+        scratch_types=[
+            _smem(_COMPUTE_WARPGROUPS, R, q.shape[3]),
+            plgpu.SMEM((_COMPUTE_WARPGROUPS, R), jnp.float32),
+            _smem(slots, C, q.shape[3]),
+            _smem(slots, C, q.shape[3]),
+            [
+                plgpu.Barrier(num_barriers=_COMPUTE_WARPGROUPS),
+                plgpu.Barrier(num_arrivals=_COMPUTE_WARPGROUPS),
+                *_ring_barriers(slots),
+                *_ring_barriers(slots),
+            ],
+        ],
+    )
+    return o[:, :T, :, :K], lse[:, :, :T]
+
+
+def _hopper_dq(q_BTNK, k_BTNK, v_BTNK, do_BTNK, log2_sum_BNT, delta_BNT):
+    B, T, N, K = q_BTNK.shape
+    R, C, slots = _hopper_blocks(K, "dq")
+    arrays = _pad_to_blocks(R, C, q_BTNK, k_BTNK, v_BTNK, do_BTNK, log2_sum_BNT, delta_BNT)
+    _, T_padded, _, K_padded = arrays[0].shape
+    tiles, dtype, scale = T_padded // (_COMPUTE_WARPGROUPS * R), q_BTNK.dtype, K**-0.5
+
+    def attention_dq(q_ref, k_ref, v_ref, do_ref, log2_sum_ref, delta_ref, dq_ref, own_smem, k_smem, v_smem, barriers):
+        own_filled, k_filled, k_freed, v_filled, v_freed = barriers
+        tile = tiles - 1 - lax.axis_index("tile")  # the longest first
+        full, last = _key_blocks(tile, _COMPUTE_WARPGROUPS * R, C)
+
+        def memory():
+            keys, values = [(k_ref, k_smem)], [(v_ref, v_smem)]
+            _fill_rings(0, last, C, slots, (keys, k_filled, k_freed), (values, v_filled, v_freed))
+
+        def compute(wg):
+            start = (tile * _COMPUTE_WARPGROUPS + wg) * R
+            q_smem, do_smem, log2_sum_smem, delta_smem = (smem.at[wg] for smem in own_smem)
+            rows = (log2_sum_ref, log2_sum_smem), (delta_ref, delta_smem)
+            _load_own(start, R, own_filled.at[wg], (q_ref, q_smem), (do_ref, do_smem), *rows)
+            log2_sum_R, delta_R = _load(log2_sum_smem, _by_row()), _load(delta_smem, _by_row())
+
+            def step(i, dq_RK, on_diagonal):
+                slot = lax.rem(i, slots)
+                plgpu.barrier_wait(k_filled.at[slot])
+                scores_RC = _product(q_smem, k_smem.at[slot].transpose((1, 0)))
+                if on_diagonal:
+                    scores_RC = _hide_later_keys(scores_RC, start, i * C, query_axis=0)
+                p_RC = jnp.exp2(scores_RC * (scale * _LOG2_E) - _across(log2_sum_R, (R, C), 0))
+                plgpu.barrier_wait(v_filled.at[slot])
+                dp_RC = _product(do_smem, v_smem.at[slot].transpose((1, 0)))
+                plgpu.barrier_arrive(v_freed.at[slot])
+                ds_RC = p_RC * (dp_RC - _across(delta_R, (R, C), 0))
+                dq_RK = _add_products((dq_RK, ds_RC.astype(dtype), k_smem.at[slot]))
+                plgpu.barrier_arrive(k_freed.at[slot])
+                return dq_RK
+
+            dq_RK = lax.fori_loop(0, full, functools.partial(step, on_diagonal=False), _full((R, K_padded), 0))
+            dq_RK = lax.fori_loop(full, last, functools.partial(step, on_diagonal=True), dq_RK)
+            q_smem[...] = (dq_RK * scale).astype(dtype)
+            _store_own(start, R, (q_smem, dq_ref))
+
+        _split_roles(memory, compute)
+
+    own_array, own_row = _smem(_COMPUTE_WARPGROUPS, R, K_padded), plgpu.SMEM((_COMPUTE_WARPGROUPS, R), jnp.float32)
+    own_filled = plgpu.Barrier(num_arrivals=4, num_barriers=_COMPUTE_WARPGROUPS)
+    (dq,) = _hopper_kernel(
+        attention_dq,
+        arrays,
+        out_type=[jax.ShapeDtypeStruct((B, T_padded, N, K_padded), dtype)],
+        grid=(N, tiles, B),
+        scratch_types=[
+            [own_array, own_array, own_row, own_row],
+            _smem(slots, C, K_padded),
+            _smem(slots, C, K_padded),
+            [own_filled, *_ring_barriers(slots), *_ring_barriers(slots)],
+        ],
+    )
+    return dq[:, :T, :, :K]
+
+
+def _hopper_dkv(q_BTNK, k_BTNK, v_BTNK, do_BTNK, log2_sum_BNT, delta_BNT):
+    B, T, N, K = q_BTNK.shape
+    R, C, slots = _hopper_blocks(K, "dkv")
+    arrays = _pad_to_blocks(R, C, q_BTNK, k_BTNK, v_BTNK, do_BTNK, log2_sum_BNT, delta_BNT)
+    _, T_padded, _, K_padded = arrays[0].shape
+    tiles, dtype, scale = T_padded // (_COMPUTE_WARPGROUPS * R), q_BTNK.dtype, K**-0.5
+
+    def attention_dkv(q_ref, k_ref, v_ref, do_ref, log2_sum_ref, delta_ref, dk_ref, dv_ref, own_smem, rings, barriers):
+        q_smem, do_smem, log2_sum_smem, delta_smem = rings
+        own_filled, q_filled, q_freed, do_filled, do_freed = barriers
+        tile = lax.axis_index("tile")
+        first, full, last = _query_blocks(tile, _COMPUTE_WARPGROUPS * R, C, T_padded)
+
+        def memory():
+            queries = [(q_ref, q_smem), (log2_sum_ref, log2_sum_smem), (delta_ref, delta_smem)]
+            cotangents = [(do_ref, do_smem)]
+            _fill_rings(first, last, C, slots, (queries, q_filled, q_freed), (cotangents, do_filled, do_freed))
+
+        def compute(wg):
+            start = (tile * _COMPUTE_WARPGROUPS + wg) * R
+            k_smem, v_smem = (smem.at[wg] for smem in own_smem)
+            _load_own(start, R, own_filled.at[wg], (k_ref, k_smem), (v_ref, v_smem))
+
+            def step(i, carry, on_diagonal):
+                dk_RK, dv_RK = carry
+                slot = lax.rem(i, slots)
+                plgpu.barrier_wait(q_filled.at[slot])
+                scores_RC = _product(k_smem, q_smem.at[slot].transpose((1, 0)))
+                if on_diagonal:
+                    scores_RC = _hide_later_keys(scores_RC, i * C, start, query_axis=1)
+                log2_sum_C = _load(log2_sum_smem.at[slot], _by_column())
+                p_RC = jnp.exp2(scores_RC * (scale * _LOG2_E) - _across(log2_sum_C, (R, C), 1))
+                plgpu.barrier_wait(do_filled.at[slot])
+                dv_RK, dp_RC = _add_products(
+                    (dv_RK, p_RC.astype(dtype), do_smem.at[slot]),
+                    (_full((R, C), 0), v_smem, do_smem.at[slot].transpose((1, 0))),
+                )
+                plgpu.barrier_arrive(do_freed.at[slot])
+                delta_C = _load(delta_smem.at[slot], _by_column())
+                plgpu.commit_smem()  # the two rows were read by plain loads: the next copies must not overtake them
+                ds_RC = p_RC * (dp_RC - _across(delta_C, (R, C), 1))
+                dk_RK = _add_products((dk_RK, ds_RC.astype(dtype), q_smem.at[slot]))
+                plgpu.barrier_arrive(q_freed.at[slot])
+                return dk_RK, dv_RK
+
+            carry = _full((R, K_padded), 0), _full((R, K_padded), 0)
+            carry = lax.fori_loop(first, full, functools.partial(step, on_diagonal=True), carry)
+            dk_RK, dv_RK = lax.fori_loop(full, last, functools.partial(step, on_diagonal=False), carry)
+            k_smem[...] = (dk_RK * scale).astype(dtype)
+            v_smem[...] = dv_RK.astype(dtype)
+            _store_own(start, R, (k_smem, dk_ref), (v_smem, dv_ref))
+
+        _split_roles(memory, compute)
+
+    own_array, ring_row = _smem(_COMPUTE_WARPGROUPS, R, K_padded), plgpu.SMEM((slots, C), jnp.float32)
+    own_filled = plgpu.Barrier(num_arrivals=2, num_barriers=_COMPUTE_WARPGROUPS)
+    dk, dv = _hopper_kernel(
+        attention_dkv,
+        arrays,
+        out_type=[jax.ShapeDtypeStruct((B, T_padded, N, K_padded), dtype)] * 2,
+        grid=(N, tiles, B),
+        scratch_types=[
+            [own_array, own_array],
+            [_smem(slots, C, K_padded), _smem(slots, C, K_padded), ring_row, ring_row],
+            [own_filled, *_ring_barriers(slots, copies=3), *_ring_barriers(slots)],
+        ],
+    )
+    return dk[:, :T, :, :K], dv[:, :T, :, :K]
+
+
+def _key_blocks(tile, tile_tokens, C):
+    """For a tile of queries: they see all of key blocks 0 to full, and some of full to last."""
+    return tile * tile_tokens // C, (tile * tile_tokens + tile_tokens + C - 1) // C
+
+
+def _query_blocks(tile, tile_tokens, C, T):
+    """For a tile of keys: query blocks first to full see some of them, full to last see all of them."""
+    return tile * tile_tokens // C, (tile * tile_tokens + tile_tokens + C - 1) // C, T // C
+
+
+def _hopper_blocks(K, kernel):
+    return HOPPER_BLOCKS[_HOPPER_HEAD_DIM[K]][kernel]
+
+
+def _pad_to_blocks(R, C, *arrays):
+    """Zeros after the tokens of (B, T, N, K) and (B, N, T) arrays, up to whole tiles and blocks, and after K.
+
+    They reach no result: a padded key is later than every query, and a padded query has no cotangent.
+    """
+    K = arrays[0].shape[3]
+    more_T, more_K = -arrays[0].shape[1] % math.lcm(_COMPUTE_WARPGROUPS * R, C), _HOPPER_HEAD_DIM[K] - K
+    widths = {4: ((0, 0), (0, more_T), (0, 0), (0, more_K)), 3: ((0, 0), (0, 0), (0, more_T))}
+    return [jnp.pad(x, widths[x.ndim]) for x in arrays]
+
+
+def _hopper_kernel(body, operands, *, out_type, grid, scratch_types):
+    results = plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=grid,
+        grid_names=("head", "tile", "batch"),
+        num_threads=_COMPUTE_WARPGROUPS + 1,
+        thread_name="wg",
+        scratch_types=scratch_types,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(*operands)
+    # Under shard_map's check_vma, plgpu.kernel forgets over which mesh axes its results vary.
+    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in operands))
+    missing = lambda x: tuple(varying - jax.typeof(x).manual_axis_type.varying)
+    return [lax.pcast(x, missing(x), to="varying") for x in results]
+
+
+def _smem(count, tokens, K):
+    """`count` bf16 arrays (tokens, K), tiled and swizzled as wgmma reads them: by 64 columns, or 32 where K is 96."""
+    columns = 64 if K % 64 == 0 else 32
+    transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
+    return plgpu.SMEM((count, tokens, K), jnp.bfloat16, transforms=transforms)
+
+
+def _ring_barriers(slots, copies=1):
+    """(filled, freed): a slot is filled by `copies` copies and freed by all compute warpgroups."""
+    filled = plgpu.Barrier(num_arrivals=copies, num_barriers=slots)
+    return filled, plgpu.Barrier(num_arrivals=_COMPUTE_WARPGROUPS, num_barriers=slots)
+
+
+def _split_roles(memory, compute):
+    def with_few_registers():
+        plgpu.set_max_registers(_MEMORY_REGISTERS, action="decrease")
+        memory()
+
+    def with_many_registers():
+        plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+        compute(lax.axis_index("wg"))
+
+    lax.cond(lax.axis_index("wg") == _COMPUTE_WARPGROUPS, with_few_registers, with_many_registers)
+
+
+def _fill_rings(first, last, C, slots, *streams):
+    """Copies blocks first to last of every stream ([(array, ring), ...], filled, freed), each when its slot is free."""
+
+    @pl.loop(first, last)
+    def _(i):
+        slot = lax.rem(i, slots)
+        for copies, filled, freed in streams:
+            pl.when(i >= first + slots)(functools.partial(plgpu.barrier_wait, freed.at[slot]))
+            for ref, ring in copies:
+                plgpu.copy_gmem_to_smem(_tokens(ref, i * C, C), ring.at[slot], filled.at[slot])
+
+
+def _load_own(start, R, filled, *copies):
+    for ref, smem in copies:
+        plgpu.copy_gmem_to_smem(_tokens(ref, start, R), smem, filled)
+    plgpu.barrier_wait(filled)
+
+
+def _store_own(start, R, *copies):
+    plgpu.commit_smem()
+    for smem, ref in copies:
+        plgpu.copy_smem_to_gmem(smem, _tokens(ref, start, R))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _tokens(ref, start, count):
+    """Tokens start to start + count of this block's head, of a (B, T, N, K) or a (B, N, T) array."""
+    b, n, tokens = lax.axis_index("batch"), lax.axis_index("head"), pl.ds(start, count)
+    return ref.at[b, tokens, n] if len(ref.shape) == 4 else ref.at[b, n, tokens]
+
+
+def _product(a, b, meanwhile=lambda: None):
+    """a @ b in float32; `meanwhile` runs between issue and wait."""
+
+    def issue(acc_ref):
+        plgpu.wgmma(acc_ref, a, b)
+        meanwhile()
+        return acc_ref[...]
+
+    return pl.run_scoped(issue, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def _add_products(*terms):
+    """acc + a @ b for every (acc, a, b), with one wait for all; a single one is returned bare."""
+
+    def issue(acc_refs):
+        for acc_ref, (_, a, b) in zip(acc_refs, terms, strict=True):
+            plgpu.wgmma(acc_ref, a, b)
+
+    sums = pl.run_state(issue)(tuple(plgpu.ACC.init(acc) for acc, _, _ in terms))
+    return sums if len(terms) > 1 else sums[0]
+
+
+def _hide_later_keys(scores, first_query, first_key, query_axis):
+    index = lambda axis: plgpu.broadcasted_iota(jnp.int32, scores.shape, axis, layout=plgpu.Layout.WGMMA)
+    return jnp.where(first_query + index(query_axis) >= first_key + index(1 - query_axis), scores, -jnp.inf)
+
+
+def _across(x, shape, axis):
+    return lax.broadcast_in_dim(x, shape, [axis])
+
+
+def _load(ref, layout):
+    return plgpu.layout_cast(ref[...], layout)
+
+
+def _full(shape, value, layout=None):
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout or plgpu.Layout.WGMMA)
+
+
+def _by_row():
+    return plgpu.Layout.WGMMA.reduce(1)
+
+
+def _by_column():
+    return plgpu.Layout.WGMMA.reduce(0)
+
+
+# -------------------------------------------------------------------------------------------------------- plain jnp
 
 
 def _chunked(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT, chunk=256):
@@ -64,12 +1158,25 @@ def _chunked(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT, chunk=256):
 
 def _mask(T, S, causal, segment_ids_BT):
     """Returns (1 or B, 1, T, S) booleans, true where a query sees a key, or None where all do."""
-    if T > S:
-        raise ValueError(f"there are {T} queries and {S} keys; the queries must be among the last of the keyed tokens")
     mask = jnp.tril(jnp.ones((T, S), bool), S - T)[None, None] if causal else None
     if segment_ids_BT is not None:
-        if segment_ids_BT.shape[1] != S:
-            raise ValueError(f"segment_ids_BT has {segment_ids_BT.shape[1]} ids for {S} tokens")
         same = (segment_ids_BT[:, S - T :, None] == segment_ids_BT[:, None, :])[:, None]
         mask = same if mask is None else mask & same
     return mask
+
+
+def _refuse_hopper(q_BTNK, k_BTNK, causal, segment_ids_BT):
+    reason = hopper_refuses(q_BTNK.shape, k_BTNK.shape, q_BTNK.dtype, causal, segment_ids_BT is not None)
+    if reason:
+        raise ValueError(f'implementation "hopper" cannot do this: {reason}; take "pallas" or None')
+
+
+def _check_shapes(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT):
+    (B, T, N, K), S = q_BTNK.shape, k_BTNK.shape[1]
+    if k_BTNK.shape != (B, S, N, K) or v_BTNK.shape != k_BTNK.shape:
+        raise ValueError(f"q {q_BTNK.shape}, k {k_BTNK.shape}, v {v_BTNK.shape}: batch, heads and head_dim must be the same")
+    if T > S:
+        raise ValueError(f"there are {T} queries and {S} keys; the queries must be among the last of the keyed tokens")
+    if segment_ids_BT is not None and segment_ids_BT.shape != (B, S):
+        raise ValueError(f"segment_ids_BT has the shape {segment_ids_BT.shape} for {B} rows of {S} tokens")
+    return T, S

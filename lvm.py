@@ -13,6 +13,7 @@ Weights under `blocks` are stacked: `q_DNK` there has the shape (L, D, N, K), an
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -33,7 +34,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from flash_attention import flash_attention
+from flash_attention import cache_slots, decode_attention, flash_attention, join, ring_attention, zigzag_here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +137,7 @@ class LVM(eqx.Module):
         remat: bool = False,
         gather=lambda weights: weights,
         reduce=lambda x_BTD: x_BTD,
+        ring: str | None = None,
         implementation: str | None = None,
     ) -> Float[Array, "B T V"]:
         """Returns float32 logits; those at t predict the id at t + 1. An id outside the vocabulary gives NaN.
@@ -147,19 +149,20 @@ class LVM(eqx.Module):
         Inside `jax.shard_map`, `gather` turns shards into whole weights: it is given the model without its blocks,
         and then, in the (rematerialised) body of the scan, one block at a time. It sees the stored dtype; what it
         casts before its collective is what the wire and the reduced gradient carry. `reduce` sums a block's two
-        row-parallel products over the "tensor" axis.
+        row-parallel products over the "tensor" axis. `ring` names the axis over which the tokens of a sentence are
+        split, in the order of `flash_attention.zigzag`.
         """
         B, T = ids_BT.shape
-        _check_length("ids_BT", T, self.config)
+        if not ring:  # there a sentence may have been padded to whole chunks
+            _check_length("ids_BT", T, self.config)
         ends = _cast(gather(self.ends), dtype)
-        rope_TK = rope_angles(jnp.arange(T), self.config)
+        rope_TK = rope_angles(zigzag_here(T, ring) if ring else jnp.arange(T), self.config)
+        attend = functools.partial(ring_attention, axis=ring) if ring else flash_attention
 
         def run(x_BTD, block):
             block = _cast(gather(block), dtype)
             q_BTNK, k_BTNK, v_BTNK = block.project(x_BTD, rope_TK)
-            a_BTNK = flash_attention(
-                q_BTNK, k_BTNK, v_BTNK, segment_ids_BT=segment_ids_BT, implementation=implementation
-            )
+            a_BTNK = attend(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT=segment_ids_BT, implementation=implementation)
             return block.merge(x_BTD, a_BTNK, reduce), None
 
         x_BTD, _ = lax.scan(jax.checkpoint(run) if remat else run, ends.embed(ids_BT), self.blocks)
@@ -263,12 +266,20 @@ def next_token_loss(
     row's mean over its counted targets; a row without any counts as 0. Shards of equal row counts may thus
     `lax.pmean` the loss and `lax.psum` the tokens: the result is that of the whole batch.
     """
-    targets_BT = jnp.roll(ids_BT, -1, axis=1)
-    mask_BT = jnp.roll(mask_BT, -1, axis=1).astype(jnp.float32).at[:, -1].set(0)
+    return target_loss(logits_BTV, *next_tokens(ids_BT, mask_BT))
+
+
+def next_tokens(ids_BT, mask_BT):
+    """(targets_BT, mask_BT) of each position's next id; the last position has none."""
+    return jnp.roll(ids_BT, -1, axis=1), jnp.roll(mask_BT, -1, axis=1).astype(jnp.float32).at[:, -1].set(0)
+
+
+def target_loss(logits_BTV, targets_BT, mask_BT, whole_row=lambda sum_B: sum_B):
+    """`next_token_loss` of given targets; `whole_row` adds up the rows' sums where their tokens are split."""
     picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     loss_BT = (jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT) * mask_BT
-    tokens_B = mask_BT.sum(axis=1)
-    return jnp.mean(loss_BT.sum(axis=1) / jnp.maximum(tokens_B, 1)), tokens_B.sum()
+    tokens_B = whole_row(mask_BT.sum(axis=1))
+    return jnp.mean(whole_row(loss_BT.sum(axis=1)) / jnp.maximum(tokens_B, 1)), tokens_B.sum()
 
 
 def parameter_count(config: LVMConfig) -> int:
@@ -277,11 +288,16 @@ def parameter_count(config: LVMConfig) -> int:
 
 
 class Cache(NamedTuple):
-    """Keys (rotated) and values of the tokens read so far; slots at and after `length` hold zeros."""
+    """Keys (rotated) and values of the tokens read so far; slots at and after `length` hold zeros.
+
+    `prompt` holds the tokens before these, if any. It is only read, and B may be a multiple of its rows: the first
+    B / P rows continue its first one (`branch`).
+    """
 
     k_LBNSK: Array
     v_LBNSK: Array
     length: Int[Array, ""]
+    prompt: "Cache | None" = None
 
 
 def prefill(
@@ -302,22 +318,24 @@ def prefill(
         block = _cast(block, dtype)
         q_BTNK, k_BTNK, v_BTNK = block.project(x_BTD, rope_TK)
         a_BTNK = flash_attention(q_BTNK, k_BTNK, v_BTNK, implementation=implementation)
-        slots = [jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, length - T), (0, 0))) for x in (k_BTNK, v_BTNK)]
+        slots = [jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, cache_slots(length) - T), (0, 0))) for x in (k_BTNK, v_BTNK)]
         return block.merge(x_BTD, a_BTNK), slots
 
     x_BTD, (k_LBNSK, v_LBNSK) = lax.scan(run, ends.embed(ids_BT), model.blocks)
     return ends.logits(x_BTD[:, -1]), Cache(k_LBNSK, v_LBNSK, jnp.int32(T))
 
 
-def decode_step(model: LVM, ids_B: Int[Array, "B"], cache: Cache, *, dtype=None) -> tuple[Float[Array, "B V"], Cache]:
+def decode_step(
+    model: LVM, ids_B: Int[Array, "B"], cache: Cache, *, dtype=None, implementation: str | None = None
+) -> tuple[Float[Array, "B V"], Cache]:
     """Reads one more id a row -> float32 logits for the next one, and the longer cache; donate the old one.
 
-    `dtype` is static under jit. A full cache cannot raise in a compiled program: the logits are NaN.
+    `dtype` is static under jit, `implementation` is `decode_attention`'s. A full cache cannot raise in a compiled program: the logits are NaN.
     """
-    S = cache.k_LBNSK.shape[3]
+    attend = functools.partial(decode_attention, implementation=implementation)
+    S, before = cache.k_LBNSK.shape[3], 0 if cache.prompt is None else cache.prompt.length
     ends = _cast(model.ends, dtype)
-    rope_TK = rope_angles(cache.length[None], model.config)
-    visible_S = jnp.arange(S) <= cache.length
+    rope_TK = rope_angles((before + cache.length)[None], model.config)
 
     # The cache rides in the carry, where one slot is written in place: as the scan's xs and ys it would be copied.
     def run(carry, block_and_layer):
@@ -328,18 +346,32 @@ def decode_step(model: LVM, ids_B: Int[Array, "B"], cache: Cache, *, dtype=None)
         at = (layer, 0, 0, cache.length, 0)
         k_LBNSK = lax.dynamic_update_slice(k_LBNSK, jnp.swapaxes(k_BTNK, 1, 2)[None].astype(k_LBNSK.dtype), at)
         v_LBNSK = lax.dynamic_update_slice(v_LBNSK, jnp.swapaxes(v_BTNK, 1, 2)[None].astype(v_LBNSK.dtype), at)
-        k_BNSK = lax.dynamic_index_in_dim(k_LBNSK, layer, keepdims=False)
-        v_BNSK = lax.dynamic_index_in_dim(v_LBNSK, layer, keepdims=False)
-        scores_BNTS = jnp.einsum("btnk,bnsk->bnts", q_BTNK, k_BNSK, preferred_element_type=jnp.float32)
-        scores_BNTS = jnp.where(visible_S, scores_BNTS * model.config.head_dim**-0.5, -jnp.inf)
-        weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BNSK.dtype)
-        a_BTNK = jnp.einsum("bnts,bnsk->btnk", weights_BNTS, v_BNSK)
+        o_BNCK, lse_BNC = attend(jnp.swapaxes(q_BTNK, 1, 2), k_LBNSK, v_LBNSK, layer, cache.length + 1)
+        if cache.prompt is not None:
+            P, N, K = cache.prompt.k_LBNSK.shape[1], *q_BTNK.shape[2:]
+            q_PNCK = jnp.swapaxes(q_BTNK.reshape(P, -1, N, K), 1, 2)
+            o_PNCK, lse_PNC = attend(q_PNCK, cache.prompt.k_LBNSK, cache.prompt.v_LBNSK, layer, cache.prompt.length)
+            prompt = jnp.swapaxes(o_PNCK, 1, 2).reshape(-1, N, 1, K), jnp.swapaxes(lse_PNC, 1, 2).reshape(-1, N, 1)
+            o_BNCK, lse_BNC = join(jnp.stack([o_BNCK, prompt[0]]), jnp.stack([lse_BNC, prompt[1]]))
+        a_BTNK = jnp.swapaxes(o_BNCK, 1, 2).astype(q_BTNK.dtype)
         return (block.merge(x_BTD, a_BTNK), k_LBNSK, v_LBNSK), None
 
     carry = (ends.embed(ids_B[:, None]), cache.k_LBNSK, cache.v_LBNSK)
     (x_BTD, k_LBNSK, v_LBNSK), _ = lax.scan(run, carry, (model.blocks, jnp.arange(model.config.layers)))
     logits_BV = jnp.where(cache.length < S, ends.logits(x_BTD[:, 0]), jnp.nan)
-    return logits_BV, Cache(k_LBNSK, v_LBNSK, cache.length + 1)
+    return logits_BV, cache._replace(k_LBNSK=k_LBNSK, v_LBNSK=v_LBNSK, length=cache.length + 1)
+
+
+def branch(prompt: Cache, rows: int, length: int) -> Cache:
+    """An empty cache with room for `length` tokens after the prompt in each of `rows` rows, a multiple of the prompt's.
+
+    All rows that continue one prompt read its keys and values once a step.
+    """
+    L, P, N, _, K = prompt.k_LBNSK.shape
+    if rows % P:
+        raise ValueError(f"{rows} rows do not divide over the {P} rows of the prompt")
+    empty_LBNSK = jnp.zeros((L, rows, N, cache_slots(length), K), prompt.k_LBNSK.dtype)
+    return Cache(empty_LBNSK, empty_LBNSK.copy(), jnp.int32(0), prompt)
 
 
 def rms_norm(x, scale_D, eps):

@@ -146,9 +146,8 @@ def continue_sentences(model, prompt_BTS: Int[Array | np.ndarray, "B T S"], keys
             ids_BT = sentence_BTS.reshape(len(sentence_BTS), -1)
             ids_BT = np.pad(ids_BT, ((0, 0), (int(bos), 0)), constant_values=model.config.bos)
             # All but the last id, as each step below reads one id and draws the next. The last code is never read.
-            room = min(T + frames - frame, most) * S - 1 + bos
-            cache = read_prompt(model, ids_BT[:, :-1], length=room)
-            cache = cache._replace(**{k: jnp.repeat(getattr(cache, k), N // len(ids_BT), axis=1) for k in ("k_LBNSK", "v_LBNSK")})
+            room = (min(T + frames - frame, most) - T) * S
+            cache = lvm.branch(read_prompt(model, ids_BT[:, :-1], length=ids_BT.shape[1] - 1), N, room)
             last_N = np.repeat(ids_BT[:, -1], N // len(ids_BT))
         codes_NS, nats_N, cache = draw_picture(model, last_N, cache, keys_N, frame * S, temperature, top_k, top_p, S=S)
         last_N = codes_NS[:, -1]

@@ -34,6 +34,7 @@ from tqdm import tqdm
 import lvm
 import tokenize_data
 import vqgan
+from flash_attention import zigzag
 
 AXES = ("data", "fsdp", "tensor", "seq")
 ROWS = P(("data", "fsdp"))  # a batch is split over both
@@ -95,7 +96,8 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; weights and moments are float32. auto: bfloat16 on TPU and GPU, float32 on CPU."""
     mesh: str = "-1,1,1,1"
-    """Devices along data, fsdp, tensor, seq; one may be -1 for all that are left. seq must be 1."""
+    """Devices along data, fsdp, tensor, seq; one may be -1 for all that are left. seq splits the tokens of each
+    sentence, for sentences that are too long for one device."""
     remat: bool = False
     """Recompute each block in the backward pass: less memory, a third more compute."""
     demo_sentences: int = 960
@@ -125,8 +127,6 @@ class Config:
             sizes = []
         if len(sizes) != len(AXES) or sizes.count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
             raise ValueError(f"--mesh {self.mesh}: wanted four numbers data,fsdp,tensor,seq, one of which may be -1, such as -1,1,1,1")
-        if sizes[3] != 1:
-            raise ValueError(f"--mesh {self.mesh}: seq must be 1, one sentence is not split over devices yet")
 
 
 # These may differ when a run is resumed; everything else must be as it was.
@@ -217,22 +217,30 @@ def make_loss(mesh, specs, dtype, remat):
     """loss(model, ids_BT, mask_BT[, segment_ids_BT]): the mean over the whole batch, computed shard by shard.
 
     Differentiate it outside the shard_map: the transpose of each gather below is then the reduce-scatter of its gradient."""
+    ranks = mesh.shape["seq"]
+    ring = "seq" if ranks > 1 else None
 
     def gather(weights):
         def whole(path, w):
             axes = lvm.SHARDING[path[-1].name]
-            w = lax.pcast(w, "data", to="varying")  # so that the sum over data runs on shards, not on whole gradients
+            w = lax.pcast(w, ("data", "seq"), to="varying")  # so that the sum over them runs on shards, not on whole gradients
             w = w.astype(dtype) if w.ndim > 1 else w
             return lax.all_gather(w, "fsdp", axis=axes.index("fsdp"), tiled=True) if "fsdp" in axes else lax.pcast(w, "fsdp", to="varying")
 
         return jax.tree_util.tree_map_with_path(whole, weights)
 
-    def shard_loss(model, ids_BT, mask_BT, segment_ids_BT=None):
-        logits_BTV = model(ids_BT, segment_ids_BT, gather=gather, reduce=lambda x: lax.psum(x, "tensor"), dtype=dtype, remat=remat)
-        return lax.pmean(lvm.next_token_loss(logits_BTV, ids_BT, mask_BT)[0], ("data", "fsdp"))
+    def shard_loss(model, ids_BT, targets_BT, mask_BT, segment_ids_BT=None):
+        logits_BTV = model(ids_BT, segment_ids_BT, gather=gather, reduce=lambda x: lax.psum(x, "tensor"), dtype=dtype, remat=remat, ring=ring)
+        loss, _ = lvm.target_loss(logits_BTV, targets_BT, mask_BT, whole_row=lambda sum_B: lax.psum(sum_B, "seq"))
+        return lax.pmean(loss, ("data", "fsdp"))
 
-    def loss(model, *rows):
-        return jax.shard_map(shard_loss, mesh=mesh, in_specs=(specs, *[ROWS] * len(rows)), out_specs=P())(model, *rows)
+    def loss(model, ids_BT, mask_BT, *segment_ids_BT):
+        rows = [ids_BT, *lvm.next_tokens(ids_BT, mask_BT), *segment_ids_BT]
+        if ring:  # whole chunks for all, in the order that gives each device as much work
+            rows = [jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % (2 * ranks)))) for x_BT in rows]
+            rows = [x_BT[:, zigzag(x_BT.shape[1], ranks)] for x_BT in rows]
+        split = P(*ROWS, "seq")
+        return jax.shard_map(shard_loss, mesh=mesh, in_specs=(specs, *[split] * len(rows)), out_specs=P())(model, *rows)
 
     return loss
 

@@ -19,8 +19,8 @@ import weights_rule
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
+from flash_attention import reference
 import lvm
-from flash_attention import IMPLEMENTATIONS, flash_attention, reference
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = np.load(Path(__file__).parent / "fixtures" / "lvm.npz")
@@ -178,44 +178,6 @@ def test_an_id_outside_the_vocabulary_is_loud(model):
     assert np.isnan(logits_BTV[0, 5:]).all() and np.isfinite(logits_BTV[1:]).all()
 
 
-# Attention
-
-
-SEGMENTS = jnp.asarray(np.arange(300) // np.array([[70], [400]]))  # five segments in row 0, one in row 1
-
-
-def attention_and_gradients(attend, T):
-    q, k, v = (jnp.asarray(weights_rule.tensor(x, (2, 300, 2, 16))) for x in "qkv")
-    loss = lambda q, k, v: (attend(q, k, v) ** 2).sum()
-    return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q[:, -T:], k, v)
-
-
-@functools.cache
-def attention_by_definition(causal, T):
-    def attend(q_BTNK, k_BTNK, v_BTNK):
-        rows, columns = jnp.arange(300)[-T:, None], jnp.arange(300)
-        seen_BTS = (SEGMENTS[:, -T:, None] == SEGMENTS[:, None]) & ((rows >= columns) | (not causal))
-        exp_BNTS = seen_BTS[:, None] * jnp.exp(jnp.einsum("btnk,bsnk->bnts", q_BTNK, k_BTNK) / 4)
-        return jnp.einsum("bnts,bsnk->btnk", exp_BNTS / exp_BNTS.sum(-1, keepdims=True), v_BTNK)
-
-    return attention_and_gradients(attend, T)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("causal, T", [(True, 300), (True, 40), (False, 300)])
-def test_every_attention_equals_its_definition_forward_and_backward(implementation, causal, T):
-    options = dict(causal=causal, segment_ids_BT=SEGMENTS, implementation=implementation)
-    ours = attention_and_gradients(functools.partial(flash_attention, **options), T)
-    compare = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
-    jax.tree.map(compare, ours, attention_by_definition(causal, T))
-
-
-def test_an_unknown_attention_is_refused_by_name():
-    q = jnp.zeros((1, 4, 1, 8))
-    with pytest.raises(ValueError, match="'cudnnn' is none of None, 'chunked', 'reference', 'xla'"):
-        flash_attention(q, q, q, implementation="cudnnn")
-
-
 # Loss and sharding
 
 
@@ -285,6 +247,32 @@ def test_cached_decoding_in_bfloat16_equals_its_own_forward(model):
     assert cache.k_LBNSK.dtype == jnp.bfloat16 and cache.k_LBNSK.shape == (3, 8, 4, 24, 12)
     logits_BV, _ = step(model, IDS[:, 20], cache)
     np.testing.assert_allclose(logits_BV, logits_BTV[:, 20], atol=0.03 * np.abs(logits_BTV).max())
+
+
+@pytest.mark.parametrize("implementation, slots", [("xla", 11), ("pallas", 128)])
+def test_rows_that_share_a_prompt_decode_as_if_each_had_read_it(model, implementation, slots):
+    ids_BT = IDS.at[:4, :13].set(IDS[0, :13]).at[4:, :13].set(IDS[4, :13])  # two prompts, four rows each
+    logits_BTV = forward(model, ids_BT)
+    _, prompt = lvm.prefill(model, ids_BT[::4, :13], 13)
+    if implementation == "pallas":
+        prompt = prompt._replace(**{k: jnp.pad(getattr(prompt, k), [(0, 0)] * 3 + [(0, 115), (0, 0)]) for k in ("k_LBNSK", "v_LBNSK")})
+    cache = lvm.branch(prompt, 8, slots)
+    assert cache.prompt.k_LBNSK.shape[1] == 2
+    step = jax.jit(functools.partial(lvm.decode_step, implementation=implementation))
+    for t in range(13, 24):
+        logits_BV, cache = step(model, ids_BT[:, t], cache)
+        np.testing.assert_allclose(logits_BV, logits_BTV[:, t], atol=1e-5)
+    with pytest.raises(ValueError, match="7 rows do not divide over the 2 rows of the prompt"):
+        lvm.branch(prompt, 7, slots)
+
+
+def test_the_portable_kernels_give_the_models_own_loss_and_gradients(model):
+    def loss(model, implementation):
+        logits_BTV = model(IDS, implementation=implementation, remat=True)
+        return lvm.next_token_loss(logits_BTV, IDS, jnp.ones_like(IDS))[0]
+
+    ours, plain = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(model, name) for name in ("pallas", "reference"))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-4), ours, plain)
 
 
 # Files

@@ -1,0 +1,388 @@
+"""Claims about flash_attention.py: every kernel is the definition, forward and backward, on one device and on a ring."""
+
+import functools
+import importlib.util
+import types
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+import flash_attention
+import lvm
+import train
+from flash_attention import decode_attention, ring_attention, zigzag
+
+TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 3e-2}
+
+
+def tensors(seed, T, S, K, dtype=jnp.float32, B=2, N=2):
+    """q, k, v, do: unit normal."""
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=(B, n, N, K)), dtype) for n in (T, S, S, T)]
+
+
+def sentences(B, S, seed=0):
+    """Ids of four packed sentences of uneven length."""
+    return jnp.asarray(np.sort(np.random.default_rng(seed).integers(0, 4, (B, S)), axis=1))
+
+
+def definition(q, k, v, do, causal=True, segments=None):
+    """(o, dq, dk, dv) in float64, from the formulas."""
+    q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
+    T, S, scale = q.shape[1], k.shape[1], q.shape[-1] ** -0.5
+    seen = np.arange(S) <= np.arange(S)[S - T :, None] if causal else np.ones((T, S), bool)
+    seen = seen[None, None]
+    if segments is not None:
+        ids = np.asarray(segments)
+        seen = seen & (ids[:, S - T :, None] == ids[:, None])[:, None]
+    scores = np.where(seen, np.einsum("btnk,bsnk->bnts", q, k) * scale, -np.inf)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    dp = np.einsum("btnk,bsnk->bnts", do, v)
+    ds = p * (dp - (dp * p).sum(-1, keepdims=True)) * scale
+    products = ("bnts,bsnk->btnk", p, v), ("bnts,bsnk->btnk", ds, k), ("bnts,btnk->bsnk", ds, q), ("bnts,btnk->bsnk", p, do)
+    return [np.einsum(*product) for product in products]
+
+
+def forward_and_gradients(attend, q, k, v, do):
+    @jax.jit
+    def run(q, k, v, do):
+        o, vjp = jax.vjp(attend, q, k, v)
+        return o, *vjp(do)
+
+    return run(q, k, v, do)
+
+
+def assert_equal(ours, theirs, tolerance):
+    for name, a, b in zip(("o", "dq", "dk", "dv"), ours, theirs):
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=tolerance, rtol=tolerance, err_msg=name)
+
+
+# The definition
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla", "chunked", "reference"])
+@pytest.mark.parametrize("causal, T", [(True, 300), (True, 40), (False, 300)])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_every_attention_equals_its_definition_forward_and_backward(implementation, causal, T, segmented):
+    arrays, segments = tensors(0, T, 300, 16), sentences(2, 300) if segmented else None
+    attend = functools.partial(flash_attention.flash_attention, causal=causal, segment_ids_BT=segments, implementation=implementation)
+    assert_equal(forward_and_gradients(attend, *arrays), definition(*arrays, causal, segments), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("K, T, causal", [(32, 257, True), (64, 128, True), (96, 1, True), (100, 333, True), (128, 385, False)])
+def test_the_portable_kernels_take_every_head_dim_dtype_and_length(dtype, K, T, causal):
+    arrays, segments = tensors(K, T, T, K, dtype), sentences(2, T)
+    attend = functools.partial(flash_attention.flash_attention, causal=causal, segment_ids_BT=segments, implementation="pallas")
+    ours = forward_and_gradients(attend, *arrays)
+    assert all(x.dtype == dtype for x in ours)
+    assert_equal(ours, definition(*arrays, causal, segments), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("T, S, causal", [(300, 300, True), (200, 333, True), (300, 300, False)])
+def test_sentences_too_long_for_fast_memory_are_done_in_pieces(monkeypatch, T, S, causal):
+    monkeypatch.setattr(flash_attention, "_longest", lambda platform, x: 256)
+    arrays, segments = tensors(1, T, S, 32), sentences(2, S)
+    attend = functools.partial(flash_attention.flash_attention, causal=causal, segment_ids_BT=segments, implementation="pallas")
+    assert_equal(forward_and_gradients(attend, *arrays), definition(*arrays, causal, segments), 1e-5)
+
+
+def test_blocks_above_the_diagonal_are_never_computed():
+    # NaN keys in blocks that no query of the first block may see would spread even under a mask: 0 * NaN is NaN.
+    q, k, v, _ = tensors(2, 384, 384, 32)
+    poisoned = [x.at[:, 128:].set(jnp.nan) for x in (k, v)]
+    out = flash_attention.flash_attention(q, *poisoned, implementation="pallas")
+    clean = flash_attention.flash_attention(q, k, v, implementation="pallas")
+    np.testing.assert_array_equal(out[:, :128], clean[:, :128])
+    assert np.isnan(out[:, 128:]).all()
+
+
+def test_large_scores_do_not_overflow():
+    q, k, v, do = tensors(3, 130, 130, 32)
+    arrays = 100 * q, 100 * k, v, do
+    attend = functools.partial(flash_attention.flash_attention, implementation="pallas")
+    assert_equal(forward_and_gradients(attend, *arrays)[:1], definition(*arrays)[:1], 1e-4)
+    assert all(np.isfinite(x).all() for x in forward_and_gradients(attend, *arrays))
+
+
+def test_the_default_is_plain_jnp_on_a_cpu_and_our_kernels_on_accelerators(monkeypatch, capsys):
+    q, k, _, _ = tensors(0, 8, 8, 64, jnp.bfloat16)
+    choice = lambda x=q, segmented=False: flash_attention.choose(x, x, True, segmented)
+    assert choice() == "chunked"
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert choice() == "pallas"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    device, backend = types.SimpleNamespace(compute_capability="8.0"), types.SimpleNamespace(platform_version="cuda 13000")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(jax.extend.backend, "get_backend", lambda: backend)
+    monkeypatch.setattr(flash_attention, "_hopper_trial", lambda K: None)
+    assert choice() == "pallas"
+    device.compute_capability = "9.0"
+    assert choice() == "hopper" and capsys.readouterr().err == ""
+    assert choice(segmented=True) == choice(segmented=True) == "pallas"
+    assert capsys.readouterr().err.splitlines() == ["flash_attention: the Hopper kernels know no segment ids; the portable kernels run instead"]
+    assert choice(q.astype(jnp.float32)) == "pallas" and "take bfloat16, not float32" in capsys.readouterr().err
+    backend.platform_version = "PJRT C API\ncuda 12080"
+    assert choice() == "pallas" and "CUDA 12080 miscompiles" in capsys.readouterr().err
+    backend.platform_version = "PJRT C API\ncuda 13000"
+    monkeypatch.setattr(flash_attention, "_hopper_trial", lambda K: "the Hopper kernels are wrong here")
+    assert choice() == "pallas" and "wrong here" in capsys.readouterr().err
+
+
+def test_hopper_kernels_that_give_wrong_numbers_are_found_before_a_model_uses_them(monkeypatch):
+    attend = flash_attention._attend
+    try:
+        for causal, verdict in ((True, None), (False, "are wrong here at head_dim 64")):  # a kernel that forgets causality
+            monkeypatch.setattr(flash_attention, "_attend", lambda q, k, v, segments, *_: attend(q, k, v, segments, causal, "xla"))
+            flash_attention._hopper_trial.cache_clear()
+            seen = []
+
+            @jax.jit
+            def model(x):  # the trial runs while a model is being traced
+                return lax.scan(jax.checkpoint(lambda x, _: (seen.append(flash_attention._hopper_trial(64)) or x, None)), x, length=2)[0]
+
+            model(jnp.ones(2))
+            assert verdict is None and seen[0] is None or verdict in seen[0]
+    finally:
+        flash_attention._hopper_trial.cache_clear()
+
+
+def test_what_attention_cannot_do_is_refused_in_words():
+    q = jnp.zeros((1, 4, 1, 8))
+    with pytest.raises(ValueError, match="'cudnnn' is none of None, 'hopper', 'pallas'"):
+        flash_attention.flash_attention(q, q, q, implementation="cudnnn")
+    with pytest.raises(ValueError, match="there are 4 queries and 3 keys"):
+        flash_attention.flash_attention(q, q[:, :3], q[:, :3])
+    with pytest.raises(ValueError, match="batch, heads and head_dim must be the same"):
+        flash_attention.flash_attention(q, q[..., :4], q)
+    with pytest.raises(ValueError, match=r"shape \(1, 3\) for 1 rows of 4 tokens"):
+        flash_attention.flash_attention(q, q, q, segment_ids_BT=jnp.zeros((1, 3), int))
+    with pytest.raises(ValueError, match="the Hopper kernels take bfloat16, not float32; take \"pallas\" or None"):
+        flash_attention.flash_attention(q, q, q, implementation="hopper")
+    with pytest.raises(ValueError, match="10 tokens do not divide into 2 x 4 chunks"):
+        zigzag(10, 4)
+    with pytest.raises(ValueError, match="the cache has 100 slots"):
+        decode_attention(q, *[jnp.zeros((1, 1, 4, 100, 8))] * 2, 0, 1, implementation="pallas")
+
+
+# The Hopper kernels, on a machine without a Hopper GPU
+
+
+@pytest.mark.parametrize("K", [64, 96, 100, 128])
+def test_the_hopper_kernels_lower_to_mosaic_gpu(K):
+    x = jax.ShapeDtypeStruct((2, 1000, 4, K), jnp.bfloat16)
+    attend = functools.partial(flash_attention.flash_attention, implementation="hopper")
+    run = jax.jit(lambda q, k, v, do: forward_and_gradients(attend, q, k, v, do))
+    assert run.trace(x, x, x, x).lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 3  # forward, dq, dkv
+
+
+@pytest.mark.parametrize("K, T", [(64, 300), (96, 128), (100, 130), (128, 257)])
+def test_the_hopper_kernels_interpreted_are_the_definition_and_have_no_races(K, T, monkeypatch):
+    try:
+        from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+        interpreter = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True))
+    except (ImportError, AttributeError):
+        pytest.skip(f"jax {jax.__version__} has no interpreter for these kernels; jax 0.12 has")
+
+    # Two things that the interpreter lacks: a product whose left side is in registers, and several in one run_state.
+    def product(token, mesh_location, thread, source_info=None, *, product=gpu_callbacks.wgmma, **refs):
+        a = np.asarray(refs["a_allocation_key_as_array"])
+        if a.ndim == 1:  # a reference: the key of its allocation
+            return product(token=token, mesh_location=mesh_location, thread=thread, source_info=source_info, **refs)
+        memory = gpu_callbacks._get_shared_memory()
+        info = gpu_callbacks.memory.GPULoggingInfo(mesh_location, thread, source_info)
+
+        def resolve(name):
+            key = gpu_callbacks.HostAllocationKey.from_array(refs[f"{name}_allocation_key_as_array"])
+            transforms = gpu_callbacks._remove_noop_transforms(refs[f"{name}_transforms"])
+            access = memory.access(key, jax.tree.map(int, transforms))
+            return key, access, memory.get_buffer_content(key, access, thread, logging_info=info)[0]
+
+        key, access, total = resolve("acc")
+        total = total + a.astype(np.float32) @ resolve("b")[2].astype(np.float32)
+        memory.store_buffer_content(key, access, total, thread, logging_info=info)
+        return token
+
+    def add_products(*terms):
+        sums = tuple(total + flash_attention._product(a, b) for total, a, b in terms)
+        return sums if len(sums) > 1 else sums[0]
+
+    monkeypatch.setattr(gpu_callbacks, "wgmma", product)
+    monkeypatch.setattr(flash_attention, "_add_products", add_products)
+    arrays = tensors(K, T, T, K, jnp.bfloat16, B=1)
+    attend = functools.partial(flash_attention.flash_attention, implementation="hopper")
+    with interpreter:
+        ours = forward_and_gradients(attend, *arrays)
+    assert_equal(ours, definition(*arrays), TOLERANCE[jnp.bfloat16])
+
+
+# Meshes
+
+
+def mesh_of(**axes):
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+
+@pytest.mark.parametrize("remat", [False, True], ids=["plain", "scan and checkpoint"])
+def test_the_portable_kernels_run_under_shard_map_with_its_checks(remat):
+    mesh, spec = mesh_of(data=2, tensor=4), P("data", None, "tensor")
+    arrays, segments = tensors(4, 200, 200, 32, N=4), sentences(2, 200)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec, spec, spec, P("data")), out_specs=spec, check_vma=True)
+    def sharded(q, k, v, segments):
+        attend = functools.partial(flash_attention.flash_attention, segment_ids_BT=segments, implementation="pallas")
+        if not remat:
+            return attend(q, k, v)
+        layer = jax.checkpoint(lambda _, kv: (attend(q, *kv), None))
+        return lax.scan(layer, jnp.zeros_like(q), (k[None], v[None]))[0]
+
+    ours = forward_and_gradients(lambda q, k, v: sharded(q, k, v, segments), *arrays)
+    assert_equal(ours, definition(*arrays, True, segments), 1e-5)
+
+
+@pytest.mark.parametrize("implementation, ranks, causal", [
+    ("xla", 2, True), ("xla", 4, True), ("xla", 8, True), ("xla", 4, False), ("pallas", 2, True), ("pallas", 4, True), ("pallas", 8, True)])
+def test_a_ring_of_devices_equals_one_device(implementation, ranks, causal):
+    tokens = 272
+    mesh, spec = mesh_of(data=8 // ranks, seq=ranks), P(None, "seq")
+    arrays, segments, order = tensors(5, tokens, tokens, 32), sentences(2, tokens), zigzag(tokens, ranks)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec,) * 4, out_specs=spec, check_vma=True)
+    def ring(q, k, v, segments):
+        return ring_attention(q, k, v, "seq", causal=causal, segment_ids_BT=segments, implementation=implementation)
+
+    attend = lambda q, k, v: ring(*(x[:, order] for x in (q, k, v, segments)))[:, jnp.argsort(order)]
+    assert_equal(forward_and_gradients(attend, *arrays), definition(*arrays, causal, segments), 1e-5)
+
+
+def test_zigzag_gives_every_device_the_same_share_of_the_causal_triangle():
+    for ranks in (2, 4, 8):
+        order = np.asarray(zigzag(64, ranks))
+        assert sorted(order) == list(range(64))
+        assert len({int(positions.sum()) for positions in order.reshape(ranks, -1)}) == 1
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+@pytest.mark.parametrize("length", [1, 128, 300, 640])
+def test_decoding_equals_the_definition_on_the_slots_that_are_filled(implementation, length):
+    rng = np.random.default_rng(6)
+    q_BNCK = jnp.asarray(rng.normal(size=(2, 2, 3, 64)), jnp.float32)
+    k_LBNSK, v_LBNSK = (jnp.asarray(rng.normal(size=(3, 2, 2, 640, 64)), jnp.float32) for _ in range(2))
+    stale = [x.at[:, :, :, length:].set(1e4) for x in (k_LBNSK, v_LBNSK)]
+    o_BNCK, lse_BNC = jax.jit(functools.partial(decode_attention, implementation=implementation))(q_BNCK, *stale, 1, length)
+    scores = np.einsum("bnck,bnsk->bncs", q_BNCK, k_LBNSK[1, :, :, :length], dtype=np.float64) / 8
+    p = np.exp(scores)
+    np.testing.assert_allclose(lse_BNC, np.log(p.sum(-1)), atol=1e-5)
+    p /= p.sum(-1, keepdims=True)
+    np.testing.assert_allclose(o_BNCK, np.einsum("bncs,bnsk->bnck", p, v_LBNSK[1, :, :, :length]), atol=1e-5)
+
+
+# Programs for chips that are not here: the real compilers accept every kernel.
+
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 150000000000
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  device_vendor: "NVIDIA Corporation" name: "NVIDIA H200"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+CHIPS = {
+    "v4": dict(platform="tpu", topology_name="v4:2x2x1", chip_config_name="megacore"),
+    "v5e": dict(platform="tpu", topology_name="v5e:2x2"),
+    "v5p": dict(platform="tpu", topology_name="v5p:2x2x1", chip_config_name="megachip_tccontrol"),
+    "v6e": dict(platform="tpu", topology_name="v6e:2x2"),
+    "h200": dict(platform="cuda", topology_name="h200", target_config=H200, topology="1x1x4"),
+}
+
+
+def chips(name):
+    """The four devices of a small machine; skips where its compiler is not installed."""
+    plugin = "jax_cuda13_plugin" if name == "h200" else "libtpu"
+    if importlib.util.find_spec(plugin) is None:
+        pytest.skip(f"{plugin} is not installed: pip install -r tests/compilers.txt on Linux x86_64")
+    return np.array(topologies.get_topology_desc(**CHIPS[name]).devices)
+
+
+def compile_ahead(devices, run, spec, *shapes):
+    """Compiles run under shard_map, each (shape, dtype) split by spec."""
+    mesh = Mesh(devices, ("seq",))
+    args = [jax.ShapeDtypeStruct(*shape, sharding=NamedSharding(mesh, spec)) for shape in shapes]
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=(spec,) * len(args), out_specs=spec, check_vma=True)
+    return jax.jit(sharded).trace(*args).lower().compile()
+
+
+def gradients_of(attend):
+    return lambda q, k, v, *rest: jax.vjp(lambda q, k, v: attend(q, k, v, *rest), q, k, v)[1](jnp.ones_like(q))
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("T, K, dtype, causal", [
+    (8192, 128, jnp.bfloat16, True), (578, 100, jnp.bfloat16, True), (200, 96, jnp.float32, True), (300, 64, jnp.bfloat16, False)])
+def test_ahead_of_time_the_portable_kernels_compile_for(chip, T, K, dtype, causal):
+    attend = lambda q, k, v, ids: flash_attention.flash_attention(
+        q, k, v, causal=causal, segment_ids_BT=ids, implementation="pallas")
+    shapes = [((4, T, 2, K), dtype)] * 3 + [((4, T), jnp.int32)]
+    assert compile_ahead(chips(chip), gradients_of(attend), P("seq"), *shapes) is not None
+
+
+@pytest.mark.parametrize("K", [64, 96, 100, 128])
+def test_ahead_of_time_the_hopper_kernels_are_assembled(K):
+    toolkit = Path("/usr/local/cuda")
+    if not (toolkit / "bin/ptxas").exists() or not (toolkit / "nvvm/libdevice").exists():
+        pytest.skip("no CUDA 13 toolkit in /usr/local/cuda: its ptxas and libdevice make machine code; lowering was tested")
+    attend = functools.partial(flash_attention.flash_attention, implementation="hopper")
+    shapes = [((4, 1000, 2, K), jnp.bfloat16)] * 3
+    assert "mosaic_gpu" in compile_ahead(chips("h200"), gradients_of(attend), P("seq"), *shapes).as_text()
+
+
+@pytest.mark.parametrize("chip", ["v4", "v5e", "h200"])
+def test_ahead_of_time_the_ring_compiles_for(chip):
+    attend = functools.partial(ring_attention, axis="seq", implementation="pallas")
+    shapes = [((1, 2048, 2, 64), jnp.bfloat16)] * 3
+    text = compile_ahead(chips(chip), gradients_of(attend), P(None, "seq"), *shapes).as_text()
+    assert "collective-permute" in text
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_ahead_of_time_the_decode_kernel_compiles_for(chip):
+    decode = lambda q, k, v, length: decode_attention(q, k, v, 1, length[0], implementation="pallas")
+    cache = (2, 4, 2, 1024, 128), jnp.bfloat16
+    mesh = Mesh(chips(chip), ("seq",))
+    specs = P("seq"), P(None, "seq"), P(None, "seq"), P()
+    shapes = ((4, 2, 8, 128), jnp.bfloat16), cache, cache, ((1,), jnp.int32)
+    args = [jax.ShapeDtypeStruct(*shape, sharding=NamedSharding(mesh, spec)) for shape, spec in zip(shapes, specs)]
+    sharded = jax.shard_map(decode, mesh=mesh, in_specs=specs, out_specs=P("seq"), check_vma=True)
+    assert jax.jit(sharded).trace(*args).lower().compile() is not None
+
+
+@pytest.mark.parametrize("chip", ["v4", "v5e", "h200"])
+def test_ahead_of_time_the_models_gradients_over_a_mesh_compile_for(chip, monkeypatch):
+    monkeypatch.setattr(flash_attention, "choose", lambda *_: "pallas")  # as on that chip
+    mesh = Mesh(chips(chip).reshape(1, 2, 2, 1), train.AXES)
+    model = eqx.filter_eval_shape(lvm.LVM, lvm.SIZES["debug"], key=jax.random.key(0))
+    specs = lvm.partition_specs(model)
+    place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+    ids_BT = jax.ShapeDtypeStruct((2, 578), jnp.int32, sharding=NamedSharding(mesh, train.ROWS))
+    loss = train.make_loss(mesh, specs, jnp.bfloat16, remat=True)
+    compiled = jax.jit(jax.grad(loss)).trace(jax.tree.map(place, model, specs), ids_BT, ids_BT).lower().compile()
+    assert ("tpu_custom_call" if chip != "h200" else "triton") in compiled.as_text()
