@@ -863,7 +863,7 @@ def test_a_sentence_packed_behind_others_gets_the_logits_it_gets_alone(uneven):
     """Segments keep attention apart, and rotary positions are relative: so they restart."""
     model = lvm.LVM(lvm.LVMConfig(hidden=32, ffn=48, layers=2, heads=2, codes=32, context=200), key=jax.random.key(0))
     [batch] = batches([uneven[0]], 1, packing="segment", context=160, batch=2)
-    run, compared = jax.jit(model), 0
+    run, compared = jax.jit(lambda ids_BT, segment_ids_BT=None: model(ids_BT, segment_ids_BT)), 0
     logits_BTV = run(batch["ids_BT"], batch["segment_ids_BT"])
     for b in range(2):
         for number in range(1, batch["segment_ids_BT"][b].max() + 1):
