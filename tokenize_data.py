@@ -815,19 +815,23 @@ def read_integers(path) -> np.ndarray:
         raise ValueError(f"{path}: {error}") from None
 
 
+LEVELS = np.arange(256, dtype=np.float32) / 255
+
+
 def read_item(read, size: int, compact: bool):
     """-> (pictures [T, ...], or none, notes). With `compact`, as uint8 where that loses nothing."""
     try:
         pictures = read(size)
         pictures, notes = pictures if isinstance(pictures, tuple) else (pictures, [])
-        pictures = np.stack(pictures).astype(np.float32) if len(pictures) else np.zeros(0, np.float32)
+        pictures = np.stack(pictures).astype(np.float32, copy=False) if len(pictures) else np.zeros(0, np.float32)
+        if compact:
+            levels = (pictures * 255 + np.float32(0.5)).astype(np.uint8)
+            if np.array_equal(LEVELS.take(levels), pictures):
+                return levels, notes
         if pictures.size and not (pictures.min() >= 0 and pictures.max() <= 1):
             raise ValueError(f"values in [{pictures.min()}, {pictures.max()}]; wanted [0, 1]")
     except (ValueError, OSError) as error:
         return np.zeros(0, np.float32), [{"path": None, "reason": str(error), "bad": True}]
-    if compact:
-        levels = np.rint(pictures * 255).astype(np.uint8)
-        pictures = levels if np.array_equal(levels.astype(np.float32) / 255, pictures) else pictures
     return pictures, notes
 
 
@@ -969,7 +973,7 @@ def encode_stream(tokenizer, items, todo, *, batch: int, devices: int, workers: 
         for i, pictures, notes in reading:
             waiting.append((i, len(pictures), notes))
             for pixels_HWC in pictures:
-                pixels_BHWC[filled] = pixels_HWC if pixels_HWC.dtype == np.float32 else pixels_HWC.astype(np.float32) / 255
+                pixels_BHWC[filled] = pixels_HWC if pixels_HWC.dtype == np.float32 else LEVELS.take(pixels_HWC)
                 filled += 1
                 if filled == batch:
                     start()

@@ -863,12 +863,14 @@ def test_a_sentence_packed_behind_others_gets_the_logits_it_gets_alone(uneven):
     """Segments keep attention apart, and rotary positions are relative: so they restart."""
     model = lvm.LVM(lvm.LVMConfig(hidden=32, ffn=48, layers=2, heads=2, codes=32, context=200), key=jax.random.key(0))
     [batch] = batches([uneven[0]], 1, packing="segment", context=160, batch=2)
-    logits_BTV = model(batch["ids_BT"], batch["segment_ids_BT"])
-    compared = 0
+    run, compared = jax.jit(lambda ids_BT, segment_ids_BT=None: model(ids_BT, segment_ids_BT)), 0
+    logits_BTV = run(batch["ids_BT"], batch["segment_ids_BT"])
     for b in range(2):
         for number in range(1, batch["segment_ids_BT"][b].max() + 1):
             at = np.flatnonzero(batch["segment_ids_BT"][b] == number)
-            np.testing.assert_allclose(logits_BTV[b, at], model(batch["ids_BT"][b, at][None])[0], atol=2e-5)
+            alone_BT = np.zeros((1, 66), np.int32)  # what follows a sentence changes nothing in it
+            alone_BT[0, :len(at)] = batch["ids_BT"][b, at]
+            np.testing.assert_allclose(logits_BTV[b, at], run(alone_BT)[0, :len(at)], atol=2e-5)
             compared += at[0] > 0
     assert compared > 2
 
@@ -936,9 +938,9 @@ def test_a_jsonl_written_by_hand_trains_as_the_shards_made_of_it(tmp_path, token
     rows = [np.random.default_rng(i).integers(0, 32, 32) for i in range(96)]
     file = write_jsonl(tmp_path / "lvm.jsonl", rows)
     tokenize_data.import_jsonl(tokenize_data.ImportJsonl(inputs=(file,), out=tmp_path / "d", tokenizer=tokenizer))
-    options = dict(packing="segment", context=102, heldout_fraction=0.4, tokenizer=tokenizer, special_ids=(40, 41, 42))
+    options = dict(packing="segment", context=102, heldout_fraction=0.4, special_ids=(40, 41, 42))
     shards = losses(tmp_path / "a", monkeypatch, data=(str(tmp_path / "d"),), **options)
     lines = losses(tmp_path / "b", monkeypatch, data=(str(file),), fields="<|40|>,{tokens},<|41|>", **options)
     assert len(shards) == 2 and shards == lines and all(2 < line["loss"] < 6 for line in lines) and "heldout_loss" in shards[-1]
     assert json.loads((tmp_path / "a" / "config.json").read_text())["model"]["bos_id"] == 40
-    assert (tmp_path / "a" / "samples" / "2.png").exists() and "import-jsonl" in capsys.readouterr().err
+    assert "import-jsonl" in capsys.readouterr().err  # no sample pictures of either: the tokenizer is another one
