@@ -48,6 +48,9 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 MAX_PIXELS = 64_000_000
 
 
+FLAGS = ("symmetric_pixels", "l2_codes", "attend_single_blocks", "maskgit")
+
+
 @dataclasses.dataclass(frozen=True)
 class VQGANConfig:
     """Field names and defaults are open-muse's; `PRESETS` holds the released model."""
@@ -65,9 +68,17 @@ class VQGANConfig:
     dropout: float = 0.0
     resample_with_conv: bool = True
     commitment_cost: float = 0.25
-    norm_groups: int = 32  # ours: open-muse has 32 always, too many for the narrow layers of `mini`
+    # From here on ours, and in config.json only where it is not the default.
+    norm_groups: int = 32  # open-muse has 32 always, too many for the narrow layers of `mini`
+    symmetric_pixels: bool = False  # the network sees [-1, 1], as in taming and LlamaGen; `encode` and `decode` keep to [0, 1]
+    l2_codes: bool = False  # latents and codebook are scaled to length 1 before they are compared, as in LlamaGen
+    attend_single_blocks: bool = False  # run the attention of a level with one block, as taming does and open-muse does not
+    maskgit: bool = False  # MaskGIT's layout of the blocks: no attention, fewer biases, pooling, no 1x1 convolutions at the codes
 
     def __post_init__(self):
+        for name in FLAGS:
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} wants true or false, got {getattr(self, name)!r}")
         for name in ("channel_mult", "attn_resolutions"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         counts = {name: getattr(self, name) for name in ("resolution", "num_channels", "hidden_channels", "num_res_blocks", "z_channels",
@@ -79,6 +90,8 @@ class VQGANConfig:
             raise ValueError(f"resolution {self.resolution} is not a multiple of {self.factor}, the downsampling of {len(self.channel_mult)} levels")
         if self.hidden_channels % self.norm_groups:
             raise ValueError(f"hidden_channels {self.hidden_channels} is not a multiple of the {self.norm_groups} groups of GroupNorm")
+        if self.maskgit and self.z_channels != self.quantized_embed_dim:
+            raise ValueError(f"MaskGIT's latents are the codes: z_channels {self.z_channels} must equal quantized_embed_dim {self.quantized_embed_dim}")
 
     @property
     def factor(self) -> int:
@@ -89,12 +102,18 @@ class VQGANConfig:
     def codes_per_image(self) -> int:
         return (self.resolution // self.factor) ** 2
 
+    @property
+    def attended_levels(self) -> list[int]:
+        return [] if self.maskgit else [i for i in range(len(self.channel_mult)) if self.resolution >> i in self.attn_resolutions]
+
 
 PRESETS = {
     # The released tokenizer of LVM: f16, 256 codes a picture.
     "lvm": VQGANConfig(channel_mult=(1, 2, 2, 4, 6), attn_resolutions=(), no_attn_mid_block=True, z_channels=64,
                        num_embeddings=8192, quantized_embed_dim=64),
     "class-default": VQGANConfig(),
+    # taming-transformers' ImageNet f16; the one with 16384 codes differs in nothing else.
+    "taming-f16": VQGANConfig(symmetric_pixels=True),
     # The bundled one: f8, 36 codes a 48-pixel picture, small enough to train on two CPU cores.
     "mini": VQGANConfig(resolution=48, hidden_channels=16, channel_mult=(1, 2, 4, 8), num_res_blocks=1, attn_resolutions=(),
                         no_attn_mid_block=True, z_channels=32, num_embeddings=512, quantized_embed_dim=16, norm_groups=4),
@@ -105,8 +124,8 @@ class VQGAN(eqx.Module):
     encoder: "Encoder"
     decoder: "Decoder"
     quantize: "Quantizer"
-    quant_conv: "Conv"
-    post_quant_conv: "Conv"
+    quant_conv: "Conv | None"
+    post_quant_conv: "Conv | None"
     config: VQGANConfig = eqx.field(static=True)
 
     def __init__(self, config: VQGANConfig, *, key: jax.Array):
@@ -114,17 +133,20 @@ class VQGAN(eqx.Module):
         self.config = config
         self.encoder = Encoder(config, key=keys[0])
         self.decoder = Decoder(config, key=keys[1])
-        self.quantize = Quantizer(config.num_embeddings, config.quantized_embed_dim, key=keys[2])
-        self.quant_conv = Conv(config.z_channels, config.quantized_embed_dim, 1, key=keys[3])
-        self.post_quant_conv = Conv(config.quantized_embed_dim, config.z_channels, 1, key=keys[4])
+        self.quantize = Quantizer(config, key=keys[2])
+        self.quant_conv = None if config.maskgit else Conv(config.z_channels, config.quantized_embed_dim, 1, key=keys[3])
+        self.post_quant_conv = None if config.maskgit else Conv(config.quantized_embed_dim, config.z_channels, 1, key=keys[4])
 
     def to_latents(self, pixels_BHWC):
         """Pixels in [0, 1] -> encoder output before quantisation [B, H/factor, W/factor, D]."""
-        return self.quant_conv(self.encoder(pixels_BHWC))
+        latents_BHWZ = self.encoder(2 * pixels_BHWC - 1 if self.config.symmetric_pixels else pixels_BHWC)
+        latents_BHWD = latents_BHWZ if self.quant_conv is None else self.quant_conv(latents_BHWZ)
+        return to_sphere(latents_BHWD) if self.config.l2_codes else latents_BHWD
 
     def to_pixels(self, latents_BHWD):
         """Code vectors -> pixels, not clamped."""
-        return self.decoder(self.post_quant_conv(latents_BHWD))
+        pixels_BHWC = self.decoder(latents_BHWD if self.post_quant_conv is None else self.post_quant_conv(latents_BHWD))
+        return (pixels_BHWC + 1) / 2 if self.config.symmetric_pixels else pixels_BHWC
 
 
 def encode(model: VQGAN, pixels_BHWC) -> jax.Array:
@@ -164,14 +186,14 @@ def _encode(model, pixels_BHWC):
 @jax.jit
 def _decode(model, codes_BS):
     side = math.isqrt(codes_BS.shape[1])
-    pixels_BHWC = model.to_pixels(model.quantize.embedding.weight[codes_BS].reshape(len(codes_BS), side, side, -1))
+    pixels_BHWC = model.to_pixels(model.quantize.codebook()[codes_BS].reshape(len(codes_BS), side, side, -1))
     return jnp.clip(pixels_BHWC.astype(jnp.float32), 0, 1)
 
 
 class Encoder(eqx.Module):
     conv_in: "Conv"
     down: list["Level"]
-    mid: "Middle"
+    mid: "Middle | list[ResidualBlock]"
     norm_out: "GroupNorm"
     conv_out: "Conv"
 
@@ -179,23 +201,24 @@ class Encoder(eqx.Module):
         keys = iter(jax.random.split(key, len(config.channel_mult) + 3))
         widths = [config.hidden_channels * m for m in (1, *config.channel_mult)]
         last = len(config.channel_mult) - 1
-        self.conv_in = Conv(config.num_channels, widths[0], 3, key=next(keys))
-        self.down = [Level(config, widths[i], widths[i + 1], config.num_res_blocks, config.resolution >> i,
-                           downsample=i < last, key=next(keys)) for i in range(last + 1)]
-        self.mid = Middle(config, widths[-1], key=next(keys))
+        self.conv_in = Conv(config.num_channels, widths[0], 3, bias=not config.maskgit, key=next(keys))
+        self.down = [Level(config, i, widths[i], widths[i + 1], config.num_res_blocks, downsample=i < last, key=next(keys)) for i in range(last + 1)]
+        self.mid = middle(config, widths[-1], key=next(keys))
         self.norm_out = GroupNorm(widths[-1], config.norm_groups)
-        self.conv_out = Conv(widths[-1], config.z_channels, 3, key=next(keys))
+        self.conv_out = Conv(widths[-1], config.z_channels, 1 if config.maskgit else 3, key=next(keys))
 
     def __call__(self, pixels_BHWC):
         x = self.conv_in(pixels_BHWC)
         for level in self.down:
             x = level(x)
-        return self.conv_out(jax.nn.silu(self.norm_out(self.mid(x))))
+        for block in self.mid if isinstance(self.mid, list) else [self.mid]:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(x)))
 
 
 class Decoder(eqx.Module):
     conv_in: "Conv"
-    mid: "Middle"
+    mid: "Middle | list[ResidualBlock]"
     up: list["Level"]  # index 0 is the highest resolution: it runs last
     norm_out: "GroupNorm"
     conv_out: "Conv"
@@ -204,14 +227,16 @@ class Decoder(eqx.Module):
         keys = iter(jax.random.split(key, len(config.channel_mult) + 3))
         widths = [config.hidden_channels * m for m in (*config.channel_mult, config.channel_mult[-1])]
         self.conv_in = Conv(config.z_channels, widths[-1], 3, key=next(keys))
-        self.mid = Middle(config, widths[-1], key=next(keys))
-        self.up = [Level(config, widths[i + 1], widths[i], config.num_res_blocks + 1, config.resolution >> i,
-                         upsample=i > 0, key=next(keys)) for i in range(len(config.channel_mult))]
+        self.mid = middle(config, widths[-1], key=next(keys))
+        blocks = config.num_res_blocks if config.maskgit else config.num_res_blocks + 1
+        self.up = [Level(config, i, widths[i + 1], widths[i], blocks, upsample=i > 0, key=next(keys)) for i in range(len(config.channel_mult))]
         self.norm_out = GroupNorm(widths[0], config.norm_groups)
         self.conv_out = Conv(widths[0], config.num_channels, 3, key=next(keys))
 
     def __call__(self, latents_BHWC):
-        x = self.mid(self.conv_in(latents_BHWC))
+        x = self.conv_in(latents_BHWC)
+        for block in self.mid if isinstance(self.mid, list) else [self.mid]:
+            x = block(x)
         for level in reversed(self.up):
             x = level(x)
         return self.conv_out(jax.nn.silu(self.norm_out(x)))
@@ -224,21 +249,28 @@ class Level(eqx.Module):
     attn: list["Attention"]
     downsample: "Resample | None"
     upsample: "Resample | None"
+    attends: bool = eqx.field(static=True)
 
-    def __init__(self, config, channels_in, channels_out, blocks, resolution, *, downsample=False, upsample=False, key):
+    def __init__(self, config, index, channels_in, channels_out, blocks, *, downsample=False, upsample=False, key):
         keys = jax.random.split(key, 2 * blocks + 1)
-        self.block = [ResidualBlock(channels_in if i == 0 else channels_out, channels_out, config.norm_groups, key=keys[i])
-                      for i in range(blocks)]
-        self.attn = [Attention(channels_out, config.norm_groups, key=k) for k in keys[blocks:-1]] if resolution in config.attn_resolutions else []
-        self.downsample = Resample(channels_out, config.resample_with_conv, up=False, key=keys[-1]) if downsample else None
-        self.upsample = Resample(channels_out, config.resample_with_conv, up=True, key=keys[-1]) if upsample else None
+        self.block = [ResidualBlock(config, channels_in if i == 0 else channels_out, channels_out, key=keys[i]) for i in range(blocks)]
+        self.attn = [Attention(channels_out, config.norm_groups, key=k) for k in keys[blocks:-1]] if index in config.attended_levels else []
+        self.attends = len(self.attn) > 1 or bool(self.attn) and config.attend_single_blocks  # open-muse never runs a single one
+        self.downsample = Resample(channels_out, config.resample_with_conv and not config.maskgit, up=False, key=keys[-1]) if downsample else None
+        self.upsample = Resample(channels_out, config.resample_with_conv or config.maskgit, up=True, key=keys[-1]) if upsample else None
 
     def __call__(self, x):
         for i, block in enumerate(self.block):
             x = block(x)
-            if len(self.attn) > 1:  # as published: the attention of a level with a single block is never run
+            if self.attends:
                 x = self.attn[i](x)
         return (self.downsample or self.upsample or (lambda x: x))(x)
+
+
+def middle(config, channels, *, key):
+    if config.maskgit:
+        return [ResidualBlock(config, channels, channels, key=k) for k in jax.random.split(key, config.num_res_blocks)]
+    return Middle(config, channels, key=key)
 
 
 class Middle(eqx.Module):
@@ -248,9 +280,9 @@ class Middle(eqx.Module):
 
     def __init__(self, config, channels, *, key):
         keys = jax.random.split(key, 3)
-        self.block_1 = ResidualBlock(channels, channels, config.norm_groups, key=keys[0])
+        self.block_1 = ResidualBlock(config, channels, channels, key=keys[0])
         self.attn_1 = None if config.no_attn_mid_block else Attention(channels, config.norm_groups, key=keys[1])
-        self.block_2 = ResidualBlock(channels, channels, config.norm_groups, key=keys[2])
+        self.block_2 = ResidualBlock(config, channels, channels, key=keys[2])
 
     def __call__(self, x):
         x = self.block_1(x)
@@ -263,19 +295,25 @@ class ResidualBlock(eqx.Module):
     norm2: "GroupNorm"
     conv2: "Conv"
     nin_shortcut: "Conv | None"
+    maskgit: bool = eqx.field(static=True)
 
-    def __init__(self, channels_in, channels_out, groups, *, key):
-        keys = jax.random.split(key, 3)
-        self.norm1 = GroupNorm(channels_in, groups)
-        self.conv1 = Conv(channels_in, channels_out, 3, key=keys[0])
-        self.norm2 = GroupNorm(channels_out, groups)
-        self.conv2 = jax.tree.map(jnp.zeros_like, Conv(channels_out, channels_out, 3, key=keys[1]))  # begins as the identity
-        self.nin_shortcut = Conv(channels_in, channels_out, 1, key=keys[2]) if channels_in != channels_out else None
+    def __init__(self, config, channels_in, channels_out, *, key):
+        keys, self.maskgit = jax.random.split(key, 3), config.maskgit
+        self.norm1 = GroupNorm(channels_in, config.norm_groups)
+        self.conv1 = Conv(channels_in, channels_out, 3, bias=not config.maskgit, key=keys[0])
+        self.norm2 = GroupNorm(channels_out, config.norm_groups)
+        self.conv2 = Conv(channels_out, channels_out, 3, bias=not config.maskgit, key=keys[1])
+        if not config.maskgit:
+            self.conv2 = jax.tree.map(jnp.zeros_like, self.conv2)  # begins as the identity
+        shortcut_in = channels_out if config.maskgit else channels_in
+        self.nin_shortcut = Conv(shortcut_in, channels_out, 1, bias=not config.maskgit, key=keys[2]) if channels_in != channels_out else None
 
     def __call__(self, x):
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         y = self.conv2(jax.nn.silu(self.norm2(y)))
-        return y + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+        if self.nin_shortcut is None:
+            return y + x
+        return y + self.nin_shortcut(y if self.maskgit else x)  # MaskGIT's shortcut starts at the block's end, as published
 
 
 class Attention(eqx.Module):
@@ -320,18 +358,18 @@ class Resample(eqx.Module):
 
 class Conv(eqx.Module):
     weight: jax.Array  # HWIO here, OIHW in files
-    bias: jax.Array
+    bias: jax.Array | None
 
-    def __init__(self, channels_in, channels_out, size, *, key):
+    def __init__(self, channels_in, channels_out, size, *, bias=True, key):
         scale = (channels_in * size * size) ** -0.5
         self.weight = scale * jax.random.normal(key, (size, size, channels_in, channels_out))
-        self.bias = jnp.zeros(channels_out)
+        self.bias = jnp.zeros(channels_out) if bias else None
 
     def __call__(self, x_BHWI, stride=1, padding="SAME"):
         # Highest precision costs nothing in bf16 and keeps float32 codes the same on every chip (no TF32, no bf16 passes).
         y_BHWO = lax.conv_general_dilated(x_BHWI, self.weight.astype(x_BHWI.dtype), (stride, stride), padding,
                                           dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest")
-        return y_BHWO + self.bias.astype(x_BHWI.dtype)
+        return y_BHWO if self.bias is None else y_BHWO + self.bias.astype(x_BHWI.dtype)
 
 
 class GroupNorm(eqx.Module):
@@ -358,19 +396,30 @@ class GroupNorm(eqx.Module):
 
 class Quantizer(eqx.Module):
     embedding: "Embedding"
+    l2: bool = eqx.field(static=True)
 
-    def __init__(self, entries, width, *, key):
-        self.embedding = Embedding(jax.random.uniform(key, (entries, width), minval=-1 / entries, maxval=1 / entries))
+    def __init__(self, config, *, key):
+        shape, bound = (config.num_embeddings, config.quantized_embed_dim), 1 / config.num_embeddings
+        self.embedding, self.l2 = Embedding(jax.random.uniform(key, shape, minval=-bound, maxval=bound)), config.l2_codes
+
+    def codebook(self) -> jax.Array:
+        """The vectors that stand for the codes [K, D]."""
+        return to_sphere(self.embedding.weight) if self.l2 else self.embedding.weight
 
     def nearest(self, latents_BHWD) -> jax.Array:
         """Index of the entry at the least squared Euclidean distance, int32 [B, H, W]."""
-        z, codebook_KD = latents_BHWD.astype(jnp.float32), self.embedding.weight.astype(jnp.float32)
+        z, codebook_KD = latents_BHWD.astype(jnp.float32), self.codebook().astype(jnp.float32)
         product_BHWK = jnp.einsum("bhwd,kd->bhwk", z, codebook_KD, precision="highest")
         return jnp.argmin(jnp.square(codebook_KD).sum(-1) - 2 * product_BHWK, axis=-1).astype(jnp.int32)
 
 
 class Embedding(eqx.Module):
     weight: jax.Array  # [K, D]
+
+
+def to_sphere(x):
+    """Scales the last axis to length 1. The gradient at 0 is 0, not NaN."""
+    return x * lax.rsqrt(jnp.maximum(jnp.square(x.astype(jnp.float32)).sum(-1, keepdims=True), 1e-24)).astype(x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -483,7 +532,7 @@ def train_step(static, state, pixels_BHWC, key, quantize, revive):
     def loss_fn(model):
         latents_BHWD = model.to_latents(pixels_BHWC)
         codes_BHW = model.quantize.nearest(lax.stop_gradient(latents_BHWD))
-        codebook_BHWD = model.quantize.embedding.weight[codes_BHW]
+        codebook_BHWD = model.quantize.codebook()[codes_BHW]
         # Straight-through: forward the code, hand its gradient to the encoder.
         through_BHWD = latents_BHWD + lax.stop_gradient(codebook_BHWD - latents_BHWD)
         output_BHWC = model.to_pixels(jnp.where(quantize, through_BHWD, latents_BHWD))
@@ -666,72 +715,255 @@ def ssim(a_BHWC, b_BHWC) -> np.ndarray:
 
 
 def load(path) -> VQGAN:
-    """Reads a folder in open-muse's layout: config.json with model.safetensors or pytorch_model.bin.
+    """Reads a tokenizer, whoever wrote it: a folder of open-muse / LVM (`VQGANModel`, `MaskGitVQGAN`) or diffusers
+    (`VQModel`), a checkpoint of taming-transformers or LlamaGen (`.ckpt`, `.pt`, or a folder that holds one), or ours.
 
-    Raises FileNotFoundError or ValueError, naming the file and the tensor, where anything is missing, left over,
-    misshapen or damaged. A pickle that holds anything but tensors is refused before it can run."""
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: no tokenizer here (wanted config.json beside model.safetensors or pytorch_model.bin)")
-    try:
-        fields = json.loads((folder / "config.json").read_text())
-        known = {f.name for f in dataclasses.fields(VQGANConfig)}
-        config = VQGANConfig(**{k: v for k, v in fields.items() if k in known})
-        missing = {"channel_mult", "num_embeddings", "hidden_channels"} - fields.keys()
-        if missing:
-            raise ValueError(f"no {', '.join(sorted(missing))}; is this a VQGAN?")
-        model = eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
-    readers = {"model.safetensors": read_safetensors, "pytorch_model.bin": read_pickle}
-    for name, reader in readers.items():
-        if (folder / name).is_file():
-            tensors, file = reader(folder / name), folder / name
-            break
-    else:
-        raise FileNotFoundError(f"{folder}: no weights here (wanted {' or '.join(readers)})")
-
-    names = [name for name, _ in named_arrays(model)]
-    if difference := sorted(set(names) ^ tensors.keys()):
-        raise ValueError(f"{file}: {'no tensor' if difference[0] in names else 'unexpected tensor'} {difference[0]} ({len(difference)} names differ from config.json's network)")
+    Every tensor is used exactly once; of a training checkpoint the loss's own networks are left out. Raises
+    FileNotFoundError or ValueError, naming the file and the tensor, where anything is missing, left over, misshapen or
+    damaged. A pickle that holds anything but containers and tensors is refused before it can run."""
+    file, fields = find_weights(Path(path))
+    if fields is not None:
+        layout, config, model = read_config(file.parent / "config.json", fields)
+    tensors = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
+    if fields is None:
+        layout, config, model = recognise(file, tensors)
+    tensors = {name: array for name, array in tensors.items() if not name.startswith(LEFT_OUT.get(layout, ()))}
+    names = {their_name(layout, name, config): (name, leaf) for name, leaf in named_arrays(model)}
+    if difference := sorted(names.keys() ^ tensors.keys()):
+        raise ValueError(f"{file}: {'no tensor' if difference[0] in names else 'unexpected tensor'} {difference[0]} "
+                         f"({len(difference)} names differ from the network of {'config.json' if fields else layout})")
     arrays = []
-    for name, leaf in named_arrays(model):
-        tensor = tensors[name].transpose(2, 3, 1, 0) if tensors[name].ndim == 4 else tensors[name]
+    for theirs, (name, leaf) in names.items():
+        tensor = tensors[theirs]
+        if layout == "diffusers" and tensor.ndim == 2 and len(leaf.shape) == 4:  # its attention has linear layers
+            tensor = tensor[:, :, None, None]
+        tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor
         if tensor.shape != leaf.shape:
-            raise ValueError(f"{file}: tensor {name} has shape {list(tensors[name].shape)}, config.json asks for {list(leaf.shape)} (convolutions as HWIO)")
+            raise ValueError(f"{file}: tensor {theirs} has shape {list(tensor.shape)}, config.json asks for {list(leaf.shape)} (convolutions as HWIO)")
         if not np.isfinite(tensor := np.asarray(tensor, np.float32)).all():
-            raise ValueError(f"{file}: tensor {name} holds NaN or infinity")
+            raise ValueError(f"{file}: tensor {theirs} holds NaN or infinity")
         arrays.append(jnp.asarray(tensor))
     return jax.tree.unflatten(jax.tree.structure(model), arrays)
 
 
-def save(model: VQGAN, path, overwrite: bool = False):
-    """Writes config.json and model.safetensors under open-muse's names. Refuses to replace weights unless told to."""
+def save(model: VQGAN, path, overwrite: bool = False, layout: str = "open-muse"):
+    """Writes a folder that others load: `open-muse` (ours; config.json and model.safetensors), `diffusers`, `taming` or
+    `llamagen`. Refuses to replace weights unless told to, and a layout whose network is another one."""
+    if misfits := [what for what, differs in differences(layout, model.config).items() if differs]:
+        raise ValueError(f"{layout} has no such network: this one has {', '.join(misfits)}")
     folder = Path(path)
-    if (folder / "model.safetensors").exists() and not overwrite:
-        raise FileExistsError(f"{folder / 'model.safetensors'} exists; choose another folder")
+    file = folder / {"open-muse": "model.safetensors", "diffusers": "diffusion_pytorch_model.safetensors", "taming": "last.ckpt", "llamagen": "vq.pt"}[layout]
+    if file.exists() and not overwrite:
+        raise FileExistsError(f"{file} exists; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"_class_name": "VQGANModel", **dataclasses.asdict(model.config)}
-    if model.config.norm_groups == 32:
-        del config["norm_groups"]  # then the file is open-muse's to the key
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = {}
     for name, array in named_arrays(model):
+        if name == "quantize.embedding.weight" and layout in ("diffusers", "taming"):
+            array = model.quantize.codebook()  # entries of length 1 are as near to a latent of any length
         array = np.asarray(array, np.float32)
-        tensors[name] = np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array)
-    save_file(tensors, folder / "partial.safetensors", metadata={"format": "pt"})
-    os.replace(folder / "partial.safetensors", folder / "model.safetensors")
+        array = np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array)
+        tensors[their_name(layout, name, model.config)] = array[:, :, 0, 0] if layout == "diffusers" and array.shape[2:] == (1, 1) and "attn" in name else array
+    partial = file.with_name(f"partial{file.suffix}")
+    if file.suffix == ".safetensors":
+        (folder / "config.json").write_text(json.dumps(config_fields(layout, model.config), indent=2) + "\n")
+        save_file(tensors, partial, metadata={"format": "pt"})
+    else:
+        write_pickle(partial, {"taming": "state_dict", "llamagen": "model"}[layout], tensors)
+    if layout == "taming":
+        (folder / "model.yaml").write_text(taming_yaml(model.config))
+    os.replace(partial, file)
+
+
+LAYOUTS = ("open-muse", "diffusers", "taming", "llamagen")
+WEIGHTS = ("model.safetensors", "pytorch_model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.bin")
+LEFT_OUT = {"taming": ("loss.",), "llamagen": ("quantize.codebook_used",)}  # what only training needs
+
+
+def find_weights(path: Path) -> tuple[Path, dict | None]:
+    """-> (the file that holds the weights, the fields of the config.json beside it or None)."""
+    if path.is_file() and path.name not in WEIGHTS:
+        return path, None
+    folder = path.parent if path.is_file() else path
+    if not (folder / "config.json").is_file():
+        checkpoints = [file for pattern in ("*.ckpt", "*.pt", "checkpoints/*.ckpt") for file in sorted(folder.glob(pattern))]
+        if len(checkpoints) == 1:
+            return checkpoints[0], None
+        found = f"; of its checkpoints name one: {', '.join(map(str, checkpoints))}" if checkpoints else ""
+        raise FileNotFoundError(f"{path}: no tokenizer here (wanted config.json beside {', '.join(WEIGHTS)}, or one .ckpt or .pt){found}")
+    try:
+        fields = json.loads((folder / "config.json").read_text())
+        if not isinstance(fields, dict):
+            raise ValueError(f"wanted an object, got {type(fields).__name__}")
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    for name in [path.name] if path.is_file() else WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name, fields
+    raise FileNotFoundError(f"{folder}: no weights here (wanted {' or '.join(WEIGHTS)})")
+
+
+def read_config(file: Path, fields: dict):
+    """-> (layout, VQGANConfig, the network without numbers)."""
+    try:
+        layout = "diffusers" if fields.get("_class_name") == "VQModel" else "open-muse"
+        known = {f.name for f in dataclasses.fields(VQGANConfig)}
+        ours = {k: v for k, v in fields.items() if k in known}
+        missing = {"channel_mult", "num_embeddings", "hidden_channels"} - fields.keys()
+        if layout == "diffusers":
+            ours = from_diffusers(fields) | ours
+        elif missing:
+            raise ValueError(f"no {', '.join(sorted(missing))}; is this a VQGAN?")
+        if fields.get("_class_name") == "MaskGitVQGAN":
+            ours["maskgit"] = True
+        config = VQGANConfig(**ours)
+        return layout, config, eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
+    except KeyError as error:
+        raise ValueError(f"{file}: no {error.args[0]}; is this a VQGAN?") from None
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError, IndexError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def recognise(file: Path, tensors):
+    """-> (layout, VQGANConfig, the network without numbers) of a checkpoint without a config, from names and shapes."""
+    layout, block, attention = next((known for known in (
+        ("taming", "encoder.down.{}.block.{}", "encoder.mid.attn_1"), ("llamagen", "encoder.conv_blocks.{}.res.{}", "encoder.mid.1"))
+        if known[1].format(0, 0) + ".conv1.weight" in tensors), (None, None, None))
+    if layout is None:
+        raise ValueError(f"{file}: neither a checkpoint of taming-transformers nor of LlamaGen; its first tensor is {min(tensors, default='missing')}")
+    count = lambda pattern: next(n for n in range(len(tensors) + 1) if pattern.format(n) not in tensors)
+    levels, blocks = count(block.format("{}", 0) + ".conv1.weight"), count(block.format(0, "{}") + ".conv1.weight")
+    try:
+        width, channels = tensors["encoder.conv_in.weight"].shape[:2]
+        embeddings, embed = tensors["quantize.embedding.weight"].shape
+        mult = [tensors[block.format(i, 0) + ".conv1.weight"].shape[0] / width for i in range(levels)]
+        attended = [i for i in range(levels) if f"{block.rsplit('.', 2)[0].format(i)}.attn.0.q.weight" in tensors]
+        config = VQGANConfig(
+            resolution=256, num_channels=channels, hidden_channels=width, channel_mult=[int(m) if m == int(m) else m for m in mult],
+            num_res_blocks=blocks, attn_resolutions=[256 >> i for i in attended], no_attn_mid_block=attention + ".q.weight" not in tensors,
+            z_channels=tensors["post_quant_conv.weight"].shape[0], num_embeddings=embeddings, quantized_embed_dim=embed,
+            resample_with_conv=levels == 1 or any("downsample" in name for name in tensors), symmetric_pixels=True,
+            l2_codes=layout == "llamagen", attend_single_blocks=blocks == 1 and bool(attended))
+        return layout, config, eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
+    except KeyError as error:
+        raise ValueError(f"{file}: no tensor {error.args[0]}") from None
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{file}: no network has these shapes ({error})") from None
+
+
+def their_name(layout, name, config) -> str:
+    """What another project calls our array `name`."""
+    part, last = name.split("."), len(config.channel_mult) - 1
+    if layout == "open-muse" and config.maskgit:
+        return name.replace(".upsample.conv.", ".upsample_conv.")
+    if layout == "llamagen" and part[0] in ("encoder", "decoder"):
+        if part[1] in ("down", "up"):
+            part[1:4] = "conv_blocks", part[2] if part[1] == "down" else str(last - int(part[2])), part[3].replace("block", "res")
+        elif part[1] == "mid":
+            part[2] = {"block_1": "0", "attn_1": "1", "block_2": "2"}[part[2]]
+    if layout == "diffusers" and part[0] in ("encoder", "decoder"):
+        if part[1] in ("down", "up"):
+            part[2] = part[2] if part[1] == "down" else str(last - int(part[2]))
+            part[3] = {"block": "resnets", "attn": "attentions", "downsample": "downsamplers.0", "upsample": "upsamplers.0"}[part[3]]
+            part[1] += "_blocks"
+        elif part[1] == "mid":
+            part[1:3] = "mid_block", {"block_1": "resnets.0", "attn_1": "attentions.0", "block_2": "resnets.1"}[part[2]]
+        part[-2] = {"nin_shortcut": "conv_shortcut", "norm_out": "conv_norm_out", "norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v",
+                    "proj_out": "to_out.0"}.get(part[-2], part[-2])
+    return ".".join(part)
+
+
+def differences(layout, config) -> dict[str, bool]:
+    """What keeps a network from being written in a layout."""
+    last, never_run = len(config.channel_mult) - 1, bool(config.attended_levels) and config.num_res_blocks == 1 and not config.attend_single_blocks
+    shared = {"MaskGIT's blocks": config.maskgit, "attention that is never run": never_run}
+    as_taming = {"pixels in [0, 1]": not config.symmetric_pixels, "no attention in the middle": config.no_attn_mid_block,
+                 f"{config.norm_groups} groups of GroupNorm": config.norm_groups != 32}
+    no_convolution = {"resampling without convolutions": not config.resample_with_conv}
+    return {"open-muse": {}, "taming": shared | as_taming,
+            "diffusers": shared | no_convolution | {"a channel_mult that does not begin with 1": config.channel_mult[0] != 1},
+            "llamagen": shared | as_taming | no_convolution | {
+                "codes of any length": not config.l2_codes, "attention at other levels than the last": config.attended_levels != [last]}}[layout]
+
+
+def config_fields(layout, config) -> dict:
+    """The content of config.json. A field of ours is in it only where it is not the default: then the file is theirs to the key."""
+    ours = {name: getattr(config, name) for name in ("norm_groups", *FLAGS) if getattr(config, name) != getattr(VQGANConfig, name)}
+    if layout == "open-muse":
+        ours.pop("maskgit", None)
+        fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("norm_groups", *FLAGS)}
+        if config.maskgit:
+            del fields["no_attn_mid_block"]
+        return {"_class_name": "MaskGitVQGAN" if config.maskgit else "VQGANModel", **fields, **ours}
+    kind = ["Attn" if i in config.attended_levels else "" for i in range(len(config.channel_mult))]
+    if diffusers_resolution(config.resolution, len(kind)) != config.resolution:
+        ours["resolution"] = config.resolution
+    return {"_class_name": "VQModel", "act_fn": "silu", "block_out_channels": [config.hidden_channels * m for m in config.channel_mult],
+            "down_block_types": [f"{k}DownEncoderBlock2D" for k in kind], "up_block_types": [f"{k}UpDecoderBlock2D" for k in reversed(kind)],
+            "in_channels": config.num_channels, "out_channels": config.num_channels, "latent_channels": config.z_channels,
+            "layers_per_block": config.num_res_blocks, "mid_block_add_attention": not config.no_attn_mid_block, "norm_num_groups": config.norm_groups,
+            "norm_type": "group", "num_vq_embeddings": config.num_embeddings, "vq_embed_dim": config.quantized_embed_dim,
+            "sample_size": config.resolution} | {k: v for k, v in ours.items() if k not in ("norm_groups", "l2_codes")}
+
+
+def from_diffusers(fields) -> dict:
+    """Fields of VQGANConfig from a config.json of diffusers' VQModel."""
+    for name, wanted in {"norm_type": "group", "act_fn": "silu", "out_channels": fields["in_channels"]}.items():
+        if fields.get(name, wanted) != wanted:
+            raise ValueError(f"{name} {fields[name]!r} is another network; {wanted!r} is known")
+    widths, kinds = fields["block_out_channels"], {"": ("DownEncoderBlock2D", "UpDecoderBlock2D"), "Attn": ("AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D")}
+    down, up = fields["down_block_types"], fields["up_block_types"][::-1]
+    if any(pair not in kinds.values() for pair in zip(down, up)) or not len(down) == len(up) == len(widths):
+        raise ValueError(f"down_block_types {down} and up_block_types {up[::-1]} are no levels with or without attention, the same on the way up")
+    if any(width % widths[0] for width in widths):
+        raise ValueError(f"block_out_channels {widths} are no multiples of the first")
+    resolution = diffusers_resolution(fields.get("sample_size", 32), len(widths))
+    return {"resolution": resolution, "num_channels": fields["in_channels"], "hidden_channels": widths[0], "channel_mult": [w // widths[0] for w in widths],
+            "num_res_blocks": fields["layers_per_block"], "attn_resolutions": [resolution >> i for i, k in enumerate(down) if k.startswith("Attn")],
+            "no_attn_mid_block": not fields.get("mid_block_add_attention", True), "z_channels": fields["latent_channels"],
+            "num_embeddings": fields["num_vq_embeddings"], "quantized_embed_dim": fields.get("vq_embed_dim") or fields["latent_channels"],
+            "norm_groups": fields.get("norm_num_groups", 32), "attend_single_blocks": fields["layers_per_block"] == 1 and "AttnDownEncoderBlock2D" in down}
+
+
+def diffusers_resolution(sample_size, levels):
+    """diffusers never reads sample_size, and 32 is its default whatever the network (amused's too): then 16 codes a side."""
+    return 16 * 2 ** (levels - 1) if sample_size == 32 else sample_size
+
+
+def taming_yaml(config) -> str:
+    return f"""model:
+  target: taming.models.vqgan.VQModel
+  params:
+    embed_dim: {config.quantized_embed_dim}
+    n_embed: {config.num_embeddings}
+    ddconfig:
+      double_z: false
+      z_channels: {config.z_channels}
+      resolution: {config.resolution}
+      in_channels: {config.num_channels}
+      out_ch: {config.num_channels}
+      ch: {config.hidden_channels}
+      ch_mult: {list(config.channel_mult)}
+      num_res_blocks: {config.num_res_blocks}
+      attn_resolutions: {list(config.attn_resolutions)}
+      resamp_with_conv: {str(config.resample_with_conv).lower()}
+      dropout: {config.dropout}
+    lossconfig:
+      target: taming.modules.losses.vqperceptual.DummyLoss
+"""
 
 
 def named_arrays(model: VQGAN) -> list[tuple[str, jax.Array]]:
-    """(name in open-muse's state dict, array) for every weight."""
+    """(name in open-muse's state dict, array) for every weight; MaskGIT's upsampling alone is renamed in files."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(model)
     return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
 
 
 def fingerprint(model: VQGAN) -> str:
-    """Names the tokenizer that made a set of codes: 16 hex digits over its config and the weights that encode."""
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(model.config), sort_keys=True).encode())
+    """Names the tokenizer that made a set of codes: 16 hex digits over its config and its weights.
+
+    A flag that is off does not count, so that a new one leaves the names of old tokenizers as they are."""
+    fields = {k: v for k, v in dataclasses.asdict(model.config).items() if k not in FLAGS or v}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, array in named_arrays(model):
         digest.update(name.encode() + np.asarray(array, np.float32).tobytes())
     return digest.hexdigest()[:16]
@@ -779,6 +1011,22 @@ def read_pickle(file: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{file}: refused ({error})") from None
 
 
+def write_pickle(file: Path, key: str, tensors: dict[str, np.ndarray]):
+    """Writes {key: tensors} (float32) as torch.save would, without PyTorch: its words are put together by hand."""
+    words = lambda value: pickle.dumps(value, 2)[2:-1]  # without the frame of a whole pickle
+    entries = []
+    for i, (name, array) in enumerate(tensors.items()):
+        storage = b"(" + words("storage") + b"ctorch\nFloatStorage\n" + words(str(i)) + words("cpu") + words(array.size) + b"tQ"
+        strides = tuple(s // array.itemsize for s in array.strides)
+        entries.append(words(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + words(0) + words(array.shape) + words(strides)
+                       + b"\x89ccollections\nOrderedDict\n)RtR")
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}(" + words(key) + b"}(" + b"".join(entries) + b"uu.")
+        for i, array in enumerate(tensors.values()):
+            archive.writestr(f"archive/data/{i}", array.tobytes())
+        archive.writestr("archive/version", "3\n")
+
+
 @dataclasses.dataclass
 class Storage:
     dtype: type
@@ -807,6 +1055,8 @@ class TensorUnpickler(pickle.Unpickler):
             return lambda tensor, *_: tensor
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
+        if module.startswith("pytorch_lightning."):  # names the entries of a training checkpoint's callbacks; as a word it does nothing
+            return f"{module}.{name}"
         raise pickle.UnpicklingError(f"it asks to run {module}.{name}; only tensors are read")
 
     def persistent_load(self, identifier):
@@ -818,7 +1068,10 @@ class TensorUnpickler(pickle.Unpickler):
 
 def views(content, read) -> dict[str, np.ndarray]:
     """Puts numpy arrays in the place of references, checking every view against the bytes that are there."""
-    tensors = content.get("state_dict", content) if isinstance(content, dict) else content
+    tensors = content
+    for key in ("state_dict", "model"):  # of lightning, of LlamaGen; what is beside it stays unread
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            tensors = content[key]
     if not isinstance(tensors, dict) or not all(isinstance(t, TensorReference) for t in tensors.values()):
         raise ValueError("not a dictionary of tensors")
     arrays = {}
@@ -865,15 +1118,29 @@ def pad_row(row_BHWC, total):
     return np.concatenate([row_BHWC, np.ones((columns - len(row_BHWC), *row_BHWC.shape[1:]), np.float32)])
 
 
-def convert(model: Path, out: Path):
-    """Read any known tokenizer folder and write it as config.json + model.safetensors under open-muse's names.
+def convert(model: Path, out: Path, format: Literal[LAYOUTS] = "open-muse", pixels: Literal["auto", "unit", "symmetric"] = "auto"):
+    """Read any known tokenizer and write it for whom you like.
 
     Args:
-        model: Folder with config.json and model.safetensors or pytorch_model.bin.
+        model: Folder of open-muse, LVM, amused or diffusers; checkpoint (or folder) of taming-transformers or LlamaGen.
         out: Folder to write; an existing model there is not replaced.
+        format: open-muse: config.json + model.safetensors, which is also ours; diffusers: a VQModel; taming: last.ckpt +
+            model.yaml; llamagen: vq.pt. Where the network is not one of theirs the difference is named.
+        pixels: Values that the network itself takes: unit [0, 1], symmetric [-1, 1]. auto: as the file says, and where it
+            says nothing symmetric for taming and LlamaGen, unit for the others.
     """
-    save(load(model), out)
-    print(f"wrote {out}/model.safetensors")
+    vqgan = load(model)
+    if pixels != "auto":
+        vqgan = with_config(vqgan, symmetric_pixels=pixels == "symmetric")
+    save(vqgan, out, layout=format)
+    print(f"wrote {out}: {format}, {sum(array.size for _, array in named_arrays(vqgan)):,} parameters, pixels in {'[-1, 1]' if vqgan.config.symmetric_pixels else '[0, 1]'}")
+
+
+def with_config(model: VQGAN, **changes) -> VQGAN:
+    """The same weights in a network that differs by a flag."""
+    config = dataclasses.replace(model.config, **changes)
+    network = eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
+    return jax.tree.unflatten(jax.tree.structure(network), jax.tree.leaves(model))
 
 
 def main():

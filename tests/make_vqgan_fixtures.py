@@ -1,20 +1,28 @@
-"""Makes tests/fixtures/vqgan.npz and tests/fixtures/small.bin by PyTorch, so that the tests themselves need none.
+"""Makes the tokenizer's fixtures by PyTorch, so that the tests themselves need none.
 
     pip install torch diffusers numpy
-    python tests/make_vqgan_fixtures.py
+    python tests/make_vqgan_fixtures.py                            # vqgan.npz and small.bin
 
-The reference is diffusers' VQModel: the published tokenizer's network under other names. Its weights follow from
+    pip install torch einops numpy
+    git clone https://github.com/CompVis/taming-transformers https://github.com/FoundationVision/LlamaGen ...
+    python tests/make_vqgan_fixtures.py peers FOLDER               # peers.npz
+
+peers.npz comes from the published modules themselves, run out of their checkouts in FOLDER: taming-transformers (commit
+3ba01b2), LlamaGen (ce98ec4) and open-muse (64e1afe). Their weights follow from weights_rule.py under their own names.
+
+The reference of vqgan.npz is diffusers' VQModel: the published tokenizer's network under other names. Its weights follow from
 tests/weights_rule.py under the published (open-muse) names, so vqgan.npz holds outputs only. About a minute on two
 cores. The files here were made with torch 2.13.0 and diffusers 0.42.1.
 """
 
 import json
 import pathlib
+import sys
+import types
 import zlib
 
 import numpy as np
 import torch
-from diffusers import VQModel
 from weights_rule import VQGAN_CONFIGS, VQGAN_TINY, picture, tensor, vqgan_shapes, vqgan_weights
 
 FIXTURES = pathlib.Path(__file__).resolve().parent / "fixtures"
@@ -104,6 +112,8 @@ def reference(config, weights):
 
 def to_diffusers(config, weights):
     """Returns an empty VQModel of the published `config`, and {diffusers' name: the published name}."""
+    from diffusers import VQModel
+
     levels = len(config["channel_mult"])
     attends = [config["resolution"] >> i in config["attn_resolutions"] for i in range(levels)]
     # the published loop reads `if len(self.attn) > 1`: a level with a single attention block skips it
@@ -167,5 +177,124 @@ def shared_storage_state():
     return views
 
 
+# ---------------------------------------------------------------------------- other projects' own modules
+
+PEERS = {
+    "taming-f16-1024": dict(entries=1024, suffix="#0"),
+    "taming-f16-16384": dict(entries=16384, suffix="#0"),
+    "llamagen-vq16": dict(entries=16384, suffix="#0"),
+    "llamagen-vq8": dict(entries=16384, suffix="#0"),
+    "maskgit": dict(entries=1024, suffix="#0"),
+}
+"""32 channels instead of 128 keep the tests short; nothing else is changed."""
+
+
+def peers(folder: pathlib.Path):
+    arrays = {}
+    for name, choice in PEERS.items():
+        model = peer(name, folder, channels=32, entries=choice["entries"])
+        shapes = {key: tuple(value.shape) for key, value in model.state_dict().items() if "codebook_used" not in key}
+        images = picture(64, 2)
+        for suffix in (choice["suffix"], *(f"#{i}" for i in range(1, 30))):
+            weights = vqgan_weights(shapes, suffix)
+            model.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()}, strict=False)
+            codes_BS, margin, raw_BHWC = run_peer(model.eval(), images, symmetric=name != "maskgit")
+            print(f"{name} {suffix}: {len(np.unique(codes_BS))} distinct of {codes_BS.size} codes, margin {margin:.2e}")
+            if margin > MARGIN:
+                break
+        else:
+            raise SystemExit(f"two codes nearly tie at {name} whatever the suffix")
+        whole = peer(name, folder, channels=128, entries=choice["entries"])
+        arrays |= {
+            f"{name}/{key}": value
+            for key, value in {
+                "suffix": np.array(suffix),
+                "shapes": np.array(json.dumps(shapes)),
+                "parameters": sum(p.numel() for key, p in whole.named_parameters()),
+                "codes_BS": codes_BS.astype(np.int16),
+                "raw_BHWC": raw_BHWC[:, ::2, 1::2],
+                "edge_BHWC": raw_BHWC[:, [0, -1]],
+                "weights_crc": zlib.crc32(weights["encoder.conv_in.weight"]),
+            }.items()
+        }
+    np.savez_compressed(FIXTURES / "peers.npz", **arrays)
+    print(f"peers.npz: {(FIXTURES / 'peers.npz').stat().st_size / 1e3:.1f} kB")
+
+
+@torch.no_grad()
+def run_peer(model, images, symmetric):
+    """Returns codes_BS, the smallest relative margin by which a code wins, and the picture in [0, 1], not clamped."""
+    pixels_BCHW = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    pixels_BCHW = 2 * pixels_BCHW - 1 if symmetric else pixels_BCHW
+    z_BDhw = model.encoder(pixels_BCHW)
+    z_BDhw = model.quant_conv(z_BDhw) if hasattr(model, "quant_conv") else z_BDhw
+    quantized_BDhw, _, info = model.quantize(z_BDhw)
+    if isinstance(info, tuple):  # taming, LlamaGen
+        codes_BS = info[2].reshape(len(images), -1)
+    else:  # open-muse returns (quantized, codes, loss)
+        codes_BS = model.quantize(z_BDhw)[1]
+    latents = quantized_BDhw if not hasattr(model, "post_quant_conv") else model.post_quant_conv(quantized_BDhw)
+    raw_BHWC = model.decoder(latents).permute(0, 2, 3, 1)
+    z_ND = z_BDhw.permute(0, 2, 3, 1).reshape(-1, z_BDhw.shape[1]).double()
+    codebook = model.quantize.embedding.weight.double()
+    if getattr(model.quantize, "l2_norm", False):
+        z_ND, codebook = torch.nn.functional.normalize(z_ND), torch.nn.functional.normalize(codebook)
+    nearest_N2 = torch.cdist(z_ND, codebook, compute_mode="donot_use_mm_for_euclid_dist").square().topk(2, largest=False)
+    assert (nearest_N2.indices[:, 0] == codes_BS.reshape(-1)).all(), "near tie"
+    first_N, second_N = nearest_N2.values.T
+    raw = raw_BHWC.numpy()
+    return codes_BS.numpy(), ((second_N - first_N) / first_N).min().item(), (raw + 1) / 2 if symmetric else raw
+
+
+def peer(name, folder, channels, entries):
+    """The published network of that name, from the checkout in `folder`."""
+    model = torch.nn.Module()
+    if name.startswith("taming"):
+        sys.path.insert(0, str(folder / "taming-transformers"))
+        from taming.modules.diffusionmodules.model import Decoder, Encoder
+        from taming.modules.vqvae.quantize import VectorQuantizer2
+
+        shape = dict(ch=channels, out_ch=3, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=[16], in_channels=3)
+        shape |= dict(resolution=256, z_channels=2 * channels, double_z=False)  # configs/imagenet_vqgan.yaml
+        model.encoder, model.decoder = Encoder(**shape), Decoder(**shape)
+        model.quantize = VectorQuantizer2(entries, 2 * channels, beta=0.25)
+        model.quant_conv = torch.nn.Conv2d(2 * channels, 2 * channels, 1)
+        model.post_quant_conv = torch.nn.Conv2d(2 * channels, 2 * channels, 1)
+    elif name.startswith("llamagen"):
+        sys.path.insert(0, str(folder / "LlamaGen"))
+        from tokenizer.tokenizer_image import vq_model
+
+        model = {"vq16": vq_model.VQ_16, "vq8": vq_model.VQ_8}[name.split("-")[1]](codebook_size=entries)
+        if channels != 128:
+            shape = dict(ch=channels, ch_mult=model.config.encoder_ch_mult)
+            model.encoder, model.decoder = vq_model.Encoder(**shape), vq_model.Decoder(**shape)
+    else:
+        if "muse" not in sys.modules:  # its modeling_utils wants accelerate and a hub: only its config decorator is needed
+            sys.modules["muse"] = types.ModuleType("muse")
+            sys.modules["muse"].__path__ = [str(folder / "open-muse" / "muse")]
+            sys.modules["muse.modeling_utils"] = types.ModuleType("muse.modeling_utils")
+            sys.modules["muse.modeling_utils"].__dict__.update(
+                ConfigMixin=object, ModelMixin=torch.nn.Module, register_to_config=register_to_config
+            )
+        from muse.modeling_maskgit_vqgan import MaskGitVQGAN
+
+        model = MaskGitVQGAN(hidden_channels=channels, num_embeddings=entries, z_channels=2 * channels, quantized_embed_dim=2 * channels)
+    return model
+
+
+def register_to_config(init):
+    def wrapped(self, **given):
+        import inspect
+
+        fields = {k: p.default for k, p in inspect.signature(init).parameters.items() if k != "self"} | given
+        object.__setattr__(self, "config", types.SimpleNamespace(**fields))
+        init(self, **given)
+
+    return wrapped
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["peers"]:
+        peers(pathlib.Path(sys.argv[2]))
+    else:
+        main()

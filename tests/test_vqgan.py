@@ -1,8 +1,9 @@
 """The tokenizer gives the published one's codes and pixels; its files go out and come in whole, and bad ones stay out.
 
-fixtures/vqgan.npz and fixtures/small.bin come from make_vqgan_fixtures.py, which says how; no PyTorch is needed here.
+fixtures/{vqgan.npz,small.bin,peers.npz} come from make_vqgan_fixtures.py, which says how; no PyTorch is needed here.
 """
 
+import dataclasses
 import functools
 import io
 import json
@@ -34,6 +35,8 @@ import vqgan
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 EXPECTED = np.load(FIXTURES / "vqgan.npz")
+PEERS = np.load(FIXTURES / "peers.npz")
+PEER_NAMES = ["taming-f16-1024", "taming-f16-16384", "llamagen-vq16", "llamagen-vq8", "maskgit"]
 
 
 # ---------------------------------------------------------------------------- the network
@@ -223,7 +226,6 @@ def test_both_of_torchs_formats_load_in_every_float(tiny, tmp_path, container, k
         )
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="vqgan.load does not know diffusers' names yet")
 def test_a_folder_of_diffusers_vqmodel_gives_the_published_codes(tmp_path):
     """The fixture holds diffusers' own config.json and its names; its attention has linear layers."""
     theirs, suffix = json.loads(str(EXPECTED["diffusers"])), str(EXPECTED["small/suffix"])
@@ -247,6 +249,158 @@ def test_half_precision_safetensors_load_as_float32(tiny, tmp_path, dtype):
         b.dtype == np.float32 and np.array_equal(np.asarray(a).astype(dtype).astype(np.float32), b)
         for a, b in zip(jax.tree.leaves(tiny), jax.tree.leaves(model), strict=True)
     )
+
+
+# ---------------------------------------------------------------------------- other projects' checkpoints
+
+
+@functools.cache
+def peer_weights(name):
+    shapes = {key: tuple(shape) for key, shape in json.loads(str(PEERS[f"{name}/shapes"])).items()}
+    weights = vqgan_weights(shapes, str(PEERS[f"{name}/suffix"]))
+    assert zlib.crc32(weights["encoder.conv_in.weight"]) == PEERS[f"{name}/weights_crc"], "run make_vqgan_fixtures.py peers"
+    return weights
+
+
+def write_peer(folder, name, weights) -> pathlib.Path:
+    """Writes what that project publishes: a lightning checkpoint, a training checkpoint, or a folder."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if name == "maskgit":
+        config = dict(resolution=256, hidden_channels=32, z_channels=64, num_embeddings=1024, quantized_embed_dim=64)
+        config |= dict(channel_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,))
+        (folder / "config.json").write_text(json.dumps({"_class_name": "MaskGitVQGAN", **config}))
+        save_file(weights, folder / "pytorch_model.safetensors")
+        return folder
+    entries, blobs = [], {}
+    for i, (key, array) in enumerate(weights.items()):
+        entries.append((text(key), tensor_word(storage_word("FloatStorage", str(i), array.size), 0, array.shape)))
+        blobs[str(i)] = array.tobytes()
+    extra = ("loss.discriminator.main.0.weight", "state_dict") if "taming" in name else ("quantize.codebook_used", "model")
+    entries.append((text(extra[0]), tensor_word(storage_word("FloatStorage", "0", 4), 0, (4,))))
+    callbacks = dictionary((word("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"), dictionary((text("best"), b"N"))))
+    body = dictionary((text("epoch"), number(3)), (text(extra[1]), dictionary(*entries)), (text("callbacks"), callbacks))
+    file = folder / ("last.ckpt" if "taming" in name else "vq_ds16_c2i.pt")
+    write_zip(file, program(body), blobs)
+    return file
+
+
+@pytest.mark.parametrize("name", PEER_NAMES)
+def test_a_checkpoint_of_another_project_gives_its_codes_and_pixels_and_comes_back_from_every_format(name, tmp_path):
+    model = vqgan.load(write_peer(tmp_path / "theirs", name, peer_weights(name)))
+    images = picture(64, 2).astype(np.float32) / 255
+    codes_BS = vqgan.encode(model, images)
+    np.testing.assert_array_equal(codes_BS, PEERS[f"{name}/codes_BS"])
+    raw_BHWC = np.asarray(raw_decode(model, codes_BS))
+    np.testing.assert_allclose(raw_BHWC[:, ::2, 1::2], PEERS[f"{name}/raw_BHWC"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(raw_BHWC[:, [0, -1]], PEERS[f"{name}/edge_BHWC"], rtol=0, atol=1e-4)
+
+    shared = {"t": ("open-muse", "diffusers", "taming"), "l": vqgan.LAYOUTS, "m": ("open-muse",)}[name[0]]
+    for layout in vqgan.LAYOUTS:
+        if layout not in shared:
+            with pytest.raises(ValueError, match=f"{layout} has no such network"):
+                vqgan.save(model, tmp_path / layout, layout=layout)
+            assert not (tmp_path / layout).exists()
+            continue
+        vqgan.save(model, tmp_path / layout, layout=layout)
+        again = vqgan.load(tmp_path / layout)
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(model), jax.tree.leaves(again), strict=True):
+            if "quantize" in jax.tree_util.keystr(path) and model.config.l2_codes and layout in ("diffusers", "taming"):
+                latents = tensor("latents", (1, 8, 8, a.shape[1]))
+                a = a / jnp.linalg.norm(a, axis=-1, keepdims=True)  # there entries are of length 1, which changes no code
+                np.testing.assert_allclose(a, b, atol=1e-6)
+                np.testing.assert_array_equal(again.quantize.nearest(latents), model.quantize.nearest(vqgan.to_sphere(latents)))
+            else:
+                np.testing.assert_array_equal(a, b, err_msg=f"{layout} {jax.tree_util.keystr(path)}")
+        if layout in ("open-muse", "llamagen"):
+            assert again.config == model.config and vqgan.fingerprint(again) == vqgan.fingerprint(model)
+
+
+@pytest.mark.parametrize("name", PEER_NAMES)
+def test_a_checkpoint_is_written_back_under_its_own_names_shapes_and_numbers(name, tmp_path):
+    weights = peer_weights(name)
+    layout = {"t": "taming", "l": "llamagen", "m": "open-muse"}[name[0]]
+    vqgan.save(vqgan.load(write_peer(tmp_path / "theirs", name, weights)), tmp_path / "back", layout=layout)
+    file = tmp_path / "back" / {"taming": "last.ckpt", "llamagen": "vq.pt", "open-muse": "model.safetensors"}[layout]
+    written = (vqgan.read_safetensors if file.suffix == ".safetensors" else vqgan.read_pickle)(file)
+    assert written.keys() == weights.keys()
+    assert all(np.array_equal(written[key], weights[key]) for key in weights)
+
+
+@pytest.mark.parametrize("name", PEER_NAMES)
+def test_every_tensor_of_a_checkpoint_is_used_once_or_named(name, tmp_path):
+    weights = peer_weights(name)
+    missing = "decoder.conv_in.bias"
+    with pytest.raises(ValueError, match=r"no tensor decoder\.conv_in\.bias"):
+        vqgan.load(write_peer(tmp_path / "less", name, {k: v for k, v in weights.items() if k != missing}))
+    with pytest.raises(ValueError, match=r"unexpected tensor encoder\.extra\.weight"):
+        vqgan.load(write_peer(tmp_path / "more", name, weights | {"encoder.extra.weight": np.zeros(4, np.float32)}))
+    with pytest.raises(ValueError, match=r"encoder\.conv_out\.weight"):
+        vqgan.load(write_peer(tmp_path / "other", name, weights | {"encoder.conv_out.weight": np.zeros((8, 8, 3, 3), np.float32)}))
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("taming-f16-1024", {}),
+        ("taming-f16-16384", dict(num_embeddings=16384)),
+        ("llamagen-vq16", dict(num_embeddings=16384, quantized_embed_dim=8, l2_codes=True)),
+        (
+            "llamagen-vq8",
+            dict(num_embeddings=16384, quantized_embed_dim=8, l2_codes=True, channel_mult=(1, 2, 2, 4), attn_resolutions=(32,)),
+        ),
+        ("maskgit", dict(maskgit=True, symmetric_pixels=False)),
+    ],
+)
+def test_the_networks_of_full_width_have_the_published_number_of_parameters(name, changes):
+    config = dataclasses.replace(vqgan.PRESETS["taming-f16"], **changes)
+    network = eqx.filter_eval_shape(lambda: vqgan.VQGAN(config, key=jax.random.key(0)))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(network)) == PEERS[f"{name}/parameters"]
+
+
+def test_a_class_of_lightning_is_a_mere_word_and_calling_it_is_refused(tmp_path):
+    harmless = word("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
+    for name, body in {"call": call(harmless, text("x")), "build": harmless + dictionary((text("x"), number(1))) + b"b"}.items():
+        write_zip(tmp_path / f"{name}.ckpt", program(dictionary((text("callbacks"), body))), {})
+        with pytest.raises(ValueError, match=f"{name}.ckpt: refused"):
+            vqgan.load(tmp_path / f"{name}.ckpt")
+
+
+def test_diffusers_own_folder_returns_from_our_export_and_its_other_networks_are_refused(tmp_path):
+    theirs, weights = json.loads(str(EXPECTED["diffusers"])), vqgan_weights(vqgan_shapes(VQGAN_CONFIGS["small"]), "#1")
+    model = vqgan.load(write_folder(tmp_path / "muse", VQGAN_CONFIGS["small"], weights))
+    vqgan.save(model, tmp_path / "diffusers", layout="diffusers")
+    written = json.loads((tmp_path / "diffusers" / "config.json").read_text())
+    assert {k: v for k, v in theirs["config"].items() if k in written and not k.startswith("_diff")} == written
+    with safe_open(tmp_path / "diffusers" / "diffusion_pytorch_model.safetensors", "np") as file:
+        assert set(file.keys()) == set(theirs["names"])
+        ndim = {name: file.get_tensor(name).ndim for name in file.keys()}
+    assert all(n == 2 for name, n in ndim.items() if ".to_" in name and name.endswith("weight"))
+    for field, value in {"norm_type": "spatial", "act_fn": "mish", "up_block_types": ["UpDecoderBlock2D"] * 2}.items():
+        (tmp_path / "diffusers" / "config.json").write_text(json.dumps(written | {field: value}))
+        with pytest.raises(ValueError, match=rf"config\.json.*{field}"):
+            vqgan.load(tmp_path / "diffusers")
+
+
+def test_amused_whose_sample_size_is_the_meaningless_default_is_read_at_256_pixels():
+    config = vqgan.VQGANConfig(**VQGAN_CONFIGS["released"])
+    fields = vqgan.config_fields("diffusers", config) | {"sample_size": 32}
+    assert vqgan.read_config(pathlib.Path("config.json"), fields)[1] == config
+
+
+def test_the_bundled_tokenizer_keeps_the_name_that_datasets_know_it_by():
+    assert vqgan.fingerprint(vqgan.load(vqgan.MINI)) == "c790061100646d36"
+
+
+def test_the_convert_command_writes_each_format(tiny, tmp_path):
+    vqgan.save(vqgan.with_config(tiny, symmetric_pixels=True), tmp_path / "ours")
+    command = [sys.executable, vqgan.__file__, "convert", "--model", str(tmp_path / "ours"), "--out", str(tmp_path / "out")]
+    run = lambda *more: subprocess.run([*command, *more], capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    refused = run("--format", "taming")
+    assert refused.returncode == 2 and "no attention in the middle" in refused.stderr
+    assert run("--format", "diffusers").returncode == 0
+    assert vqgan.load(tmp_path / "out").config == dataclasses.replace(tiny.config, symmetric_pixels=True)
+    assert run("--format", "diffusers", "--pixels", "unit").returncode == 2  # there is a model already
 
 
 # ---------------------------------------------------------------------------- files that lie
@@ -587,7 +741,7 @@ def tiny(tmp_path_factory):
 @jax.jit
 def raw_decode(model, codes_BS):
     side = math.isqrt(codes_BS.shape[1])
-    return model.to_pixels(model.quantize.embedding.weight[codes_BS].reshape(len(codes_BS), side, side, -1))
+    return model.to_pixels(model.quantize.codebook()[codes_BS].reshape(len(codes_BS), side, side, -1))
 
 
 def write_config(folder, config=VQGAN_TINY):
