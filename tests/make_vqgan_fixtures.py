@@ -10,6 +10,9 @@
 peers.npz comes from the published modules themselves, run out of their checkouts in FOLDER: taming-transformers (commit
 3ba01b2), LlamaGen (ce98ec4) and open-muse (64e1afe). Their weights follow from weights_rule.py under their own names.
 
+    pip install torch numpy scipy lpips==0.1.4 efficientnet-lite-pytorch==0.1.0 scikit-image==0.26.0
+    python tests/make_vqgan_fixtures.py measures                   # measures.npz: losses and measures by those packages
+
 The reference of vqgan.npz is diffusers' VQModel: the published tokenizer's network under other names. Its weights follow from
 tests/weights_rule.py under the published (open-muse) names, so vqgan.npz holds outputs only. About a minute on two
 cores. The files here were made with torch 2.13.0 and diffusers 0.42.1.
@@ -23,7 +26,17 @@ import zlib
 
 import numpy as np
 import torch
-from weights_rule import VQGAN_CONFIGS, VQGAN_TINY, picture, tensor, vqgan_shapes, vqgan_weights
+from weights_rule import (
+    VQGAN_CONFIGS,
+    VQGAN_TINY,
+    efficientnet_weights,
+    lpips_weights,
+    measured_pictures,
+    picture,
+    tensor,
+    vqgan_shapes,
+    vqgan_weights,
+)
 
 FIXTURES = pathlib.Path(__file__).resolve().parent / "fixtures"
 SEEDS = {"small": "#4", "single": "#5", "defaults": "#10", "released": "#10"}
@@ -282,6 +295,52 @@ def peer(name, folder, channels, entries):
     return model
 
 
+def measures():
+    """LPIPS and EfficientNet-Lite0 by their PyTorch packages on rule-made weights; PSNR and SSIM by scikit-image."""
+    models = types.ModuleType("torchvision.models")  # lpips wants torchvision for the layers of VGG16, and for nothing else
+    sys.modules["torchvision"], sys.modules["torchvision.models"] = types.ModuleType("torchvision"), models
+    sys.modules["torchvision"].models = models
+    models.vgg16 = lambda pretrained=False: types.SimpleNamespace(features=vgg16_features())
+    import lpips
+    from efficientnet_lite_pytorch import EfficientNet
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    a, b = measured_pictures()
+    as_torch = lambda x: torch.from_numpy(x).permute(0, 3, 1, 2)
+    network = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False).eval()
+    weights = lpips_weights()
+    for place, layer in enumerate(vgg16_features()):
+        if isinstance(layer, torch.nn.Conv2d):
+            ours = next(getattr(network.net, f"slice{i}")._modules[str(place)] for i in range(1, 6) if str(place) in getattr(network.net, f"slice{i}")._modules)
+            ours.weight.data, ours.bias.data = (torch.from_numpy(weights[f"features.{place}.{part}"]) for part in ("weight", "bias"))
+    network.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items() if k.startswith("lin")}, strict=False)
+    classifier = EfficientNet.from_name("efficientnet-lite0").eval()
+    shapes = {k: tuple(v.shape) for k, v in classifier.state_dict().items() if "num_batches" not in k}
+    classifier.load_state_dict({k: torch.from_numpy(v) for k, v in efficientnet_weights(shapes).items()}, strict=False)
+    with torch.no_grad():
+        distance_B = network(as_torch(a), as_torch(b), normalize=True).reshape(-1).numpy()
+        logits_BK = classifier((as_torch(a) * 255 - 127) / 128).numpy()
+    print("LPIPS", distance_B, "logits", logits_BK.std())
+    window = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, channel_axis=2)
+    np.savez_compressed(
+        FIXTURES / "measures.npz",
+        lpips_B=distance_B,
+        logits_BK=logits_BK[:, ::4],
+        efficientnet_shapes=np.array(json.dumps(shapes)),
+        psnr_B=[peak_signal_noise_ratio(x, y, data_range=1) for x, y in zip(a, b)],
+        ssim_B=[structural_similarity(x, y, **window) for x, y in zip(a.astype(np.float64), b.astype(np.float64))],
+    )
+
+
+def vgg16_features():
+    """The convolutional layers of VGG16 (Simonyan and Zisserman 2014, configuration D), at torchvision's places."""
+    layers, last = [], 3
+    for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
+        layers += [torch.nn.Conv2d(last, width, 3, padding=1), torch.nn.ReLU()] if width else [torch.nn.MaxPool2d(2)]
+        last = width or last
+    return torch.nn.Sequential(*layers)
+
+
 def register_to_config(init):
     def wrapped(self, **given):
         import inspect
@@ -296,5 +355,7 @@ def register_to_config(init):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["peers"]:
         peers(pathlib.Path(sys.argv[2]))
+    elif sys.argv[1:2] == ["measures"]:
+        measures()
     else:
         main()
