@@ -1541,6 +1541,7 @@ def reconstruct(images: tuple[Path, ...], model: Path = MINI, out: Path = Path("
     report, sheet = measure_reconstruction(vqgan, paths, fit, network, seed)
     for example in report["examples"]:
         print(f"{example['psnr']:6.2f} dB  SSIM {example['ssim']:.3f}  {example['path']}")
+    print(f"{report['mean']['psnr']['mean']:6.2f} dB  SSIM {report['mean']['ssim']['mean']:.3f}  mean of {len(paths)}")
     print("\n".join(describe(report)))
     save_rows(sheet, out)
     out.with_suffix(".json").write_text(json.dumps({"model": str(model), "fingerprint": fingerprint(vqgan), "fit": fit, "seed": seed} | report, indent=1) + "\n")
@@ -1580,7 +1581,7 @@ def bootstrap(values, seed, rounds=2000) -> dict[str, float]:
 
 
 def describe(report) -> list[str]:
-    names = {"psnr": "PSNR dB", "ssim": "SSIM", "lpips": "LPIPS"}
+    names = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS"}
     rows = [f"| {names[name]} | {v['mean']:.3f} | {v['low']:.3f} - {v['high']:.3f} |" for name, v in report["mean"].items()]
     book = report["codebook"]
     return [f"| mean of {report['pictures']} pictures | | 95% interval |", "|---|---:|---:|", *rows,
