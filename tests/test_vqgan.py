@@ -1,8 +1,9 @@
 """The tokenizer gives the published one's codes and pixels; its files go out and come in whole, and bad ones stay out.
 
-fixtures/vqgan.npz and fixtures/small.bin come from make_vqgan_fixtures.py, which says how; no PyTorch is needed here.
+fixtures/{vqgan.npz,small.bin,peers.npz} come from make_vqgan_fixtures.py, which says how; no PyTorch is needed here.
 """
 
+import dataclasses
 import functools
 import io
 import json
@@ -26,14 +27,27 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from weights_rule import VQGAN_CONFIGS, VQGAN_TINY, picture, tensor, vqgan_shapes, vqgan_weights
+from weights_rule import (
+    VQGAN_CONFIGS,
+    VQGAN_TINY,
+    efficientnet_weights,
+    lpips_weights,
+    measured_pictures,
+    picture,
+    tensor,
+    vqgan_shapes,
+    vqgan_weights,
+)
 
 import vqgan
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 EXPECTED = np.load(FIXTURES / "vqgan.npz")
+PEERS = np.load(FIXTURES / "peers.npz")
+PEER_NAMES = ["taming-f16-1024", "taming-f16-16384", "llamagen-vq16", "llamagen-vq8", "maskgit"]
 
 
 # ---------------------------------------------------------------------------- the network
@@ -223,7 +237,6 @@ def test_both_of_torchs_formats_load_in_every_float(tiny, tmp_path, container, k
         )
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="vqgan.load does not know diffusers' names yet")
 def test_a_folder_of_diffusers_vqmodel_gives_the_published_codes(tmp_path):
     """The fixture holds diffusers' own config.json and its names; its attention has linear layers."""
     theirs, suffix = json.loads(str(EXPECTED["diffusers"])), str(EXPECTED["small/suffix"])
@@ -247,6 +260,158 @@ def test_half_precision_safetensors_load_as_float32(tiny, tmp_path, dtype):
         b.dtype == np.float32 and np.array_equal(np.asarray(a).astype(dtype).astype(np.float32), b)
         for a, b in zip(jax.tree.leaves(tiny), jax.tree.leaves(model), strict=True)
     )
+
+
+# ---------------------------------------------------------------------------- other projects' checkpoints
+
+
+@functools.cache
+def peer_weights(name):
+    shapes = {key: tuple(shape) for key, shape in json.loads(str(PEERS[f"{name}/shapes"])).items()}
+    weights = vqgan_weights(shapes, str(PEERS[f"{name}/suffix"]))
+    assert zlib.crc32(weights["encoder.conv_in.weight"]) == PEERS[f"{name}/weights_crc"], "run make_vqgan_fixtures.py peers"
+    return weights
+
+
+def write_peer(folder, name, weights) -> pathlib.Path:
+    """Writes what that project publishes: a lightning checkpoint, a training checkpoint, or a folder."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if name == "maskgit":
+        config = dict(resolution=256, hidden_channels=32, z_channels=64, num_embeddings=1024, quantized_embed_dim=64)
+        config |= dict(channel_mult=(1, 1, 2, 2, 4), num_res_blocks=2, attn_resolutions=(16,))
+        (folder / "config.json").write_text(json.dumps({"_class_name": "MaskGitVQGAN", **config}))
+        save_file(weights, folder / "pytorch_model.safetensors")
+        return folder
+    entries, blobs = [], {}
+    for i, (key, array) in enumerate(weights.items()):
+        entries.append((text(key), tensor_word(storage_word("FloatStorage", str(i), array.size), 0, array.shape)))
+        blobs[str(i)] = array.tobytes()
+    extra = ("loss.discriminator.main.0.weight", "state_dict") if "taming" in name else ("quantize.codebook_used", "model")
+    entries.append((text(extra[0]), tensor_word(storage_word("FloatStorage", "0", 4), 0, (4,))))
+    callbacks = dictionary((word("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"), dictionary((text("best"), b"N"))))
+    body = dictionary((text("epoch"), number(3)), (text(extra[1]), dictionary(*entries)), (text("callbacks"), callbacks))
+    file = folder / ("last.ckpt" if "taming" in name else "vq_ds16_c2i.pt")
+    write_zip(file, program(body), blobs)
+    return file
+
+
+@pytest.mark.parametrize("name", PEER_NAMES)
+def test_a_checkpoint_of_another_project_gives_its_codes_and_pixels_and_comes_back_from_every_format(name, tmp_path):
+    model = vqgan.load(write_peer(tmp_path / "theirs", name, peer_weights(name)))
+    images = picture(64, 2).astype(np.float32) / 255
+    codes_BS = vqgan.encode(model, images)
+    np.testing.assert_array_equal(codes_BS, PEERS[f"{name}/codes_BS"])
+    raw_BHWC = np.asarray(raw_decode(model, codes_BS))
+    np.testing.assert_allclose(raw_BHWC[:, ::2, 1::2], PEERS[f"{name}/raw_BHWC"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(raw_BHWC[:, [0, -1]], PEERS[f"{name}/edge_BHWC"], rtol=0, atol=1e-4)
+
+    shared = {"t": ("open-muse", "diffusers", "taming"), "l": vqgan.LAYOUTS, "m": ("open-muse",)}[name[0]]
+    for layout in vqgan.LAYOUTS:
+        if layout not in shared:
+            with pytest.raises(ValueError, match=f"{layout} has no such network"):
+                vqgan.save(model, tmp_path / layout, layout=layout)
+            assert not (tmp_path / layout).exists()
+            continue
+        vqgan.save(model, tmp_path / layout, layout=layout)
+        again = vqgan.load(tmp_path / layout)
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(model), jax.tree.leaves(again), strict=True):
+            if "quantize" in jax.tree_util.keystr(path) and model.config.l2_codes and layout in ("diffusers", "taming"):
+                latents = tensor("latents", (1, 8, 8, a.shape[1]))
+                a = a / jnp.linalg.norm(a, axis=-1, keepdims=True)  # there entries are of length 1, which changes no code
+                np.testing.assert_allclose(a, b, atol=1e-6)
+                np.testing.assert_array_equal(again.quantize.nearest(latents), model.quantize.nearest(vqgan.to_sphere(latents)))
+            else:
+                np.testing.assert_array_equal(a, b, err_msg=f"{layout} {jax.tree_util.keystr(path)}")
+        if layout in ("open-muse", "llamagen"):
+            assert again.config == model.config and vqgan.fingerprint(again) == vqgan.fingerprint(model)
+
+
+@pytest.mark.parametrize("name", PEER_NAMES)
+def test_a_checkpoint_is_written_back_under_its_own_names_shapes_and_numbers(name, tmp_path):
+    weights = peer_weights(name)
+    layout = {"t": "taming", "l": "llamagen", "m": "open-muse"}[name[0]]
+    vqgan.save(vqgan.load(write_peer(tmp_path / "theirs", name, weights)), tmp_path / "back", layout=layout)
+    file = tmp_path / "back" / {"taming": "last.ckpt", "llamagen": "vq.pt", "open-muse": "model.safetensors"}[layout]
+    written = (vqgan.read_safetensors if file.suffix == ".safetensors" else vqgan.read_pickle)(file)
+    assert written.keys() == weights.keys()
+    assert all(np.array_equal(written[key], weights[key]) for key in weights)
+
+
+@pytest.mark.parametrize("name", PEER_NAMES)
+def test_every_tensor_of_a_checkpoint_is_used_once_or_named(name, tmp_path):
+    weights = peer_weights(name)
+    missing = "decoder.conv_in.bias"
+    with pytest.raises(ValueError, match=r"no tensor decoder\.conv_in\.bias"):
+        vqgan.load(write_peer(tmp_path / "less", name, {k: v for k, v in weights.items() if k != missing}))
+    with pytest.raises(ValueError, match=r"unexpected tensor encoder\.extra\.weight"):
+        vqgan.load(write_peer(tmp_path / "more", name, weights | {"encoder.extra.weight": np.zeros(4, np.float32)}))
+    with pytest.raises(ValueError, match=r"encoder\.conv_out\.weight"):
+        vqgan.load(write_peer(tmp_path / "other", name, weights | {"encoder.conv_out.weight": np.zeros((8, 8, 3, 3), np.float32)}))
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("taming-f16-1024", {}),
+        ("taming-f16-16384", dict(num_embeddings=16384)),
+        ("llamagen-vq16", dict(num_embeddings=16384, quantized_embed_dim=8, l2_codes=True)),
+        (
+            "llamagen-vq8",
+            dict(num_embeddings=16384, quantized_embed_dim=8, l2_codes=True, channel_mult=(1, 2, 2, 4), attn_resolutions=(32,)),
+        ),
+        ("maskgit", dict(maskgit=True, symmetric_pixels=False)),
+    ],
+)
+def test_the_networks_of_full_width_have_the_published_number_of_parameters(name, changes):
+    config = dataclasses.replace(vqgan.PRESETS["taming-f16"], **changes)
+    network = eqx.filter_eval_shape(lambda: vqgan.VQGAN(config, key=jax.random.key(0)))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(network)) == PEERS[f"{name}/parameters"]
+
+
+def test_a_class_of_lightning_is_a_mere_word_and_calling_it_is_refused(tmp_path):
+    harmless = word("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
+    for name, body in {"call": call(harmless, text("x")), "build": harmless + dictionary((text("x"), number(1))) + b"b"}.items():
+        write_zip(tmp_path / f"{name}.ckpt", program(dictionary((text("callbacks"), body))), {})
+        with pytest.raises(ValueError, match=f"{name}.ckpt: refused"):
+            vqgan.load(tmp_path / f"{name}.ckpt")
+
+
+def test_diffusers_own_folder_returns_from_our_export_and_its_other_networks_are_refused(tmp_path):
+    theirs, weights = json.loads(str(EXPECTED["diffusers"])), vqgan_weights(vqgan_shapes(VQGAN_CONFIGS["small"]), "#1")
+    model = vqgan.load(write_folder(tmp_path / "muse", VQGAN_CONFIGS["small"], weights))
+    vqgan.save(model, tmp_path / "diffusers", layout="diffusers")
+    written = json.loads((tmp_path / "diffusers" / "config.json").read_text())
+    assert {k: v for k, v in theirs["config"].items() if k in written and not k.startswith("_diff")} == written
+    with safe_open(tmp_path / "diffusers" / "diffusion_pytorch_model.safetensors", "np") as file:
+        assert set(file.keys()) == set(theirs["names"])
+        ndim = {name: file.get_tensor(name).ndim for name in file.keys()}
+    assert all(n == 2 for name, n in ndim.items() if ".to_" in name and name.endswith("weight"))
+    for field, value in {"norm_type": "spatial", "act_fn": "mish", "up_block_types": ["UpDecoderBlock2D"] * 2}.items():
+        (tmp_path / "diffusers" / "config.json").write_text(json.dumps(written | {field: value}))
+        with pytest.raises(ValueError, match=rf"config\.json.*{field}"):
+            vqgan.load(tmp_path / "diffusers")
+
+
+def test_amused_whose_sample_size_is_the_meaningless_default_is_read_at_256_pixels():
+    config = vqgan.VQGANConfig(**VQGAN_CONFIGS["released"])
+    fields = vqgan.config_fields("diffusers", config) | {"sample_size": 32}
+    assert vqgan.read_config(pathlib.Path("config.json"), fields)[1] == config
+
+
+def test_the_bundled_tokenizer_keeps_the_name_that_datasets_know_it_by():
+    assert vqgan.fingerprint(vqgan.load(vqgan.MINI)) == "c790061100646d36"
+
+
+def test_the_convert_command_writes_each_format(tiny, tmp_path):
+    vqgan.save(vqgan.with_config(tiny, symmetric_pixels=True), tmp_path / "ours")
+    command = [sys.executable, vqgan.__file__, "convert", "--model", str(tmp_path / "ours"), "--out", str(tmp_path / "out")]
+    run = lambda *more: subprocess.run([*command, *more], capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    refused = run("--format", "taming")
+    assert refused.returncode == 2 and "no attention in the middle" in refused.stderr
+    assert run("--format", "diffusers").returncode == 0
+    assert vqgan.load(tmp_path / "out").config == dataclasses.replace(tiny.config, symmetric_pixels=True)
+    assert run("--format", "diffusers", "--pixels", "unit").returncode == 2  # there is a model already
 
 
 # ---------------------------------------------------------------------------- files that lie
@@ -571,6 +736,218 @@ def test_a_weight_that_is_not_a_number_is_refused_by_its_name(tmp_path):
         vqgan.load(write_folder(tmp_path, VQGAN_TINY, weights))
 
 
+# ---------------------------------------------------------------------------- training
+
+TRAINED = vqgan.VQGANConfig(
+    resolution=24, hidden_channels=8, channel_mult=(1, 1), num_res_blocks=1, attn_resolutions=(), no_attn_mid_block=True,
+    z_channels=8, num_embeddings=32, quantized_embed_dim=4, norm_groups=4,
+)  # fmt: skip
+
+
+real_make_mesh = vqgan.make_mesh
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    monkeypatch.setitem(vqgan.PRESETS, "mini", TRAINED)
+    one = lambda mesh: real_make_mesh(mesh) if mesh != "-1,1" else jax.make_mesh((1, 1), ("data", "fsdp"), devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 2)
+    monkeypatch.setattr(vqgan, "make_mesh", one)  # eight devices only where they are the claim: they take long to compile for
+    np.save(tmp_path / "pictures.npy", picture(24, 24))
+    return tmp_path / "pictures.npy"
+
+
+def gan_config(pictures, **changes):
+    return vqgan.TrainConfig(data=pictures, out=pictures.parent / "run", optimizer="adam", learning_rate=1e-3, steps=6, batch=8, quantize_from=1,
+                             save_every=2, log_every=2, gan_weight=0.8, gan_from=2, gan_warmup=1, gan_channels=4, gan_penalty="r1", **changes)  # fmt: skip
+
+
+def new_state(config, started_from=None):
+    mesh, optimizers = vqgan.make_mesh(config.mesh), vqgan.make_optimizers(config)
+    state, shardings = vqgan.make_state(config, vqgan.network_config(config, started_from), started_from, optimizers, mesh)
+    step = lambda state, pixels_BHWC, at=4: vqgan.train_step(
+        (optimizers, config, shardings, True, {}), state, jnp.asarray(pixels_BHWC), jax.random.key(0), jnp.array(True), jnp.array(False), jnp.array(at)
+    )
+    return state, step
+
+
+def equal(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_a_resumed_adversarial_run_equals_an_uninterrupted_one_and_logs_every_step_once(pictures):
+    config = gan_config(pictures)
+    whole = vqgan.train(config)
+    log = config.out / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(np.isfinite(line[k]) for line in lines for k in ("loss", "entropy", "perplexity", "used", "grad_norm"))
+    assert "critic" not in lines[1] and {"critic", "gan", "gan_weight", "penalty", "gate"} <= lines[2].keys()
+    assert lines[2]["gan_weight"] == 0 < lines[3]["gan_weight"]  # the discriminator learns before it is listened to
+    checkpoints = config.out / "checkpoints"
+    newest = vqgan.ocp.CheckpointManager(checkpoints.absolute()).restore(6)
+    shutil.rmtree(checkpoints / "6")
+    again = vqgan.train(config)
+    assert equal(whole, again) and equal(newest, vqgan.ocp.CheckpointManager(checkpoints.absolute()).restore(6))
+    assert {"critic", "critic_optimizer", "ema", "optimizer", "usage_K"} <= newest.keys()
+    without_time = lambda line: {k: v for k, v in line.items() if k != "seconds"}
+    assert [without_time(json.loads(x)) for x in log.read_text().splitlines()] == [without_time(line) for line in lines]
+
+
+def test_a_step_with_nan_changes_neither_weights_nor_moments_and_is_counted_and_a_row_of_them_stops_the_run(pictures):
+    config = gan_config(pictures)
+    pixels_BHWC = picture(24, 8).astype(np.float32) / 255
+    state, step = new_state(config)
+    before = jax.tree.map(np.asarray, state)
+    state, metrics = step(state, np.where(np.arange(24)[:, None] == 3, np.nan, pixels_BHWC))
+    untouched = lambda s: {k: v for k, v in s.items() if k != "guard"}
+    assert equal(untouched(before), untouched(state))
+    assert metrics["skipped"] == metrics["in_a_row"] == 1
+    state, metrics = step(state, pixels_BHWC)
+    assert metrics["skipped"] == 1 and metrics["in_a_row"] == 0 and not equal(before["model"], state["model"])
+
+    # A pixel loss at twice its best closes the gate: the generator no longer listens to the discriminator.
+    assert metrics["gate"] == 1 and metrics["gan_weight"] > 0
+    pixel = state["guard"]["pixel"]
+    _, metrics = step(state | {"guard": state["guard"] | {"best": pixel / 2}}, pixels_BHWC)
+    assert metrics["gate"] == 0 and metrics["gan_weight"] == 0
+
+    bad = {"in_a_row": 20.0, "loss": float("nan"), "grad_norm": 1.0, "perplexity": 9.0}
+    with pytest.raises(FloatingPointError, match="20 steps in a row.*step 7.*checkpoint is at step 6"):
+        vqgan.check_health(config, 7, bad, 6)
+    with pytest.raises(FloatingPointError, match="codebook has collapsed: perplexity 1.20"):
+        vqgan.check_health(config, 600, bad | {"in_a_row": 0, "perplexity": 1.2}, 500)
+
+
+def test_weights_split_over_devices_and_a_batch_in_parts_give_the_same_gradients(pictures):
+    changes = dict(accumulate=2, mesh="2,4")
+    whole = dataclasses.replace(gan_config(pictures), batch=16, gan_penalty="none", gan_adaptive=False)
+    pixels_BHWC = picture(24, whole.batch).astype(np.float32) / 255
+    results = []
+    for config in (whole, dataclasses.replace(whole, **changes)):
+        state, step = new_state(config)
+        state, metrics = step(state, pixels_BHWC)
+        results.append({k: float(v) for k, v in metrics.items()})
+    for key in ("loss", "pixel", "codebook", "critic", "grad_norm", "critic_norm"):
+        np.testing.assert_allclose(results[1][key], results[0][key], rtol=2e-5, err_msg=key)
+
+
+def test_the_adaptive_weight_is_the_ratio_of_the_two_gradients_at_the_last_kernel(pictures):
+    config = gan_config(pictures)
+    state, step = new_state(config)
+    model, critic = jax.tree.map(jnp.copy, (state["model"], state["critic"]))
+    pixels_BHWC = picture(24, 8).astype(np.float32) / 255
+    _, metrics = step(state, pixels_BHWC, at=100)
+
+    def output(kernel):
+        other = eqx.tree_at(lambda m: m.decoder.conv_out.weight, model, kernel)
+        return raw_decode(other, vqgan.encode(model, pixels_BHWC))
+
+    rebuilt = lambda kernel: jnp.abs(output(kernel) - pixels_BHWC).mean() + vqgan.image_gradient_loss(output(kernel), pixels_BHWC)
+    slopes = [jnp.linalg.norm(jax.grad(f)(model.decoder.conv_out.weight)) for f in (rebuilt, lambda kernel: -critic(output(kernel)).mean())]
+    np.testing.assert_allclose(metrics["gan_weight"], 0.8 * slopes[0] / (slopes[1] + 1e-4), rtol=1e-3)
+
+
+def test_a_decoder_finetune_leaves_every_code_as_it_was(pictures, tmp_path):
+    vqgan.save(vqgan.VQGAN(TRAINED, key=jax.random.key(5)), tmp_path / "start")
+    start = vqgan.load(tmp_path / "start")
+    config = vqgan.TrainConfig(data=pictures, out=tmp_path / "fine", init=tmp_path / "start", freeze_encoder=True, optimizer="adam",
+                               learning_rate=1e-3, steps=3, pixel_loss="l2", crop=0.7, l2_codes=0)  # fmt: skip
+    tuned = vqgan.train(config)
+    assert equal((start.encoder, start.quant_conv, start.quantize), (tuned.encoder, tuned.quant_conv, tuned.quantize))
+    assert not np.array_equal(start.decoder.conv_out.weight, tuned.decoder.conv_out.weight)
+    assert not np.array_equal(start.post_quant_conv.weight, tuned.post_quant_conv.weight)
+
+
+def test_codes_of_length_1_train_in_bfloat16(pictures, tmp_path):
+    config = vqgan.TrainConfig(data=pictures, out=tmp_path / "sphere", l2_codes=8, dtype="bfloat16", optimizer="adam", learning_rate=1e-3,
+                               steps=3, quantize_from=1, legacy_loss=True)  # fmt: skip
+    model = vqgan.train(config)
+    assert model.config.l2_codes and model.config.quantized_embed_dim == 8
+    np.testing.assert_allclose(jnp.linalg.norm(model.quantize.codebook(), axis=-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(jnp.linalg.norm(model.to_latents(jnp.asarray(picture(24, 1)) / 255), axis=-1), 1, rtol=1e-5)
+    assert vqgan.load(tmp_path / "sphere").config == model.config
+    assert all(np.isfinite(json.loads(line)["loss"]) for line in (tmp_path / "sphere" / "metrics.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (dict(crop=0.0), "--crop"),
+        (dict(lpips_vgg=pathlib.Path("vgg.pth")), "--lpips-heads"),
+        (dict(freeze_encoder=True), "--init"),
+        (dict(gan_weight=0.8, gan_from=5), "--quantize-from"),
+        (dict(accumulate=0), "--accumulate"),
+    ],
+)
+def test_training_flags_that_contradict_each_other_are_refused(flags, reason):
+    with pytest.raises(ValueError, match=reason):
+        vqgan.TrainConfig(data=pathlib.Path("x"), **flags)
+
+
+@pytest.mark.parametrize("mesh", ["8", "3,1", "a,b", "0,8", "16,1"])
+def test_a_mesh_unlike_the_devices_is_refused(mesh):
+    with pytest.raises(ValueError, match="--mesh"):
+        vqgan.make_mesh(mesh)
+
+
+# ---------------------------------------------------------------------------- measures
+
+MEASURES = np.load(FIXTURES / "measures.npz")
+
+
+def test_psnr_and_ssim_equal_scikit_image():
+    a, b = measured_pictures()
+    np.testing.assert_allclose(vqgan.psnr(a, b), MEASURES["psnr_B"], rtol=1e-6)
+    np.testing.assert_allclose(vqgan.ssim(a, b), MEASURES["ssim_B"], rtol=1e-9)
+
+
+def test_lpips_equals_the_lpips_package_and_its_files_are_used_whole(tmp_path):
+    weights = lpips_weights()
+    vgg = {k: v for k, v in weights.items() if k.startswith("features")}
+    heads = {k: v for k, v in weights.items() if k.startswith("lin")}
+    save_file(vgg | {"classifier.0.bias": np.zeros(4, np.float32)}, tmp_path / "vgg.safetensors")
+    save_file(heads, tmp_path / "heads.safetensors")
+    network = vqgan.load_lpips(tmp_path / "vgg.safetensors", tmp_path / "heads.safetensors")
+    a, b = measured_pictures()
+    distance = jax.jit(lambda network, a, b: network.distance(a, b))
+    np.testing.assert_allclose(distance(network, a, b), MEASURES["lpips_B"], rtol=1e-4)
+    assert (distance(network, a, a) < 1e-12).all()
+    save_file(heads | {"lin5.model.1.weight": np.zeros((1, 4, 1, 1), np.float32)}, tmp_path / "more.safetensors")
+    with pytest.raises(ValueError, match=r"more\.safetensors: unexpected tensor lin5"):
+        vqgan.load_lpips(tmp_path / "vgg.safetensors", tmp_path / "more.safetensors")
+    save_file({k: v for k, v in vgg.items() if "28.bias" not in k}, tmp_path / "less.safetensors")
+    with pytest.raises(ValueError, match=r"less\.safetensors: no tensor features\.28\.bias"):
+        vqgan.load_lpips(tmp_path / "less.safetensors", tmp_path / "heads.safetensors")
+
+
+def test_efficientnet_lite0_equals_its_pytorch_package_and_tells_pictures_apart(tmp_path):
+    weights = efficientnet_weights(json.loads(str(MEASURES["efficientnet_shapes"])))
+    save_file(weights, tmp_path / "e.safetensors")
+    network = vqgan.load_efficientnet_lite0(tmp_path / "e.safetensors")
+    a, b = measured_pictures()
+    logits_BK, distance_B, none_B = jax.jit(lambda n, a, b: (n(a), n.distance(a, b), n.distance(a, a)))(network, a, b)
+    np.testing.assert_allclose(logits_BK[:, ::4], MEASURES["logits_BK"], rtol=0, atol=1e-4)
+    assert (distance_B > 0.01).all() and (none_B < 1e-9).all()
+    save_file(weights | {"extra": np.zeros(1, np.float32)}, tmp_path / "more.safetensors")
+    with pytest.raises(ValueError, match="unexpected tensor extra"):
+        vqgan.load_efficientnet_lite0(tmp_path / "more.safetensors")
+
+
+@pytest.mark.skipif("EFFICIENTNET_LITE0" not in os.environ, reason="EFFICIENTNET_LITE0 names no weights; see README.md")
+def test_efficientnet_lite0_knows_what_is_on_the_photographs():
+    network = vqgan.load_efficientnet_lite0(pathlib.Path(os.environ["EFFICIENTNET_LITE0"]))
+    folder = pathlib.Path(vqgan.__file__).parent / "assets/pictures/photo"
+    known = {"chelsea": {281, 282, 283, 284, 285}, "coffee": {504, 967, 968}}  # cats; mug, espresso, cup
+    for name, classes in known.items():
+        pixels_BHWC = np.stack([vqgan.read_image(path, 224) for path in sorted(folder.glob(f"{name}*"))])
+        assert np.isin(np.argmax(network(pixels_BHWC), -1), list(classes)).mean() > 0.5
+
+
+def test_without_a_perceptual_network_the_run_says_so_loudly(pictures):
+    assert "NO NETWORK IS GIVEN" in vqgan.perceptual_networks(gan_config(pictures))[1]
+    assert "NONE AT ALL" in vqgan.perceptual_networks(gan_config(pictures, gradient_weight=0.0))[1]
+
+
 # ---------------------------------------------------------------------------- helpers
 
 
@@ -587,7 +964,7 @@ def tiny(tmp_path_factory):
 @jax.jit
 def raw_decode(model, codes_BS):
     side = math.isqrt(codes_BS.shape[1])
-    return model.to_pixels(model.quantize.embedding.weight[codes_BS].reshape(len(codes_BS), side, side, -1))
+    return model.to_pixels(model.quantize.codebook()[codes_BS].reshape(len(codes_BS), side, side, -1))
 
 
 def write_config(folder, config=VQGAN_TINY):

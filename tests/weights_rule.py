@@ -158,3 +158,27 @@ def picture(size: int, batch: int = 1) -> np.ndarray:
         colours = [cell * (73, 151, 199)[c] + pattern * (1 + (cell + c) % 3) + 60 * y // size for c in range(3)]
         frames.append(np.stack(colours, -1) % 256)
     return np.stack(frames).astype(np.uint8)
+
+
+def lpips_weights() -> dict[str, np.ndarray]:
+    """VGG16's convolutions under torchvision's names and the five heads of LPIPS under the lpips package's."""
+    weights, last = {}, 3
+    for place, width in zip((0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), (64, 64, 128, 128, *[256] * 3, *[512] * 6)):
+        weights[f"features.{place}.weight"] = tensor(f"features.{place}.weight", (width, last, 3, 3), (2 / (9 * last)) ** 0.5)
+        weights[f"features.{place}.bias"] = tensor(f"features.{place}.bias", (width,), 0.05)
+        last = width
+    heads = {f"lin{i}.model.1.weight": (1, width, 1, 1) for i, width in enumerate((64, 128, 256, 512, 512))}
+    return weights | {name: np.abs(tensor(name, shape, 0.1)) for name, shape in heads.items()}
+
+
+def efficientnet_weights(shapes) -> dict[str, np.ndarray]:
+    """The tensors of EfficientNet-Lite0: norms near the identity, kernels that keep the variance."""
+    kinds = {"bias": lambda n, s: tensor(n, s, 0.1), "running_mean": lambda n, s: tensor(n, s, 0.1), "running_var": lambda n, s: 1 + np.abs(tensor(n, s, 0.2))}
+    kernel = lambda n, s: tensor(n, s, (2 / np.prod(s[1:])) ** 0.5) if len(s) > 1 else 1 + tensor(n, s, 0.1)
+    return {name: kinds.get(name.split(".")[-1], kernel)(name, tuple(shape)).astype(np.float32) for name, shape in shapes.items()}
+
+
+def measured_pictures() -> tuple[np.ndarray, np.ndarray]:
+    """Two float32 [2, 64, 64, 3] in [0, 1]: pictures, and what a bad tokenizer would make of them."""
+    a = picture(64, 2).astype(np.float32) / 255
+    return a, np.clip(0.8 * a + 0.1 + tensor("measured", a.shape, 0.05), 0, 1)
