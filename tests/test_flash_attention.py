@@ -184,7 +184,7 @@ def test_the_hopper_kernels_lower_to_mosaic_gpu(K):
     assert run.trace(x, x, x, x).lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 3  # forward, dq, dkv
 
 
-@pytest.mark.parametrize("K, T", [(64, 300), (96, 128), (100, 130), (128, 257)])
+@pytest.mark.parametrize("K, T", [(64, 300), (96, 128), (100, 130)])  # 100 runs as 128
 def test_the_hopper_kernels_interpreted_are_the_definition_and_have_no_races(K, T, monkeypatch):
     try:
         from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
