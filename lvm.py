@@ -249,9 +249,10 @@ def partition_specs(tree):
     """
 
     def spec(path, leaf):
-        axes = SHARDING.get(getattr(path[-1], "name", None) if path else None)
+        axes = next((SHARDING[key.name] for key in path if getattr(key, "name", None) in SHARDING), None)
         if axes is None:
             return PartitionSpec()
+        axes = [axis if size > 1 else None for axis, size in zip(axes, leaf.shape[-len(axes):])]  # Int8 shares its scale there
         return PartitionSpec(*(None,) * (leaf.ndim - len(axes)), *axes)
 
     return jax.tree_util.tree_map_with_path(spec, tree)
@@ -287,25 +288,61 @@ def parameter_count(config: LVMConfig) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model))
 
 
-class Cache(NamedTuple):
-    """Keys (rotated) and values of the tokens read so far; slots at and after `length` hold zeros.
+class Int8(NamedTuple):
+    """An array as int8 times a scale, whose axes of size 1 share it."""
 
-    `prompt` holds the tokens before these, if any. It is only read, and B may be a multiple of its rows: the first
-    B / P rows continue its first one (`branch`).
+    int8: Array
+    scale: Array
+
+
+def to_int8(x, axes) -> Int8:
+    """Rounds to 127 steps either side of zero, their size shared along `axes`."""
+    scale = jnp.max(jnp.abs(x), axis=axes, keepdims=True) / 127
+    scale = jnp.where(scale > 0, scale, 1).astype(x.dtype)
+    return Int8(jnp.clip(jnp.round(x / scale), -127, 127).astype(jnp.int8), scale)
+
+
+def from_int8(x: Int8):
+    return x.int8.astype(x.scale.dtype) * x.scale
+
+
+def quantize(model: LVM) -> LVM:
+    """Weight-only int8: every matrix with one scale an output channel; embedding and norms stay. Products stay in the scale's dtype."""
+    inputs = {"o_NKD": (1, 2), "head_DV": (0,)}  # in the blocks, axis 0 is the layer
+
+    def pack(path, w):
+        name = path[-1].name
+        return w if name == "embedding_VD" or "norm" in name else to_int8(w, inputs.get(name, (1,)))
+
+    return jax.tree_util.tree_map_with_path(pack, model)
+
+
+class Cache(NamedTuple):
+    """Keys (rotated) and values of the tokens read so far; what stands in the slots at and after `length` is never read.
+
+    `length` is one for all rows, or each row's own. `prompt` holds the tokens before these, if any. It is only read, and B
+    may be a multiple of its rows: the first B / P rows continue its first one (`branch`). Int8 has one scale a head and token.
     """
 
-    k_LBNSK: Array
-    v_LBNSK: Array
-    length: Int[Array, ""]
+    k_LBNSK: Array | Int8
+    v_LBNSK: Array | Int8
+    length: Int[Array, ""] | Int[Array, "B"]
     prompt: "Cache | None" = None
+
+    @property
+    def slots(self) -> int:
+        return jax.tree.leaves(self.k_LBNSK)[0].shape[3]
 
 
 def prefill(
-    model: LVM, ids_BT: Int[Array, "B T"], length: int, *, dtype=None, implementation: str | None = None
+    model: LVM, ids_BT: Int[Array, "B T"], length: int, *, dtype=None, implementation: str | None = None,
+    cache_dtype=None, reduce=lambda x_BTD: x_BTD,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Reads T ids -> float32 logits for the next one, and a cache with room for `length` tokens in all.
 
-    `length` and `dtype` (None: the weights' own) are static under jit.
+    `length` and `dtype` (None: the weights' own) are static under jit, and `cache_dtype` too (None: `dtype`; jnp.int8 for
+    `Int8`). Rows of unequal lengths are padded behind, and their lengths then put into the cache: `cache._replace(length=length_B)`.
+    `reduce` is that of `LVM.__call__`.
     """
     B, T = ids_BT.shape
     _check_length("length", length, model.config)
@@ -319,47 +356,62 @@ def prefill(
         q_BTNK, k_BTNK, v_BTNK = block.project(x_BTD, rope_TK)
         a_BTNK = flash_attention(q_BTNK, k_BTNK, v_BTNK, implementation=implementation)
         slots = [jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, cache_slots(length) - T), (0, 0))) for x in (k_BTNK, v_BTNK)]
-        return block.merge(x_BTD, a_BTNK), slots
+        slots = [to_int8(x, -1) if cache_dtype == jnp.int8 else x.astype(cache_dtype or x.dtype) for x in slots]
+        return block.merge(x_BTD, a_BTNK, reduce), slots
 
     x_BTD, (k_LBNSK, v_LBNSK) = lax.scan(run, ends.embed(ids_BT), model.blocks)
     return ends.logits(x_BTD[:, -1]), Cache(k_LBNSK, v_LBNSK, jnp.int32(T))
 
 
 def decode_step(
-    model: LVM, ids_B: Int[Array, "B"], cache: Cache, *, dtype=None, implementation: str | None = None
+    model: LVM, ids_B: Int[Array, "B"], cache: Cache, *, dtype=None, implementation: str | None = None, reduce=lambda x_BTD: x_BTD,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Reads one more id a row -> float32 logits for the next one, and the longer cache; donate the old one.
 
     `dtype` is static under jit, `implementation` is `decode_attention`'s. A full cache cannot raise in a compiled program: the logits are NaN.
     """
-    attend = functools.partial(decode_attention, implementation=implementation)
-    S, before = cache.k_LBNSK.shape[3], 0 if cache.prompt is None else cache.prompt.length
-    ends = _cast(model.ends, dtype)
-    rope_TK = rope_angles((before + cache.length)[None], model.config)
+    logits_BCV, cache = decode_draft(model, ids_B[:, None], cache, dtype=dtype, implementation=implementation, reduce=reduce)
+    return logits_BCV[:, 0], cache._replace(length=cache.length + 1)
 
-    # The cache rides in the carry, where one slot is written in place: as the scan's xs and ys it would be copied.
+
+def decode_draft(
+    model: LVM, ids_BC: Int[Array, "B C"], cache: Cache, *, dtype=None, implementation: str | None = None, reduce=lambda x_BTD: x_BTD,
+) -> tuple[Float[Array, "B C V"], Cache]:
+    """`decode_step` of C ids a row at once -> logits after each. `length` stays: the caller adds how many ids it keeps."""
+    B, C = ids_BC.shape
+    before = 0
+    if cache.prompt is not None:
+        P, before = jax.tree.leaves(cache.prompt.k_LBNSK)[0].shape[1], cache.prompt.length
+        before = before if before.ndim == 0 else jnp.repeat(before, B // P)
+    read_C = cache.length[..., None] + jnp.arange(C)  # of this cache, before each id; [B, C] where rows have lengths of their own
+    ends = _cast(model.ends, dtype)
+    rope_CK = rope_angles(jnp.asarray(before)[..., None] + read_C, model.config)
+    attend = functools.partial(_attend, implementation=implementation)
+
+    # The cache rides in the carry, where its slots are written in place: as the scan's xs and ys it would be copied.
     def run(carry, block_and_layer):
-        x_BTD, k_LBNSK, v_LBNSK = carry
+        x_BCD, k_LBNSK, v_LBNSK = carry
         block, layer = block_and_layer
         block = _cast(block, dtype)
-        q_BTNK, k_BTNK, v_BTNK = block.project(x_BTD, rope_TK)
-        at = (layer, 0, 0, cache.length, 0)
-        k_LBNSK = lax.dynamic_update_slice(k_LBNSK, jnp.swapaxes(k_BTNK, 1, 2)[None].astype(k_LBNSK.dtype), at)
-        v_LBNSK = lax.dynamic_update_slice(v_LBNSK, jnp.swapaxes(v_BTNK, 1, 2)[None].astype(v_LBNSK.dtype), at)
-        o_BNCK, lse_BNC = attend(jnp.swapaxes(q_BTNK, 1, 2), k_LBNSK, v_LBNSK, layer, cache.length + 1)
+        q_BCNK, k_BCNK, v_BCNK = block.project(x_BCD, rope_CK)
+        k_LBNSK = _write(k_LBNSK, jnp.swapaxes(k_BCNK, 1, 2), layer, cache.length)
+        v_LBNSK = _write(v_LBNSK, jnp.swapaxes(v_BCNK, 1, 2), layer, cache.length)
+        one_length = C == 1 and cache.length.ndim == 0
+        o_BNCK, lse_BNC = attend(jnp.swapaxes(q_BCNK, 1, 2), k_LBNSK, v_LBNSK, layer, cache.length + 1 if one_length else read_C + 1)
         if cache.prompt is not None:
-            P, N, K = cache.prompt.k_LBNSK.shape[1], *q_BTNK.shape[2:]
-            q_PNCK = jnp.swapaxes(q_BTNK.reshape(P, -1, N, K), 1, 2)
-            o_PNCK, lse_PNC = attend(q_PNCK, cache.prompt.k_LBNSK, cache.prompt.v_LBNSK, layer, cache.prompt.length)
-            prompt = jnp.swapaxes(o_PNCK, 1, 2).reshape(-1, N, 1, K), jnp.swapaxes(lse_PNC, 1, 2).reshape(-1, N, 1)
+            N, K = q_BCNK.shape[2:]
+            q_PNRK = jnp.swapaxes(q_BCNK.reshape(P, -1, N, K), 1, 2)  # R = B / P * C queries share a prompt
+            length = cache.prompt.length if cache.prompt.length.ndim == 0 else cache.prompt.length[:, None]
+            o_PNRK, lse_PNR = attend(q_PNRK, cache.prompt.k_LBNSK, cache.prompt.v_LBNSK, layer, length)
+            prompt = [jnp.swapaxes(jnp.swapaxes(x, 1, 2).reshape(B, C, N, *x.shape[3:]), 1, 2) for x in (o_PNRK, lse_PNR)]
             o_BNCK, lse_BNC = join(jnp.stack([o_BNCK, prompt[0]]), jnp.stack([lse_BNC, prompt[1]]))
-        a_BTNK = jnp.swapaxes(o_BNCK, 1, 2).astype(q_BTNK.dtype)
-        return (block.merge(x_BTD, a_BTNK), k_LBNSK, v_LBNSK), None
+        a_BCNK = jnp.swapaxes(o_BNCK, 1, 2).astype(q_BCNK.dtype)
+        return (block.merge(x_BCD, a_BCNK, reduce), k_LBNSK, v_LBNSK), None
 
-    carry = (ends.embed(ids_B[:, None]), cache.k_LBNSK, cache.v_LBNSK)
-    (x_BTD, k_LBNSK, v_LBNSK), _ = lax.scan(run, carry, (model.blocks, jnp.arange(model.config.layers)))
-    logits_BV = jnp.where(cache.length < S, ends.logits(x_BTD[:, 0]), jnp.nan)
-    return logits_BV, cache._replace(k_LBNSK=k_LBNSK, v_LBNSK=v_LBNSK, length=cache.length + 1)
+    carry = (ends.embed(ids_BC), cache.k_LBNSK, cache.v_LBNSK)
+    (x_BCD, k_LBNSK, v_LBNSK), _ = lax.scan(run, carry, (model.blocks, jnp.arange(model.config.layers)))
+    fits = jnp.reshape(cache.length + C <= cache.slots, (-1, 1, 1))
+    return jnp.where(fits, ends.logits(x_BCD), jnp.nan), cache._replace(k_LBNSK=k_LBNSK, v_LBNSK=v_LBNSK)
 
 
 def branch(prompt: Cache, rows: int, length: int) -> Cache:
@@ -367,11 +419,43 @@ def branch(prompt: Cache, rows: int, length: int) -> Cache:
 
     All rows that continue one prompt read its keys and values once a step.
     """
-    L, P, N, _, K = prompt.k_LBNSK.shape
+    P = jax.tree.leaves(prompt.k_LBNSK)[0].shape[1]
     if rows % P:
         raise ValueError(f"{rows} rows do not divide over the {P} rows of the prompt")
-    empty_LBNSK = jnp.zeros((L, rows, N, cache_slots(length), K), prompt.k_LBNSK.dtype)
-    return Cache(empty_LBNSK, empty_LBNSK.copy(), jnp.int32(0), prompt)
+    empty = lambda x: jnp.zeros((x.shape[0], rows, x.shape[2], cache_slots(length), x.shape[4]), x.dtype)
+    return Cache(*(jax.tree.map(empty, slots) for slots in (prompt.k_LBNSK, prompt.v_LBNSK)), jnp.int32(0), prompt)
+
+
+def _write(slots_LBNSK, new_BNCK, layer, length):
+    """Puts C tokens of one layer into the slots from `length` on, or from each row's own length on."""
+
+    def write(slots_LBNSK, new_BNCK):
+        new_BNCK = new_BNCK.astype(slots_LBNSK.dtype)
+        if length.ndim == 0:
+            return lax.dynamic_update_slice(slots_LBNSK, new_BNCK[None], (layer, 0, 0, length, 0))
+        row = lambda slots_LNSK, new_NCK, length: lax.dynamic_update_slice(slots_LNSK, new_NCK[None], (layer, 0, length, 0))
+        return jax.vmap(row, (1, 0, 0), 1)(slots_LBNSK, new_BNCK, length)
+
+    return jax.tree.map(write, slots_LBNSK, to_int8(new_BNCK, -1) if isinstance(slots_LBNSK, Int8) else new_BNCK)
+
+
+def _attend(q_BNCK, k_LBNSK, v_LBNSK, layer, length, *, implementation):
+    """`decode_attention` over a cache of any dtype; `length` may also be one for each query, broadcastable to [B, C]."""
+    if isinstance(k_LBNSK, Int8):  # the kernel reads plain numbers, so one layer is unpacked at a time
+        k_LBNSK, v_LBNSK = (
+            from_int8(jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, layer), x)) for x in (k_LBNSK, v_LBNSK))
+        layer = 0
+    q_BNCK = q_BNCK.astype(k_LBNSK.dtype)
+    if length.ndim == 0:
+        return decode_attention(q_BNCK, k_LBNSK, v_LBNSK, layer, length, implementation=implementation)
+
+    def query(q_NK, k_LNSK, v_LNSK, length):  # the kernel knows one length only
+        o, lse = decode_attention(q_NK[None, :, None], k_LNSK[:, None], v_LNSK[:, None], layer, length, implementation="xla")
+        return o[0, :, 0], lse[0, :, 0]
+
+    length_BC = jnp.broadcast_to(length, (q_BNCK.shape[0], q_BNCK.shape[2]))
+    queries = jax.vmap(jax.vmap(query, (1, None, None, 0), 1), (0, 1, 1, 0))
+    return queries(q_BNCK, k_LBNSK, v_LBNSK, length_BC)
 
 
 def rms_norm(x, scale_D, eps):
@@ -381,10 +465,10 @@ def rms_norm(x, scale_D, eps):
 
 
 def rope_angles(positions_T, config: LVMConfig):
-    """(cos, sin), float32, of position * theta^(-2i / K), both (T, 1, K / 2)."""
+    """(cos, sin), float32, of position * theta^(-2i / K), both (T, 1, K / 2), or (B, T, 1, K / 2) where rows differ."""
     # In bfloat16 the positions 4090 to 4095 would all round to the same 4096.
     frequencies = np.float32(config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim))
-    angles = positions_T.astype(jnp.float32)[:, None, None] * frequencies
+    angles = positions_T.astype(jnp.float32)[..., None, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -400,8 +484,13 @@ def _normal(key, *shape):
 
 
 def _cast(weights, dtype):
-    """Matrices in the compute dtype; norm scales stay as they are stored."""
-    return weights if dtype is None else jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 1 else w, weights)
+    """Matrices in the compute dtype, unpacked; norm scales stay as they are stored."""
+
+    def cast(w):
+        w = from_int8(w) if isinstance(w, Int8) else w
+        return w if dtype is None or w.ndim < 2 else w.astype(dtype)
+
+    return jax.tree.map(cast, weights, is_leaf=lambda w: isinstance(w, Int8))
 
 
 def _check_length(name, length, config):
