@@ -213,25 +213,37 @@ def train(config: Config) -> lvm.LVM:
     return state["model"]
 
 
-def make_loss(mesh, specs, dtype, remat):
+def make_loss(mesh, specs, dtype, remat="none", z_loss=0.0, implementation=None):
     """loss(model, ids_BT, mask_BT[, segment_ids_BT]): the mean over the whole batch, computed shard by shard.
 
-    Differentiate it outside the shard_map: the transpose of each gather below is then the reduce-scatter of its gradient."""
+    Differentiate it outside the shard_map: the transpose of each gather below is then the reduce-scatter of its gradient.
+    `implementation` is `flash_attention`'s; None picks for the default backend."""
     ranks = mesh.shape["seq"]
     ring = "seq" if ranks > 1 else None
 
     def gather(weights):
         def whole(path, w):
-            axes = lvm.SHARDING[path[-1].name]
+            name = path[-1].name
+            axes = lvm.SHARDING[name]
             w = lax.pcast(w, ("data", "seq"), to="varying")  # so that the sum over them runs on shards, not on whole gradients
             w = w.astype(dtype) if w.ndim > 1 else w
+            w = own_columns(w) if name == "head_DV" else w
             return lax.all_gather(w, "fsdp", axis=axes.index("fsdp"), tiled=True) if "fsdp" in axes else lax.pcast(w, "fsdp", to="varying")
 
         return jax.tree_util.tree_map_with_path(whole, weights)
 
+    def own_columns(head_DV):
+        """The columns of the head for this device along "tensor", after padding it to whole lanes of 128 for each."""
+        V, parts = head_DV.shape[1], mesh.shape["tensor"]
+        width = -(-V // (128 * parts)) * 128
+        head_DV = jnp.pad(head_DV, ((0, 0), (0, width * parts - V)))
+        return lax.dynamic_slice_in_dim(head_DV, lax.axis_index("tensor") * width, width, axis=1)
+
     def shard_loss(model, ids_BT, targets_BT, mask_BT, segment_ids_BT=None):
-        logits_BTV = model(ids_BT, segment_ids_BT, gather=gather, reduce=lambda x: lax.psum(x, "tensor"), dtype=dtype, remat=remat, ring=ring)
-        loss, _ = lvm.target_loss(logits_BTV, targets_BT, mask_BT, whole_row=lambda sum_B: lax.psum(sum_B, "seq"))
+        losses_BT = model.losses(
+            ids_BT, targets_BT, segment_ids_BT, gather=gather, reduce=lambda x: lax.psum(x, "tensor"), dtype=dtype, remat=remat, ring=ring,
+            vocabulary="tensor", z_loss=z_loss, implementation=implementation)
+        loss, _ = lvm.mean_of_rows(losses_BT, mask_BT, whole_row=lambda sum_B: lax.psum(sum_B, "seq"))
         return lax.pmean(loss, ("data", "fsdp"))
 
     def loss(model, ids_BT, mask_BT, *segment_ids_BT):
@@ -249,15 +261,14 @@ def make_train_step(loss_fn, optimizer, accumulate, shardings):
     """train_step(state, batch) -> (state, metrics): pure, jitted, its state donated."""
 
     def train_step(state, batch):
-        # Micro-batch a takes rows a, a + A, ... so that no row changes its device.
-        micro = jax.tree.map(lambda x_BT: x_BT.reshape(-1, accumulate, x_BT.shape[1]).swapaxes(0, 1), batch)
-
-        def add(total, rows):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(state["model"], *(rows[k] for k in ROW_KEYS if k in rows))), None
-
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["model"]))
-        (loss, grads), _ = lax.scan(add, zero, micro)
-        loss, grads = jax.tree.map(lambda x: x / accumulate, (loss, grads))
+        loss_and_grads = lambda rows: jax.value_and_grad(loss_fn)(state["model"], *(rows[k] for k in ROW_KEYS if k in rows))
+        if accumulate == 1:
+            loss, grads = loss_and_grads(batch)
+        else:  # micro-batch a takes rows a, a + A, ... so that no row changes its device
+            micro = jax.tree.map(lambda x_BT: x_BT.reshape(-1, accumulate, x_BT.shape[1]).swapaxes(0, 1), batch)
+            zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["model"]))
+            total, _ = lax.scan(lambda total, rows: (jax.tree.map(jnp.add, total, loss_and_grads(rows)), None), zero, micro)
+            loss, grads = jax.tree.map(lambda x: x / accumulate, total)
         updates, moments = optimizer.update(grads, state["optimizer"], state["model"])
         return ({"model": optax.apply_updates(state["model"], updates), "optimizer": moments},
                 {"loss": loss, "grad_norm": optax.global_norm(grads)})
