@@ -271,12 +271,12 @@ SHARDING = {
 def partition_specs(tree):
     """PartitionSpecs from SHARDING for a model, or a tree that holds models, such as its gradients or Adam's moments.
 
-    The stacked layer axis is never split; a leaf that is not a weight (a step count) is replicated.
+    The stacked layer axis is never split; a leaf that is not a weight (a step count, a placeholder) is replicated.
     """
 
     def spec(path, leaf):
         axes = SHARDING.get(getattr(path[-1], "name", None) if path else None)
-        if axes is None:
+        if axes is None or leaf.ndim < len(axes):
             return PartitionSpec()
         return PartitionSpec(*(None,) * (leaf.ndim - len(axes)), *axes)
 
