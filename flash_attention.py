@@ -28,6 +28,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
@@ -209,7 +210,7 @@ def _ring_fwd(q_BTNK, k_BTNK, v_BTNK, segments, axis, causal, implementation):
 
     passing = k_BTNK, v_BTNK, None if segments is None else segments[1]
     ((o_BTNK, lse_BTN), _), _ = lax.scan(step, (own, passing), jnp.arange(1, ranks))
-    o_BTNK = o_BTNK.astype(q_BTNK.dtype)
+    o_BTNK, lse_BTN = (checkpoint_name(x, "attention") for x in (o_BTNK.astype(q_BTNK.dtype), lse_BTN))
     return o_BTNK, (q_BTNK, k_BTNK, v_BTNK, segments, o_BTNK, lse_BTN)
 
 
@@ -376,7 +377,7 @@ def _attend(q_BTNK, k_BSNK, v_BSNK, segments, causal, implementation):
 
 
 def _attend_fwd(q_BTNK, k_BSNK, v_BSNK, segments, causal, implementation):
-    o_BTNK, lse_BTN = _forward(q_BTNK, k_BSNK, v_BSNK, segments, causal, implementation)
+    o_BTNK, lse_BTN = (checkpoint_name(x, "attention") for x in _forward(q_BTNK, k_BSNK, v_BSNK, segments, causal, implementation))
     return o_BTNK, (q_BTNK, k_BSNK, v_BSNK, segments, o_BTNK, lse_BTN)
 
 

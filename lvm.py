@@ -31,6 +31,7 @@ import safetensors
 import safetensors.numpy
 import tyro
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -129,22 +130,13 @@ class LVM(eqx.Module):
         self.config = config
 
     def __call__(
-        self,
-        ids_BT: Int[Array, "B T"],
-        segment_ids_BT: Int[Array, "B T"] | None = None,
-        *,
-        dtype=None,
-        remat: bool = False,
-        gather=lambda weights: weights,
-        reduce=lambda x_BTD: x_BTD,
-        ring: str | None = None,
-        implementation: str | None = None,
+        self, ids_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None = None, *, gather=lambda weights: weights, dtype=None, **options
     ) -> Float[Array, "B T V"]:
         """Returns float32 logits; those at t predict the id at t + 1. An id outside the vocabulary gives NaN.
 
         `dtype` is that of the matrix products (None: the weights' own); norms, rotary angles, softmax and logits are
-        float32 always. `remat` keeps only each block's input for the backward pass. `segment_ids_BT` stops attention
-        between segments; positions run on. `implementation` is `flash_attention`'s.
+        float32 always. `segment_ids_BT` stops attention between segments; positions run on. `implementation` is
+        `flash_attention`'s. `remat` names what the backward pass finds kept (`REMAT`), and computes the rest again.
 
         Inside `jax.shard_map`, `gather` turns shards into whole weights: it is given the model without its blocks,
         and then, in the (rematerialised) body of the scan, one block at a time. It sees the stored dtype; what it
@@ -152,21 +144,40 @@ class LVM(eqx.Module):
         row-parallel products over the "tensor" axis. `ring` names the axis over which the tokens of a sentence are
         split, in the order of `flash_attention.zigzag`.
         """
+        ends = _cast(gather(self.ends), dtype)
+        return ends.logits(self.hidden(ends, ids_BT, segment_ids_BT, gather=gather, dtype=dtype, **options))
+
+    def losses(
+        self, ids_BT, targets_BT, segment_ids_BT=None, *, gather=lambda weights: weights, dtype=None, vocabulary: str | None = None, z_loss: float = 0.0, **options
+    ) -> Float[Array, "B T"]:
+        """`cross_entropy` of the targets; other arguments as for a call. `gather` may give each device along the axis
+        `vocabulary` its own columns of the head, and more columns than there are ids."""
+        ends = _cast(gather(self.ends), dtype)
+        x_BTD = self.hidden(ends, ids_BT, segment_ids_BT, gather=gather, dtype=dtype, **options)
+        h_BTD = rms_norm(x_BTD, ends.norm_D, self.config.rms_eps)
+        return cross_entropy(h_BTD, ends.head_DV, targets_BT, self.config.vocab_size, axis=vocabulary, z_loss=z_loss)
+
+    def hidden(
+        self, ends, ids_BT, segment_ids_BT=None, *, gather=lambda weights: weights, reduce=lambda x_BTD: x_BTD, dtype=None, remat: str = "none",
+        ring: str | None = None, implementation: str | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The residual stream after the last block; `ends` is the gathered, cast model without its blocks."""
+        if remat not in REMAT:
+            raise ValueError(f"remat {remat!r} is none of {', '.join(REMAT)}")
         B, T = ids_BT.shape
         if not ring:  # there a sentence may have been padded to whole chunks
             _check_length("ids_BT", T, self.config)
-        ends = _cast(gather(self.ends), dtype)
         rope_TK = rope_angles(zigzag_here(T, ring) if ring else jnp.arange(T), self.config)
         attend = functools.partial(ring_attention, axis=ring) if ring else flash_attention
 
         def run(x_BTD, block):
+            x_BTD = checkpoint_name(x_BTD, "block")
             block = _cast(gather(block), dtype)
-            q_BTNK, k_BTNK, v_BTNK = block.project(x_BTD, rope_TK)
+            q_BTNK, k_BTNK, v_BTNK = (checkpoint_name(x, "qkv") for x in block.project(x_BTD, rope_TK))
             a_BTNK = attend(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT=segment_ids_BT, implementation=implementation)
             return block.merge(x_BTD, a_BTNK, reduce), None
 
-        x_BTD, _ = lax.scan(jax.checkpoint(run) if remat else run, ends.embed(ids_BT), self.blocks)
-        return ends.logits(x_BTD)
+        return lax.scan(jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False), ends.embed(ids_BT), self.blocks)[0]
 
     @property
     def ends(self):
@@ -217,15 +228,30 @@ class Block(eqx.Module):
         return rotate(q_BTNK, rope_TK), rotate(k_BTNK, rope_TK), v_BTNK
 
     def merge(self, x_BTD, a_BTNK, reduce=lambda x_BTD: x_BTD):
-        x_BTD += reduce(jnp.einsum("btnk,nkd->btd", a_BTNK, self.o_NKD))
+        x_BTD = checkpoint_name(x_BTD + reduce(jnp.einsum("btnk,nkd->btd", a_BTNK, self.o_NKD)), "residual")
         h_BTD = rms_norm(x_BTD, self.ffn_norm_D, self.rms_eps)
-        h_BTF = jax.nn.silu(h_BTD @ self.gate_DF) * (h_BTD @ self.up_DF)
-        return x_BTD + reduce(h_BTF @ self.down_FD)
+        gate_BTF, up_BTF = (checkpoint_name(h_BTD @ w_DF, "ffn") for w_DF in (self.gate_DF, self.up_DF))
+        return x_BTD + reduce((jax.nn.silu(gate_BTF) * up_BTF) @ self.down_FD)
+
+
+# What the backward pass finds kept of a block, beside its weights' shards; it computes the rest again. `none` keeps all
+# that is not made of weights alone: gathered weights would be the whole model on every device. `minimal` keeps what
+# matrix products and attention made, so that only elementwise work is repeated (names given here and in
+# flash_attention.py); `full` a block's input; `offload` moves that input to the host's memory until it is wanted.
+_policies = jax.checkpoint_policies
+REMAT = {
+    "none": lambda primitive, *_, **__: primitive.name not in ("all_gather", "convert_element_type", "pvary"),
+    "minimal": _policies.save_only_these_names("qkv", "attention", "residual", "ffn"),
+    "full": _policies.nothing_saveable,
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["block"], offload_src="device", offload_dst="pinned_host"),
+}
 
 
 # Where each weight lives on a ("data", "fsdp", "tensor", "seq") mesh, by field name. fsdp splits the residual width;
 # tensor splits heads and the feed-forward width, so that a block ends in two sums over tensor (`reduce`). The
-# embedding and the head stay whole over tensor (8292 = 4 * 3 * 691 splits badly), norm scales everywhere.
+# embedding and the head are stored whole over tensor, as 8292 = 4 * 3 * 691 splits badly (the loss pads the head and takes
+# this device's columns), norm scales everywhere.
 SHARDING = {
     "embedding_VD": (None, "fsdp"),
     "attention_norm_D": (None,),
@@ -245,12 +271,12 @@ SHARDING = {
 def partition_specs(tree):
     """PartitionSpecs from SHARDING for a model, or a tree that holds models, such as its gradients or Adam's moments.
 
-    The stacked layer axis is never split; a leaf that is not a weight (a step count) is replicated.
+    The stacked layer axis is never split; a leaf that is not a weight (a step count, a placeholder) is replicated.
     """
 
     def spec(path, leaf):
         axes = next((SHARDING[key.name] for key in path if getattr(key, "name", None) in SHARDING), None)
-        if axes is None:
+        if axes is None or leaf.ndim < len(axes):
             return PartitionSpec()
         axes = [axis if size > 1 else None for axis, size in zip(axes, leaf.shape[-len(axes):])]  # Int8 shares its scale there
         return PartitionSpec(*(None,) * (leaf.ndim - len(axes)), *axes)
@@ -275,12 +301,58 @@ def next_tokens(ids_BT, mask_BT):
     return jnp.roll(ids_BT, -1, axis=1), jnp.roll(mask_BT, -1, axis=1).astype(jnp.float32).at[:, -1].set(0)
 
 
-def target_loss(logits_BTV, targets_BT, mask_BT, whole_row=lambda sum_B: sum_B):
-    """`next_token_loss` of given targets; `whole_row` adds up the rows' sums where their tokens are split."""
+def target_loss(logits_BTV, targets_BT, mask_BT):
+    """`next_token_loss` of given targets."""
     picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    loss_BT = (jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT) * mask_BT
+    return mean_of_rows(jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT, mask_BT)
+
+
+def mean_of_rows(loss_BT, mask_BT, whole_row=lambda sum_B: sum_B):
+    """(mean over rows of each row's mean, tokens that count); `whole_row` adds up the sums of rows whose tokens are split."""
     tokens_B = whole_row(mask_BT.sum(axis=1))
-    return jnp.mean(whole_row(loss_BT.sum(axis=1)) / jnp.maximum(tokens_B, 1)), tokens_B.sum()
+    return jnp.mean(whole_row((loss_BT * mask_BT).sum(axis=1)) / jnp.maximum(tokens_B, 1)), tokens_B.sum()
+
+
+def cross_entropy(
+    h_BTD, head_DV, targets_BT: Int[Array, "B T"], vocab_size: int, *, axis: str | None = None, z_loss: float = 0.0, most: int = 2**24
+) -> Float[Array, "B T"]:
+    """-log softmax(h head) at the targets, float32, without ever holding more than about `most` logits a device.
+
+    The tokens go through in chunks, whose logits the backward pass makes again; the head's gradient is summed in
+    float32. Columns past `vocab_size` are padding. Inside shard_map, with `axis`, each device holds its columns of the
+    head, in order, and sums over the axis join them. `z_loss` times the square of the log of the softmax's denominator
+    is in the gradient (PaLM, arXiv 2204.02311, takes 1e-4), but not in the value, which so stays the cross-entropy.
+    """
+    D, V = head_DV.shape
+    M = targets_BT.size
+    ids_V = jnp.arange(V) + (lax.axis_index(axis) * V if axis else 0)
+    join_sum, join_max = (functools.partial(f, axis_name=axis) if axis else (lambda x: x) for f in (lax.psum, lax.pmax))
+
+    def chunk(h_CD, targets_C, head_DV):
+        logits_CV = jnp.einsum("cd,dv->cv", h_CD, head_DV.astype(h_CD.dtype), preferred_element_type=jnp.float32)
+        logits_CV = jnp.where(ids_V < vocab_size, logits_CV, -1e30)
+        top_C = join_max(lax.stop_gradient(logits_CV.max(axis=-1)))
+        sum_C, picked_C = join_sum((jnp.exp(logits_CV - top_C[:, None]).sum(axis=-1), jnp.where(ids_V == targets_C[:, None], logits_CV, 0).sum(axis=-1)))
+        lse_C = top_C + jnp.log(sum_C)
+        z_C = z_loss * lse_C**2
+        return lse_C - picked_C + (z_C - lax.stop_gradient(z_C))
+
+    h_MD, targets_M = h_BTD.reshape(M, D), targets_BT.reshape(M)
+    if M * V <= most:
+        return chunk(h_MD, targets_M, head_DV).reshape(targets_BT.shape)
+    chunks = 2 ** math.ceil(math.log2(M * V / most))  # a power of two, of which most sentences are multiples
+    C = -(-M // chunks)
+    pieces = [jnp.pad(x, [(0, chunks * C - M)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, C, *x.shape[1:]) for x in (h_MD, targets_M)]
+    wide_DV = head_DV.astype(jnp.float32)  # so that the sum of its gradients over the chunks is
+    _, loss_M = lax.scan(lambda _, piece: (None, jax.checkpoint(chunk)(*piece, wide_DV)), None, pieces)
+    return loss_M.reshape(-1)[:M].reshape(targets_BT.shape)
+
+
+def training_flops(config: LVMConfig, tokens: int) -> float:
+    """FLOPs a token of a training step on sentences of so many tokens: 6 for each weight of a matrix product, and causal
+    attention at half of its square; what rematerialisation repeats is not counted."""
+    matrices = parameter_count(config) - config.vocab_size * config.hidden - (2 * config.layers + 1) * config.hidden
+    return 6 * matrices + 6 * config.layers * tokens * config.hidden
 
 
 def parameter_count(config: LVMConfig) -> int:

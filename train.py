@@ -3,6 +3,7 @@
     python train.py                                    # the main job: a mini LVM on the embedded pictures, about ten minutes
     python train.py --size 300m --data DIR:0.7 DIR:0.3 --context 4098 --mesh -1,1,1,1 --out runs/mine
     python train.py --data DIR --init lvm-hf --learning-rate 3e-5 --out runs/finetuned
+    python train.py --preset lvm-7b --compile-only --topology v5p:4x4x4        # what a pod would make of it, without the pod
 
 Run the same command again to resume: the weights, the moments and the place in the data are those of a run that was
 never stopped. A run folder holds config.json, metrics.jsonl, checkpoints/ (orbax) and samples/ (pictures).
@@ -12,13 +13,15 @@ Dimension key: A accumulated micro-batches, B sentences, T tokens of a sentence,
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -28,7 +31,8 @@ import optax
 import orbax.checkpoint as ocp
 import tyro
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.experimental import mesh_utils, topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
 import lvm
@@ -43,6 +47,8 @@ ROW_KEYS = ("ids_BT", "mask_BT", "segment_ids_BT")  # of a batch; the last only 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    preset: Literal["none", "lvm-7b"] = "none"
+    """Other defaults for all flags that are not given (`PRESETS`). lvm-7b: the published recipe of the 7b."""
     size: Literal[tuple(lvm.SIZES)] = "mini"
     """Width and depth of the model; `python lvm.py sizes` prints the table."""
     data: tuple[str, ...] = ()
@@ -76,30 +82,50 @@ class Config:
     """Micro-batches an update: each holds batch / accumulate sentences, so memory shrinks and the result does not change."""
     context: int | None = None
     """Tokens of a row; by default the size's own."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw, as published; or muon for the blocks' matrices (scaled to AdamW's step, so that the same learning rate
-    serves both) with adamw for the rest."""
+    optimizer: Literal["adamw", "palm", "muon"] = "adamw"
+    """adamw, as published; palm, the published alternative (Adafactor without factors; with --schedule rsqrt --b2 0.99
+    --weight-decay 1 --learning-rate 0.01 --warmup 10000 it is that of PaLM); or muon for the blocks' matrices (scaled to
+    AdamW's step, so that the same learning rate serves both) with adamw for the rest."""
     learning_rate: float = 2e-3
-    """Peak of the cosine schedule."""
+    """Peak of the schedule."""
+    schedule: Literal["cosine", "wsd", "rsqrt"] = "cosine"
+    """After the warm-up: cosine, as published, down to the final rate at the last step; wsd, the peak, then a line down over
+    the last --decay-fraction, so that a run can be lengthened before it; rsqrt, PaLM's, with no final rate."""
+    decay_fraction: float = 0.2
+    """Part of the steps over which wsd falls."""
     final_learning_rate: float = 0.1
     """Learning rate at the last step, as a fraction of the peak."""
     warmup: int = 40
     """Steps from 0 to the peak."""
     weight_decay: float = 0.1
-    """AdamW's decay of the matrices; norm scales are spared."""
+    """Decay of the matrices; norm scales are spared, unless:"""
+    decay_norms: bool = False
+    """Decay norm scales too, as published."""
     b1: float = 0.9
-    """AdamW's decay of the first moment."""
+    """Decay of the first moment."""
     b2: float = 0.95
-    """AdamW's decay of the second moment."""
+    """Decay of the second moment; its exponent in palm."""
     clip: float = 1.0
     """Largest global norm of the gradient."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; weights and moments are float32. auto: bfloat16 on TPU and GPU, float32 on CPU."""
-    mesh: str = "-1,1,1,1"
-    """Devices along data, fsdp, tensor, seq; one may be -1 for all that are left. seq splits the tokens of each
-    sentence, for sentences that are too long for one device."""
-    remat: bool = False
-    """Recompute each block in the backward pass: less memory, a third more compute."""
+    mesh: str = "auto"
+    """Devices along data, fsdp, tensor, seq; one may be -1 for all that are left, such as 1,-1,1,1. fsdp splits weights and
+    moments, tensor heads and feed-forward width, seq the tokens of each sentence. auto chooses, and says why."""
+    remat: Literal[tuple(lvm.REMAT)] = "none"
+    """What the backward pass computes again. none: nothing but gathers; minimal: elementwise work; full: each block, a third
+    more compute for the least memory; offload: as full, with the blocks' inputs in the host's memory."""
+    z_loss: float = 0.0
+    """Weight of the squared log of the softmax's denominator in the gradient, which keeps logits small; PaLM takes 1e-4."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Stored dtype of the optimizer's moments; bfloat16 saves four bytes a weight."""
+    compile_only: bool = False
+    """Compile the training step for the chips of --topology, which need not be here, say what it takes, and stop: exit
+    status 1 where it does not fit. Needs no data, but the packages of tests/compilers.txt."""
+    topology: str | None = None
+    """Chips for --compile-only: v4:2x2x4, v5e:16x16, v5p:4x4x8, v6e:8x8, two slices of them v5e:16x16*2, or h200:16."""
+    compilation_cache: str = "auto"
+    """Folder for compiled programs, so that a resumed run starts at once; auto: one in the user's cache; off: none."""
     demo_sentences: int = 960
     """Sentences to make where --data is empty."""
     save_every: int = 50
@@ -117,32 +143,52 @@ class Config:
             raise ValueError(f"--batch {self.batch} is not a multiple of --accumulate {self.accumulate}")
         if self.warmup >= self.steps and self.steps > 1:
             raise ValueError(f"--warmup {self.warmup} must be less than --steps {self.steps}")
+        if not 0 < self.decay_fraction <= 1 or self.schedule == "wsd" and self.warmup + self.decay_fraction * self.steps > self.steps:
+            raise ValueError(f"--decay-fraction {self.decay_fraction} of {self.steps} steps and --warmup {self.warmup} do not fit one after the other")
         if not 0 <= self.heldout_fraction < 1:
             raise ValueError(f"--heldout-fraction must lie in [0, 1), got {self.heldout_fraction}")
         if self.fields and not any(tokenize_data.split_weight(path)[0].endswith(".jsonl") for path in self.data):
             raise ValueError(f"--fields {self.fields!r} is for .jsonl files, and --data names none")
+        if self.compile_only != bool(self.topology):
+            raise ValueError("--compile-only and --topology NAME go together, such as --compile-only --topology v5p:4x4x8")
         try:
-            sizes = [int(n) for n in self.mesh.split(",")]
+            sizes = [1] * 4 if self.mesh == "auto" else [int(n) for n in self.mesh.split(",")]
         except ValueError:
             sizes = []
         if len(sizes) != len(AXES) or sizes.count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
-            raise ValueError(f"--mesh {self.mesh}: wanted four numbers data,fsdp,tensor,seq, one of which may be -1, such as -1,1,1,1")
+            raise ValueError(f"--mesh {self.mesh}: wanted auto or four numbers data,fsdp,tensor,seq, one of which may be -1, such as 1,-1,1,1")
+
+
+# An update of the published 7b is 32 sentences x 4 micro-batches = 524,288 targets; its schedule counts updates. 4097 ids are
+# 4096 inputs and targets.
+PRESETS = {
+    "none": {},
+    "lvm-7b": dict(
+        size="7b", packing="concat", context=4097, batch=128, accumulate=4, steps=288_000, warmup=8_000, learning_rate=1.5e-4, final_learning_rate=0.2,
+        b1=0.9, b2=0.95, clip=1.0, weight_decay=0.1, decay_norms=True, dtype="bfloat16", remat="full", save_every=2_000, log_every=50, out=Path("runs/lvm-7b")),
+}  # fmt: skip
+
+
+def preset(arguments) -> Config:
+    """The defaults that `--preset NAME` or `--preset=NAME` among the arguments asks for."""
+    words = " ".join(map(str, arguments)).replace("=", " ").split()
+    name = words[words.index("--preset") + 1] if "--preset" in words[:-1] else "none"
+    return Config(preset=name, **PRESETS.get(name, {}))
 
 
 # These may differ when a run is resumed; everything else must be as it was.
-MAY_CHANGE = {"out", "steps", "save_every", "log_every", "mesh", "remat", "learning_rate", "final_learning_rate", "warmup", "tokenizer", "heldout"}
+MAY_CHANGE = {"preset", "out", "steps", "save_every", "log_every", "mesh", "remat", "compile_only", "topology", "compilation_cache", "learning_rate", "final_learning_rate", "warmup", "tokenizer", "heldout"}
 
 
 def train(config: Config) -> lvm.LVM:
     """Trains until `config.steps`, resuming where the run folder holds a checkpoint; returns the model."""
-    mesh = make_mesh(config)
-    if config.batch % (config.accumulate * mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise ValueError(f"--batch {config.batch} over {config.accumulate} micro-batches does not divide by the {mesh.shape['data'] * mesh.shape['fsdp']} devices of data x fsdp")
     check_writable(config.out)
     data, heldout = (config.data, config.heldout) if config.data else make_demo(config)
     paths, weights = zip(*map(tokenize_data.split_weight, data))
     codes = next((tokenize_data.Shards(path).codes for path in paths if not path.endswith(".jsonl")), lvm.SIZES[config.size].codes)
     model_config = model_config_for(config, codes)
+    mesh = make_mesh(config, model_config)
+    check_batch(config, mesh)
     specials = (model_config.bos, model_config.eos, model_config.pad)
     open_sentences = functools.partial(tokenize_data.open_sentences, codes=codes, specials=specials, fields=config.fields, vocabulary=model_config.vocab_size)
     shards = [open_sentences(path) for path in paths]
@@ -174,7 +220,7 @@ def train(config: Config) -> lvm.LVM:
     entropy = unigram_entropy(shards)
     print(f"baseline: the entropy of the unigram distribution is {entropy:.3f} nats a code; a loss below it means that the model uses context")
 
-    loss_fn = make_loss(mesh, lvm.partition_specs(state["model"]), dtype, config.remat)
+    loss_fn = make_loss(mesh, lvm.partition_specs(state["model"]), dtype, config.remat, config.z_loss)
     step_fn = make_train_step(loss_fn, optimizer, config.accumulate, shardings)
     eval_fn = jax.jit(loss_fn)
     place = lambda batch: {k: jax.make_array_from_process_local_data(NamedSharding(mesh, ROWS), v) for k, v in batch.items()}
@@ -213,25 +259,37 @@ def train(config: Config) -> lvm.LVM:
     return state["model"]
 
 
-def make_loss(mesh, specs, dtype, remat):
+def make_loss(mesh, specs, dtype, remat="none", z_loss=0.0, implementation=None):
     """loss(model, ids_BT, mask_BT[, segment_ids_BT]): the mean over the whole batch, computed shard by shard.
 
-    Differentiate it outside the shard_map: the transpose of each gather below is then the reduce-scatter of its gradient."""
+    Differentiate it outside the shard_map: the transpose of each gather below is then the reduce-scatter of its gradient.
+    `implementation` is `flash_attention`'s; None picks for the default backend."""
     ranks = mesh.shape["seq"]
     ring = "seq" if ranks > 1 else None
 
     def gather(weights):
         def whole(path, w):
-            axes = lvm.SHARDING[path[-1].name]
+            name = path[-1].name
+            axes = lvm.SHARDING[name]
             w = lax.pcast(w, ("data", "seq"), to="varying")  # so that the sum over them runs on shards, not on whole gradients
             w = w.astype(dtype) if w.ndim > 1 else w
+            w = own_columns(w) if name == "head_DV" else w
             return lax.all_gather(w, "fsdp", axis=axes.index("fsdp"), tiled=True) if "fsdp" in axes else lax.pcast(w, "fsdp", to="varying")
 
         return jax.tree_util.tree_map_with_path(whole, weights)
 
+    def own_columns(head_DV):
+        """The columns of the head for this device along "tensor", after padding it to whole lanes of 128 for each."""
+        V, parts = head_DV.shape[1], mesh.shape["tensor"]
+        width = -(-V // (128 * parts)) * 128
+        head_DV = jnp.pad(head_DV, ((0, 0), (0, width * parts - V)))
+        return lax.dynamic_slice_in_dim(head_DV, lax.axis_index("tensor") * width, width, axis=1)
+
     def shard_loss(model, ids_BT, targets_BT, mask_BT, segment_ids_BT=None):
-        logits_BTV = model(ids_BT, segment_ids_BT, gather=gather, reduce=lambda x: lax.psum(x, "tensor"), dtype=dtype, remat=remat, ring=ring)
-        loss, _ = lvm.target_loss(logits_BTV, targets_BT, mask_BT, whole_row=lambda sum_B: lax.psum(sum_B, "seq"))
+        losses_BT = model.losses(
+            ids_BT, targets_BT, segment_ids_BT, gather=gather, reduce=lambda x: lax.psum(x, "tensor"), dtype=dtype, remat=remat, ring=ring,
+            vocabulary="tensor", z_loss=z_loss, implementation=implementation)
+        loss, _ = lvm.mean_of_rows(losses_BT, mask_BT, whole_row=lambda sum_B: lax.psum(sum_B, "seq"))
         return lax.pmean(loss, ("data", "fsdp"))
 
     def loss(model, ids_BT, mask_BT, *segment_ids_BT):
@@ -249,15 +307,14 @@ def make_train_step(loss_fn, optimizer, accumulate, shardings):
     """train_step(state, batch) -> (state, metrics): pure, jitted, its state donated."""
 
     def train_step(state, batch):
-        # Micro-batch a takes rows a, a + A, ... so that no row changes its device.
-        micro = jax.tree.map(lambda x_BT: x_BT.reshape(-1, accumulate, x_BT.shape[1]).swapaxes(0, 1), batch)
-
-        def add(total, rows):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_fn)(state["model"], *(rows[k] for k in ROW_KEYS if k in rows))), None
-
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["model"]))
-        (loss, grads), _ = lax.scan(add, zero, micro)
-        loss, grads = jax.tree.map(lambda x: x / accumulate, (loss, grads))
+        loss_and_grads = lambda rows: jax.value_and_grad(loss_fn)(state["model"], *(rows[k] for k in ROW_KEYS if k in rows))
+        if accumulate == 1:
+            loss, grads = loss_and_grads(batch)
+        else:  # micro-batch a takes rows a, a + A, ... so that no row changes its device
+            micro = jax.tree.map(lambda x_BT: x_BT.reshape(-1, accumulate, x_BT.shape[1]).swapaxes(0, 1), batch)
+            zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["model"]))
+            total, _ = lax.scan(lambda total, rows: (jax.tree.map(jnp.add, total, loss_and_grads(rows)), None), zero, micro)
+            loss, grads = jax.tree.map(lambda x: x / accumulate, total)
         updates, moments = optimizer.update(grads, state["optimizer"], state["model"])
         return ({"model": optax.apply_updates(state["model"], updates), "optimizer": moments},
                 {"loss": loss, "grad_norm": optax.global_norm(grads)})
@@ -266,12 +323,13 @@ def make_train_step(loss_fn, optimizer, accumulate, shardings):
 
 
 def make_optimizer(config: Config):
-    """AdamW or Muon after clipping by the global norm; linear warm-up, then cosine. Returns (optimizer, schedule)."""
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup, config.steps, config.final_learning_rate * config.learning_rate)
-    matrices = lambda model: jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in path[-1].name, model)
+    """(clipping by the global norm and the update, the learning rate at an update); both count updates, not micro-batches."""
+    schedule = make_schedule(config)
+    decayed = lambda model: jax.tree_util.tree_map_with_path(lambda path, _: config.decay_norms or "norm" not in path[-1].name, model)
     if config.optimizer == "adamw":
-        update = optax.adamw(schedule, config.b1, config.b2, weight_decay=config.weight_decay, mask=matrices)
+        update = optax.adamw(schedule, config.b1, config.b2, weight_decay=config.weight_decay, mask=decayed)
+    elif config.optimizer == "palm":
+        update = palm(schedule, config.b1, config.b2, config.weight_decay, decayed)
     else:
         # Which axes of a weight are summed over and which it makes; the stacked layers before them are a batch.
         ends = {"q_DNK": (1, 2), "k_DNK": (1, 2), "v_DNK": (1, 2), "o_NKD": (2, 1), "gate_DF": (1, 1), "up_DF": (1, 1), "down_FD": (1, 1)}
@@ -283,39 +341,141 @@ def make_optimizer(config: Config):
             return optax.contrib.MuonDimensionNumbers(tuple(range(1, 1 + taken)), tuple(range(1 + taken, 1 + taken + made)))
 
         update = optax.contrib.muon(
-            schedule, weight_decay=config.weight_decay, weight_decay_mask=matrices, adam_b1=config.b1, adam_b2=config.b2,
+            schedule, weight_decay=config.weight_decay, weight_decay_mask=decayed, adam_b1=config.b1, adam_b2=config.b2,
             adam_weight_decay=config.weight_decay, consistent_rms=0.2,
             muon_weight_dimension_numbers=lambda model: jax.tree_util.tree_map_with_path(axes, model))
+    update = update if config.moments == "float32" else with_narrow_moments(update, jnp.dtype(config.moments))
     return optax.chain(optax.clip_by_global_norm(config.clip), update), schedule
+
+
+def make_schedule(config: Config):
+    """Linear warm-up to the peak; then a cosine or, in wsd, the peak until the last `decay_fraction` of the steps and a line
+    down to the final rate; rsqrt, PaLM's: the peak for `warmup` updates, then falling with the square root of the update."""
+    peak, last = config.learning_rate, config.final_learning_rate * config.learning_rate
+    if config.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup, config.steps, last)
+    if config.schedule == "rsqrt":
+        return lambda count: peak * jnp.sqrt(max(config.warmup, 1) / jnp.maximum(count, max(config.warmup, 1)))
+    decay = max(1, round(config.decay_fraction * config.steps))
+    parts = optax.linear_schedule(0.0, peak, config.warmup), optax.constant_schedule(peak), optax.linear_schedule(peak, last, decay)
+    return optax.join_schedules(parts, [config.warmup, config.steps - decay])
+
+
+def palm(schedule, b1, b2, weight_decay, decayed):
+    """Adafactor without factors, as in the PaLM paper (arXiv 2204.02311, section 5) and in EasyLM: steps in proportion to the
+    RMS of each weight of each layer, a second moment whose decay 1 - t^-b2 grows with the update t, momentum of the steps,
+    and weights that decay by `weight_decay` times the square of the learning rate (1 in the paper; EasyLM writes 1e-4)."""
+
+    def scale(updates, state, weights):
+        rms = lambda w: jnp.sqrt(jnp.mean(w**2, axis=tuple(range(len(w.shape) > 2, w.ndim)), keepdims=True))
+        return jax.tree.map(lambda u, w: u * jnp.maximum(rms(w), 1e-3), updates, weights), state
+
+    by_weight = optax.GradientTransformation(lambda weights: optax.EmptyState(), scale)
+    return optax.chain(
+        optax.scale_by_factored_rms(factored=False, decay_rate=b2), optax.scale_by_schedule(schedule), by_weight, optax.ema(b1, debias=False),
+        optax.scale(-1), optax.add_decayed_weights(lambda count: -weight_decay * schedule(count) ** 2, decayed))
+
+
+def with_narrow_moments(update, dtype):
+    """The same update, with its state's arrays kept in `dtype` between steps and float32 within one."""
+    cast = lambda dtype: functools.partial(jax.tree.map, lambda x: x.astype(dtype) if x.ndim and x.dtype in (jnp.float32, jnp.bfloat16) else x)
+    narrow, wide = cast(dtype), cast(jnp.float32)
+
+    def step(grads, state, weights):
+        updates, state = update.update(grads, wide(state), weights)
+        return updates, narrow(state)
+
+    return optax.GradientTransformation(lambda weights: narrow(update.init(weights)), step)
 
 
 def make_state(config: Config, model_config, optimizer, mesh):
     """({"model", "optimizer"}, their shardings): every leaf is born on the devices that keep it."""
-
-    def init(model):
-        return {"model": model, "optimizer": optimizer.init(model)}
-
     model = lvm.load(config.init) if config.init else None
     if model is not None and model.config != model_config:
         raise ValueError(f"--init {config.init} holds {model.config}, --size {config.size} and the data ask for {model_config}")
-    new = lambda: lvm.LVM(model_config, key=jax.random.key(config.seed))
-    abstract = eqx.filter_eval_shape(lambda: init(new()))
-    for axis, sizes in (("fsdp", {"hidden": model_config.hidden}), ("tensor", {"heads": model_config.heads, "ffn": model_config.ffn})):
-        for name, size in sizes.items():
-            if size % mesh.shape[axis]:
-                raise ValueError(f"--mesh: {name} {size} does not divide by {axis} {mesh.shape[axis]}")
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), lvm.partition_specs(abstract), is_leaf=lambda x: isinstance(x, P))
-    state = jax.jit(init, out_shardings=shardings)(model) if config.init else jax.jit(lambda: init(new()), out_shardings=shardings)()
+    init = lambda model: {"model": model, "optimizer": optimizer.init(model)}
+    abstract, shardings = abstract_state(config, model_config, optimizer, mesh)
+    new = lambda: init(lvm.LVM(model_config, key=jax.random.key(config.seed)))
+    state = jax.jit(init, out_shardings=shardings)(model) if config.init else jax.jit(new, out_shardings=shardings)()
     return state, shardings
 
 
-def make_mesh(config: Config):
-    sizes, devices = [int(n) for n in config.mesh.split(",")], jax.device_count()
-    known = math.prod(n for n in sizes if n != -1)
-    sizes = [devices // known if n == -1 else n for n in sizes]
-    if math.prod(sizes) != devices:
-        raise ValueError(f"--mesh {config.mesh} does not make use of exactly the {devices} devices that are here")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+def abstract_state(config: Config, model_config, optimizer, mesh):
+    """(the state's shapes, its shardings); refuses a mesh that does not divide the model."""
+    for axis, sizes in (("fsdp", {"hidden": model_config.hidden}), ("tensor", {"heads": model_config.heads, "ffn": model_config.ffn})):
+        for name, size in sizes.items():
+            if size % (n := mesh.shape[axis]):
+                fit = [m for m in range(1, size + 1) if all(other % m == 0 for other in sizes.values())]
+                near = sorted({max(m for m in fit if m < n), min([m for m in fit if m > n], default=fit[-1])})
+                raise ValueError(f"--mesh: {axis} {n} does not divide the {name} of {config.size}, {size}; the nearest that do: {' and '.join(map(str, near))}")
+
+    def init():
+        model = lvm.LVM(model_config, key=jax.random.key(config.seed))
+        return {"model": model, "optimizer": optimizer.init(model)}
+
+    abstract = eqx.filter_eval_shape(init)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), lvm.partition_specs(abstract), is_leaf=lambda x: isinstance(x, P))
+    return abstract, shardings
+
+
+def make_mesh(config: Config, model_config, devices=None, memory=None):
+    """The mesh of --mesh over all devices: fsdp, tensor and seq next to each other within a node or slice, data across.
+
+    `memory` is a device's in bytes; None asks it."""
+    devices = jax.devices() if devices is None else devices
+    slices = len({getattr(device, "slice_index", None) for device in devices}) if devices[0].platform == "tpu" else 1
+    if config.mesh == "auto":
+        memory = memory or (devices[0].memory_stats() or {}).get("bytes_limit")
+        group = len(devices) // slices if devices[0].platform == "tpu" else min(8, len(devices))
+        sizes, reason = choose_mesh(config, model_config, len(devices), group, memory)
+    else:
+        sizes, reason = [int(n) for n in config.mesh.split(",")], "as asked for"
+        known = math.prod(n for n in sizes if n != -1)
+        sizes = [len(devices) // known if n == -1 else n for n in sizes]
+        if math.prod(sizes) != len(devices):
+            raise ValueError(f"--mesh {config.mesh} does not make use of exactly the {len(devices)} devices that are here")
+    if sizes[0] % slices:
+        raise ValueError(f"--mesh: data {sizes[0]} is no multiple of the {slices} slices; fsdp, tensor and seq stay within one")
+    print(f"mesh {','.join(map(str, sizes))} ({','.join(AXES)}): {reason}")
+    if slices > 1:
+        array = mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
+    elif devices[0].platform == "tpu":
+        array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:  # in the order of their processes: neighbours share a node
+        array = np.array(devices).reshape(sizes)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_batch(config: Config, mesh):
+    share = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch % (config.accumulate * share):
+        raise ValueError(f"--batch {config.batch} over {config.accumulate} micro-batches does not divide by the {share} devices of data x fsdp")
+
+
+def choose_mesh(config: Config, model_config, devices: int, group: int, memory):
+    """(sizes, reason) of --mesh auto. A `group` is a node of GPUs or a slice of TPUs, where gathers are quick; `memory` in
+    bytes a device, None where devices share it."""
+    rows, D, N, F = config.batch // config.accumulate, model_config.hidden, model_config.heads, model_config.ffn
+    state = lvm.parameter_count(model_config) * (8 + 2 * jnp.dtype(config.moments).itemsize)
+    told = f"weights, gradients and moments take {state / 1e9:.1f} GB"
+    if devices == 1:
+        return (1, 1, 1, 1), "one device"
+    if memory is None:
+        shards, reason = 1, "these devices share one memory, so nothing is gained by splitting weights"
+    elif state <= memory / 2:
+        shards, reason = 1, f"{told}, at most half of a device's {memory / 1e9:.0f} GB: every device holds them all"
+    else:
+        shards = group if state / group <= memory / 2 else devices
+        where = "all devices" if shards == devices else f"the {group} of a node or slice, which then do alike"
+        reason = f"{told}, more than half of a device's {memory / 1e9:.0f} GB: split over {where}"
+    # Each group of devices that work on one row does so by tensor, or else by seq.
+    for tensor, seq in [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (8, 2), (1, 4), (4, 4), (8, 4), (1, 8), (8, 8), (1, devices)]:
+        workers = devices // (tensor * seq)
+        if devices % (tensor * seq) == 0 and rows % workers == 0 and N % tensor == 0 and F % tensor == 0:
+            fsdp = max(n for n in range(1, workers + 1) if workers % n == 0 and D % n == 0 and n <= shards)
+            reason += f"; {rows} rows a micro-batch are fewer than devices or do not divide by them: {tensor * seq} devices a row" if tensor * seq > 1 else ""
+            return (workers // fsdp, fsdp, tensor, seq), reason
+    raise ValueError(f"no mesh of {devices} devices suits {rows} rows a micro-batch (--batch / --accumulate): make them a multiple of {devices}, or give --mesh")
 
 
 def model_config_for(config: Config, codes: int):
@@ -428,9 +588,271 @@ def likeliest_picture(model, prompt_BT, S):
     return codes_SB.T
 
 
+# ------------------------------------------------------------------------------- programs for chips that are not here
+
+
+class Chip(NamedTuple):
+    flops: float
+    """bf16 FLOP/s, nominal"""
+    memory: float
+    """bytes that a program may fill"""
+    link: float
+    """bytes/s: TPU, both ways along one axis of the torus; GPU, into it from its node (NVLink)"""
+    topology: dict
+    """for `get_topology_desc`"""
+    ring: int = 1
+    """a whole axis of the torus is closed where this divides its length"""
+
+
+# The CUDA compiler's description of the device; its cluster has nodes of eight, each GPU with 400 Gbit/s to the others.
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 150000000000
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  device_vendor: "NVIDIA Corporation" name: "NVIDIA H200"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H200"
+"""
+CHIPS = {
+    "v4": Chip(275e12, 31.75 * 2**30, 9e10, {"chip_config_name": "megacore"}, ring=4),
+    "v5e": Chip(197e12, 15.75 * 2**30, 9e10, {}, ring=16),
+    "v5p": Chip(459e12, 95.74 * 2**30, 1.8e11, {"chip_config_name": "megachip_tccontrol"}, ring=4),
+    "v6e": Chip(918e12, 31.25 * 2**30, 1.8e11, {}, ring=16),
+    "h200": Chip(989e12, 0.92 * 141e9, 4.5e11, {"topology_name": "h200", "target_config": H200}),
+}
+NETWORK, SLICE_NETWORK = 5e10, 6.25e9  # bytes/s of a GPU to other nodes, and of a TPU chip to other slices
+
+
+def find_topology(name: str):
+    """(chip, devices) of a --topology; to be called before any backend has started."""
+    match = re.fullmatch(r"(v4|v5e|v5p|v6e):(\d+(?:x\d+)+)(?:\*(\d+))?|h200:(\d+)", name)
+    if not match:
+        raise ValueError(f"--topology {name}: wanted one of {', '.join(CHIPS)} and a shape, such as v5p:4x4x8, v5e:16x16*2 (two slices) or h200:16")
+    kind, shape, slices, gpus = match.groups()
+    package = "jax_cuda13_plugin" if gpus else "libtpu"
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"--topology {name} needs the compiler of {package}, which is not installed; type: pip install -r tests/compilers.txt")
+    chip = CHIPS[kind or "h200"]
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")  # libtpu shall not look for chips
+    tell_xla("cuda" if gpus else "tpu")
+    try:
+        if gpus:
+            n = int(gpus)
+            if n > 8 and n % 8:
+                raise ValueError("more than 8 GPUs come in nodes of 8")
+            return chip, topologies.get_topology_desc(platform="cuda", topology=f"1x{max(1, n // 8)}x{min(n, 8)}", **chip.topology).devices
+        more = {"num_slices": int(slices)} if slices else {}
+        return chip, topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **more, **chip.topology).devices
+    except Exception as error:  # the compiler's own refusal, such as of a shape that no pod has
+        raise ValueError(f"--topology {name}: {str(error).splitlines()[0]}") from None
+
+
+def compile_step(config: Config, chip: Chip, devices):
+    """(compiled training step, mesh, model config) on devices that need not be here: nothing of it runs."""
+    model_config = model_config_for(config, lvm.SIZES[config.size].codes)
+    mesh = make_mesh(config, model_config, devices, chip.memory)
+    check_batch(config, mesh)
+    optimizer, _ = make_optimizer(config)
+    state, shardings = abstract_state(config, model_config, optimizer, mesh)
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    row = lambda dtype: jax.ShapeDtypeStruct((config.batch, model_config.context), dtype, sharding=NamedSharding(mesh, ROWS))
+    dtype = jnp.dtype("bfloat16" if config.dtype == "auto" else config.dtype)
+    loss_fn = make_loss(mesh, lvm.partition_specs(state["model"]), dtype, config.remat, config.z_loss, implementation="pallas")
+    step = make_train_step(loss_fn, optimizer, config.accumulate, shardings)
+    batch = {"ids_BT": row(jnp.int32), "mask_BT": row(jnp.float32)}
+    return step.trace(jax.tree.map(place, state, shardings), batch).lower().compile(), mesh, model_config
+
+
+def compile_only(config: Config) -> dict:
+    """Compiles the step for --topology, prints what it takes, and returns it; `fits` says whether it does."""
+    chip, devices = find_topology(config.topology)
+    began = time.time()
+    try:
+        compiled, mesh, model_config = compile_step(config, chip, devices)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        used = re.search(r"[Uu]sed ([\d.]+)([GM]) of", str(error))
+        peak = float(used[1]) * {"G": 2**30, "M": 2**20}[used[2]] if used else math.inf
+        print(f"does not fit: {str(error).splitlines()[0][:300]}")
+        return {"fits": False, "peak": peak, "memory": chip.memory, "seconds": time.time() - began}
+    seconds = time.time() - began
+    memory, n = compiled.memory_analysis(), len(devices)
+    peak = (memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+            + memory.generated_code_size_in_bytes)
+    moved = collectives(compiled.as_text(), mesh, chip)
+    tokens = config.batch * model_config.context
+    flops = tokens * lvm.training_flops(model_config, model_config.context)
+    compute = flops * (4 / 3 if config.remat in ("full", "offload") else 1) / (n * chip.flops)
+    network = sum(c["seconds"] for c in moved.values())
+    facts = {
+        "fits": peak <= chip.memory, "mesh": list(mesh.devices.shape), "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
+        "host": memory.host_temp_size_in_bytes, "peak": peak, "memory": chip.memory, "flops": flops, "collectives": moved, "compute_seconds": compute,
+        "network_seconds": network, "tokens": tokens, "seconds": seconds}
+    GB = lambda bytes: f"{bytes / 1e9:.2f} GB"
+    print(f"{config.topology}: {n} chips of {chip.flops / 1e12:.0f} TFLOP/s; {config.size}, {config.batch} x {model_config.context} tokens an update in {config.accumulate} micro-batch(es), remat {config.remat}, "
+          f"{config.moments} moments; jax {jax.__version__}, compiled in {seconds:.0f} s")
+    print(f"bytes a chip: arguments {GB(facts['arguments'])}, temporaries {GB(facts['temporaries'])}, peak {GB(peak)} of {GB(chip.memory)}"
+          + (f", and {GB(facts['host'])} of the host's memory" if facts["host"] else ""))
+    print(f"FLOPs a step: {flops:.3e} (6 a weight and token, causal attention at half; what remat repeats is not counted)")
+    for name, c in moved.items():
+        print(f"{name}: {c['count']} a step, {GB(c['bytes'])} through each chip, {c['seconds'] * 1e3:.1f} ms")
+    print(f"roofline: {compute * 1e3:.0f} ms of compute{' (remat included)' if config.remat in ('full', 'offload') else ''}, {network * 1e3:.0f} ms of collectives: "
+          f"{'compute' if compute >= network else 'communication'}-bound where they overlap, {tokens / max(compute, network):,.0f} tokens/s at most")
+    print("it fits" if facts["fits"] else f"does not fit: {GB(peak)} of {GB(chip.memory)}")
+    return facts
+
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+_KINDS = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute"
+
+
+def collectives(text: str, mesh, chip: Chip) -> dict:
+    """{kind: {"count", "bytes" through a device, "seconds"}} of one step, read from optimized HLO.
+
+    A loop's body counts as often as XLA knows it to run (known_trip_count), or else as the constant in its condition says. A ring moves an array (n - 1) / n times through
+    each of n devices, an all-reduce twice. A group of TPUs has the links of the axes of the torus that it spans, both ways
+    where the axis is closed; GPUs have NVLink within a node, and each its own network card between nodes.
+    """
+    computations, name, entry = {}, None, None
+    for line in text.splitlines():
+        if line.endswith("{") and (head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(", line)):
+            name = head[1]
+            computations[name] = []
+            entry = name if line.startswith("ENTRY") else entry
+        elif name:
+            computations[name].append(line)
+    total = {}
+
+    def visit(name, times, fused=False):
+        lines = computations.get(name, [])
+        # TPUs split an asynchronous gather into fusions that start it, go on with it and end it: the first counts.
+        counts = not fused or "all-reduce-scatter" in name or any("AsyncCollectiveStart" in line for line in lines)
+        for line in lines:
+            found = counts and re.search(rf" = (.+?) ({_KINDS})(-start)?\(", line)
+            if found:
+                shapes, kind, start = found.groups()
+                group = _group(line, mesh)
+                n = len(group)
+                size = sum(_BYTES.get(t, 0) * math.prod(int(d) for d in dims.split(",") if d) for t, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes))
+                # An asynchronous one lists its operands before its results, but for the all-reduce that is not a tuple of tuples.
+                both = start and (kind != "all-reduce" or shapes.startswith("(("))
+                if "all-reduce-scatter" in name:
+                    kind = "reduce-scatter"  # a fusion of TPUs, which sums and keeps a part
+                elif kind in ("all-gather", "reduce-scatter"):
+                    size *= n / (n + 1) if both else n if kind == "reduce-scatter" else 1  # the whole array
+                elif both:
+                    size /= 2
+                through = size * (1 if kind == "collective-permute" else (n - 1) / n * (2 if kind == "all-reduce" else 1))
+                if through:
+                    row = total.setdefault(kind, {"count": 0, "bytes": 0.0, "seconds": 0.0})
+                    row["count"] += times
+                    row["bytes"] += times * through
+                    row["seconds"] += times * through / _bandwidth(group, mesh, chip, kind)
+            trips = 1
+            if loop := re.search(r" while\(.*condition=%?([\w.\-]+)", line):
+                known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+                limits = [int(n) for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(computations.get(loop[1], [])))]
+                trips = int(known[1]) if known else max(limits, default=1)
+            for how, callee in re.findall(r"(calls|body|true_computation|false_computation)=%?([\w.\-]+)", line):
+                visit(callee, times * trips, how == "calls")
+            for callees in re.findall(r"branch_computations=\{([^}]*)\}", line):
+                for callee in re.findall(r"[\w.\-]+", callees):
+                    visit(callee, times)
+
+    visit(entry, 1)
+    return total
+
+
+def _group(line, mesh):
+    """The devices of the first group of a collective."""
+    devices = mesh.devices.reshape(-1)
+    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
+        return [devices[int(i)] for i in pairs.groups()]
+    if axes := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = {k: int(v) for k, v in re.findall(r"'(\w+)'=(\d+)", axes[1])}
+        names = re.findall(r"'(\w+)'", axes[2])
+        index = tuple(slice(None) if k in names else 0 for k in sizes)
+        return list(devices.reshape(tuple(sizes.values()))[index].reshape(-1))
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        ids = np.arange(len(devices)).reshape([int(d) for d in iota[3].split(",")])
+        ids = ids.transpose([int(d) for d in iota[4].split(",")]) if iota[4] else ids
+        return [devices[i] for i in ids.reshape(int(iota[1]), int(iota[2]))[0]]
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    return [devices[int(i)] for i in listed[1].split(",")] if listed else list(devices)
+
+
+def _bandwidth(group, mesh, chip, kind):
+    """Bytes/s into a device of a group."""
+    if group[0].platform != "tpu":
+        nodes = {}
+        for device in group:
+            nodes[device.process_index] = nodes.get(device.process_index, 0) + 1
+        return chip.link if len(nodes) == 1 else NETWORK * (1 if kind == "collective-permute" else max(nodes.values()))
+    if len({getattr(device, "slice_index", None) for device in group}) > 1:
+        return SLICE_NETWORK
+    if kind == "collective-permute":
+        return chip.link / 2
+    speed = 0.0
+    for i in range(3):
+        here = len({device.coords[i] for device in group})
+        whole = len({device.coords[i] for device in mesh.devices.flat})
+        if here > 1:
+            speed += chip.link if here == whole and whole % chip.ring == 0 else chip.link / 2
+    return speed
+
+
+# What XLA needs to be told; TPUs overlap gathers with compute unasked. GPUs: run collectives beside compute, gather the next
+# layer during this one, join small collectives, leave products to cuBLAS, and rematerialise only what --remat says.
+XLA_FLAGS = {
+    "cuda": (
+        "--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_enable_triton_gemm=false --xla_gpu_enable_pipelined_all_gather=true "
+        "--xla_gpu_enable_pipelined_reduce_scatter=true --xla_gpu_enable_pipelined_all_reduce=true --xla_gpu_enable_while_loop_double_buffering=true "
+        "--xla_gpu_all_gather_combine_threshold_bytes=134217728 --xla_gpu_reduce_scatter_combine_threshold_bytes=134217728 "
+        "--xla_gpu_all_reduce_combine_threshold_bytes=134217728 --xla_disable_hlo_passes=rematerialization").split(),
+}  # fmt: skip
+
+
+def tell_xla(platform: str | None = None):
+    """Appends what `platform` needs to XLA_FLAGS before a backend starts; a flag that the user has set stays as it is."""
+    if platform is None:
+        asked = os.environ.get("JAX_PLATFORMS", "").split(",")[0]
+        plugins = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
+        platform = asked or ("cuda" if plugins else "")
+    given = os.environ.get("XLA_FLAGS", "")
+    names = {flag.split("=")[0] for flag in given.split()}
+    if new := [flag for flag in XLA_FLAGS.get({"gpu": "cuda"}.get(platform, platform), ()) if flag.split("=")[0] not in names]:
+        os.environ["XLA_FLAGS"] = " ".join([given, *new]).strip()
+        print(f"XLA_FLAGS += {' '.join(new)}")
+    if platform in ("cuda", "gpu"):
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of the memory; 0.75 by default
+
+
+def keep_compiled(folder: str):
+    """Programs compiled once are read from `folder` the next time; JAX_COMPILATION_CACHE_DIR, where set, wins over "auto"."""
+    if folder == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif folder != "auto" or not jax.config.jax_compilation_cache_dir:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lvm-jax" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(cache if folder == "auto" else Path(folder).absolute()))
+
+
 def main():
     try:
-        train(tyro.cli(Config, description=__doc__))
+        config = tyro.cli(Config, description=__doc__, default=preset(sys.argv[1:]))
+        if config.compile_only:
+            jax.config.update("jax_platforms", "cpu")
+            sys.exit(0 if compile_only(config)["fits"] else 1)
+        tell_xla()
+        keep_compiled(config.compilation_cache)
+        train(config)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,0 +1,151 @@
+"""Which mesh, remat and moments train each size on each pod: the table benchmarks/pods.md, by compiling every cell.
+
+    python benchmarks/pods.py                                    # all cells that benchmarks/pods.jsonl lacks, then the table
+    python benchmarks/pods.py --sizes 7b --pods v5p-128 --out /tmp/pods
+    python benchmarks/pods.py --table                            # only writes the table of what is there
+
+Runs on a CPU that has the packages of tests/compilers.txt; the pods need not be there. A step reads one sentence of 4,096
+tokens a chip, or for each `tensor` chips. The candidates (mesh, remat, moments) of a cell are put in the order of an estimate
+of their time; those whose estimated memory is too much are left out; the first that fits by compiling it in a process of its
+own (`train.compile_only`) is the cell. Every cell is one line of JSON, so that a stopped run goes on. Where weights,
+gradients and bfloat16 moments alone are more than the pod's memory, the cell says so and nothing is compiled.
+"""
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+import lvm
+import train
+
+# TPU pods by the names that clouds sell them under: those of v5p count cores, two a chip.
+PODS = {
+    "h200-8": "h200:8", "h200-16": "h200:16", "h200-64": "h200:64", "h200-256": "h200:256",
+    "v5p-8": "v5p:2x2x1", "v5p-32": "v5p:2x2x4", "v5p-128": "v5p:4x4x4", "v5p-512": "v5p:4x8x8",
+    "v6e-16": "v6e:4x4", "v6e-64": "v6e:8x8", "v6e-256": "v6e:16x16", "v5e-256": "v5e:16x16",
+}  # fmt: skip
+CONTEXT = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    sizes: tuple[str, ...] = ("7b", "1b", "3b", "30b", "13b", "20b", "300m", "600m", "100m")
+    """Rows of the table, in the order in which they are compiled."""
+    pods: tuple[str, ...] = tuple(PODS)
+    """Columns of the table."""
+    out: Path = ROOT / "benchmarks" / "pods"
+    """Written: OUT.jsonl, one cell a line, and OUT.md, the table."""
+    table: bool = False
+    """Compile nothing."""
+
+
+def main(config: Config):
+    cells = {}
+    file = config.out.with_suffix(".jsonl")
+    for line in file.read_text().splitlines() if file.exists() else []:
+        cells[json.loads(line)["size"], json.loads(line)["pod"]] = json.loads(line)
+    todo = [] if config.table else [(size, pod) for pod in config.pods for size in config.sizes if (size, pod) not in cells]
+    for size, pod in todo:
+        cells[size, pod] = cell = compile_cell(size, pod)
+        with open(file, "a") as log:
+            log.write(json.dumps(cell) + "\n")
+        print(size, pod, show(cell), f"{cell['seconds']:.0f} s", flush=True)
+    config.out.with_suffix(".md").write_text(table(config, cells))
+
+
+def compile_cell(size, pod) -> dict:
+    name = PODS[pod]
+    chip, n = train.CHIPS[name.split(":")[0]], math.prod(int(d) for d in name.split(":")[1].split("x"))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    cell = {"size": size, "pod": pod, "chips": n, "commit": commit, "seconds": 0.0, "tried": []}
+    least = 12 * lvm.parameter_count(lvm.SIZES[size]) / n
+    if least > chip.memory:
+        return cell | {"fits": False, "peak": least, "memory": chip.memory, "why": "weights, gradients and moments alone"}
+    options = candidates(size, chip, n)
+    options = [o for o in options if o["estimate"] < 0.95 * chip.memory] or [min(options, key=lambda o: o["estimate"])]
+    for option in options[:4]:
+        flags = {k: v for k, v in option.items() if k not in ("estimate", "order")}
+        config = train.Config(size=size, context=CONTEXT, steps=100, compile_only=True, topology=name, **flags)
+        # A process of its own, as compilers keep memory.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            facts = pool.submit(train.compile_only, config).result()
+        cell["tried"].append(option | {"fits": facts["fits"], "peak": facts["peak"]})
+        cell["seconds"] += facts.pop("seconds")
+        if facts["fits"]:
+            return cell | facts | flags
+    return cell | {"fits": False, "peak": min(t["peak"] for t in cell["tried"]), "memory": chip.memory, "why": "the least of those compiled"}
+
+
+def candidates(size, chip, n):
+    """Flags with estimates of bytes a chip, those first whose steps should be shortest.
+
+    Bytes: float32 weights and gradients and the moments, split over fsdp x tensor; what remat keeps of each block; and, for
+    the time of one block, its gathered weights and its own activations. Time: the roofline of train.py, in which gathers and
+    gradients overlap with compute, and a tenth more for the sums of tensor parallelism, which do not.
+    """
+    c, P, gpu = lvm.SIZES[size], lvm.parameter_count(lvm.SIZES[size]), chip is train.CHIPS["h200"]
+    D, F, T = c.hidden, c.ffn, CONTEXT
+    found = []
+    for tensor in (t for t in (1, 2, 4) if n % t == 0 and c.heads % t == 0 and F % t == 0):
+        for fsdp in (f for f in (2**i for i in range(9)) if n // tensor % f == 0 and D % f == 0):
+            data, shards = n // tensor // fsdp, fsdp * tensor
+            inside = chip.link if gpu else 2 * chip.link
+            across = train.NETWORK * 8 if gpu else inside  # of a node; its GPUs send a part each
+            gathers = 0 if fsdp == 1 else 6 * P / tensor / (inside if shards <= 8 or not gpu else across)
+            sums = 0 if data == 1 else 8 * P / shards / (inside if n <= 8 or not gpu else across / min(8, shards) if shards < 8 else train.NETWORK)
+            for remat, repeat in (("minimal", 1), ("full", 4 / 3)):
+                kept = T * 2 * (D if remat == "full" else 2 * D + (4 * D + 2 * F) / tensor)
+                for moments, width in (("float32", 4), ("bfloat16", 2)):
+                    compute = T * n / tensor * lvm.training_flops(c, T) * repeat / n / chip.flops * (1 if tensor == 1 else 1.1)
+                    block = 8 * (4 * D * D + 3 * D * F) / tensor + T * (24 * D + 12 * F / tensor) + 12 * c.vocab_size * D
+                    found.append({
+                        "order": (max(compute, gathers + sums) + (gathers + sums) / 20) * tensor * (1 if width == 4 else 1.001),  # for as many tokens
+                        "estimate": P * (8 + 2 * width) / shards + c.layers * kept + block + 2e8,
+                        "mesh": f"{data},{fsdp},{tensor},1", "batch": n // tensor, "remat": remat, "moments": moments})
+    return sorted(found, key=lambda f: f["order"])
+
+
+def show(cell) -> str:
+    """A cell of the table."""
+    if not cell["fits"]:
+        return f"does not fit: {cell['peak'] / 1e9:.0f} of {cell['memory'] / 1e9:.0f} GB ({cell['why']})"
+    bound = max(cell["compute_seconds"], cell["network_seconds"])
+    short = cell["mesh"] if isinstance(cell["mesh"], str) else ",".join(map(str, cell["mesh"]))
+    kind = "C" if cell["compute_seconds"] >= cell["network_seconds"] else "N"
+    return f"{short} {cell['remat']}{' bf16' if cell['moments'] == 'bfloat16' else ''}; {cell['peak'] / 1e9:.1f} GB; {bound:.2f} s {kind}"
+
+
+def table(config, cells) -> str:
+    sizes = [size for size in lvm.SIZES if size in config.sizes]
+    commits = sorted({cell["commit"] for cell in cells.values()})
+    lines = [
+        "# Every size on every pod, compiled ahead of time",
+        "",
+        f"`python benchmarks/pods.py` at {', '.join(commits)}; nothing has run on these chips. One sentence of {CONTEXT:,} tokens a chip (or for each `tensor` chips), bfloat16 compute,",
+        "float32 weights. A cell: mesh data,fsdp,tensor,seq, remat, `bf16` where the moments are bfloat16; peak bytes a chip by the compiler; the roofline's step",
+        "time and whether compute (C) or network (N) bounds it (remat's repeats are in the compute; collectives are read from the compiled program).",
+        "The last line has the compile times on one shared CPU core.", "",
+        "| pod (chips, memory) | " + " | ".join(sizes) + " |", "|---|" + "---|" * len(sizes)]
+    for pod in (pod for pod in PODS if pod in config.pods):
+        row = [cells.get((size, pod)) for size in sizes]
+        if known := [cell for cell in row if cell]:
+            lines.append(f"| {pod} ({known[0]['chips']}, {known[0]['memory'] / 1e9:.0f} GB) | " + " | ".join(show(cell) if cell else "not compiled yet" for cell in row) + " |")
+    seconds = sorted(cell["seconds"] / len(cell["tried"]) for cell in cells.values() if cell["tried"])
+    if seconds:
+        lines += ["", f"Compile times: median {seconds[len(seconds) // 2]:.0f} s, longest {seconds[-1]:.0f} s, {len(seconds)} cells compiled."]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
