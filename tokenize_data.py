@@ -585,8 +585,8 @@ def draw_view(source: Source, epoch: int, name: str):
         return source.fit, None, False, None
     rng = np.random.default_rng((source.seed, epoch, zlib.crc32(name.encode()), 1))
     side = rng.uniform(source.random_crop, 1)
-    left, top = rng.uniform(0, 1 - side, 2)
-    box = (left, top, min(1.0, left + side), min(1.0, top + side)) if source.random_crop < 1 else None
+    x, y = rng.uniform(0, 1, 2)
+    box = (x, y, side) if source.random_crop < 1 else None
     factors = tuple(rng.uniform(1 - source.jitter, 1 + source.jitter, 3)) if source.jitter else None
     return source.fit, box, bool(source.flip and rng.random() < 0.5), factors
 

@@ -163,7 +163,7 @@ class VQGAN(eqx.Module):
 def encode(model: VQGAN, pixels_BHWC) -> jax.Array:
     """float [B, H, W, 3] in [0, 1], square, sides a multiple of `config.factor` -> int32 codes [B, S] in raster order.
 
-    Raises ValueError for another shape or dtype, and, where the values are at hand (a numpy array), for values out of range."""
+    The network computes in the pixels' dtype; in float32 the codes of a picture do not depend on the rest of its batch. Raises ValueError for another shape or dtype, and, where the values are at hand (a numpy array), for values out of range."""
     shape, factor = np.shape(pixels_BHWC), model.config.factor
     if len(shape) != 4 or shape[3] != model.config.num_channels or shape[1] != shape[2] or shape[1] % factor or not shape[1]:
         raise ValueError(f"encode wants pixels [B, H, W, {model.config.num_channels}] with H = W a multiple of {factor}, got {list(shape)}")
@@ -174,8 +174,8 @@ def encode(model: VQGAN, pixels_BHWC) -> jax.Array:
     return _encode(model, pixels_BHWC)
 
 
-def decode(model: VQGAN, codes_BS) -> jax.Array:
-    """int codes [B, S], S a square number -> float32 pixels [B, H, W, 3] clamped to [0, 1].
+def decode(model: VQGAN, codes_BS, dtype=jnp.float32) -> jax.Array:
+    """int codes [B, S], S a square number -> float32 pixels [B, H, W, 3] clamped to [0, 1]. The network computes in `dtype`.
 
     Raises ValueError for another shape and, where the values are at hand, for codes outside the codebook."""
     shape, entries = np.shape(codes_BS), model.config.num_embeddings
@@ -185,7 +185,7 @@ def decode(model: VQGAN, codes_BS) -> jax.Array:
         raise ValueError(f"decode wants integer codes, got {codes_BS.dtype}")
     if isinstance(codes_BS, np.ndarray) and codes_BS.size and not (codes_BS.min() >= 0 and codes_BS.max() < entries):
         raise ValueError(f"decode wants codes below {entries}, got values in [{codes_BS.min()}, {codes_BS.max()}]")
-    return _decode(model, codes_BS)
+    return _decode(model, codes_BS, dtype)
 
 
 @jax.jit
@@ -194,11 +194,11 @@ def _encode(model, pixels_BHWC):
     return model.quantize.nearest(latents_BHWD).reshape(len(latents_BHWD), -1)
 
 
-@jax.jit
-def _decode(model, codes_BS):
+@functools.partial(jax.jit, static_argnums=2)
+def _decode(model, codes_BS, dtype):
     side = math.isqrt(codes_BS.shape[1])
-    pixels_BHWC = model.to_pixels(model.quantize.codebook()[codes_BS].reshape(len(codes_BS), side, side, -1))
-    return jnp.clip(pixels_BHWC.astype(jnp.float32), 0, 1)
+    latents_BHWD = model.quantize.codebook()[codes_BS].reshape(len(codes_BS), side, side, -1)
+    return jnp.clip(model.to_pixels(latents_BHWD.astype(dtype)), 0, 1)
 
 
 class Encoder(eqx.Module):
@@ -879,19 +879,19 @@ def k_means(points_ND, clusters, rng, rounds=10):
 
 def open_pictures(data: Path, resolution: int, crop: float = 1.0):
     """Folder or `.npy` -> (function from index and three numbers in [0, 1) to float32 [resolution, resolution, 3] in [0, 1],
-    number of pictures). The three numbers place a random square whose side is at least the share `crop` of the largest.
+    number of pictures). With `crop` below 1 the three numbers place a square whose side is at least that share of the largest.
 
     Raises ValueError where there is nothing to read; an unreadable picture raises when it is reached, naming the file."""
-    place = lambda u_3: None if crop == 1 else (u_3[0], u_3[1], crop + (1 - crop) * u_3[2])
+    box = lambda u_3: None if crop == 1 else (u_3[0], u_3[1], crop + (1 - crop) * u_3[2])
     if data.suffix == ".npy":
         array = np.load(data, mmap_mode="r")
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or not len(array) or crop == 1 and array.shape[1:3] != (resolution, resolution):
             raise ValueError(f"{data}: wanted uint8 pictures [N, {resolution}, {resolution}, 3] (of any size with --crop), got {array.dtype} {list(array.shape)}")
         if crop == 1:
             return lambda i, _: array[i].astype(np.float32) / 255, len(array)
-        return lambda i, u_3: to_pixels(Image.fromarray(array[i]), resolution, "crop", place=place(u_3)), len(array)
+        return lambda i, u_3: to_pixels(Image.fromarray(array[i]), resolution, "crop", box(u_3)), len(array)
     paths = find_images(data)
-    return lambda i, u_3: read_image(paths[i], resolution, "crop", place=place(u_3)), len(paths)
+    return lambda i, u_3: read_image(paths[i], resolution, "crop", box(u_3)), len(paths)
 
 
 def begin_run(out: Path, settings: dict, may_change: set[str]):
@@ -1053,14 +1053,14 @@ def as_conv(weight_OIHW, bias_O) -> Conv:
 # ---------------------------------------------------------------------------------------------------- pictures
 
 
-def read_image(path, size: int, fit: Literal["stretch", "crop"] = "stretch", box=None, place=None) -> np.ndarray:
+def read_image(path, size: int, fit: Literal["stretch", "crop"] = "stretch", box=None) -> np.ndarray:
     """One picture file -> float32 [size, size, 3] in [0, 1].
 
-    `stretch` resizes by bicubic without keeping the aspect ratio, as LVM does; `crop` cuts the largest centred square
-    first. `box` (left, top, right, bottom as fractions) is the part of that to show; `place` = (x, y, side), shares of
-    what is left over and of the largest side, cuts any square instead. EXIF rotation is applied, transparency is laid
-    over white, of an animation the first frame is taken, and
-    16-bit and float greys are scaled by their full range (65535; float must lie in [0, 1]) instead of saturating.
+    `stretch` resizes by bicubic without keeping the aspect ratio, as LVM does; `crop` cuts a square. `box` = (x, y, side) is
+    the part to show: side as a share of the largest, x and y the shares of what is left over that lie left of it and
+    above it; by default (0.5, 0.5, 1), the largest in the middle.
+    EXIF rotation is applied, transparency is laid over white, of an animation the first frame is taken, and 16-bit and
+    float greys are scaled by their full range (65535; float must lie in [0, 1]) instead of saturating.
     Raises ValueError, naming the file, for what is no JPEG, PNG, WebP, GIF, BMP or TIFF, is damaged, or is over
     64 Mpx; FileNotFoundError where there is none."""
     if not os.path.isfile(path):
@@ -1070,36 +1070,28 @@ def read_image(path, size: int, fit: Literal["stretch", "crop"] = "stretch", box
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels are over the limit of {MAX_PIXELS:,}")
             image = ImageOps.exif_transpose(image)
-            return to_pixels(image, size, fit, box, place=place)
+            return to_pixels(image, size, fit, box)
     except Exception as error:  # Pillow raises many kinds; whatever it is, the user wants the file's name and the reason
         reason = "not a JPEG, PNG, WebP, GIF, BMP or TIFF picture" if type(error).__name__ == "UnidentifiedImageError" else error
         raise ValueError(f"{path}: {reason}") from None
 
 
-def to_pixels(image: Image.Image, size: int, fit: str = "stretch", box=None, resample=Image.Resampling.BICUBIC, place=None) -> np.ndarray:
+def to_pixels(image: Image.Image, size: int, fit: str = "stretch", box=None, resample=Image.Resampling.BICUBIC) -> np.ndarray:
     """Pillow image of any mode -> float32 [size, size, 3] in [0, 1]; see `read_image`."""
     if image.mode.startswith("I") or image.mode == "F":
         grey_HW = np.asarray(image, np.float32) / (1.0 if image.mode == "F" else 65535.0)
         if grey_HW.min() < 0 or grey_HW.max() > 1:
             raise ValueError(f"{image.mode} values lie in [{grey_HW.min():g}, {grey_HW.max():g}] of full scale; wanted [0, 1]")
-        channels = [Image.fromarray(grey_HW)]
+        image = Image.fromarray(grey_HW)
     else:
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        channels = [image.convert("RGB")]
-    image = channels[0]
-    if place:
-        side = place[2] * min(image.size)
-        x, y = place[0] * (image.width - side), place[1] * (image.height - side)
-        image = image.resize((size, size), resample, (x, y, x + side, y + side))
-    elif fit == "crop" and box is None:
-        image = ImageOps.fit(image, (size, size), resample)
-    elif image.size != (size, size) or box is not None:
-        width, height = image.size if fit == "stretch" else (min(image.size),) * 2
-        left, top = (image.width - width) / 2, (image.height - height) / 2
-        edges = (0, 0, 1, 1) if box is None else box
-        image = image.resize((size, size), resample, (left + edges[0] * width, top + edges[1] * height, left + edges[2] * width, top + edges[3] * height))
+        image = image.convert("RGB")
+    x, y, side = box or (0.5, 0.5, 1.0)
+    width, height = (side * n for n in (image.size if fit == "stretch" else (min(image.size),) * 2))
+    left, top = x * (image.width - width), y * (image.height - height)
+    image = image.resize((size, size), resample, (left, top, left + width, top + height))
     pixels = np.asarray(image, np.float32)
     if pixels.ndim == 2:
         return np.repeat(np.clip(pixels, 0, 1)[:, :, None], 3, axis=2)
@@ -1395,14 +1387,19 @@ def named_arrays(model: VQGAN) -> list[tuple[str, jax.Array]]:
 
 
 def fingerprint(model: VQGAN) -> str:
-    """Names the tokenizer that made a set of codes: 16 hex digits over its config and its weights.
+    """Names what codes mean: 16 hex digits over config, encoder and codebook. A finetuned decoder shows old codes, so it keeps the name.
 
     A flag that is off does not count, so that a new one leaves the names of old tokenizers as they are."""
-    fields = {k: v for k, v in dataclasses.asdict(model.config).items() if k not in FLAGS or v}
+    fields = {k: v for k, v in dataclasses.asdict(model.config).items() if (v if k in FLAGS else k not in ("dropout", "commitment_cost"))}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, array in named_arrays(model):
-        digest.update(name.encode() + np.asarray(array, np.float32).tobytes())
-    return digest.hexdigest()[:16]
+        if name.startswith(("encoder.", "quant_conv.", "quantize.")):
+            digest.update(name.encode() + np.asarray(array, np.float32).tobytes())
+    return FIRST_NAMES.get(digest.hexdigest()[:16], digest.hexdigest()[:16])
+
+
+# The bundled tokenizer was named when the decoder still counted: datasets and models know its codes by that name.
+FIRST_NAMES = {"1105982c501aafe3": "c790061100646d36"}
 
 
 def read_safetensors(file: Path) -> dict[str, np.ndarray]:
@@ -1542,8 +1539,8 @@ def reconstruct(images: tuple[Path, ...], model: Path = MINI, out: Path = Path("
         raise ValueError("no pictures; type: python vqgan.py reconstruct --images FILE ...")
     if (lpips_vgg is None) != (lpips_heads is None):
         raise ValueError("LPIPS needs both --lpips-vgg and --lpips-heads")
-    vqgan, network = load(model), load_lpips(lpips_vgg, lpips_heads) if lpips_vgg else None
-    report, sheet = measure_reconstruction(vqgan, paths, fit, network, seed)
+    vqgan, networks = load(model), {"lpips": load_lpips(lpips_vgg, lpips_heads)} if lpips_vgg else {}
+    report, sheet = measure_reconstruction(vqgan, paths, fit, networks, seed)
     for example in report["examples"]:
         print(f"{example['psnr']:6.2f} dB  SSIM {example['ssim']:.3f}  {example['path']}")
     print(f"{report['mean']['psnr']['mean']:6.2f} dB  SSIM {report['mean']['ssim']['mean']:.3f}  mean of {len(paths)}")
@@ -1553,8 +1550,9 @@ def reconstruct(images: tuple[Path, ...], model: Path = MINI, out: Path = Path("
     print(f"wrote {out} (originals, reconstructions, errors times 4) and {out.with_suffix('.json')}")
 
 
-def measure_reconstruction(model: VQGAN, paths, fit="stretch", network: LPIPS | None = None, seed=0, batch=16):
-    """-> (report, rows of pictures for `save_rows`). `mean` has every measure's mean over pictures and its 95% bootstrap interval."""
+def measure_reconstruction(model: VQGAN, paths, fit="stretch", networks={}, seed=0, batch=16):
+    """-> (report, rows of pictures for `save_rows`). `mean` has every measure's mean over pictures and its 95% bootstrap interval;
+    the measures are PSNR, SSIM and the distance of each of `networks` (name -> LPIPS or EfficientNetLite0)."""
     counts_K, examples, shown = np.zeros(model.config.num_embeddings, np.int64), [], []
     distance = jax.jit(lambda network, a, b: network.distance(a, b))
     for start in tqdm(range(0, len(paths), batch), unit="batch", desc="measuring", disable=len(paths) <= batch, dynamic_ncols=True):
@@ -1564,8 +1562,7 @@ def measure_reconstruction(model: VQGAN, paths, fit="stretch", network: LPIPS | 
         output_BHWC = np.asarray(decode(model, codes_BS))
         counts_K += np.bincount(codes_BS.ravel(), minlength=len(counts_K))
         values = {"psnr": psnr(pixels_BHWC, output_BHWC), "ssim": ssim(pixels_BHWC, output_BHWC)}
-        if network is not None:
-            values["lpips"] = np.asarray(distance(network, pixels_BHWC, output_BHWC))
+        values |= {name: np.asarray(distance(network, pixels_BHWC, output_BHWC)) for name, network in networks.items()}
         examples += [{"path": str(path)} | {name: float(v[i]) for name, v in values.items()} for i, path in enumerate(chosen)]
         shown += list(zip(pixels_BHWC, output_BHWC, np.clip(4 * np.abs(pixels_BHWC - output_BHWC), 0, 1)))[:32 - len(shown)]
     columns = min(8, len(paths))
@@ -1586,7 +1583,7 @@ def bootstrap(values, seed, rounds=2000) -> dict[str, float]:
 
 
 def describe(report) -> list[str]:
-    names = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS"}
+    names = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "efficientnet_lite0": "EfficientNet-Lite0 distance"}
     rows = [f"| {names[name]} | {v['mean']:.3f} | {v['low']:.3f} - {v['high']:.3f} |" for name, v in report["mean"].items()]
     book = report["codebook"]
     return [f"| mean of {report['pictures']} pictures | | 95% interval |", "|---|---:|---:|", *rows,

@@ -12,6 +12,7 @@ import os
 import pathlib
 import pickle
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -27,7 +28,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from PIL import Image
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from weights_rule import (
@@ -43,6 +45,7 @@ from weights_rule import (
 )
 
 import vqgan
+from benchmarks import tokenizer as benchmark
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 EXPECTED = np.load(FIXTURES / "vqgan.npz")
@@ -94,12 +97,17 @@ def test_decode_is_the_reconstruction_clamped_to_0_1(tiny):
     np.testing.assert_allclose(pixels_BHWC, np.clip(raw_decode(model, codes_BS), 0, 1), atol=1e-6)
 
 
-def test_the_codes_of_a_picture_do_not_depend_on_its_neighbours(tiny):
-    pixels_BHWC = picture(32, 3).astype(np.float32) / 255
-    together = vqgan.encode(tiny, pixels_BHWC)
-    assert len(np.unique(together)) > 8
-    for alone, pixels_HWC in zip(together, pixels_BHWC):
-        np.testing.assert_array_equal(vqgan.encode(tiny, pixels_HWC[None])[0], alone)
+def test_the_codes_of_a_picture_do_not_depend_on_its_batch_or_the_number_of_devices(tiny):
+    pixels_BHWC = picture(32, 8).astype(np.float32) / 255
+    codes_BS = vqgan.encode(tiny, pixels_BHWC)
+    assert len(np.unique(codes_BS)) > 8
+    for n in (1, 3):
+        for i in range(0, 8 - n + 1, n):
+            np.testing.assert_array_equal(vqgan.encode(tiny, pixels_BHWC[i : i + n]), codes_BS[i : i + n])
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    split = vqgan.encode(jax.device_put(tiny, NamedSharding(mesh, P())), jax.device_put(pixels_BHWC, NamedSharding(mesh, P("data"))))
+    assert len(split.sharding.device_set) == 8
+    np.testing.assert_array_equal(split, codes_BS)
 
 
 def test_the_released_network_is_146_244_675_parameters_in_277_tensors():
@@ -854,6 +862,8 @@ def test_a_decoder_finetune_leaves_every_code_as_it_was(pictures, tmp_path):
                                learning_rate=1e-3, steps=3, pixel_loss="l2", crop=0.7, l2_codes=0)  # fmt: skip
     tuned = vqgan.train(config)
     assert equal((start.encoder, start.quant_conv, start.quantize), (tuned.encoder, tuned.quant_conv, tuned.quantize))
+    assert vqgan.fingerprint(start) == vqgan.fingerprint(tuned)  # so what was made with the old decoder is shown by the new one
+    assert vqgan.fingerprint(eqx.tree_at(lambda m: m.encoder.conv_in.weight, start, start.encoder.conv_in.weight.at[0, 0, 0, 0].add(1e-3))) != vqgan.fingerprint(start)
     assert not np.array_equal(start.decoder.conv_out.weight, tuned.decoder.conv_out.weight)
     assert not np.array_equal(start.post_quant_conv.weight, tuned.post_quant_conv.weight)
 
@@ -941,6 +951,45 @@ def test_efficientnet_lite0_knows_what_is_on_the_photographs():
     for name, classes in known.items():
         pixels_BHWC = np.stack([vqgan.read_image(path, 224) for path in sorted(folder.glob(f"{name}*"))])
         assert np.isin(np.argmax(network(pixels_BHWC), -1), list(classes)).mean() > 0.5
+
+
+def test_operations_are_counted_as_by_hand():
+    shapes = lambda config: eqx.filter_eval_shape(lambda: vqgan.VQGAN(config, key=jax.random.key(0)))
+    def count(config):
+        pixels = jax.ShapeDtypeStruct((1, config.resolution, config.resolution, 3), jnp.float32)
+        codes = jax.ShapeDtypeStruct((1, config.codes_per_image), jnp.int32)
+        return benchmark.count_flops(vqgan._encode, shapes(config), pixels), benchmark.count_flops(lambda m, c: vqgan._decode(m, c, jnp.float32), shapes(config), codes)
+
+    large, small, conv = 24 * 24, 12 * 12, 8 * 8 * 9  # places of both levels; products of a convolution 8 -> 8 at one place
+    encode = large * (3 * 8 * 9 + 2 * conv) + small * (8 * conv + 8 * 4 + 4 * 32)
+    decode = small * (4 * 8 + 9 * conv) + large * (5 * conv + 8 * 3 * 9)
+    assert count(TRAINED) == (2 * encode, 2 * decode)
+    np.testing.assert_allclose(count(vqgan.PRESETS["class-default"]), (138e9, 253e9), rtol=5e-3)  # counted elsewhere, attention included
+
+
+def test_the_benchmark_times_both_directions_and_counts_what_bfloat16_changes(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(vqgan.PRESETS, "mini", TRAINED)
+    vqgan.save(vqgan.VQGAN(TRAINED, key=jax.random.key(5)), tmp_path / "model")
+    Image.fromarray(picture(24)[0]).save(tmp_path / "a.png")
+    benchmark.speed(benchmark.Speed(preset="mini", model=tmp_path / "model", data=tmp_path, rounds=1, seconds=0.0, matrix=64))
+    printed = capsys.readouterr().out
+    assert "| encode, ours " in printed and "| decode, ours " in printed
+    assert re.search(r"bfloat16 changes \d+\.\d\d% of the codes of model \(\d+ of 144;", printed)
+    if benchmark.torch is None:
+        assert "pip install torch" in printed
+    else:
+        assert "100.00% of the codes are equal" in printed and "| encode, PyTorch channels_last " in printed
+
+
+def test_curves_of_runs_become_a_picture_and_a_table(tmp_path, capsys):
+    for name, jump in (("calm", 0.0), ("sudden", 0.1)):
+        (tmp_path / name).mkdir()
+        lines = [{"step": i + 1, "pixel": 0.1 + (jump if 50 <= i < 60 else 0), "perplexity": 30.0, "used": 0.5} | ({"critic": 1.0} if i >= 40 else {}) for i in range(80)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    benchmark.curves(benchmark.Curves(runs=(tmp_path / "calm", tmp_path / "sudden"), out=tmp_path / "c.png", window=10))
+    rows = {row[1].strip(): row[-2].strip() for row in (line.split("|") for line in capsys.readouterr().out.splitlines()) if len(row) > 2}
+    assert rows["calm"] == "1.00" and rows["sudden"] == "2.00"  # ten steps of twice the error
+    assert Image.open(tmp_path / "c.png").size == (1920, 580) and (tmp_path / "c.png").stat().st_size < 100_000
 
 
 def test_without_a_perceptual_network_the_run_says_so_loudly(pictures):
