@@ -66,9 +66,9 @@ class LVMConfig:
     """added to the mean square in RMSNorm"""
 
     def __post_init__(self):
-        for name in ("hidden", "ffn", "layers", "heads", "codes", "context"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("hidden", "ffn", "layers", "heads", "codes", "specials", "context"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < (name != "specials"):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number, at least {int(name != 'specials')}")
         if self.hidden % self.heads or self.hidden // self.heads % 2:
             raise ValueError(f"hidden {self.hidden} / heads {self.heads} must be an even whole number (rotary pairs)")
         for name, value in (("bos", self.bos), ("eos", self.eos), ("pad", self.pad)):
@@ -792,6 +792,8 @@ def _load_run(path, fields, dtype):
 
 def _assemble(config, names, shapes, read, source, dtype):
     """Builds the model from `read(name, field)`, once the names and `shapes` in the file are what config asks for."""
+    if config.layers > len(shapes):
+        raise ValueError(f"{source} holds {len(shapes)} tensors; it must hold a LLaMA of {config.layers} layers")
     skeleton = eqx.filter_eval_shape(LVM, config, key=jax.random.key(0))
     wanted = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(skeleton):
@@ -887,7 +889,7 @@ def _config_from_hf(hf, file):
         if is_so:
             raise ValueError(f"{file} asks for {what}; an LVM is a plain LLaMA-1 without it")
     codes = hf.get("codes", 8192 if vocab == 8292 else None)
-    if codes is None:
+    if type(codes) is not int:
         raise ValueError(f'{file} does not say how many of its {vocab} ids are codes: add "codes": N, "specials": M')
     ids = {}
     if "codes" in hf:  # written here: its special ids mean what they say

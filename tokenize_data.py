@@ -1180,6 +1180,8 @@ class Shards:
             self.about = json.loads((self.folder / "dataset.json").read_text())
             names, self.codes = self.about["sha256"], self.about["codes"]
             self.kinds = list(self.about["kinds"])
+            if type(self.codes) is not int or not isinstance(names, dict) or not {"tokenizer", "codes_per_image"} <= self.about.keys():
+                raise ValueError("codes, sha256, tokenizer or codes_per_image is missing or of another kind")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.folder / 'dataset.json'}: damaged ({error!r})") from None
         if self.about.get("format") != FORMAT:
@@ -1190,8 +1192,9 @@ class Shards:
                 raise ValueError(f"{self.folder / 'dataset.json'}: names the file {name!r} outside its own folder")
             path, index = self.folder / name, self.folder / name.replace(".tokens", ".index.npy")
             try:
-                index_N3, size = np.load(index), path.stat().st_size
-            except (OSError, ValueError, EOFError) as error:
+                # Mapped, so that a header that claims more than the file holds takes no memory.
+                index_N3, size = np.array(np.load(index, mmap_mode="r")), path.stat().st_size
+            except Exception as error:  # numpy's reader of headers fails in many ways
                 raise ValueError(f"{index}: cannot be read ({error})") from None
             if index_N3.ndim != 2 or index_N3.shape[1] not in (2, 3) or index_N3.dtype != np.int64 or not len(index_N3):
                 raise ValueError(f"{index}: wanted int64 [sentences, 3], got {index_N3.dtype} {list(index_N3.shape)}")
