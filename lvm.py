@@ -260,7 +260,7 @@ class Block(eqx.Module):
 # flash_attention.py); `full` a block's input; `offload` moves that input to the host's memory until it is wanted.
 _policies = jax.checkpoint_policies
 REMAT = {
-    "none": lambda primitive, *_, **__: primitive.name not in ("all_gather", "convert_element_type", "pvary"),
+    "none": lambda primitive, *_, **__: primitive.name not in ("all_gather", "convert_element_type", "pad", "pvary", "reshape"),
     "minimal": _policies.save_only_these_names("qkv", "attention", "residual", "ffn"),
     "full": _policies.nothing_saveable,
     "offload": _policies.save_and_offload_only_these_names(
