@@ -48,10 +48,12 @@ def flash_attention(
     causal: bool = True,
     segment_ids_BT: Int[Array, "B S"] | None = None,
     implementation: str | None = None,
+    scale: float | None = None,
 ) -> Float[Array, "B T N K"]:
-    """softmax(q k^T / sqrt(K)) v in q's dtype, with float32 scores and softmax; T <= S.
+    """softmax(scale q k^T) v in q's dtype, with float32 scores and softmax; T <= S.
 
     `causal` hides later tokens from a query, `segment_ids_BT` (one id for each of the S tokens) other segments.
+    `scale` is 1 / sqrt(K) if None; heads that were filled up with zeros (`native_head_dim`) keep that of their own width.
     `implementation`: None picks by device and shape (`choose`); "pallas" our portable kernels, "hopper" ours for
     that GPU, "cudnn" and "xla" `jax.nn.dot_product_attention`, "chunked" plain jnp that skips most of what causality
     hides, "reference" the definition. All give the same numbers; those that cannot do what is asked raise ValueError.
@@ -60,10 +62,11 @@ def flash_attention(
         raise ValueError(f"implementation {implementation!r} is none of None, {', '.join(map(repr, IMPLEMENTATIONS))}")
     T, S = _check_shapes(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT)
     implementation = implementation or choose(q_BTNK, k_BTNK, causal, segment_ids_BT is not None)
+    scale = q_BTNK.shape[3] ** -0.5 if scale is None else scale
     if implementation == "reference" or implementation == "chunked" and not causal:
-        return reference(q_BTNK, k_BTNK, v_BTNK, causal=causal, segment_ids_BT=segment_ids_BT)
+        return reference(q_BTNK, k_BTNK, v_BTNK, causal=causal, segment_ids_BT=segment_ids_BT, scale=scale)
     if implementation == "chunked":
-        return _chunked(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT)
+        return _chunked(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT, scale)
     if implementation in ("cudnn", "xla"):
         # cuDNN wants causality as a flag: a mask would be read from memory. Its flag aligns the first tokens. It also
         # wants whole groups of eight numbers in a head.
@@ -71,13 +74,13 @@ def flash_attention(
         mask, K = _mask(T, S, causal and not flag, segment_ids_BT), q_BTNK.shape[-1]
         more = [(0, 0)] * 3 + [(0, -K % 8 if implementation == "cudnn" else 0)]
         arrays = [jnp.pad(x, more) for x in (q_BTNK, k_BTNK, v_BTNK)]
-        options = dict(mask=mask, is_causal=flag, scale=K**-0.5, implementation=implementation)
+        options = dict(mask=mask, is_causal=flag, scale=scale, implementation=implementation)
         return jax.nn.dot_product_attention(*arrays, **options)[..., :K]
     if implementation == "hopper":
         _refuse_hopper(q_BTNK, k_BTNK, causal, segment_ids_BT)
     segments = None if segment_ids_BT is None else (segment_ids_BT[:, S - T :], segment_ids_BT)
     q_BTNK, k_BTNK, v_BTNK, segments = _alike(q_BTNK, k_BTNK, v_BTNK, segments)
-    return _attend(q_BTNK, k_BTNK, v_BTNK, segments, causal, implementation)
+    return _attend(q_BTNK, k_BTNK, v_BTNK, segments, causal, scale, implementation)
 
 
 def choose(q_BTNK, k_BTNK, causal: bool, segmented: bool) -> str:
@@ -95,6 +98,17 @@ def choose(q_BTNK, k_BTNK, causal: bool, segmented: bool) -> str:
     return "pallas"
 
 
+def native_head_dim(shape_BTNK, dtype, segmented: bool, implementation: str | None = None) -> int:
+    """How many columns a head of q, k and v should have for what `flash_attention` will run: K, or more of zeros.
+
+    The Hopper kernels take no rows of 100. Given such they pad them, which copies activations in every step; a model
+    that pads its projections instead (and names its own `scale`) has them born wide enough.
+    """
+    *sizes, K = shape_BTNK
+    wide = jax.ShapeDtypeStruct((*sizes, _HOPPER_HEAD_DIM.get(K, K)), dtype)
+    return wide.shape[3] if (implementation or choose(wide, wide, True, segmented)) == "hopper" else K
+
+
 @functools.cache
 def _hopper_trial(K) -> str | None:
     """Returns what is wrong with the Hopper kernels on this device, held to the reference once a process.
@@ -110,7 +124,7 @@ def _hopper_trial(K) -> str | None:
 
     with jax.ensure_compile_time_eval():  # also where a model is being traced
         try:
-            ours = jax.jit(lambda: run(lambda q, k, v: _attend(q, k, v, None, True, "hopper")))()
+            ours = jax.jit(lambda: run(lambda q, k, v: _attend(q, k, v, None, True, K**-0.5, "hopper")))()
         except Exception as error:
             return f"the Hopper kernels do not compile here ({str(error).splitlines()[0]})"
         exact = jax.jit(lambda: run(reference))()
@@ -123,12 +137,12 @@ def _say_once(line):
     print(line, file=sys.stderr, flush=True)
 
 
-def reference(q_BTNK, k_BTNK, v_BTNK, *, causal=True, segment_ids_BT=None):
+def reference(q_BTNK, k_BTNK, v_BTNK, *, causal=True, segment_ids_BT=None, scale=None):
     """The definition that every implementation is held to; arguments as for `flash_attention`."""
+    scale = q_BTNK.shape[3] ** -0.5 if scale is None else scale
     mask = _mask(q_BTNK.shape[1], k_BTNK.shape[1], causal, segment_ids_BT)
     q_BNTK, k_BNSK, v_BNSK = (jnp.swapaxes(x, 1, 2) for x in (q_BTNK, k_BTNK, v_BTNK))
-    scores_BNTS = jnp.einsum("bntk,bnsk->bnts", q_BNTK, k_BNSK, preferred_element_type=jnp.float32)
-    scores_BNTS = scores_BNTS * q_BTNK.shape[-1] ** -0.5
+    scores_BNTS = scale * jnp.einsum("bntk,bnsk->bnts", q_BNTK, k_BNSK, preferred_element_type=jnp.float32)
     if mask is not None:
         scores_BNTS = jnp.where(mask, scores_BNTS, -jnp.inf)
     weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(v_BTNK.dtype)
@@ -147,6 +161,7 @@ def ring_attention(
     causal: bool = True,
     segment_ids_BT: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
+    scale: float | None = None,
 ) -> Float[Array, "B T N K"]:
     """`flash_attention` inside `jax.shard_map` of sentences whose tokens are split over a mesh axis.
 
@@ -165,9 +180,10 @@ def ring_attention(
     if implementation is None:
         implementation = choose(q_BTNK, k_BTNK, causal, segment_ids_BT is not None)
         implementation = "xla" if implementation == "chunked" else implementation
+    scale = q_BTNK.shape[3] ** -0.5 if scale is None else scale
     segments = None if segment_ids_BT is None else (segment_ids_BT, segment_ids_BT)
     q_BTNK, k_BTNK, v_BTNK, segments = _alike(q_BTNK, k_BTNK, v_BTNK, segments, axes={axis})
-    return _ring(q_BTNK, k_BTNK, v_BTNK, segments, axis, causal, implementation)
+    return _ring(q_BTNK, k_BTNK, v_BTNK, segments, axis, causal, scale, implementation)
 
 
 def zigzag(tokens: int, ranks: int) -> Int[Array, "T"]:
@@ -185,14 +201,14 @@ def zigzag_here(tokens: int, axis: str) -> Int[Array, "T"]:
     return jnp.concatenate([rank * (tokens // 2) + half, (last - rank) * (tokens // 2) + half])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _ring(q_BTNK, k_BTNK, v_BTNK, segments, axis, causal, implementation):
-    return _ring_fwd(q_BTNK, k_BTNK, v_BTNK, segments, axis, causal, implementation)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _ring(q_BTNK, k_BTNK, v_BTNK, segments, axis, causal, scale, implementation):
+    return _ring_fwd(q_BTNK, k_BTNK, v_BTNK, segments, axis, causal, scale, implementation)[0]
 
 
-def _ring_fwd(q_BTNK, k_BTNK, v_BTNK, segments, axis, causal, implementation):
+def _ring_fwd(q_BTNK, k_BTNK, v_BTNK, segments, axis, causal, scale, implementation):
     T, ranks, rank = q_BTNK.shape[1], lax.axis_size(axis), lax.axis_index(axis)
-    forward = functools.partial(_forward, implementation=implementation, out_dtype=jnp.float32)
+    forward = functools.partial(_forward, scale=scale, implementation=implementation, out_dtype=jnp.float32)
     own = tuple(forward(q_BTNK, k_BTNK, v_BTNK, segments, causal))
 
     def step(carry, i):
@@ -214,10 +230,10 @@ def _ring_fwd(q_BTNK, k_BTNK, v_BTNK, segments, axis, causal, implementation):
     return o_BTNK, (q_BTNK, k_BTNK, v_BTNK, segments, o_BTNK, lse_BTN)
 
 
-def _ring_bwd(axis, causal, implementation, residuals, do_BTNK):
+def _ring_bwd(axis, causal, scale, implementation, residuals, do_BTNK):
     q_BTNK, k_BTNK, v_BTNK, segments, o_BTNK, lse_BTN = residuals
     T, ranks, rank = q_BTNK.shape[1], lax.axis_size(axis), lax.axis_index(axis)
-    backward = functools.partial(_backward, implementation=implementation, out_dtype=jnp.float32)
+    backward = functools.partial(_backward, scale=scale, implementation=implementation, out_dtype=jnp.float32)
     dq_BTNK, dk_BTNK, dv_BTNK = backward(*residuals, do_BTNK, causal)
 
     # The gradients of a device's keys travel with the keys, and are at home after one round.
@@ -371,47 +387,47 @@ def _decode_body(at_ref, q_ref, k_ref, v_ref, o_ref, lse_ref, *, dot, scale, col
 # ------------------------------------------------------------------------------------------- one vjp, three backends
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q_BTNK, k_BSNK, v_BSNK, segments, causal, implementation):
-    return _forward(q_BTNK, k_BSNK, v_BSNK, segments, causal, implementation)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _attend(q_BTNK, k_BSNK, v_BSNK, segments, causal, scale, implementation):
+    return _forward(q_BTNK, k_BSNK, v_BSNK, segments, causal, scale, implementation)[0]
 
 
-def _attend_fwd(q_BTNK, k_BSNK, v_BSNK, segments, causal, implementation):
-    o_BTNK, lse_BTN = (checkpoint_name(x, "attention") for x in _forward(q_BTNK, k_BSNK, v_BSNK, segments, causal, implementation))
+def _attend_fwd(q_BTNK, k_BSNK, v_BSNK, segments, causal, scale, implementation):
+    o_BTNK, lse_BTN = (checkpoint_name(x, "attention") for x in _forward(q_BTNK, k_BSNK, v_BSNK, segments, causal, scale, implementation))
     return o_BTNK, (q_BTNK, k_BSNK, v_BSNK, segments, o_BTNK, lse_BTN)
 
 
-def _attend_bwd(causal, implementation, residuals, do_BTNK):
-    return *_backward(*residuals, do_BTNK, causal, implementation), None
+def _attend_bwd(causal, scale, implementation, residuals, do_BTNK):
+    return *_backward(*residuals, do_BTNK, causal, scale, implementation), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _forward(q_BTNK, k_BSNK, v_BSNK, segments, causal, implementation, out_dtype=None):
+def _forward(q_BTNK, k_BSNK, v_BSNK, segments, causal, scale, implementation, out_dtype=None):
     """(o_BTNK, lse_BTN); `segments` is None or (ids of the queries, ids of the keys)."""
     out_dtype = out_dtype or q_BTNK.dtype
     if implementation == "hopper" and causal:
-        o_BTNK, lse_BNT = _hopper_forward(q_BTNK, k_BSNK, v_BSNK)
+        o_BTNK, lse_BNT = _hopper_forward(q_BTNK, k_BSNK, v_BSNK, scale)
         return o_BTNK.astype(out_dtype), jnp.swapaxes(lse_BNT, 1, 2)
     heads_first = _swap(q_BTNK, k_BSNK, v_BSNK)
     if implementation == "xla":
-        return _swap(*_xla_forward(causal, out_dtype, *heads_first, segments))
-    run = {name: functools.partial(_portable_forward, name, causal, out_dtype) for name in BLOCKS}
+        return _swap(*_xla_forward(causal, scale, out_dtype, *heads_first, segments))
+    run = {name: functools.partial(_portable_forward, name, causal, scale, out_dtype) for name in BLOCKS}
     return _swap(*lax.platform_dependent(*heads_first, segments, **run))
 
 
-def _backward(q_BTNK, k_BSNK, v_BSNK, segments, o_BTNK, lse_BTN, do_BTNK, causal, implementation, out_dtype=None):
+def _backward(q_BTNK, k_BSNK, v_BSNK, segments, o_BTNK, lse_BTN, do_BTNK, causal, scale, implementation, out_dtype=None):
     """(dq_BTNK, dk_BSNK, dv_BSNK)."""
     out_dtype = out_dtype or q_BTNK.dtype
     delta_BTN = jnp.einsum("btnk,btnk->btn", o_BTNK, do_BTNK, preferred_element_type=jnp.float32)
     if implementation == "hopper" and causal:
-        arrays = q_BTNK, k_BSNK, v_BSNK, do_BTNK, *_swap(lse_BTN * _LOG2_E, delta_BTN)
+        arrays = q_BTNK, k_BSNK, v_BSNK, do_BTNK, *_swap(lse_BTN * _LOG2_E, delta_BTN), scale
         return tuple(x.astype(out_dtype) for x in (_hopper_dq(*arrays), *_hopper_dkv(*arrays)))
     heads_first = _swap(q_BTNK, k_BSNK, v_BSNK, do_BTNK, lse_BTN, delta_BTN)
     if implementation == "xla":
-        return _swap(*_xla_backward(causal, out_dtype, *heads_first, segments))
-    run = {name: functools.partial(_portable_backward, name, causal, out_dtype) for name in BLOCKS}
+        return _swap(*_xla_backward(causal, scale, out_dtype, *heads_first, segments))
+    run = {name: functools.partial(_portable_backward, name, causal, scale, out_dtype) for name in BLOCKS}
     return _swap(*lax.platform_dependent(*heads_first, segments, **run))
 
 
@@ -419,28 +435,27 @@ def _swap(*arrays):
     return [jnp.swapaxes(x, 1, 2) for x in arrays]
 
 
-def _xla_forward(causal, out_dtype, q_BNTK, k_BNSK, v_BNSK, segments):
-    s_BNTS = _xla_scores(causal, q_BNTK, k_BNSK, segments)
+def _xla_forward(causal, scale, out_dtype, q_BNTK, k_BNSK, v_BNSK, segments):
+    s_BNTS = _xla_scores(causal, scale, q_BNTK, k_BNSK, segments)
     lse_BNT = jax.nn.logsumexp(s_BNTS, axis=-1)
     p_BNTS = jnp.exp(s_BNTS - lse_BNT[..., None]).astype(v_BNSK.dtype)
     return jnp.einsum("bnts,bnsk->bntk", p_BNTS, v_BNSK, preferred_element_type=out_dtype), lse_BNT
 
 
-def _xla_backward(causal, out_dtype, q_BNTK, k_BNSK, v_BNSK, do_BNTK, lse_BNT, delta_BNT, segments):
+def _xla_backward(causal, scale, out_dtype, q_BNTK, k_BNSK, v_BNSK, do_BNTK, lse_BNT, delta_BNT, segments):
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    p_BNTS = jnp.exp(_xla_scores(causal, q_BNTK, k_BNSK, segments) - lse_BNT[..., None])
+    p_BNTS = jnp.exp(_xla_scores(causal, scale, q_BNTK, k_BNSK, segments) - lse_BNT[..., None])
     dp_BNTS = product("bntk,bnsk->bnts", do_BNTK, v_BNSK)
-    ds_BNTS = (p_BNTS * (dp_BNTS - delta_BNT[..., None]) * q_BNTK.shape[-1] ** -0.5).astype(q_BNTK.dtype)
+    ds_BNTS = (p_BNTS * (dp_BNTS - delta_BNT[..., None]) * scale).astype(q_BNTK.dtype)
     dq_BNTK = product("bnts,bnsk->bntk", ds_BNTS, k_BNSK)
     dk_BNSK = product("bnts,bntk->bnsk", ds_BNTS, q_BNTK)
     dv_BNSK = product("bnts,bntk->bnsk", p_BNTS.astype(do_BNTK.dtype), do_BNTK)
     return tuple(x.astype(out_dtype) for x in (dq_BNTK, dk_BNSK, dv_BNSK))
 
 
-def _xla_scores(causal, q_BNTK, k_BNSK, segments):
+def _xla_scores(causal, scale, q_BNTK, k_BNSK, segments):
     T, S = q_BNTK.shape[2], k_BNSK.shape[2]
-    s_BNTS = jnp.einsum("bntk,bnsk->bnts", q_BNTK, k_BNSK, preferred_element_type=jnp.float32)
-    s_BNTS = s_BNTS * q_BNTK.shape[-1] ** -0.5
+    s_BNTS = scale * jnp.einsum("bntk,bnsk->bnts", q_BNTK, k_BNSK, preferred_element_type=jnp.float32)
     if causal:
         s_BNTS = jnp.where(jnp.tril(jnp.ones((T, S), bool), S - T), s_BNTS, HIDDEN)
     if segments is not None:
@@ -454,14 +469,14 @@ def _xla_scores(causal, q_BNTK, k_BNSK, segments):
 BLOCKS = {"cpu": 128, "tpu": 512, "cuda": 64}
 
 
-def _portable_forward(platform, causal, out_dtype, q_BNTK, k_BNSK, v_BNSK, segments):
+def _portable_forward(platform, causal, scale, out_dtype, q_BNTK, k_BNSK, v_BNSK, segments):
     T, S = q_BNTK.shape[2], k_BNSK.shape[2]
     pieces = _pieces(T, S, causal, T, _longest(platform, q_BNTK))
     dtype = out_dtype if len(pieces) == 1 else jnp.float32
     os, lses = [], []
     for rows, cols, offset in pieces:
         o, lse = _forward_kernel(
-            platform, causal, offset, dtype, q_BNTK[:, :, rows], k_BNSK[:, :, cols], v_BNSK[:, :, cols],
+            platform, causal, scale, offset, dtype, q_BNTK[:, :, rows], k_BNSK[:, :, cols], v_BNSK[:, :, cols],
             _pair(segments, rows, cols))
         before = [(0, 0), (0, 0), (rows.start, 0)]  # queries that see none of these keys
         os.append(jnp.pad(o, [*before, (0, 0)]))
@@ -470,14 +485,14 @@ def _portable_forward(platform, causal, out_dtype, q_BNTK, k_BNSK, v_BNSK, segme
     return o_BNTK.astype(out_dtype), lse_BNT
 
 
-def _portable_backward(platform, causal, out_dtype, q_BNTK, k_BNSK, v_BNSK, do_BNTK, lse_BNT, delta_BNT, segments):
+def _portable_backward(platform, causal, scale, out_dtype, q_BNTK, k_BNSK, v_BNSK, do_BNTK, lse_BNT, delta_BNT, segments):
     T, S = q_BNTK.shape[2], k_BNSK.shape[2]
     longest = _longest(platform, q_BNTK)
     pieces = _pieces(T, S, causal, longest, longest)
     sums = [jnp.zeros_like(x, jnp.float32) for x in (q_BNTK, k_BNSK, v_BNSK)]
     for rows, cols, offset in pieces:
         new = _backward_kernels(
-            platform, causal, offset, out_dtype if len(pieces) == 1 else jnp.float32,
+            platform, causal, scale, offset, out_dtype if len(pieces) == 1 else jnp.float32,
             q_BNTK[:, :, rows], k_BNSK[:, :, cols], v_BNSK[:, :, cols], do_BNTK[:, :, rows],
             lse_BNT[:, :, rows], delta_BNT[:, :, rows], _pair(segments, rows, cols))
         if len(pieces) == 1:
@@ -508,12 +523,12 @@ def _pair(segments, rows, cols):
     return None if segments is None else (segments[0][:, rows], segments[1][:, cols])
 
 
-def _forward_kernel(platform, causal, offset, out_dtype, q_BNTK, k_BNSK, v_BNSK, segments):
+def _forward_kernel(platform, causal, scale, offset, out_dtype, q_BNTK, k_BNSK, v_BNSK, segments):
     (B, N, T, K), S = q_BNTK.shape, k_BNSK.shape[2]
     (rows, cols), (q_BNTK, k_BNSK, v_BNSK) = _padded(platform, q_BNTK, k_BNSK, v_BNSK)
     T_padded, K_padded = q_BNTK.shape[2:]
     body = functools.partial(
-        _forward_body, cols=cols, S=S, **_settings(platform, K, causal, offset, segments))
+        _forward_body, cols=cols, S=S, **_settings(platform, causal, scale, offset, segments))
     o_BNTK, lse_BNT1 = _call(
         platform, body, (B, N, T_padded // rows),
         [(q_BNTK, rows), (k_BNSK, None), (v_BNSK, None), *_segment_inputs(segments, rows, None, T_padded, k_BNSK.shape[2])],
@@ -522,13 +537,13 @@ def _forward_kernel(platform, causal, offset, out_dtype, q_BNTK, k_BNSK, v_BNSK,
 
 
 def _backward_kernels(
-    platform, causal, offset, out_dtype, q_BNTK, k_BNSK, v_BNSK, do_BNTK, lse_BNT, delta_BNT, segments
+    platform, causal, scale, offset, out_dtype, q_BNTK, k_BNSK, v_BNSK, do_BNTK, lse_BNT, delta_BNT, segments
 ):
     (B, N, T, K), S = q_BNTK.shape, k_BNSK.shape[2]
     (rows, cols), (q_BNTK, k_BNSK, v_BNSK, do_BNTK) = _padded(platform, q_BNTK, k_BNSK, v_BNSK, do_BNTK)
     (T_padded, K_padded), S_padded = q_BNTK.shape[2:], k_BNSK.shape[2]
     lse_BNT, delta_BNT = (jnp.pad(x, [(0, 0), (0, 0), (0, T_padded - T)]) for x in (lse_BNT, delta_BNT))
-    settings = _settings(platform, K, causal, offset, segments)
+    settings = _settings(platform, causal, scale, offset, segments)
 
     body = functools.partial(_dq_body, cols=cols, S=S, **settings)
     (dq_BNTK,) = _call(
@@ -547,9 +562,9 @@ def _backward_kernels(
     return dq_BNTK[:, :, :T, :K], dk_BNSK[:, :, :S, :K], dv_BNSK[:, :, :S, :K]
 
 
-def _settings(platform, K, causal, offset, segments):
+def _settings(platform, causal, scale, offset, segments):
     segmented = segments is not None
-    return dict(dot=functools.partial(_dot, platform), scale=K**-0.5, causal=causal, offset=offset, segmented=segmented)
+    return dict(dot=functools.partial(_dot, platform), scale=scale, causal=causal, offset=offset, segmented=segmented)
 
 
 def _forward_body(q_ref, k_ref, v_ref, *refs, dot, scale, cols, S, causal, offset, segmented):
@@ -740,13 +755,15 @@ def _alike(*trees, axes=frozenset()):
 # the forward and dq, keys in dkv), and a memory warpgroup, which streams blocks of C tokens of the other side through
 # rings in shared memory. Each gradient is summed by one warpgroup, without atomics. R and C end names as T does.
 
-# {head_dim: {kernel: (R, C, ring slots)}}, all that 227 KiB of shared memory and the registers hold without much spill.
+# {columns of a head: {kernel: (R, C, ring slots)}}, all that 227 KiB of shared memory and the registers hold without much spill.
 HOPPER_BLOCKS = {
     64: {"forward": (64, 128, 4), "dq": (64, 128, 4), "dkv": (64, 128, 4)},
     96: {"forward": (64, 128, 3), "dq": (64, 128, 3), "dkv": (64, 64, 4)},
+    112: {"forward": (64, 128, 3), "dq": (64, 128, 3), "dkv": (64, 64, 4)},
     128: {"forward": (64, 128, 2), "dq": (64, 128, 2), "dkv": (64, 64, 3)},
 }
-_HOPPER_HEAD_DIM = {64: 64, 96: 96, 100: 128, 128: 128}  # a row of 100 is no multiple of 16 bytes, as copies want it
+# {head_dim: columns}: copies to shared memory want rows of whole 16 bytes, and products whole 16 columns.
+_HOPPER_HEAD_DIM = {64: 64, 96: 96, 100: 112, 112: 112, 128: 128}
 _COMPUTE_WARPGROUPS = 2
 # Three warpgroups start with 168 registers a thread, so 2 * 240 + 24 is all there is; to ask for more would hang.
 _COMPUTE_REGISTERS, _MEMORY_REGISTERS = 240, 24
@@ -781,26 +798,18 @@ def _cuda_refuses(platform_version) -> str | None:
     return None
 
 
-def _hopper_forward(q_BTNK, k_BTNK, v_BTNK):
-    """Causal softmax(q k^T / sqrt(K)) v and its float32 natural log-sum-exp: (o_BTNK, lse_BNT).
-
-    Where T is no multiple of 128, or K is 100, the arrays are first copied into larger ones, filled up with zeros: a
-    row of 100 is no multiple of 16 bytes, as the copies to shared memory want it. XLA writes the larger q and k at once
-    where they are rotated. (Projections with 128 columns a head would spare the copy of v, at 9% more products in 3b.)
-    """
+def _hopper_forward(q_BTNK, k_BTNK, v_BTNK, scale):
+    """Causal softmax(scale q k^T) v and its float32 natural log-sum-exp: (o_BTNK, lse_BNT)."""
     B, T, N, K = q_BTNK.shape
-    R, C, slots = _hopper_blocks(K, "forward")
-    q, k, v = _pad_to_blocks(R, C, q_BTNK, k_BTNK, v_BTNK)
-    tiles, scale = q.shape[1] // (_COMPUTE_WARPGROUPS * R), K**-0.5 * _LOG2_E
+    (R, C, slots, tiles), (q, k, v) = _in_blocks("forward", q_BTNK, k_BTNK, v_BTNK)
+    scale = scale * _LOG2_E
 
     def attention_forward(q_ref, k_ref, v_ref, o_ref, lse_ref, q_smem, lse_smem, k_smem, v_smem, barriers):
         q_filled, turn, k_filled, k_freed, v_filled, v_freed = barriers
         tile = tiles - 1 - lax.axis_index("tile")  # the longest first
         full, last = _key_blocks(tile, _COMPUTE_WARPGROUPS * R, C)
-
-        def memory():
-            keys, values = [(k_ref, k_smem)], [(v_ref, v_smem)]
-            _fill_rings(0, last, C, slots, (keys, k_filled, k_freed), (values, v_filled, v_freed))
+        keys, values = ([(k_ref, k_smem)], k_filled, k_freed), ([(v_ref, v_smem)], v_filled, v_freed)
+        memory = functools.partial(_fill_rings, 0, last, C, slots, keys, values)
 
         def compute(wg):
             start = (tile * _COMPUTE_WARPGROUPS + wg) * R
@@ -865,21 +874,19 @@ def _hopper_forward(q_BTNK, k_BTNK, v_BTNK):
     return o[:, :T, :, :K], lse[:, :, :T]
 
 
-def _hopper_dq(q_BTNK, k_BTNK, v_BTNK, do_BTNK, log2_sum_BNT, delta_BNT):
+def _hopper_dq(q_BTNK, k_BTNK, v_BTNK, do_BTNK, log2_sum_BNT, delta_BNT, scale):
     B, T, N, K = q_BTNK.shape
-    R, C, slots = _hopper_blocks(K, "dq")
-    arrays = _pad_to_blocks(R, C, q_BTNK, k_BTNK, v_BTNK, do_BTNK, log2_sum_BNT, delta_BNT)
+    arrays = q_BTNK, k_BTNK, v_BTNK, do_BTNK, log2_sum_BNT, delta_BNT
+    (R, C, slots, tiles), arrays = _in_blocks("dq", *arrays)
     _, T_padded, _, K_padded = arrays[0].shape
-    tiles, dtype, scale = T_padded // (_COMPUTE_WARPGROUPS * R), q_BTNK.dtype, K**-0.5
+    dtype = q_BTNK.dtype
 
     def attention_dq(q_ref, k_ref, v_ref, do_ref, log2_sum_ref, delta_ref, dq_ref, own_smem, k_smem, v_smem, barriers):
         own_filled, k_filled, k_freed, v_filled, v_freed = barriers
         tile = tiles - 1 - lax.axis_index("tile")  # the longest first
         full, last = _key_blocks(tile, _COMPUTE_WARPGROUPS * R, C)
-
-        def memory():
-            keys, values = [(k_ref, k_smem)], [(v_ref, v_smem)]
-            _fill_rings(0, last, C, slots, (keys, k_filled, k_freed), (values, v_filled, v_freed))
+        keys, values = ([(k_ref, k_smem)], k_filled, k_freed), ([(v_ref, v_smem)], v_filled, v_freed)
+        memory = functools.partial(_fill_rings, 0, last, C, slots, keys, values)
 
         def compute(wg):
             start = (tile * _COMPUTE_WARPGROUPS + wg) * R
@@ -927,23 +934,21 @@ def _hopper_dq(q_BTNK, k_BTNK, v_BTNK, do_BTNK, log2_sum_BNT, delta_BNT):
     return dq[:, :T, :, :K]
 
 
-def _hopper_dkv(q_BTNK, k_BTNK, v_BTNK, do_BTNK, log2_sum_BNT, delta_BNT):
+def _hopper_dkv(q_BTNK, k_BTNK, v_BTNK, do_BTNK, log2_sum_BNT, delta_BNT, scale):
     B, T, N, K = q_BTNK.shape
-    R, C, slots = _hopper_blocks(K, "dkv")
-    arrays = _pad_to_blocks(R, C, q_BTNK, k_BTNK, v_BTNK, do_BTNK, log2_sum_BNT, delta_BNT)
+    arrays = q_BTNK, k_BTNK, v_BTNK, do_BTNK, log2_sum_BNT, delta_BNT
+    (R, C, slots, tiles), arrays = _in_blocks("dkv", *arrays)
     _, T_padded, _, K_padded = arrays[0].shape
-    tiles, dtype, scale = T_padded // (_COMPUTE_WARPGROUPS * R), q_BTNK.dtype, K**-0.5
+    dtype = q_BTNK.dtype
 
     def attention_dkv(q_ref, k_ref, v_ref, do_ref, log2_sum_ref, delta_ref, dk_ref, dv_ref, own_smem, rings, barriers):
         q_smem, do_smem, log2_sum_smem, delta_smem = rings
         own_filled, q_filled, q_freed, do_filled, do_freed = barriers
         tile = lax.axis_index("tile")
         first, full, last = _query_blocks(tile, _COMPUTE_WARPGROUPS * R, C, T_padded)
-
-        def memory():
-            queries = [(q_ref, q_smem), (log2_sum_ref, log2_sum_smem), (delta_ref, delta_smem)]
-            cotangents = [(do_ref, do_smem)]
-            _fill_rings(first, last, C, slots, (queries, q_filled, q_freed), (cotangents, do_filled, do_freed))
+        queries = [(q_ref, q_smem), (log2_sum_ref, log2_sum_smem), (delta_ref, delta_smem)], q_filled, q_freed
+        cotangents = [(do_ref, do_smem)], do_filled, do_freed
+        memory = functools.partial(_fill_rings, first, last, C, slots, queries, cotangents)
 
         def compute(wg):
             start = (tile * _COMPUTE_WARPGROUPS + wg) * R
@@ -1007,19 +1012,17 @@ def _query_blocks(tile, tile_tokens, C, T):
     return tile * tile_tokens // C, (tile * tile_tokens + tile_tokens + C - 1) // C, T // C
 
 
-def _hopper_blocks(K, kernel):
-    return HOPPER_BLOCKS[_HOPPER_HEAD_DIM[K]][kernel]
+def _in_blocks(kernel, *arrays):
+    """((R, C, ring slots, tiles of both warpgroups), arrays): zeros fill up tokens to whole tiles and blocks, and K.
 
-
-def _pad_to_blocks(R, C, *arrays):
-    """Zeros after the tokens of (B, T, N, K) and (B, N, T) arrays, up to whole tiles and blocks, and after K.
-
-    They reach no result: a padded key is later than every query, and a padded query has no cotangent.
+    They reach no result: a padded key is later than every query, a padded query has no cotangent, and columns of
+    zeros add nothing to a product. Where nothing is missing (see `native_head_dim`) nothing is copied.
     """
-    K = arrays[0].shape[3]
-    more_T, more_K = -arrays[0].shape[1] % math.lcm(_COMPUTE_WARPGROUPS * R, C), _HOPPER_HEAD_DIM[K] - K
+    _, T, _, K = arrays[0].shape
+    R, C, slots = HOPPER_BLOCKS[_HOPPER_HEAD_DIM[K]][kernel]
+    more_T, more_K = -T % math.lcm(_COMPUTE_WARPGROUPS * R, C), _HOPPER_HEAD_DIM[K] - K
     widths = {4: ((0, 0), (0, more_T), (0, 0), (0, more_K)), 3: ((0, 0), (0, 0), (0, more_T))}
-    return [jnp.pad(x, widths[x.ndim]) for x in arrays]
+    return (R, C, slots, (T + more_T) // (_COMPUTE_WARPGROUPS * R)), [jnp.pad(x, widths[x.ndim]) for x in arrays]
 
 
 def _hopper_kernel(body, operands, *, out_type, grid, scratch_types):
@@ -1040,8 +1043,8 @@ def _hopper_kernel(body, operands, *, out_type, grid, scratch_types):
 
 
 def _smem(count, tokens, K):
-    """`count` bf16 arrays (tokens, K), tiled and swizzled as wgmma reads them: by 64 columns, or 32 where K is 96."""
-    columns = 64 if K % 64 == 0 else 32
+    """`count` bf16 arrays (tokens, K), tiled and swizzled as wgmma reads them: by 64, 32 or 16 columns."""
+    columns = next(n for n in (64, 32, 16) if K % n == 0)
     transforms = plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
     return plgpu.SMEM((count, tokens, K), jnp.bfloat16, transforms=transforms)
 
@@ -1145,7 +1148,7 @@ def _by_column():
 # -------------------------------------------------------------------------------------------------------- plain jnp
 
 
-def _chunked(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT, chunk=256):
+def _chunked(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT, scale, chunk=256):
     """The causal reference on one chunk of queries after the other, each with the keys up to its own end."""
     T, S = q_BTNK.shape[1], k_BTNK.shape[1]
     out = []
@@ -1153,7 +1156,8 @@ def _chunked(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT, chunk=256):
         end = min(start + chunk, T)
         seen = S - T + end
         segments = None if segment_ids_BT is None else segment_ids_BT[:, :seen]
-        out.append(reference(q_BTNK[:, start:end], k_BTNK[:, :seen], v_BTNK[:, :seen], segment_ids_BT=segments))
+        arrays = q_BTNK[:, start:end], k_BTNK[:, :seen], v_BTNK[:, :seen]
+        out.append(reference(*arrays, segment_ids_BT=segments, scale=scale))
     return jnp.concatenate(out, axis=1)
 
 

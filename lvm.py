@@ -35,7 +35,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from flash_attention import cache_slots, decode_attention, flash_attention, join, ring_attention, zigzag_here
+from flash_attention import cache_slots, decode_attention, flash_attention, join, native_head_dim, ring_attention, zigzag_here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ class LVM(eqx.Module):
         `flash_attention`'s. `remat` names what the backward pass finds kept (`REMAT`), and computes the rest again.
 
         Inside `jax.shard_map`, `gather` turns shards into whole weights: it is given the model without its blocks,
-        and then, in the (rematerialised) body of the scan, one block at a time. It sees the stored dtype; what it
+        and then, in the (rematerialised) body of the scan, one (widened) block at a time. It sees the stored dtype; what it
         casts before its collective is what the wire and the reduced gradient carry. `reduce` sums a block's two
         row-parallel products over the "tensor" axis. `ring` names the axis over which the tokens of a sentence are
         split, in the order of `flash_attention.zigzag`.
@@ -167,17 +167,19 @@ class LVM(eqx.Module):
         B, T = ids_BT.shape
         if not ring:  # there a sentence may have been padded to whole chunks
             _check_length("ids_BT", T, self.config)
-        rope_TK = rope_angles(zigzag_here(T, ring) if ring else jnp.arange(T), self.config)
+        x_BTD, N, K = ends.embed(ids_BT), self.config.heads, self.config.head_dim
+        width = native_head_dim((B, T, N, K), x_BTD.dtype, segment_ids_BT is not None, implementation)
+        rope_TK = rope_angles(zigzag_here(T, ring) if ring else jnp.arange(T), self.config, width)
         attend = functools.partial(ring_attention, axis=ring) if ring else flash_attention
+        attend = functools.partial(attend, segment_ids_BT=segment_ids_BT, implementation=implementation, scale=K**-0.5)
 
         def run(x_BTD, block):
             x_BTD = checkpoint_name(x_BTD, "block")
-            block = _cast(gather(block), dtype)
+            block = _cast(gather(block if width == K else block.widen(width)), dtype)
             q_BTNK, k_BTNK, v_BTNK = (checkpoint_name(x, "qkv") for x in block.project(x_BTD, rope_TK))
-            a_BTNK = attend(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT=segment_ids_BT, implementation=implementation)
-            return block.merge(x_BTD, a_BTNK, reduce), None
+            return block.merge(x_BTD, attend(q_BTNK, k_BTNK, v_BTNK), reduce), None
 
-        return lax.scan(jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False), ends.embed(ids_BT), self.blocks)[0]
+        return lax.scan(jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False), x_BTD, self.blocks)[0]
 
     @property
     def ends(self):
@@ -220,6 +222,24 @@ class Block(eqx.Module):
         self.down_FD = _normal(keys[6], F, D)
         self.rms_eps = config.rms_eps
 
+    def widen(self, K):
+        """The same function with heads of K >= head_dim (`native_head_dim`): zero columns of q, k and v, zero rows of o.
+
+        They follow each half of a head, so that rotary pairs stay pairs. XLA writes them in the pass that casts the
+        weights; the gradients are those of the other columns and rows.
+        """
+
+        def wide(axis, w):
+            if w.shape[axis] == 1:  # a scale of Int8, shared
+                return w
+            before, after = w.shape[:axis], w.shape[axis + 1 :]
+            more = [(0, 0)] * (axis + 1) + [(0, (K - w.shape[axis]) // 2)] + [(0, 0)] * len(after)
+            return jnp.pad(w.reshape(*before, 2, -1, *after), more).reshape(*before, K, *after)
+
+        axes = {"q_DNK": 2, "k_DNK": 2, "v_DNK": 2, "o_NKD": 1}
+        wider = [jax.tree.map(functools.partial(wide, axis), getattr(self, name)) for name, axis in axes.items()]
+        return eqx.tree_at(lambda block: [getattr(block, name) for name in axes], self, wider)
+
     def project(self, x_BTD, rope_TK):
         h_BTD = rms_norm(x_BTD, self.attention_norm_D, self.rms_eps)
         q_BTNK = jnp.einsum("btd,dnk->btnk", h_BTD, self.q_DNK)
@@ -240,7 +260,7 @@ class Block(eqx.Module):
 # flash_attention.py); `full` a block's input; `offload` moves that input to the host's memory until it is wanted.
 _policies = jax.checkpoint_policies
 REMAT = {
-    "none": lambda primitive, *_, **__: primitive.name not in ("all_gather", "convert_element_type", "pvary"),
+    "none": lambda primitive, *_, **__: primitive.name not in ("all_gather", "convert_element_type", "pad", "pvary", "reshape"),
     "minimal": _policies.save_only_these_names("qkv", "attention", "residual", "ffn"),
     "full": _policies.nothing_saveable,
     "offload": _policies.save_and_offload_only_these_names(
@@ -536,10 +556,14 @@ def rms_norm(x, scale_D, eps):
     return (x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps) * scale_D).astype(x.dtype)
 
 
-def rope_angles(positions_T, config: LVMConfig):
-    """(cos, sin), float32, of position * theta^(-2i / K), both (T, 1, K / 2), or (B, T, 1, K / 2) where rows differ."""
+def rope_angles(positions_T, config: LVMConfig, width: int | None = None):
+    """(cos, sin), float32, of position * theta^(-2i / K), both (T, 1, K / 2), or (B, T, 1, K / 2) where rows differ.
+
+    With a `width` above K (`Block.widen`) there are width / 2 angles, the last of them zero.
+    """
     # In bfloat16 the positions 4090 to 4095 would all round to the same 4096.
     frequencies = np.float32(config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim))
+    frequencies = np.pad(frequencies, (0, ((width or config.head_dim) - config.head_dim) // 2))
     angles = positions_T.astype(jnp.float32)[..., None, None] * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 

@@ -32,8 +32,8 @@ ON_CPU = jax.default_backend() == "cpu"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    head_dims: tuple[int, ...] = (64,) if ON_CPU else (64, 96, 100, 128)
-    """Values of K."""
+    head_dims: tuple[int, ...] = (64,) if ON_CPU else (64, 96, 100, 112, 128)
+    """Values of K. With 112 columns a head of 100 is read where a model pads its projections (`native_head_dim`)."""
     tokens: tuple[int, ...] = (256,) if ON_CPU else (1024, 2048, 4096, 8192, 16384)
     """Values of T."""
     total: int = 256 if ON_CPU else 16384

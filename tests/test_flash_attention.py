@@ -1,7 +1,10 @@
 """Claims about flash_attention.py: every kernel is the definition, forward and backward, on one device and on a ring."""
 
+import dataclasses
 import functools
 import importlib.util
+import math
+import re
 import types
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
 
 import flash_attention
 import lvm
@@ -33,10 +36,10 @@ def sentences(B, S, seed=0):
     return jnp.asarray(np.sort(np.random.default_rng(seed).integers(0, 4, (B, S)), axis=1))
 
 
-def definition(q, k, v, do, causal=True, segments=None):
+def definition(q, k, v, do, causal=True, segments=None, scale=None):
     """(o, dq, dk, dv) in float64, from the formulas."""
     q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
-    T, S, scale = q.shape[1], k.shape[1], q.shape[-1] ** -0.5
+    T, S, scale = q.shape[1], k.shape[1], scale or q.shape[-1] ** -0.5
     seen = np.arange(S) <= np.arange(S)[S - T :, None] if causal else np.ones((T, S), bool)
     seen = seen[None, None]
     if segments is not None:
@@ -72,9 +75,10 @@ def assert_equal(ours, theirs, tolerance):
 @pytest.mark.parametrize("causal, T", [(True, 300), (True, 40), (False, 300)])
 @pytest.mark.parametrize("segmented", [False, True])
 def test_every_attention_equals_its_definition_forward_and_backward(implementation, causal, T, segmented):
-    arrays, segments = tensors(0, T, 300, 16), sentences(2, 300) if segmented else None
-    attend = functools.partial(flash_attention.flash_attention, causal=causal, segment_ids_BT=segments, implementation=implementation)
-    assert_equal(forward_and_gradients(attend, *arrays), definition(*arrays, causal, segments), 1e-5)
+    arrays, segments, scale = tensors(0, T, 300, 16), *((sentences(2, 300), 0.3) if segmented else (None, None))
+    options = dict(causal=causal, segment_ids_BT=segments, implementation=implementation, scale=scale)
+    attend = functools.partial(flash_attention.flash_attention, **options)
+    assert_equal(forward_and_gradients(attend, *arrays), definition(*arrays, causal, segments, scale), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -141,7 +145,7 @@ def test_hopper_kernels_that_give_wrong_numbers_are_found_before_a_model_uses_th
     attend = flash_attention._attend
     try:
         for causal, verdict in ((True, None), (False, "are wrong here at head_dim 64")):  # a kernel that forgets causality
-            monkeypatch.setattr(flash_attention, "_attend", lambda q, k, v, segments, *_: attend(q, k, v, segments, causal, "xla"))
+            monkeypatch.setattr(flash_attention, "_attend", lambda q, k, v, ids, _, scale, __: attend(q, k, v, ids, causal, scale, "xla"))
             flash_attention._hopper_trial.cache_clear()
             seen = []
 
@@ -184,7 +188,7 @@ def test_the_hopper_kernels_lower_to_mosaic_gpu(K):
     assert run.trace(x, x, x, x).lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu") == 3  # forward, dq, dkv
 
 
-@pytest.mark.parametrize("K, T", [(64, 300), (96, 128), (100, 130)])  # 100 runs as 128
+@pytest.mark.parametrize("K, T", [(64, 300), (96, 128), (100, 130)])  # 100 runs as 112
 def test_the_hopper_kernels_interpreted_are_the_definition_and_have_no_races(K, T, monkeypatch):
     try:
         from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
@@ -225,6 +229,35 @@ def test_the_hopper_kernels_interpreted_are_the_definition_and_have_no_races(K, 
     assert_equal(ours, definition(*arrays), TOLERANCE[jnp.bfloat16])
 
 
+def test_a_model_with_padded_projections_is_the_same_function_with_the_same_gradients(monkeypatch):
+    config = lvm.LVMConfig(hidden=24, ffn=8, layers=1, heads=4, codes=8, specials=3, context=8)  # head_dim 6
+    rng, seen = np.random.default_rng(0), []
+    normal = lambda x: jnp.asarray(rng.normal(size=x.shape) / 2, jnp.float32)  # attention far from uniform
+    model, ids_BT = jax.tree.map(normal, eqx.filter_eval_shape(lvm.LVM, config, key=jax.random.key(0))), jnp.arange(8)[None]
+
+    def attend(q, k, v, **options):
+        seen.append(q.shape[3])
+        return flash_attention.flash_attention(q, k, v, **options)
+
+    def loss_and_gradients(model, width):
+        monkeypatch.setattr(lvm, "native_head_dim", lambda *_: width)
+        return jax.value_and_grad(lambda model: (model(ids_BT, dtype=jnp.float32) ** 2).mean())(model)
+
+    monkeypatch.setattr(lvm, "flash_attention", attend)
+    plain, padded = jax.jit(lambda model: [loss_and_gradients(model, width) for width in (6, 10)])(model)
+    assert set(seen) == {6, 10} and jax.tree.map(jnp.shape, padded[1]) == jax.tree.map(jnp.shape, model)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()), padded, plain)
+
+
+def test_a_model_projects_to_the_width_that_the_kernels_read(monkeypatch):
+    shape = 2, 1000, 32, 100
+    width = lambda shape=shape, dtype=jnp.bfloat16, **options: flash_attention.native_head_dim(shape, dtype, False, **options)
+    assert width() == 100  # on a CPU
+    assert width(implementation="hopper") == 112 and width((2, 1000, 32, 128), implementation="hopper") == 128
+    monkeypatch.setattr(flash_attention, "choose", lambda q, k, causal, segmented: "hopper" if q.dtype == jnp.bfloat16 else "pallas")
+    assert width() == 112 and width(dtype=jnp.float32) == 100 and width(implementation="xla") == 100
+
+
 # Meshes
 
 
@@ -258,10 +291,10 @@ def test_a_ring_of_devices_equals_one_device(implementation, ranks, causal):
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec,) * 4, out_specs=spec, check_vma=True)
     def ring(q, k, v, segments):
-        return ring_attention(q, k, v, "seq", causal=causal, segment_ids_BT=segments, implementation=implementation)
+        return ring_attention(q, k, v, "seq", causal=causal, segment_ids_BT=segments, implementation=implementation, scale=0.3)
 
     attend = lambda q, k, v: ring(*(x[:, order] for x in (q, k, v, segments)))[:, jnp.argsort(order)]
-    assert_equal(forward_and_gradients(attend, *arrays), definition(*arrays, causal, segments), 1e-5)
+    assert_equal(forward_and_gradients(attend, *arrays), definition(*arrays, causal, segments, 0.3), 1e-5)
 
 
 def test_zigzag_gives_every_device_the_same_share_of_the_causal_triangle():
@@ -287,6 +320,17 @@ def test_decoding_equals_the_definition_on_the_slots_that_are_filled(implementat
     np.testing.assert_allclose(lse_BNC, np.log(p.sum(-1)), atol=1e-5)
     p /= p.sum(-1, keepdims=True)
     np.testing.assert_allclose(o_BNCK, np.einsum("bncs,bnsk->bnck", p, v_LBNSK[1, :, :, :length]), atol=1e-5)
+
+
+def test_the_benchmark_prints_a_rate_and_a_small_error_for_every_implementation(capsys):
+    from benchmarks import attention
+    attention.main(attention.Config(head_dims=(32,), tokens=(128,), total=128, width=32, rounds=1))
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    cells = {row[2]: row[3:] for row in rows if row[:2] == ["32", "128"]}
+    assert [len(cells[name]) for name in ("forward", "forward + backward")] == [3, 3]
+    for rate, error in (re.fullmatch(r"(\S+) \((\S+)\)", cell).groups() for row in cells.values() for cell in row):
+        assert float(rate) > 0 and float(error) < 3e-2
+    assert [row[2] for row in rows if row[0].startswith("256 slots")] == ["pallas", "xla"] * 2  # decoding
 
 
 # Programs for chips that are not here: the real compilers accept every kernel.
@@ -345,14 +389,59 @@ def test_ahead_of_time_the_portable_kernels_compile_for(chip, T, K, dtype, causa
     assert compile_ahead(chips(chip), gradients_of(attend), P("seq"), *shapes) is not None
 
 
-@pytest.mark.parametrize("K", [64, 96, 100, 128])
-def test_ahead_of_time_the_hopper_kernels_are_assembled(K):
+def needs_an_assembler():
     toolkit = Path("/usr/local/cuda")
     if not (toolkit / "bin/ptxas").exists() or not (toolkit / "nvvm/libdevice").exists():
         pytest.skip("no CUDA 13 toolkit in /usr/local/cuda: its ptxas and libdevice make machine code; lowering was tested")
+
+
+def copies(program, least):
+    """The instructions of a compiled program that write `least` numbers or more and compute nothing: copies, pads, slices."""
+    moves = set("parameter constant bitcast copy pad slice transpose reshape concatenate broadcast convert tuple get-tuple-element".split())
+    instruction = re.compile(r"^ *(?:ROOT )?%(\S+) = \(?\w+\[([\d,]*)\].*? ([a-z-]+)\(")
+    bodies, found = {}, []
+    for computation in re.split(r"\n(?=%|ENTRY)", program):
+        lines = [line for line in computation.splitlines() if instruction.match(line)]
+        operations = {instruction.match(line)[3] for line in lines}
+        bodies[computation.split()[0].lstrip("%")] = operations
+        for line in lines:
+            name, shape, operation = instruction.match(line).groups()
+            inside = bodies[re.search(r"calls=%([^\s,]+)", line)[1]] if operation == "fusion" else {operation}
+            copying = inside <= moves and inside & {"copy", "pad", "slice", "transpose", "reshape", "concatenate", "convert"}
+            if computation.startswith("ENTRY") and copying and math.prod(map(int, filter(None, shape.split(",")))) >= least:
+                found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("K", [64, 96, 100, 128])
+def test_ahead_of_time_the_hopper_kernels_are_assembled(K, monkeypatch, capfd):
+    needs_an_assembler()
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     attend = functools.partial(flash_attention.flash_attention, implementation="hopper")
-    shapes = [((4, 1000, 2, K), jnp.bfloat16)] * 3
-    assert "mosaic_gpu" in compile_ahead(chips("h200"), gradients_of(attend), P("seq"), *shapes).as_text()
+    shape = 4, 1024, 2, K
+    program = compile_ahead(chips("h200"), gradients_of(attend), P("seq"), *[(shape, jnp.bfloat16)] * 3).as_text()
+    assert program.count('custom_call_target="mosaic_gpu') == 3  # forward, dq, dkv
+    assert bool(copies(program, math.prod(shape) // 4)) == (K == 100)
+    said = capfd.readouterr().out
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said)]
+    assert len(spilled) >= 6 and max(spilled) <= (40 if K == 128 else 0) and "serialized" not in said
+
+
+def test_ahead_of_time_a_block_of_size_3b_copies_no_activation_around_the_hopper_kernels():
+    needs_an_assembler()
+    B, T = 2, 4096
+    config = dataclasses.replace(lvm.SIZES["3b"], layers=1, codes=16, ffn=256)
+    model = eqx.filter_eval_shape(lvm.LVM, config, key=jax.random.key(0))
+    here = SingleDeviceSharding(chips("h200")[0])
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (model, jax.ShapeDtypeStruct((B, T), jnp.int32)))
+    # Without the barrier cuBLAS would add to the residual stream in place, for which XLA copies it. That is no doing of attention's.
+    options = dict(dtype=jnp.bfloat16, implementation="hopper", reduce=lax.optimization_barrier)
+    loss = lambda model, ids_BT: model(ids_BT, **options).mean()
+    # Triton's products would take the compiler another ten seconds; cuBLAS's come from a library.
+    lowered = jax.jit(jax.grad(loss)).trace(*args).lower()
+    program = lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False}).as_text()
+    assert program.count('custom_call_target="mosaic_gpu') == 3 and "bf16[2,4096,32,112]" in program
+    assert copies(program, B * T * config.hidden) == []
 
 
 @pytest.mark.parametrize("chip", ["v4", "v5e", "h200"])
