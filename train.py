@@ -1,7 +1,7 @@
 """Trains a Large Vision Model to predict the next code of visual sentences.
 
     python train.py                                    # the main job: a mini LVM on the embedded pictures, about ten minutes
-    python train.py --size 300m --data DIR:0.7 DIR:0.3 --context 4098 --mesh -1,1,1,1 --out runs/mine
+    python train.py --size 300m --data DIR:0.7 DIR:0.3 --context 4098 --out runs/mine
     python train.py --data DIR --init lvm-hf --learning-rate 3e-5 --out runs/finetuned
     python train.py --preset lvm-7b --compile-only --topology v5p:4x4x4        # what a pod would make of it, without the pod
 
@@ -189,6 +189,8 @@ def train(config: Config) -> lvm.LVM:
     model_config = model_config_for(config, codes)
     mesh = make_mesh(config, model_config)
     check_batch(config, mesh)
+    if config.remat == "offload" and "pinned_host" not in (kinds := [memory.kind for memory in jax.devices()[0].addressable_memories()]):
+        raise ValueError(f"--remat offload wants pinned host memory; {jax.devices()[0].device_kind} has {', '.join(kinds)}: take --remat full")
     specials = (model_config.bos, model_config.eos, model_config.pad)
     open_sentences = functools.partial(tokenize_data.open_sentences, codes=codes, specials=specials, fields=config.fields, vocabulary=model_config.vocab_size)
     shards = [open_sentences(path) for path in paths]
