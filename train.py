@@ -471,13 +471,12 @@ def choose_mesh(config: Config, model_config, devices: int, group: int, memory):
         where = "all devices" if shards == devices else f"the {group} of a node or slice, which then do alike"
         reason = f"{told}, more than half of a device's {memory / 1e9:.0f} GB: split over {where}"
     # Each group of devices that work on one row does so by tensor, or else by seq.
-    for tensor, seq in [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (8, 2), (1, 4), (4, 4), (8, 4), (1, 8), (8, 8), (1, devices)]:
+    for tensor, seq in [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (8, 2), (1, 4), (4, 4), (8, 4), (1, 8), (8, 8), (1, devices)]:  # the last always does
         workers = devices // (tensor * seq)
         if devices % (tensor * seq) == 0 and rows % workers == 0 and N % tensor == 0 and F % tensor == 0:
             fsdp = max(n for n in range(1, workers + 1) if workers % n == 0 and D % n == 0 and n <= shards)
             reason += f"; {rows} rows a micro-batch are fewer than devices or do not divide by them: {tensor * seq} devices a row" if tensor * seq > 1 else ""
             return (workers // fsdp, fsdp, tensor, seq), reason
-    raise ValueError(f"no mesh of {devices} devices suits {rows} rows a micro-batch (--batch / --accumulate): make them a multiple of {devices}, or give --mesh")
 
 
 def model_config_for(config: Config, codes: int):

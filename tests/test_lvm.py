@@ -154,15 +154,11 @@ def test_rematerialisation_changes_no_loss_and_no_gradient(model, plain, remat):
 
 
 def test_the_backward_pass_repeats_no_product_where_remat_is_none_or_minimal(model):
-    """Products in the program of the gradient, by remat; full repeats all seven of a block and attention's forward pass."""
-
-    def products(jaxpr):
-        inner = [p for eqn in jaxpr.eqns for p in jax.core.jaxprs_in_params(eqn.params)]
-        return sum(eqn.primitive.name in ("dot_general", "pallas_call") for eqn in jaxpr.eqns) + sum(map(products, inner))
-
-    gradient = lambda remat: jax.make_jaxpr(jax.grad(lambda m: m(IDS, remat=remat, implementation="pallas").sum()))(model).jaxpr
-    count = {remat: products(gradient(remat)) for remat in ("none", "minimal", "full")}
-    assert count["none"] == count["minimal"] < count["full"] - 6, count
+    """Matrix products and kernels in the program of the gradient: full repeats six of a block's seven products, and the kernel
+    of attention's forward pass, which is there for three platforms."""
+    program = lambda remat: str(jax.make_jaxpr(jax.grad(lambda m: m(IDS, remat=remat, implementation="pallas").sum()))(model))
+    count = {remat: np.array([program(remat).count(name) for name in (" dot_general[", " pallas_call[")]) for remat in ("none", "minimal", "full")}
+    assert (count["none"] == count["minimal"]).all() and (count["full"] - count["minimal"] == (6, 3)).all(), count
 
 
 def test_rotary_angles_are_exact_at_the_end_of_the_context_in_any_compute_dtype():

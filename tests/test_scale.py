@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import importlib.util
+import math
+import re
 
 import equinox as eqx
 import jax
@@ -55,7 +57,7 @@ def one_device():
 
 @pytest.mark.parametrize("sizes", [
     (8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8),  # each axis alone
-    (4, 2, 1, 1), (2, 4, 1, 1), (1, 2, 4, 1), (1, 4, 1, 2),  # data over fsdp is hybrid: a node each, or a slice
+    (2, 4, 1, 1), (1, 2, 4, 1), (1, 4, 1, 2),  # data over fsdp is hybrid: a node each, or a slice
 ], ids=str)  # fmt: skip
 def test_eight_devices_give_the_losses_gradients_and_weights_of_one(one_device, sizes):
     losses, gradients, weights = two_steps(*sizes, remat="full")
@@ -100,11 +102,9 @@ def test_no_array_of_all_logits_exists_at_7b():
     shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((B, T, D), jnp.bfloat16), ((D, V), jnp.bfloat16), ((B, T), jnp.int32))]
     loss = lambda h, head, targets: lvm.cross_entropy(h, head, targets, 8292).sum()
 
-    def largest(jaxpr):
-        inner = [largest(p) for eqn in jaxpr.eqns for p in jax.core.jaxprs_in_params(eqn.params)]
-        return max([v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars] + inner)
-
-    assert largest(jax.make_jaxpr(jax.grad(loss, (0, 1)))(*shapes).jaxpr) == B * T * D < B * T * V
+    program = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(*shapes))
+    largest = max(math.prod(map(int, shape.split(","))) for shape in re.findall(r"\w\[(\d[\d,]*)\]", program))
+    assert largest == B * T * D < B * T * V
 
 
 # The mesh
@@ -123,8 +123,7 @@ def test_the_mesh_by_default_splits_weights_only_as_far_as_memory_asks():
     assert chosen("7b", 64, 256, 256, 16e9) == (1, 64, 4, 1)  # more chips than sentences
     assert chosen("30b", 64, 256, 256, 16e9) == (1, 64, 4, 1) and chosen("30b", 32, 256, 256, 16e9) == (1, 32, 4, 2)  # 52 heads
     assert chosen("7b", 8, 8, 8, None) == (8, 1, 1, 1)
-    with pytest.raises(ValueError, match="multiple of 8"):
-        chosen("7b", 3, 8, 8, None, context=34)
+    assert chosen("7b", 3, 8, 8, None) == (1, 1, 8, 1) and chosen("7b", 1, 7, 7, None) == (1, 1, 1, 7)
 
 
 def test_a_mesh_that_does_not_divide_the_model_names_the_nearest_that_do():
