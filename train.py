@@ -429,7 +429,7 @@ def make_mesh(config: Config, model_config, devices=None, memory=None):
     if config.mesh == "auto":
         memory = memory or (devices[0].memory_stats() or {}).get("bytes_limit")
         group = len(devices) // slices if devices[0].platform == "tpu" else min(8, len(devices))
-        sizes, reason = choose_mesh(config, model_config, len(devices), group, memory)
+        sizes, reason = choose_mesh(config, model_config, len(devices), group, memory, slices)
     else:
         sizes, reason = [int(n) for n in config.mesh.split(",")], "as asked for"
         known = math.prod(n for n in sizes if n != -1)
@@ -454,9 +454,9 @@ def check_batch(config: Config, mesh):
         raise ValueError(f"--batch {config.batch} over {config.accumulate} micro-batches does not divide by the {share} devices of data x fsdp")
 
 
-def choose_mesh(config: Config, model_config, devices: int, group: int, memory):
+def choose_mesh(config: Config, model_config, devices: int, group: int, memory, slices=1):
     """(sizes, reason) of --mesh auto. A `group` is a node of GPUs or a slice of TPUs, where gathers are quick; `memory` in
-    bytes a device, None where devices share it."""
+    bytes a device, None where devices share it. Between `slices` goes data alone."""
     rows, D, N, F = config.batch // config.accumulate, model_config.hidden, model_config.heads, model_config.ffn
     state = lvm.parameter_count(model_config) * (8 + 2 * jnp.dtype(config.moments).itemsize)
     told = f"weights, gradients and moments take {state / 1e9:.1f} GB"
@@ -467,7 +467,7 @@ def choose_mesh(config: Config, model_config, devices: int, group: int, memory):
     elif state <= memory / 2:
         shards, reason = 1, f"{told}, at most half of a device's {memory / 1e9:.0f} GB: every device holds them all"
     else:
-        shards = group if state / group <= memory / 2 else devices
+        shards = group if state / group <= memory / 2 or slices > 1 else devices
         where = "all devices" if shards == devices else f"the {group} of a node or slice, which then do alike"
         reason = f"{told}, more than half of a device's {memory / 1e9:.0f} GB: split over {where}"
     # Each group of devices that work on one row does so by tensor, or else by seq.
@@ -810,7 +810,8 @@ def _bandwidth(group, mesh, chip, kind):
     return speed
 
 
-# What XLA needs to be told; TPUs overlap gathers with compute unasked. GPUs: run collectives beside compute, gather the next
+# What XLA needs to be told. TPUs nothing: compiled for v5e, six of the seven gathers of a block run inside fusions that compute
+# (AsyncCollectiveStart in the HLO), and only the first is waited for. GPUs: run collectives beside compute, gather the next
 # layer during this one, join small collectives, leave products to cuBLAS, and rematerialise only what --remat says.
 XLA_FLAGS = {
     "cuda": (

@@ -120,6 +120,7 @@ def test_the_mesh_by_default_splits_weights_only_as_far_as_memory_asks():
     assert chosen("7b", 64, 64, 8, 141e9) == (8, 8, 1, 1)  # a node holds them: hybrid
     assert chosen("30b", 64, 64, 8, 80e9) == (1, 64, 1, 1)  # a node does not
     assert chosen("7b", 256, 256, 256, 16e9) == (1, 256, 1, 1)
+    assert train.choose_mesh(train.Config(batch=512), lvm.SIZES["30b"], 512, 256, 3e9, slices=2)[0] == (2, 256, 1, 1)  # data alone between slices
     assert chosen("7b", 64, 256, 256, 16e9) == (1, 64, 4, 1)  # more chips than sentences
     assert chosen("30b", 64, 256, 256, 16e9) == (1, 64, 4, 1) and chosen("30b", 32, 256, 256, 16e9) == (1, 32, 4, 2)  # 52 heads
     assert chosen("7b", 8, 8, 8, None) == (8, 1, 1, 1)
