@@ -694,7 +694,7 @@ def compile_only(config: Config) -> dict:
     compute = flops * (4 / 3 if config.remat in ("full", "offload") else 1) / (n * chip.flops)
     network = sum(c["seconds"] for c in moved.values())
     facts = {
-        "fits": peak <= chip.memory, "mesh": list(mesh.devices.shape), "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
+        "fits": peak <= chip.memory, "mesh": ",".join(map(str, mesh.devices.shape)), "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
         "host": memory.host_temp_size_in_bytes, "peak": peak, "memory": chip.memory, "flops": flops, "collectives": moved, "compute_seconds": compute,
         "network_seconds": network, "tokens": tokens, "seconds": seconds}
     GB = lambda bytes: f"{bytes / 1e9:.2f} GB"
