@@ -375,6 +375,7 @@ def training_flops(config: LVMConfig, tokens: int) -> float:
     return 6 * matrices + 6 * config.layers * tokens * config.hidden
 
 
+@functools.cache
 def parameter_count(config: LVMConfig) -> int:
     model = eqx.filter_eval_shape(LVM, config, key=jax.random.key(0))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model))

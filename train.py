@@ -1,7 +1,7 @@
 """Trains a Large Vision Model to predict the next code of visual sentences.
 
     python train.py                                    # the main job: a mini LVM on the embedded pictures, about ten minutes
-    python train.py --size 300m --data DIR:0.7 DIR:0.3 --context 4098 --mesh -1,1,1,1 --out runs/mine
+    python train.py --size 300m --data DIR:0.7 DIR:0.3 --context 4098 --out runs/mine
     python train.py --data DIR --init lvm-hf --learning-rate 3e-5 --out runs/finetuned
     python train.py --preset lvm-7b --compile-only --topology v5p:4x4x4        # what a pod would make of it, without the pod
 
@@ -189,6 +189,8 @@ def train(config: Config) -> lvm.LVM:
     model_config = model_config_for(config, codes)
     mesh = make_mesh(config, model_config)
     check_batch(config, mesh)
+    if config.remat == "offload" and "pinned_host" not in (kinds := [memory.kind for memory in jax.devices()[0].addressable_memories()]):
+        raise ValueError(f"--remat offload wants pinned host memory; {jax.devices()[0].device_kind} has {', '.join(kinds)}: take --remat full")
     specials = (model_config.bos, model_config.eos, model_config.pad)
     open_sentences = functools.partial(tokenize_data.open_sentences, codes=codes, specials=specials, fields=config.fields, vocabulary=model_config.vocab_size)
     shards = [open_sentences(path) for path in paths]
@@ -427,7 +429,7 @@ def make_mesh(config: Config, model_config, devices=None, memory=None):
     if config.mesh == "auto":
         memory = memory or (devices[0].memory_stats() or {}).get("bytes_limit")
         group = len(devices) // slices if devices[0].platform == "tpu" else min(8, len(devices))
-        sizes, reason = choose_mesh(config, model_config, len(devices), group, memory)
+        sizes, reason = choose_mesh(config, model_config, len(devices), group, memory, slices)
     else:
         sizes, reason = [int(n) for n in config.mesh.split(",")], "as asked for"
         known = math.prod(n for n in sizes if n != -1)
@@ -452,9 +454,9 @@ def check_batch(config: Config, mesh):
         raise ValueError(f"--batch {config.batch} over {config.accumulate} micro-batches does not divide by the {share} devices of data x fsdp")
 
 
-def choose_mesh(config: Config, model_config, devices: int, group: int, memory):
+def choose_mesh(config: Config, model_config, devices: int, group: int, memory, slices=1):
     """(sizes, reason) of --mesh auto. A `group` is a node of GPUs or a slice of TPUs, where gathers are quick; `memory` in
-    bytes a device, None where devices share it."""
+    bytes a device, None where devices share it. Between `slices` goes data alone."""
     rows, D, N, F = config.batch // config.accumulate, model_config.hidden, model_config.heads, model_config.ffn
     state = lvm.parameter_count(model_config) * (8 + 2 * jnp.dtype(config.moments).itemsize)
     told = f"weights, gradients and moments take {state / 1e9:.1f} GB"
@@ -465,17 +467,16 @@ def choose_mesh(config: Config, model_config, devices: int, group: int, memory):
     elif state <= memory / 2:
         shards, reason = 1, f"{told}, at most half of a device's {memory / 1e9:.0f} GB: every device holds them all"
     else:
-        shards = group if state / group <= memory / 2 else devices
+        shards = group if state / group <= memory / 2 or slices > 1 else devices
         where = "all devices" if shards == devices else f"the {group} of a node or slice, which then do alike"
         reason = f"{told}, more than half of a device's {memory / 1e9:.0f} GB: split over {where}"
     # Each group of devices that work on one row does so by tensor, or else by seq.
-    for tensor, seq in [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (8, 2), (1, 4), (4, 4), (8, 4), (1, 8), (8, 8), (1, devices)]:
+    for tensor, seq in [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (8, 2), (1, 4), (4, 4), (8, 4), (1, 8), (8, 8), (1, devices)]:  # the last always does
         workers = devices // (tensor * seq)
         if devices % (tensor * seq) == 0 and rows % workers == 0 and N % tensor == 0 and F % tensor == 0:
             fsdp = max(n for n in range(1, workers + 1) if workers % n == 0 and D % n == 0 and n <= shards)
             reason += f"; {rows} rows a micro-batch are fewer than devices or do not divide by them: {tensor * seq} devices a row" if tensor * seq > 1 else ""
             return (workers // fsdp, fsdp, tensor, seq), reason
-    raise ValueError(f"no mesh of {devices} devices suits {rows} rows a micro-batch (--batch / --accumulate): make them a multiple of {devices}, or give --mesh")
 
 
 def model_config_for(config: Config, codes: int):
@@ -693,7 +694,7 @@ def compile_only(config: Config) -> dict:
     compute = flops * (4 / 3 if config.remat in ("full", "offload") else 1) / (n * chip.flops)
     network = sum(c["seconds"] for c in moved.values())
     facts = {
-        "fits": peak <= chip.memory, "mesh": list(mesh.devices.shape), "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
+        "fits": peak <= chip.memory, "mesh": ",".join(map(str, mesh.devices.shape)), "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
         "host": memory.host_temp_size_in_bytes, "peak": peak, "memory": chip.memory, "flops": flops, "collectives": moved, "compute_seconds": compute,
         "network_seconds": network, "tokens": tokens, "seconds": seconds}
     GB = lambda bytes: f"{bytes / 1e9:.2f} GB"
@@ -809,7 +810,8 @@ def _bandwidth(group, mesh, chip, kind):
     return speed
 
 
-# What XLA needs to be told; TPUs overlap gathers with compute unasked. GPUs: run collectives beside compute, gather the next
+# What XLA needs to be told. TPUs nothing: compiled for v5e, six of the seven gathers of a block run inside fusions that compute
+# (AsyncCollectiveStart in the HLO), and only the first is waited for. GPUs: run collectives beside compute, gather the next
 # layer during this one, join small collectives, leave products to cuBLAS, and rematerialise only what --remat says.
 XLA_FLAGS = {
     "cuda": (

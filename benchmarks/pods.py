@@ -60,60 +60,67 @@ def main(config: Config):
         cells[size, pod] = cell = compile_cell(size, pod)
         with open(file, "a") as log:
             log.write(json.dumps(cell) + "\n")
-        print(size, pod, show(cell), f"{cell['seconds']:.0f} s", flush=True)
+        print(size, pod, show(cell), flush=True)
     config.out.with_suffix(".md").write_text(table(config, cells))
 
 
 def compile_cell(size, pod) -> dict:
-    name = PODS[pod]
-    chip, n = train.CHIPS[name.split(":")[0]], math.prod(int(d) for d in name.split(":")[1].split("x"))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    cell = {"size": size, "pod": pod, "chips": n, "commit": commit, "seconds": 0.0, "tried": []}
-    least = 12 * lvm.parameter_count(lvm.SIZES[size]) / n
-    if least > chip.memory:
-        return cell | {"fits": False, "peak": least, "memory": chip.memory, "why": "weights, gradients and moments alone"}
-    options = candidates(size, chip, n)
-    options = [o for o in options if o["estimate"] < 0.95 * chip.memory] or [min(options, key=lambda o: o["estimate"])]
+    """A line of the jsonl."""
+    cell, options = plan(size, pod)
+    cell["commit"] = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     for option in options[:4]:
-        flags = {k: v for k, v in option.items() if k not in ("estimate", "order")}
-        config = train.Config(size=size, context=CONTEXT, steps=100, compile_only=True, topology=name, **flags)
+        flags = {name: option[name] for name in ("mesh", "batch", "remat", "moments")}
+        config = train.Config(size=size, context=CONTEXT, steps=100, compile_only=True, topology=PODS[pod], **flags)
         # A process of its own, as compilers keep memory.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             facts = pool.submit(train.compile_only, config).result()
-        cell["tried"].append(option | {"fits": facts["fits"], "peak": facts["peak"]})
-        cell["seconds"] += facts.pop("seconds")
+        cell["tried"].append(flags | {"estimate": option["peak"], "peak": facts["peak"], "seconds": facts.pop("seconds")})
         if facts["fits"]:
             return cell | facts | flags
-    return cell | {"fits": False, "peak": min(t["peak"] for t in cell["tried"]), "memory": chip.memory, "why": "the least of those compiled"}
+    return cell if not options else cell | {"fits": False, "peak": min(t["peak"] for t in cell["tried"]), "why": "the least of those compiled"}
+
+
+def plan(size, pod):
+    """(a cell without its facts, candidates that should fit, those first whose steps should be shortest)."""
+    name = PODS[pod]
+    chip, n = train.CHIPS[name.split(":")[0]], math.prod(int(d) for d in name.split(":")[1].split("x"))
+    cell = {"size": size, "pod": pod, "chips": n, "memory": chip.memory, "tried": []}
+    least = 12 * lvm.parameter_count(lvm.SIZES[size]) / n
+    if least > chip.memory:
+        return cell | {"fits": False, "peak": least, "why": "weights, gradients and moments alone"}, []
+    found = candidates(size, chip, n)
+    return cell, [o for o in found if o["peak"] < 0.95 * chip.memory] or [min(found, key=lambda o: o["peak"])]
 
 
 def candidates(size, chip, n):
-    """Flags with estimates of bytes a chip, those first whose steps should be shortest.
+    """Flags with estimates of bytes a chip and of a step's seconds.
 
     Bytes: float32 weights and gradients and the moments, split over fsdp x tensor; what remat keeps of each block; and, for
-    the time of one block, its gathered weights and its own activations. Time: the roofline of train.py, in which gathers and
-    gradients overlap with compute, and a tenth more for the sums of tensor parallelism, which do not.
+    the time of one block, its gathered weights and its own activations. Time: the roofline of train.py, where gathers and
+    gradients overlap with compute; tensor parallelism costs a tenth more, as its sums do not.
     """
     c, P, gpu = lvm.SIZES[size], lvm.parameter_count(lvm.SIZES[size]), chip is train.CHIPS["h200"]
     D, F, T = c.hidden, c.ffn, CONTEXT
+    flops = T * lvm.training_flops(c, T)
     found = []
     for tensor in (t for t in (1, 2, 4) if n % t == 0 and c.heads % t == 0 and F % t == 0):
         for fsdp in (f for f in (2**i for i in range(9)) if n // tensor % f == 0 and D % f == 0):
             data, shards = n // tensor // fsdp, fsdp * tensor
             inside = chip.link if gpu else 2 * chip.link
-            across = train.NETWORK * 8 if gpu else inside  # of a node; its GPUs send a part each
-            gathers = 0 if fsdp == 1 else 6 * P / tensor / (inside if shards <= 8 or not gpu else across)
-            sums = 0 if data == 1 else 8 * P / shards / (inside if n <= 8 or not gpu else across / min(8, shards) if shards < 8 else train.NETWORK)
+            gathers = 0 if fsdp == 1 else 6 * P / tensor / (8 * train.NETWORK if gpu and shards > 8 else inside)
+            sums = 0 if data == 1 else 8 * P / shards / (train.NETWORK * max(1, 8 // shards) if gpu and n > 8 else inside)
             for remat, repeat in (("minimal", 1), ("full", 4 / 3)):
-                kept = T * 2 * (D if remat == "full" else 2 * D + (4 * D + 2 * F) / tensor)
+                kept = 2 * T * (D if remat == "full" else 2 * D + (4 * D + 2 * F) / tensor)
+                block = 8 * (4 * D * D + 3 * D * F) / tensor + T * (24 * D + 12 * F / tensor) + 12 * c.vocab_size * D
                 for moments, width in (("float32", 4), ("bfloat16", 2)):
-                    compute = T * n / tensor * lvm.training_flops(c, T) * repeat / n / chip.flops * (1 if tensor == 1 else 1.1)
-                    block = 8 * (4 * D * D + 3 * D * F) / tensor + T * (24 * D + 12 * F / tensor) + 12 * c.vocab_size * D
                     found.append({
-                        "order": (max(compute, gathers + sums) + (gathers + sums) / 20) * tensor * (1 if width == 4 else 1.001),  # for as many tokens
-                        "estimate": P * (8 + 2 * width) / shards + c.layers * kept + block + 2e8,
-                        "mesh": f"{data},{fsdp},{tensor},1", "batch": n // tensor, "remat": remat, "moments": moments})
-    return sorted(found, key=lambda f: f["order"])
+                        "mesh": f"{data},{fsdp},{tensor},1", "batch": n // tensor, "remat": remat, "moments": moments,
+                        "peak": P * (8 + 2 * width) / shards + c.layers * kept + block + 2e8,
+                        "compute_seconds": flops / tensor * repeat / chip.flops * (1 if tensor == 1 else 1.1),
+                        "network_seconds": gathers + sums})
+    # For as many tokens; of those alike, the one with less on the wires, and with float32 moments.
+    seconds = lambda o: (max(o["compute_seconds"], o["network_seconds"]) + o["network_seconds"] / 20) / o["batch"]
+    return sorted(found, key=lambda o: (seconds(o), o["moments"] != "float32"))
 
 
 def show(cell) -> str:
@@ -121,29 +128,31 @@ def show(cell) -> str:
     if not cell["fits"]:
         return f"does not fit: {cell['peak'] / 1e9:.0f} of {cell['memory'] / 1e9:.0f} GB ({cell['why']})"
     bound = max(cell["compute_seconds"], cell["network_seconds"])
-    short = cell["mesh"] if isinstance(cell["mesh"], str) else ",".join(map(str, cell["mesh"]))
     kind = "C" if cell["compute_seconds"] >= cell["network_seconds"] else "N"
-    return f"{short} {cell['remat']}{' bf16' if cell['moments'] == 'bfloat16' else ''}; {cell['peak'] / 1e9:.1f} GB; {bound:.2f} s {kind}"
+    sign = "" if "collectives" in cell else "~ "
+    return f"{sign}{cell['mesh']} {cell['remat']}{' bf16' if cell['moments'] == 'bfloat16' else ''}; {cell['peak'] / 1e9:.1f} GB; {bound * 1e3:.0f} ms {kind}"
 
 
 def table(config, cells) -> str:
     sizes = [size for size in lvm.SIZES if size in config.sizes]
-    commits = sorted({cell["commit"] for cell in cells.values()})
+    compiled = [cell for cell in cells.values() if cell["tried"]]
     lines = [
-        "# Every size on every pod, compiled ahead of time",
-        "",
-        f"`python benchmarks/pods.py` at {', '.join(commits)}; nothing has run on these chips. One sentence of {CONTEXT:,} tokens a chip (or for each `tensor` chips), bfloat16 compute,",
-        "float32 weights. A cell: mesh data,fsdp,tensor,seq, remat, `bf16` where the moments are bfloat16; peak bytes a chip by the compiler; the roofline's step",
-        "time and whether compute (C) or network (N) bounds it (remat's repeats are in the compute; collectives are read from the compiled program).",
-        "The last line has the compile times on one shared CPU core.", "",
+        "# Every size on every pod, ahead of time", "",
+        f"`python benchmarks/pods.py`; nothing has run on these chips. One sentence of {CONTEXT:,} tokens a chip (or for each `tensor` chips), bfloat16 compute, float32 weights.",
+        "A cell: mesh data,fsdp,tensor,seq, remat, `bf16` where the moments are bfloat16; peak bytes a chip as the compiler says; the roofline's step time and",
+        "whether compute (C) or network (N) bounds it (what remat repeats is in the compute; collectives are read from the compiled program).",
+        "**A cell with ~ has not been compiled yet**: it is the estimate by which the candidates are put in order.", "",
         "| pod (chips, memory) | " + " | ".join(sizes) + " |", "|---|" + "---|" * len(sizes)]
-    for pod in (pod for pod in PODS if pod in config.pods):
-        row = [cells.get((size, pod)) for size in sizes]
-        if known := [cell for cell in row if cell]:
-            lines.append(f"| {pod} ({known[0]['chips']}, {known[0]['memory'] / 1e9:.0f} GB) | " + " | ".join(show(cell) if cell else "not compiled yet" for cell in row) + " |")
-    seconds = sorted(cell["seconds"] / len(cell["tried"]) for cell in cells.values() if cell["tried"])
-    if seconds:
-        lines += ["", f"Compile times: median {seconds[len(seconds) // 2]:.0f} s, longest {seconds[-1]:.0f} s, {len(seconds)} cells compiled."]
+    for pod in config.pods:
+        row = []
+        for size in sizes:
+            empty, options = plan(size, pod)
+            row.append(cells.get((size, pod)) or (empty | options[0] | {"fits": True} if options else empty))
+        lines.append(f"| {pod} ({row[0]['chips']}, {row[0]['memory'] / 1e9:.0f} GB) | " + " | ".join(map(show, row)) + " |")
+    if compiled:
+        seconds = sorted(t["seconds"] for cell in compiled for t in cell["tried"])
+        commits = ", ".join(sorted({cell["commit"] for cell in compiled}))
+        lines += ["", f"{len(compiled)} cells compiled at {commits}; a program takes {seconds[len(seconds) // 2]:.0f} s (median), {seconds[-1]:.0f} s at most, of a CPU core shared with other work."]
     return "\n".join(lines) + "\n"
 
 

@@ -472,6 +472,6 @@ def test_ahead_of_time_the_models_gradients_over_a_mesh_compile_for(chip, monkey
     specs = lvm.partition_specs(model)
     place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
     ids_BT = jax.ShapeDtypeStruct((2, 578), jnp.int32, sharding=NamedSharding(mesh, train.ROWS))
-    loss = train.make_loss(mesh, specs, jnp.bfloat16, remat=True)
+    loss = train.make_loss(mesh, specs, jnp.bfloat16, remat="full")
     compiled = jax.jit(jax.grad(loss)).trace(jax.tree.map(place, model, specs), ids_BT, ids_BT).lower().compile()
     assert ("tpu_custom_call" if chip != "h200" else "triton") in compiled.as_text()

@@ -55,14 +55,6 @@ def run_steps(sizes, rows, dtype=jnp.float32, **options):
     return np.array(losses), jax.device_get(state["model"])
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 4, 1, 1), (2, 2, 2, 1), (1, 1, 1, 8), (1, 2, 2, 2)])
-def test_eight_devices_give_the_losses_of_one(dataset, sizes):
-    rows = batches(dataset, 4)
-    one, _ = run_steps((1, 1, 1, 1), rows)
-    eight, _ = run_steps(sizes, rows)
-    np.testing.assert_allclose(eight, one, rtol=1e-5)
-
-
 def test_accumulated_micro_batches_give_the_update_of_the_whole_batch(dataset):
     rows = batches(dataset, 3)
     whole, model = run_steps((1, 1, 1, 1), rows)
@@ -74,7 +66,7 @@ def test_accumulated_micro_batches_give_the_update_of_the_whole_batch(dataset):
 
 def test_rematerialisation_changes_no_loss(dataset):
     rows = batches(dataset, 3)
-    np.testing.assert_allclose(run_steps((1, 1, 1, 1), rows, remat=True)[0], run_steps((1, 1, 1, 1), rows)[0], rtol=1e-6)
+    np.testing.assert_allclose(run_steps((1, 1, 1, 1), rows, remat="full")[0], run_steps((1, 1, 1, 1), rows)[0], rtol=1e-6)
 
 
 def test_bfloat16_compute_keeps_float32_weights_and_nearly_the_loss(dataset):
@@ -91,32 +83,6 @@ def test_counting_is_learned():
     rows = [{"ids_BT": ((rng.integers(0, 32, (8, 1)) + np.arange(34)) % 32).astype(np.int32), "mask_BT": np.ones((8, 34), np.float32)} for _ in range(60)]
     losses, _ = run_steps((1, 1, 1, 1), rows)
     assert losses[0] > 3 and losses[-1] < 0.7 * losses[0]
-
-
-def test_norm_scales_are_spared_from_weight_decay():
-    model = lvm.LVM(TINY, key=jax.random.key(0))
-    optimizer, _ = train.make_optimizer(train.Config(steps=10, warmup=0, weight_decay=0.5))
-    zero = jax.tree.map(jnp.zeros_like, model)
-    updates, _ = optimizer.update(zero, optimizer.init(model), model)
-    moved = {path[-1].name: float(jnp.abs(leaf).max()) for path, leaf in jax.tree_util.tree_leaves_with_path(updates)}
-    assert all((size == 0) == ("norm" in name) for name, size in moved.items())
-
-
-def test_muon_moves_every_matrix_of_the_blocks_by_a_fifth_of_the_learning_rate():
-    """RMS 0.2, AdamW's own, is what `consistent_rms` promises (Liu et al. 2025, Muon is scalable for LLM training)."""
-    model = lvm.LVM(TINY, key=jax.random.key(0))
-    optimizer, _ = train.make_optimizer(train.Config(steps=10, warmup=0, weight_decay=0, learning_rate=1.0, optimizer="muon"))
-    grads = jax.tree.map(lambda w: jax.random.normal(jax.random.key(w.size), w.shape), model)
-    updates, _ = optimizer.update(grads, optimizer.init(model), model)
-    sizes = {path[-1].name: float(jnp.sqrt(jnp.mean(leaf**2))) for path, leaf in jax.tree_util.tree_leaves_with_path(updates)}
-    matrices = {"q_DNK", "k_DNK", "v_DNK", "o_NKD", "gate_DF", "up_DF", "down_FD"}
-    assert all(0.13 < sizes[name] < 0.25 for name in matrices), sizes
-    assert all(sizes[name] > 0.9 for name in sizes.keys() - matrices), sizes  # Adam's first step
-
-
-def test_the_schedule_rises_to_the_peak_and_falls_to_its_fraction():
-    _, schedule = train.make_optimizer(train.Config(steps=100, warmup=10, learning_rate=1.0, final_learning_rate=0.1))
-    assert schedule(0) == 0 and np.isclose(schedule(10), 1) and np.isclose(schedule(100), 0.1) and schedule(50) > schedule(60)
 
 
 def test_unigram_entropy_is_that_of_the_frequencies(dataset):
