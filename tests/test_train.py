@@ -1,11 +1,6 @@
 import dataclasses
 import json
-import os
-import pathlib
-import signal
-import subprocess
 import sys
-import time
 
 import equinox as eqx
 import jax
@@ -18,21 +13,9 @@ import lvm
 import tokenize_data
 import train
 import vqgan
+from conftest import command, launch, log_of
 
-ROOT = pathlib.Path(train.__file__).parent
 TINY = lvm.LVMConfig(hidden=64, ffn=96, layers=2, heads=4, codes=32, context=34)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    """64 sentences of 32 codes that count upwards from a random start: (dataset folder, tokenizer folder)."""
-    config = vqgan.VQGANConfig(resolution=16, hidden_channels=8, channel_mult=(1, 1, 1), num_res_blocks=1, attn_resolutions=(),
-                               no_attn_mid_block=True, z_channels=4, num_embeddings=32, quantized_embed_dim=4, norm_groups=4)
-    folder, tokenizer = tmp_path_factory.mktemp("train"), vqgan.VQGAN(config, key=jax.random.key(0))
-    vqgan.save(tokenizer, folder / "tokenizer")
-    starts = np.random.default_rng(0).integers(0, 32, 64)
-    tokenize_data.write_dataset(folder / "data", tokenizer, ["count"], ((0, ((s + np.arange(32)) % 32).astype(np.uint16)) for s in starts))
-    return folder / "data", folder / "tokenizer"
 
 
 def batches(dataset, count, batch=8):
@@ -129,30 +112,6 @@ def test_unigram_entropy_is_that_of_the_frequencies(dataset):
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def command(dataset, out, *flags):
-    """A tiny run of the real command, on one device."""
-    return [sys.executable, "train.py", "--size", "debug", "--data", str(dataset[0]), "--tokenizer", str(dataset[1]), "--context", "34", "--batch", "2",
-            "--steps", "12", "--warmup", "2", "--save-every", "4", "--log-every", "1", "--out", str(out), *flags]
-
-
-def launch(arguments, **options):
-    return subprocess.Popen(arguments, cwd=ROOT, env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
-
-
-def log_of(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(dataset, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    process = launch(command(dataset, out))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return out, output
-
-
 def test_a_run_leaves_what_the_interfaces_promise(uninterrupted):
     out, output = uninterrupted
     assert {"config.json", "metrics.jsonl", "checkpoints", "samples"} <= {p.name for p in out.iterdir()}
@@ -161,25 +120,6 @@ def test_a_run_leaves_what_the_interfaces_promise(uninterrupted):
         assert {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds"} <= line.keys()
     assert {p.name for p in (out / "samples").iterdir()} == {"4.png", "8.png", "12.png"}
     assert "entropy of the unigram distribution" in output and "python sample.py" in output
-
-
-def test_a_run_killed_and_started_again_ends_with_the_same_weights(dataset, uninterrupted, tmp_path):
-    whole, _ = uninterrupted
-    out = tmp_path / "killed"
-    process = launch(command(dataset, out))
-    began = time.time()
-    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 6:
-        assert process.poll() is None and time.time() - began < 200, process.stdout.read()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    again = launch(command(dataset, out))
-    output, _ = again.communicate(timeout=300)
-    assert again.returncode == 0 and "resuming" in output, output
-    for a, b in zip(jax.tree.leaves(lvm.load(whole)), jax.tree.leaves(lvm.load(out)), strict=True):
-        np.testing.assert_array_equal(a, b)
-    pick = lambda run: [(line["step"], line["loss"], line["grad_norm"]) for line in log_of(run)]
-    assert pick(out) == pick(whole)
 
 
 def test_a_finished_run_is_not_trained_further(dataset, uninterrupted):
