@@ -787,7 +787,7 @@ def _load_run(path, fields, dtype):
         except Exception as error:  # a broken step fails in as many ways as it can be broken
             reason = str(error).split("\n")[0]
             print(f"{step} does not restore ({reason}); trying the one before", file=sys.stderr)
-    raise ValueError(f"{folder} has no step that is whole and restores as the config says: {config}")
+    raise ValueError(f"{folder} has no step that restores as the config says: {config}")
 
 
 DIGESTS = "digests.sha256"
@@ -819,8 +819,11 @@ def write_digests(step: Path):
 
 
 def check_digests(step: Path):
-    """Raises ValueError or OSError, naming the file, unless a step holds the files that were saved, to the bit, and no others."""
-    content = (step / DIGESTS).read_bytes()
+    """Raises ValueError (or OSError), naming the file, unless a step holds the files that were saved, to the bit, and no others."""
+    try:
+        content = (step / DIGESTS).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{step / DIGESTS} cannot be read ({error.strerror}): the step was not saved to its end") from None
     listing = content[:content.rfind(b"# ")]
     if content != listing + b"# " + hashlib.sha256(listing).hexdigest().encode() + b"\n":
         raise ValueError(f"{step / DIGESTS} is damaged")
