@@ -273,56 +273,47 @@ def train(config: Config) -> lvm.LVM:
     loss_fn = make_loss(mesh, lvm.partition_specs(state["model"]), dtype, config.remat, config.z_loss)
     eval_fn = jax.jit(make_loss(mesh, lvm.partition_specs(state["model"]), dtype))
     evaluate_every = config.save_every if config.evaluate_every is None else config.evaluate_every
-    tokens, flops, peaks = config.batch * context, lvm.training_flops(model_config, context), peak_rates(dtype)
-    spent, began, pending, last_step, stopping = collections.Counter(), time.time(), collections.deque(), first, False
+    meter = Meter(first, config.batch * context, lvm.training_flops(model_config, context), peak_rates(dtype))
+    pending, stopping = collections.deque(), False
 
     with asked_to_stop() as stop, open_log(config, first) as write, tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True, disable=not leads) as bar:
         if first < config.steps:
             batch = next(batches)
-            with clock(spent, "compile"):
+            with meter.clock("compile"):
                 step_fn = make_train_step(loss_fn, optimizer, config.accumulate, shardings).lower(state, batch).compile()
-        last_time = time.time()
         for step in range(first + 1, config.steps + 1):
             if config.profile and step == first + 2:
                 jax.profiler.start_trace(config.profile)
             state, metrics = step_fn(state, batch)  # returns at once, while the devices work
             pending.append((step, metrics))
+            bar.update()
+            with meter.clock("input"):
+                batch = next(batches)
             stopping = stop(step) and step < config.steps
             saving = step % config.save_every == 0 or step == config.steps or stopping
             evaluating = bool(evaluate_every) and (step % evaluate_every == 0 or step == config.steps)
-            with clock(spent, "input"):
-                batch = next(batches)
             while len(pending) > (0 if saving or evaluating else 1):  # metrics are fetched one step late: no device waits for us
                 done, metrics = pending.popleft()
                 metrics = {k: v.item() for k, v in jax.device_get(metrics).items()}
                 check_health(config, done, metrics, checkpoints.newest)
                 if done % config.log_every == 0 or done == step and (saving or evaluating):
-                    now = time.time()
-                    rate, seconds = tokens * (done - last_step) / (now - last_time), now - began
-                    last_step, last_time = done, now
-                    line = {"step": done, **metrics, "learning_rate": float(schedule(done - 1 - metrics["skipped"])), "tokens": done * tokens,
-                            "tokens_per_second": round(rate, 1), "seconds": round(seconds, 2),
-                            **{name: round(flops * rate / peak, 4) for name, peak in peaks.items()},
-                            "share_compute": round(1 - spent.total() / seconds, 4), **{f"share_{k}": round(v / seconds, 4) for k, v in spent.items()}}
-                    bar.set_postfix(loss=f"{metrics['loss']:.3f}", tokens=f"{rate:,.0f}/s")
-                    if evaluating and done == step:
-                        with clock(spent, "evaluate"):
+                    line = meter.line(done, metrics) | {"learning_rate": float(schedule(done - 1 - metrics["skipped"]))}
+                    bar.set_postfix(loss=f"{line['loss']:.3f}", tokens=f"{line['tokens_per_second']:,.0f}/s")
+                    if done == step and evaluating:
+                        with meter.clock("evaluate"):
                             line |= heldout_losses(eval_fn, state["model"], kinds, mesh)
                     write(line)
-            bar.update()
             if config.profile and step == min(first + 4, config.steps) > first + 1:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
-            if saving:
-                with clock(spent, "checkpoint"):
+            if saving:  # the log is written already: no step of a checkpoint is missing there
+                with meter.clock("checkpoint"):
                     checkpoints.save(step, state)
             if evaluating:
-                with clock(spent, "evaluate"):
+                with meter.clock("evaluate"):
                     model = on_host(state["model"])
                     if leads:
                         sample_picture(config, model, heldout, config.out / "samples" / f"{step}.png", kept_N=kept_N)
-            if saving or evaluating:
-                last_time = time.time()  # the next rate is that of training alone
             if stopping:
                 break
     checkpoints.close()
@@ -1211,14 +1202,32 @@ def check_health(config: Config, step: int, metrics, last_saved: int):
             f"{metrics['grad_norm']}; the last checkpoint is that of step {last_saved}; try a lower --learning-rate, or look for bad data")
 
 
-@contextlib.contextmanager
-def clock(spent, what: str):
-    """Adds the seconds of its block to spent[what]."""
-    began = time.time()
-    try:
-        yield
-    finally:
-        spent[what] += time.time() - began
+class Meter:
+    """Turns metrics into lines of the log, with the speed, the MFU and where the time since the start went."""
+
+    def __init__(self, first: int, tokens: int, flops: float, peaks: dict[str, float]):
+        """`tokens` a step, `flops` a token, `peaks` of `peak_rates`; the run begins after the step `first`."""
+        self.tokens, self.flops, self.peaks, self.spent = tokens, flops, peaks, collections.Counter()
+        self.began = self.last_time = time.time()
+        self.last_step, self.last_paused = first, 0.0
+
+    @contextlib.contextmanager
+    def clock(self, what: str):
+        """The seconds of this block go to the share of `what`."""
+        began = time.time()
+        try:
+            yield
+        finally:
+            self.spent[what] += time.time() - began
+
+    def line(self, step: int, metrics) -> dict[str, float]:
+        now, paused = time.time(), self.spent.total() - self.spent["input"]  # the speed is that of training alone
+        rate = self.tokens * (step - self.last_step) / max(1e-6, now - self.last_time - paused + self.last_paused)
+        self.last_step, self.last_time, self.last_paused = step, now, paused
+        seconds = now - self.began
+        shares = {"share_compute": 1 - self.spent.total() / seconds, **{f"share_{what}": spent / seconds for what, spent in self.spent.items()}}
+        return {"step": step, **metrics, "tokens": step * self.tokens, "tokens_per_second": round(rate, 1), "seconds": round(seconds, 2),
+                **{name: round(self.flops * rate / peak, 4) for name, peak in self.peaks.items()}, **{name: round(share, 4) for name, share in shares.items()}}
 
 
 # Dense bfloat16 FLOP/s of a device, by the beginning of its device_kind.

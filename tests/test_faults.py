@@ -87,6 +87,26 @@ def test_fault_01_killed_at_a_random_step_and_started_again_equals_an_undisturbe
     assert_equal_runs(tmp_path / "run", uninterrupted[0])
 
 
+@pytest.mark.all_faults
+def test_fault_01_the_tokenizers_training_too(tmp_path):
+    """Generator, discriminator, average and all moments."""
+    np.save(tmp_path / "pictures.npy", np.random.default_rng(0).integers(0, 256, (8, 48, 48, 3), dtype=np.uint8))
+    arguments = [sys.executable, "vqgan.py", "train", "--data", str(tmp_path / "pictures.npy"), "--batch", "2", "--steps", "12", "--save-every", "2",
+                 "--log-every", "1", "--quantize-from", "2", "--gan-weight", "0.8", "--gan-from", "3", "--gan-channels", "4", "--out"]
+    finish(launch([*arguments, str(tmp_path / "whole")]))
+    process = launch([*arguments, str(tmp_path / "killed")])
+    wait_for(logged(tmp_path / "killed", 7), process)
+    process.kill()
+    process.wait()
+    finish(launch([*arguments, str(tmp_path / "killed")]))
+    assert (tmp_path / "killed/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+    whole, killed = (ocp.StandardCheckpointHandler().restore(tmp_path / name / "checkpoints/12/default") for name in ("whole", "killed"))
+    for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(killed), strict=True):
+        np.testing.assert_array_equal(x, y)
+    pick = lambda out: [{k: v for k, v in line.items() if k != "seconds"} for line in log_of(tmp_path / out)]
+    assert pick("killed") == pick("whole") and len(pick("whole")) == 12
+
+
 @pytest.mark.parametrize("rounds", variants([1], 10))
 def test_fault_02_killed_while_it_saves_goes_on_from_the_last_whole_step(dataset, uninterrupted, tmp_path, rounds):
     out = tmp_path / "run"
