@@ -14,11 +14,13 @@ Weights under `blocks` are stacked: `q_DNK` there has the shape (L, D, N, K), an
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -783,7 +785,7 @@ def _load_easylm(path, dtype, heads):
 
 
 def _load_run(path, fields, dtype):
-    """A run of train.py: the item `model` of the newest step that restores."""
+    """A run of train.py: the item `model` of the newest step that is whole. The run may still be training: nothing is touched."""
     import orbax.checkpoint as ocp  # takes seconds to import, and only runs need it
 
     try:
@@ -791,17 +793,15 @@ def _load_run(path, fields, dtype):
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path / 'config.json'}: 'model' is not an LVM config: {error}") from None
     folder = (path / "checkpoints").absolute()
-    # A CheckpointManager would tidy up, and the run may still be training; unfinished steps are not plain numbers.
-    steps = [int(step.name) for step in folder.glob("*") if step.name.isdigit()]
-    if not steps:
+    if not steps_of(folder):
         raise FileNotFoundError(f"{path} has no checkpoint in checkpoints/ yet: train it further, or pass another path")
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     skeleton = eqx.filter_eval_shape(LVM, config, key=jax.random.key(0))
     skeleton = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=here), skeleton)
     wanted = {keys[-1].name: leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(skeleton)}
     handler = ocp.StandardCheckpointHandler()
-    for step in sorted(steps, reverse=True):
-        item = folder / str(step) / "model"
+    for step in whole_steps(folder):
+        item = step / "model"
         try:
             stored = jax.tree_util.tree_leaves_with_path(handler.metadata(item).tree)
             shapes = {keys[-1].key: leaf.shape for keys, leaf in stored}
@@ -811,8 +811,63 @@ def _load_run(path, fields, dtype):
             return handler.restore(item, args=ocp.args.StandardRestore(skeleton))
         except Exception as error:  # a broken step fails in as many ways as it can be broken
             reason = str(error).split("\n")[0]
-            print(f"{folder / str(step)} does not restore ({reason}); trying the one before", file=sys.stderr)
+            print(f"{step} does not restore ({reason}); trying the one before", file=sys.stderr)
     raise ValueError(f"{folder} has no step that restores as the config says: {config}")
+
+
+DIGESTS = "digests.sha256"
+
+
+def steps_of(folder: Path) -> list[Path]:
+    """What has the name of a step in a run's checkpoints; names of steps that are not whole yet, or put aside, go on after the number."""
+    return [path for path in folder.glob("*") if path.name.isascii() and path.name.isdigit()]
+
+
+def whole_steps(folder: Path):
+    """Yields the steps whose files are all as they were saved, the newest first, and says in one line why one is passed over."""
+    for step in sorted(steps_of(folder), key=lambda path: int(path.name), reverse=True):
+        try:
+            check_digests(step)
+        except (ValueError, OSError) as error:
+            print(f"checkpoint passed over: {error}", file=sys.stderr)
+        else:
+            yield step
+
+
+def write_digests(step: Path):
+    """Lists every file of a step with its SHA-256, as `sha256sum -c` reads it, and at last the digest of that list."""
+    files = sorted(str(path.relative_to(step)) for path in step.rglob("*") if path.is_file())
+    listing = "".join(f"{digest}  {file}\n" for file, digest in zip(files, _digests(step, files))).encode()
+    with open(step / DIGESTS, "wb") as file:
+        file.write(listing + b"# " + hashlib.sha256(listing).hexdigest().encode() + b"\n")
+        os.fsync(file.fileno())
+
+
+def check_digests(step: Path):
+    """Raises ValueError (or OSError), naming the file, unless a step holds the files that were saved, to the bit, and no others."""
+    try:
+        content = (step / DIGESTS).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{step / DIGESTS} cannot be read ({error.strerror}): the step was not saved to its end") from None
+    listing = content[:content.rfind(b"# ")]
+    if content != listing + b"# " + hashlib.sha256(listing).hexdigest().encode() + b"\n":
+        raise ValueError(f"{step / DIGESTS} is damaged")
+    saved = {line[66:]: line[:64] for line in listing.decode().splitlines()}
+    there = {str(path.relative_to(step)) for path in step.rglob("*") if path.is_file()} - {DIGESTS}
+    for file in sorted(saved.keys() ^ there):
+        raise ValueError(f"{step / file} " + ("is missing" if file in saved else "was not saved there by the training"))
+    for file, digest in zip(saved, _digests(step, saved)):
+        if digest != saved[file]:
+            raise ValueError(f"{step / file} is damaged: its SHA-256 is not that of what was saved")
+
+
+def _digests(folder, files):
+    def digest(file):
+        with open(folder / file, "rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(8) as pool:
+        yield from pool.map(digest, files)
 
 
 def _assemble(config, names, shapes, read, source, dtype):

@@ -6,20 +6,32 @@
     python train.py --preset lvm-7b --compile-only --topology v5p:4x4x4        # what a pod would make of it, without the pod
 
 Run the same command again to resume: the weights, the moments and the place in the data are those of a run that was
-never stopped. A run folder holds config.json, metrics.jsonl, checkpoints/ (orbax) and samples/ (pictures).
+never stopped, be it on other devices or another number of processes. A run folder holds config.json, metrics.jsonl,
+checkpoints/ (orbax, with digests) and samples/ (pictures).
+
+On several hosts start the same command on each: under SLURM's srun, Open MPI's mpirun and on TPU pods the processes find
+each other; elsewhere add --coordinator HOST:PORT --processes N --process I. All of them see one disk.
 
 Dimension key: A accumulated micro-batches, B sentences, T tokens of a sentence, V vocabulary, S codes of a picture.
 """
 
+import collections
+import contextlib
 import dataclasses
+import errno
 import functools
+import hashlib
 import importlib.util
 import json
 import math
 import os
 import re
+import shutil
+import signal
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -31,7 +43,7 @@ import optax
 import orbax.checkpoint as ocp
 import tyro
 from jax import lax
-from jax.experimental import mesh_utils, topologies
+from jax.experimental import mesh_utils, multihost_utils, topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
@@ -129,16 +141,45 @@ class Config:
     demo_sentences: int = 960
     """Sentences to make where --data is empty."""
     save_every: int = 50
-    """Steps between checkpoints (the newest two are kept), held-out losses and sample pictures."""
+    """Steps between checkpoints; they are written while the training goes on."""
+    keep: int = 2
+    """Checkpoints to keep, the newest ones."""
+    milestone_every: int | None = None
+    """Also keep the checkpoints whose step is a multiple of this."""
+    evaluate_every: int | None = None
+    """Steps between held-out losses (of every kind of sentence) and sample pictures, 0 for never; by default --save-every."""
     log_every: int = 5
     """Steps between lines of metrics.jsonl."""
+    log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where to send these lines besides; each needs its package (for tensorboard: tensorboardX)."""
+    profile: Path | None = None
+    """Write a trace of three steps, the second to the fourth of this start, to this folder, for TensorBoard or Perfetto."""
+    patience: int = 20
+    """A step whose loss or gradient norm is no finite number, or a hundred times the usual, is left out; stop after so
+    many in a row."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where neither SLURM, Open MPI nor a TPU pod tells it."""
+    processes: int | None = None
+    """How many processes train together; with --coordinator."""
+    process: int | None = None
+    """Which of them this one is, from 0; with --coordinator."""
+    heartbeat: int = 100
+    """Seconds of silence after which a process is taken for dead, and the others stop."""
     seed: int = 0
     """Seed of the weights and of the order of the sentences."""
 
     def __post_init__(self):
-        for name in ("steps", "batch", "accumulate", "save_every", "log_every", "demo_sentences"):
+        for name in ("steps", "batch", "accumulate", "save_every", "log_every", "demo_sentences", "keep", "patience", "heartbeat"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if (self.evaluate_every or 0) < 0 or (self.milestone_every or 1) < 1:
+            raise ValueError(f"--evaluate-every must be at least 0 and --milestone-every at least 1, got {self.evaluate_every} and {self.milestone_every}")
+        if (self.processes is None) != (self.process is None) or self.processes and not (self.coordinator and 0 <= self.process < self.processes):
+            raise ValueError(f"wanted --coordinator HOST:PORT --processes N --process I with I from 0 to N - 1, got {self.coordinator}, {self.processes}, {self.process}")
+        for package in self.log:
+            module = {"tensorboard": "tensorboardX"}.get(package, package)
+            if importlib.util.find_spec(module) is None:
+                raise ValueError(f"--log {package} needs a package that is not installed here; type: pip install {module}")
         if self.batch % self.accumulate:
             raise ValueError(f"--batch {self.batch} is not a multiple of --accumulate {self.accumulate}")
         if self.warmup >= self.steps and self.steps > 1:
@@ -177,12 +218,20 @@ def preset(arguments) -> Config:
 
 
 # These may differ when a run is resumed; everything else must be as it was.
-MAY_CHANGE = {"preset", "out", "steps", "save_every", "log_every", "mesh", "remat", "compile_only", "topology", "compilation_cache", "learning_rate", "final_learning_rate", "warmup", "tokenizer", "heldout"}
+MAY_CHANGE = {"preset", "out", "steps", "save_every", "keep", "milestone_every", "evaluate_every", "log_every", "log", "profile", "patience", "mesh",
+              "remat", "compile_only", "topology", "compilation_cache", "learning_rate", "final_learning_rate", "warmup", "tokenizer", "heldout",
+              "coordinator", "processes", "process", "heartbeat"}
 
 
 def train(config: Config) -> lvm.LVM:
-    """Trains until `config.steps`, resuming where the run folder holds a checkpoint; returns the model."""
+    """Trains until `config.steps`, or until SIGTERM asks to stop, resuming where the run folder holds a checkpoint; returns the model."""
     check_writable(config.out)
+    start_processes(config)
+    check_hosts_agree(facts_of(config))
+    leads = jax.process_index() == 0  # this process writes the logs and draws the pictures
+    say = print if leads else lambda text: None
+
+    # The data: what the model reads follows from --data, --seed and the step alone, so a checkpoint need not hold its place.
     data, heldout = (config.data, config.heldout) if config.data else make_demo(config)
     paths, weights = zip(*map(tokenize_data.split_weight, data))
     codes = next((tokenize_data.Shards(path).codes for path in paths if not path.endswith(".jsonl")), lvm.SIZES[config.size].codes)
@@ -194,71 +243,93 @@ def train(config: Config) -> lvm.LVM:
     specials = (model_config.bos, model_config.eos, model_config.pad)
     open_sentences = functools.partial(tokenize_data.open_sentences, codes=codes, specials=specials, fields=config.fields, vocabulary=model_config.vocab_size)
     shards = [open_sentences(path) for path in paths]
+    heldout = open_sentences(heldout) if heldout else shards[0]
+    check_hosts_agree({f"data {path}": data_digest(part) for path, part in zip(paths, shards)})
     auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     dtype = jnp.dtype(auto if config.dtype == "auto" else config.dtype)
     context = config.context or model_config.context
-    read = functools.partial(tokenize_data.open_dataset, context=context, specials=specials, packing=config.packing)
     begin_run(config, model_config, [s.about["tokenizer"] for s in shards])
-    # Orbax writes under a temporary name and renames: a kill leaves the step before it as the newest.
-    manager = ocp.CheckpointManager(config.out.absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2))
-    first = manager.latest_step() or 0
-    batches = iter(read(list(zip(shards, weights)), batch=config.batch, seed=config.seed, start=first, process=jax.process_index(),
-                        processes=jax.process_count(), heldout_fraction=config.heldout_fraction))
-    heldout = open_sentences(heldout) if heldout else shards[0]
+
+    # The state: the newest whole checkpoint, or else random weights or those of --init.
+    optimizer, schedule = make_optimizer(config)
+    checkpoints = Checkpoints(config.out / "checkpoints", config.keep, config.milestone_every)
+    first = checkpoints.newest
+    state, shardings = make_state(dataclasses.replace(config, init=None) if first else config, model_config, optimizer, mesh)
+    if first:
+        state = checkpoints.restore(state)
+        say(f"resuming {config.out} at step {first}")
+    if leads:
+        keep_log_until(config.out / "metrics.jsonl", first)
+
+    part, parts = rows_of_this_process(mesh, config.batch)
+    batches = on_devices(mesh, tokenize_data.open_dataset(
+        list(zip(shards, weights)), context=context, specials=specials, packing=config.packing, batch=config.batch, seed=config.seed, start=first,
+        process=part, processes=parts, heldout_fraction=config.heldout_fraction))
     fraction = 0.0 if config.heldout or not config.data else config.heldout_fraction
     kept_N = np.flatnonzero(tokenize_data.is_heldout(heldout, fraction)) if fraction else np.arange(len(heldout))
-    heldout_batch = next(iter(read([heldout], batch=heldout_rows(heldout, kept_N, mesh, context, config), seed=0, heldout_fraction=fraction, heldout=fraction > 0)))
+    kinds = heldout_kinds(heldout, kept_N, context, specials, rows=mesh.shape["data"] * mesh.shape["fsdp"])
 
-    optimizer, schedule = make_optimizer(config)
-    state, shardings = make_state(config, model_config, optimizer, mesh)
-    if first:
-        abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
-        restored = manager.restore(first, args=ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in abstract.items()}))
-        state = {k: restored[k] for k in state}
-        print(f"resuming {config.out} at step {first}")
-    keep_log_until(config.out / "metrics.jsonl", first)
-
-    print(f"{config.size}: {lvm.parameter_count(model_config):,} parameters, {dtype.name} on {mesh.size} {jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}")
+    say(f"{config.size}: {lvm.parameter_count(model_config):,} parameters, {dtype.name} on {mesh.size} {jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}")
     entropy = unigram_entropy(shards)
-    print(f"baseline: the entropy of the unigram distribution is {entropy:.3f} nats a code; a loss below it means that the model uses context")
-
+    say(f"baseline: the entropy of the unigram distribution is {entropy:.3f} nats a code; a loss below it means that the model uses context")
     loss_fn = make_loss(mesh, lvm.partition_specs(state["model"]), dtype, config.remat, config.z_loss)
-    step_fn = make_train_step(loss_fn, optimizer, config.accumulate, shardings)
-    eval_fn = jax.jit(loss_fn)
-    place = lambda batch: {k: jax.make_array_from_process_local_data(NamedSharding(mesh, ROWS), v) for k, v in batch.items()}
-    tokens, last_step = config.batch * context, first
-    began = last_time = time.time()
+    eval_fn = jax.jit(make_loss(mesh, lvm.partition_specs(state["model"]), dtype))
+    evaluate_every = config.save_every if config.evaluate_every is None else config.evaluate_every
+    meter = Meter(first, config.batch * context, lvm.training_flops(model_config, context), peak_rates(dtype))
+    pending, stopping = collections.deque(), False
 
-    with tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True) as bar:
+    with asked_to_stop() as stop, open_log(config, first) as write, tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True, disable=not leads) as bar:
+        if first < config.steps:
+            batch = next(batches)
+            with meter.clock("compile"):
+                step_fn = make_train_step(loss_fn, optimizer, config.accumulate, shardings).lower(state, batch).compile()
         for step in range(first + 1, config.steps + 1):
-            state, metrics = step_fn(state, place(next(batches)))
+            if config.profile and step == first + 2:
+                jax.profiler.start_trace(config.profile)
+            state, metrics = step_fn(state, batch)  # returns at once, while the devices work
+            pending.append((step, metrics))
             bar.update()
-            saving = step % config.save_every == 0 or step == config.steps
-            if step % config.log_every == 0 or saving:
-                metrics = {k: float(v) for k, v in metrics.items()}
-                if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
-                    raise FloatingPointError(f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']} at step {step}; the last good checkpoint is at step {manager.latest_step()}")
-                now = time.time()
-                rate = tokens * (step - last_step) / (now - last_time)
-                last_time, last_step = now, step
-                line = {"step": step, **metrics, "learning_rate": float(schedule(step - 1)), "tokens": step * tokens,
-                        "tokens_per_second": round(rate, 1), "seconds": round(now - began, 2)}
-                bar.set_postfix(loss=f"{metrics['loss']:.3f}", tokens=f"{rate:,.0f}/s")
-                if saving:
-                    line["heldout_loss"] = float(eval_fn(state["model"], *(place(heldout_batch)[k] for k in ROW_KEYS if k in heldout_batch)))
-                    manager.save(step, args=ocp.args.Composite(**{k: ocp.args.StandardSave(v) for k, v in state.items()}))
-                    last_time = time.time()
-                if jax.process_index() == 0:
-                    with open(config.out / "metrics.jsonl", "a") as log:
-                        log.write(json.dumps(line) + "\n")
-            if saving and jax.process_count() == 1:
-                sample_picture(config, state["model"], heldout, config.out / "samples" / f"{step}.png", kept_N=kept_N)
-                last_time = time.time()
-    manager.close()
-    print(f"""done: {config.out} (loss {last_loss(config.out):.3f}, unigram entropy {entropy:.3f}); look at {config.out}/samples/{config.steps}.png, then type
+            with meter.clock("input"):
+                batch = next(batches)
+            stopping = stop(step) and step < config.steps
+            saving = step % config.save_every == 0 or step == config.steps or stopping
+            evaluating = bool(evaluate_every) and (step % evaluate_every == 0 or step == config.steps)
+            while len(pending) > (0 if saving or evaluating else 1):  # metrics are fetched one step late: no device waits for us
+                done, metrics = pending.popleft()
+                metrics = {k: v.item() for k, v in jax.device_get(metrics).items()}
+                check_health(config, done, metrics, checkpoints.newest)
+                if done % config.log_every == 0 or done == step and (saving or evaluating):
+                    line = meter.line(done, metrics) | {"learning_rate": float(schedule(done - 1 - metrics["skipped"]))}
+                    bar.set_postfix(loss=f"{line['loss']:.3f}", tokens=f"{line['tokens_per_second']:,.0f}/s")
+                    if done == step and evaluating:
+                        with meter.clock("evaluate"):
+                            line |= heldout_losses(eval_fn, state["model"], kinds, mesh)
+                    write(line)
+            if config.profile and step == min(first + 4, config.steps) > first + 1:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+            if saving:  # the log is written already: no step of a checkpoint is missing there
+                with meter.clock("checkpoint"):
+                    checkpoints.save(step, state)
+            if evaluating:
+                with meter.clock("evaluate"):
+                    model = on_host(state["model"])
+                    if leads:
+                        sample_picture(config, model, heldout, config.out / "samples" / f"{step}.png", kept_N=kept_N)
+            if stopping:
+                break
+    checkpoints.close()
+    if stopping:
+        say(f"stopped at step {step} of {config.steps}, as a signal asked; the same command goes on from there")
+    else:
+        say(f"""done: {config.out} (loss {last_loss(config.out):.3f}, unigram entropy {entropy:.3f}); look at {config.out}/samples/{config.steps}.png, then type
     python sample.py --model {config.out}
     python evaluate.py shots --model {config.out}""")
     return state["model"]
+
+
+class TrainingStopped(Exception):
+    """A run that cannot go on as it is: exit status 1."""
 
 
 def make_loss(mesh, specs, dtype, remat="none", z_loss=0.0, implementation=None):
@@ -318,10 +389,28 @@ def make_train_step(loss_fn, optimizer, accumulate, shardings):
             total, _ = lax.scan(lambda total, rows: (jax.tree.map(jnp.add, total, loss_and_grads(rows)), None), zero, micro)
             loss, grads = jax.tree.map(lambda x: x / accumulate, total)
         updates, moments = optimizer.update(grads, state["optimizer"], state["model"])
-        return ({"model": optax.apply_updates(state["model"], updates), "optimizer": moments},
-                {"loss": loss, "grad_norm": optax.global_norm(grads)})
+        norm = optax.global_norm(grads)
+        good, guard = judge(state["guard"], loss, norm)
+        new = {"model": optax.apply_updates(state["model"], updates), "optimizer": moments}
+        new = {k: jax.tree.map(functools.partial(jnp.where, good), new[k], state[k]) for k in new}
+        return new | {"guard": guard}, {"loss": loss, "grad_norm": norm, "skipped": guard["skipped"], "in_a_row": guard["in_a_row"]}
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def new_guard():
+    """What a step is judged by: running means of the loss and the gradient norm, and counts of steps."""
+    return {name: jnp.zeros((), jnp.float32) for name in ("loss", "norm")} | {name: jnp.zeros((), jnp.int32) for name in ("taken", "skipped", "in_a_row")}
+
+
+def judge(guard, loss, norm):
+    """Shall this step be taken? Not if its loss or gradient norm is no finite number, nor, once twenty steps have been
+    taken, if one is a hundred times its running mean. Returns (bool, the guard after it)."""
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    good &= (guard["taken"] < 20) | (loss <= 100 * guard["loss"]) & (norm <= 100 * guard["norm"])
+    mean = lambda old, value: jnp.where(good, jnp.where(guard["taken"] > 0, 0.95 * old + 0.05 * value, value), old)
+    return good, {"loss": mean(guard["loss"], loss), "norm": mean(guard["norm"], norm), "taken": guard["taken"] + good,
+                  "skipped": guard["skipped"] + ~good, "in_a_row": jnp.where(good, 0, guard["in_a_row"] + 1)}
 
 
 def make_optimizer(config: Config):
@@ -391,15 +480,25 @@ def with_narrow_moments(update, dtype):
 
 
 def make_state(config: Config, model_config, optimizer, mesh):
-    """({"model", "optimizer"}, their shardings): every leaf is born on the devices that keep it."""
-    model = lvm.load(config.init) if config.init else None
-    if model is not None and model.config != model_config:
-        raise ValueError(f"--init {config.init} holds {model.config}, --size {config.size} and the data ask for {model_config}")
-    init = lambda model: {"model": model, "optimizer": optimizer.init(model)}
+    """({"model", "optimizer", "guard"}, their shardings): every leaf is born on the devices that keep it."""
     abstract, shardings = abstract_state(config, model_config, optimizer, mesh)
-    new = lambda: init(lvm.LVM(model_config, key=jax.random.key(config.seed)))
-    state = jax.jit(init, out_shardings=shardings)(model) if config.init else jax.jit(new, out_shardings=shardings)()
-    return state, shardings
+    if config.init is None:
+        return jax.jit(lambda: new_state(lvm.LVM(model_config, key=jax.random.key(config.seed)), optimizer), out_shardings=shardings)(), shardings
+    given = lvm.load(config.init)
+    ours = {name: getattr(model_config, name) for name in ("context", "bos_id", "eos_id", "pad_id")}  # no weight's shape or meaning depends on these
+    if dataclasses.replace(given.config, **ours) != model_config:
+        raise ValueError(f"--init {config.init} holds {given.config}, --size {config.size} and the data ask for {model_config}")
+
+    def place(weight, sharding):  # each device takes its part: a whole model may be too large for one
+        return jax.make_array_from_callback(weight.shape, sharding, lambda index: weight[index])
+
+    weights = jax.tree.unflatten(jax.tree.structure(shardings["model"]), [np.asarray(weight) for weight in jax.tree.leaves(given)])
+    model = jax.tree.map(place, weights, shardings["model"])
+    return jax.jit(lambda model: new_state(model, optimizer), out_shardings=shardings, donate_argnums=0)(model), shardings
+
+
+def new_state(model, optimizer):
+    return {"model": model, "optimizer": optimizer.init(model), "guard": new_guard()}
 
 
 def abstract_state(config: Config, model_config, optimizer, mesh):
@@ -411,11 +510,7 @@ def abstract_state(config: Config, model_config, optimizer, mesh):
                 near = sorted({max(m for m in fit if m < n), min([m for m in fit if m > n], default=fit[-1])})
                 raise ValueError(f"--mesh: {axis} {n} does not divide the {name} of {config.size}, {size}; the nearest that do: {' and '.join(map(str, near))}")
 
-    def init():
-        model = lvm.LVM(model_config, key=jax.random.key(config.seed))
-        return {"model": model, "optimizer": optimizer.init(model)}
-
-    abstract = eqx.filter_eval_shape(init)
+    abstract = eqx.filter_eval_shape(lambda: new_state(lvm.LVM(model_config, key=jax.random.key(config.seed)), optimizer))
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), lvm.partition_specs(abstract), is_leaf=lambda x: isinstance(x, P))
     return abstract, shardings
 
@@ -487,34 +582,188 @@ def model_config_for(config: Config, codes: int):
     return dataclasses.replace(model_config, context=config.context or model_config.context)
 
 
+# ---------------------------------------------------------------------------------------------------- processes
+
+
+def start_processes(config: Config):
+    """Joins the processes of a run on several hosts, before JAX looks for devices. JAX reads their number and addresses
+    from the environment of SLURM's srun, of Open MPI's mpirun (from version 5 on with --coordinator) and of TPU pods."""
+    if jax.distributed.is_initialized():
+        return
+    found, processes, process = os.environ.get, config.processes, config.process
+    srun, mpirun = int(found("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in os.environ, int(found("OMPI_COMM_WORLD_SIZE", 1)) > 1
+    on_tpu = found("JAX_PLATFORMS", "tpu") == "tpu" and (any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*")))
+    if config.coordinator and processes is None and mpirun:
+        processes, process = int(found("OMPI_COMM_WORLD_SIZE")), int(found("OMPI_COMM_WORLD_RANK"))
+    if config.coordinator or srun or mpirun or on_tpu:
+        jax.distributed.initialize(config.coordinator, processes, process, heartbeat_timeout_seconds=config.heartbeat)
+
+
+def facts_of(config: Config) -> dict[str, str]:
+    """What all hosts must have alike before they compute together: flags, program, libraries, devices."""
+    flags = {f"--{k.replace('_', '-')}": str(v) for k, v in dataclasses.asdict(config).items() if k not in ("process", "profile")}
+    sources = [Path(sys.modules[name].__file__) for name in (__name__, "lvm", "flash_attention", "tokenize_data", "vqgan")]
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    return flags | {"code": code, "versions": f"jax {jax.__version__}, numpy {np.__version__}", "devices of a host": str(jax.local_device_count())}
+
+
+def data_digest(part) -> str:
+    """Names what a dataset holds; dataset.json names the digest of every file of its folder."""
+    is_folder = isinstance(part, tokenize_data.Shards)
+    return hashlib.sha256((part.folder / "dataset.json").read_bytes() if is_folder else part.hashes_N.tobytes()).hexdigest()[:16]
+
+
+def check_hosts_agree(facts: dict[str, str]):
+    """Raises ValueError, on all processes, where their facts differ, naming which."""
+    if jax.process_count() == 1:
+        return
+    text = json.dumps({name: value if len(value) < 200 else hashlib.sha256(value.encode()).hexdigest() for name, value in facts.items()})
+    text_PN = multihost_utils.process_allgather(np.frombuffer(text.encode().ljust(1 << 15), np.uint8))
+    first, *others = [json.loads(text_N.tobytes()) for text_N in text_PN]
+    differ = [f"{name} ({first.get(name)} on process 0, {other.get(name)} on process {i})" for i, other in enumerate(others, 1)
+              for name in first | other if first.get(name) != other.get(name)]
+    if differ:
+        raise ValueError(f"the hosts differ in {'; '.join(differ[:4])}: start the same command with the same code and data on all of them")
+
+
+def agreed(value: int) -> int:
+    """Process 0's value, on all of them."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if jax.process_count() > 1 else value
+
+
+def on_host(model):
+    """The whole model where one process shall use it alone."""
+    return multihost_utils.process_allgather(model, tiled=True) if jax.process_count() > 1 else model
+
+
+@contextlib.contextmanager
+def asked_to_stop():
+    """Yields a function of the step: shall the run stop after it, because somebody sent SIGTERM to any process, or pressed Ctrl-C?"""
+    if jax.process_count() > 1:  # JAX's own handler finds a step that no process has passed yet
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    asked = []
+
+    def note(number, frame):
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda step: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+class Checkpoints:
+    """The steps of a run. `folder/<step>` bears that name once orbax has written everything and process 0 the digests; until
+    then, and while it is removed, `.partial` follows. The training waits only for the copy off the devices.
+
+    `newest` is the newest whole step on the disk, 0 for none, at the start the same on all processes."""
+
+    def __init__(self, folder: Path, keep: int, milestone_every: int | None):
+        self.folder, self.keep, self.milestone_every = folder.absolute(), keep, milestone_every
+        self.writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self.thread, self.commit, self.failure, self.newest = ThreadPoolExecutor(1), None, None, 0
+        if jax.process_index() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob("*.partial*"):
+                shutil.rmtree(leftover)
+            steps, whole = lvm.steps_of(self.folder), next(lvm.whole_steps(self.folder), None)
+            self.newest = int(whole.name) if whole else -1 if steps else 0
+            for path in steps if whole else ():
+                if int(path.name) > self.newest:  # out of the way of the steps to come
+                    path.rename(path.with_name(f"{path.name}.damaged-{time.time():.0f}"))
+        self.newest = agreed(self.newest)
+        if self.newest < 0:
+            raise ValueError(f"{self.folder} has no checkpoint that is whole; restore one from a copy, or begin again with another --out")
+
+    def restore(self, state):
+        """The state of the newest step, on the devices of the given one, whose memory it takes over."""
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        jax.tree.map(lambda x: x.delete(), state)
+        items = ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in like.items()})
+        restored = self.writer.restore(self.folder / str(self.newest), args=items)
+        return {k: restored[k] for k in like}
+
+    def save(self, step: int, state):
+        """Begins to write a step. What cannot be written is reported at once, and the next save tries again."""
+        self.wait()
+        if not all_finite(state):
+            raise TrainingStopped(f"at step {step} weights or moments are no finite numbers, and are not saved; the last checkpoint is that of step {self.newest}")
+        needed, self.failure = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), None
+        try:
+            if not agreed(shutil.disk_usage(self.folder).free > needed):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            items = ocp.args.Composite(**{k: ocp.args.StandardSave(v) for k, v in state.items()})
+            self.writer.save(self.folder / f"{step}.partial", args=items, force=True)
+            self.commit = self.thread.submit(self._commit, step, needed)
+        except Exception as error:
+            self._give_up(step, needed, error)
+
+    def _commit(self, step: int, needed: int):
+        try:
+            self.writer.wait_until_finished()
+            if jax.process_index() == 0:
+                lvm.write_digests(self.folder / f"{step}.partial")
+                (self.folder / f"{step}.partial").rename(self.folder / str(step))
+                steps = sorted(int(path.name) for path in lvm.steps_of(self.folder))
+                for old in steps[:-self.keep]:
+                    if not self.milestone_every or old % self.milestone_every:
+                        shutil.rmtree((self.folder / str(old)).rename(self.folder / f"{old}.partial"))
+            self.newest = step
+        except Exception as error:  # orbax fails in as many ways as disks do
+            self._give_up(step, needed, error)
+
+    def _give_up(self, step: int, needed: int, error: Exception):
+        if jax.process_index() == 0:
+            for partial in self.folder.glob(f"{step}.partial*"):
+                shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(next(path for path in (self.folder, *self.folder.parents) if path.exists())).free
+        self.failure = f"{self.folder / str(step)} could not be saved ({str(error).splitlines()[0]}): it needs {needed:,} bytes, and {free:,} are free there"
+        print(f"{self.failure}; the last checkpoint is that of step {self.newest}, and the next save tries again", file=sys.stderr)
+
+    def wait(self):
+        if self.commit:
+            self.commit.result()
+
+    def close(self):
+        self.wait()
+        if self.failure:
+            raise TrainingStopped(self.failure)
+
+
+@jax.jit
+def all_finite(state):
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]).all()
+
+
 # ---------------------------------------------------------------------------------------------------- the run folder
-
-
-def heldout_rows(heldout, kept_N, mesh, context: int, config: Config) -> int:
-    """32 rows, or as many as the held-out sentences fill, a multiple of the devices that share them."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    there = len(kept_N) if config.packing == "sentence" else int(heldout.row_lengths_N[kept_N].sum()) // (context - 1)
-    if there < devices:
-        raise ValueError(f"the held-out sentences fill {there} rows, and {devices} devices share them; give more of them, or another --mesh")
-    return min(32, there) // devices * devices
 
 
 def make_demo(config: Config):
     """Composes the embedded demo sentences where they are not there yet -> (training folders, held-out folder)."""
     folder = config.out / "data"
     for split, sentences in (("train", config.demo_sentences), ("heldout", 64)):
-        if not (folder / split).exists():
+        if jax.process_index() == 0 and not (folder / split).exists():
             print(f"composing {sentences} demo sentences ({split}) in {folder / split}")
             tokenize_data.demo(tokenize_data.Demo(out=folder / split, sentences=sentences, split=split, tokenizer=config.tokenizer))
+    multihost_utils.sync_global_devices("demo")
     return (str(folder / "train"),), folder / "heldout"
 
 
 def check_writable(out: Path):
     """Fails before anything is compiled, not at the first checkpoint."""
-    out.mkdir(parents=True, exist_ok=True)
-    probe = out / ".writable"
-    probe.write_text("")
-    probe.unlink()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as probe:
+            probe.write(b"-")
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written to ({error}); choose another folder") from None
 
 
 def begin_run(config: Config, model_config, fingerprints):
@@ -524,7 +773,9 @@ def begin_run(config: Config, model_config, fingerprints):
     file = config.out / "config.json"
     if file.exists():
         before = json.loads(file.read_text())
-        changed = [f"{k}: {before['train'].get(k)} -> {v}" for k, v in settings["train"].items() if before["train"].get(k) != v and k not in MAY_CHANGE]
+        defaults = json.loads(json.dumps(dataclasses.asdict(Config()), default=str))  # of flags that are newer than the run
+        was = {k: before["train"].get(k, defaults[k]) for k in settings["train"]}
+        changed = [f"{k}: {was[k]} -> {v}" for k, v in settings["train"].items() if was[k] != v and k not in MAY_CHANGE]
         changed += [f"{k} is another one" for k in ("model", "tokenizer") if before[k] != settings[k] and not changed]
         if changed:
             raise ValueError(f"{config.out} holds a run with other settings ({'; '.join(changed)}); choose another --out, or repeat its settings")
@@ -536,7 +787,7 @@ def begin_run(config: Config, model_config, fingerprints):
 
 def keep_log_until(log: Path, step: int):
     """Drops the lines after `step`, which a resumed run writes again, and a line that a kill cut short."""
-    if log.exists() and jax.process_index() == 0:
+    if log.exists():
         whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
         partial = log.with_suffix(".partial")
         partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
@@ -544,7 +795,54 @@ def keep_log_until(log: Path, step: int):
 
 
 def last_loss(out: Path) -> float:
-    return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
+    return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["loss"] or math.nan
+
+
+def rows_of_this_process(mesh, batch: int) -> tuple[int, int]:
+    """(part, parts): the devices of this process hold the part-th of so many equal parts of a batch's rows. Processes that
+    split a sentence or a matrix between them hold the same rows."""
+    spans = {(rows.start or 0, batch if rows.stop is None else rows.stop)
+             for rows, in NamedSharding(mesh, ROWS).addressable_devices_indices_map((batch,)).values()}
+    low, high = min(low for low, _ in spans), max(high for _, high in spans)
+    assert sum(b - a for a, b in spans) == high - low and batch % (high - low) == 0 == low % (high - low), spans
+    return low // (high - low), batch // (high - low)
+
+
+def on_devices(mesh, batches, ahead=2):
+    """Yields batches that are already on their way to the devices, two steps before they are wanted."""
+    coming = collections.deque()
+    for batch in batches:
+        coming.append({k: jax.make_array_from_process_local_data(NamedSharding(mesh, ROWS), v) for k, v in batch.items()})
+        if len(coming) > ahead:
+            yield coming.popleft()
+
+
+def heldout_kinds(shards, kept_N, context: int, specials, rows: int, most=32):
+    """Held-out sentences -> {kind: (its share of them, how many are taken, batches of `rows` rows of ids and masks)}.
+
+    Of every kind about as many are taken, evenly spaced, `most` in all; each is a row of its own, cut to the context. Rows
+    that are left empty count for nothing."""
+    kinds_N = np.concatenate([index_N3[:, 1] for _, index_N3 in shards.shards]) if isinstance(shards, tokenize_data.Shards) else np.zeros(len(shards), int)
+    members, taken = {kind: kept_N[kinds_N[kept_N] == kind] for kind in np.unique(kinds_N[kept_N])}, {}
+    for kind, members_N in members.items():
+        count = min(len(members_N), -(-most // len(members) // rows) * rows)
+        ids_NT = np.full((-(-count // rows) * rows, context), specials[2], np.int32)
+        mask_NT = np.zeros(ids_NT.shape, np.float32)
+        for n, i in enumerate(members_N[np.linspace(0, len(members_N) - 1, count).astype(int)]):
+            ids_T, counts_T = shards.row(i, specials)
+            T = min(len(ids_T), context)
+            ids_NT[n, :T], mask_NT[n, 1:T] = ids_T[:T], 1 if counts_T is None else counts_T[1:T]
+        batches = [(ids_NT[n:n + rows], mask_NT[n:n + rows]) for n in range(0, len(ids_NT), rows)]
+        taken[shards.kinds[kind]] = len(members_N) / len(kept_N), count, batches
+    return taken
+
+
+def heldout_losses(eval_fn, model, kinds, mesh) -> dict[str, float]:
+    """The held-out loss of every kind, and their mean by its share of the sentences."""
+    place = lambda x_BT: jax.make_array_from_callback(x_BT.shape, NamedSharding(mesh, ROWS), lambda index: x_BT[index])
+    losses = {kind: sum(float(eval_fn(model, *map(place, batch))) * len(batch[0]) for batch in batches) / count for kind, (_, count, batches) in kinds.items()}
+    loss = sum(kinds[kind][0] * losses[kind] for kind in kinds)
+    return {"heldout_loss": loss, "heldout_perplexity": math.exp(min(loss, 700)), **{f"heldout_loss/{kind}": losses[kind] for kind in kinds if len(kinds) > 1}}
 
 
 def unigram_entropy(shards) -> float:
@@ -569,7 +867,7 @@ def sample_picture(config: Config, model, heldout, path: Path, rows=6, kept_N=No
         return
     sentences = np.stack([s[-most:] for s in sentences if len(s) == len(sentences[0])]).astype(np.int32)
     prompt_BT = np.concatenate([np.full((len(sentences), 1), model.config.bos), sentences[:, :-S]], axis=1)
-    answer_BS = likeliest_picture(jax.device_put(model, jax.devices()[0]), jnp.asarray(prompt_BT, jnp.int32), S)
+    answer_BS = likeliest_picture(jax.device_put(model, jax.local_devices()[0]), jnp.asarray(prompt_BT, jnp.int32), S)
     codes_BNS = np.concatenate([sentences, answer_BS], axis=1).reshape(len(sentences), -1, S)
     pixels = vqgan.decode(tokenizer, codes_BNS.reshape(-1, S)).reshape(*codes_BNS.shape[:2], *[tokenizer.config.resolution] * 2, 3)
     vqgan.save_rows(list(np.asarray(pixels)), path)
@@ -844,6 +1142,117 @@ def keep_compiled(folder: str):
     elif folder != "auto" or not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lvm-jax" / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(cache if folder == "auto" else Path(folder).absolute()))
+# ---------------------------------------------------------------------------------------------------- logs
+
+
+@contextlib.contextmanager
+def open_log(config: Config, first: int):
+    """Yields a function that writes a line of numbers to metrics.jsonl and wherever --log says. Process 0 alone does."""
+    if jax.process_index():
+        yield lambda line: None
+        return
+    unwritten, sinks, ends = [], [], []
+    settings, name = dataclasses.asdict(config), config.out.absolute().name
+    for package in config.log:
+        if package == "tensorboard":
+            board = importlib.import_module("tensorboardX").SummaryWriter(str(config.out / "tensorboard"), purge_step=first + 1)
+            sinks.append(lambda line: [board.add_scalar(k, v, line["step"]) for k, v in line.items() if k != "step" and v is not None])
+            ends.append(board.close)
+        else:
+            service = importlib.import_module(package)
+            service.init(project="lvm", name=name, config=settings, resume="allow", **({"id": name} if package == "wandb" else {}))
+            sinks.append(lambda line, service=service: service.log(line, step=line["step"]))
+            ends.append(service.finish)
+
+    def write(line):
+        line = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON knows no NaN
+        unwritten.append(json.dumps(line) + "\n")
+        if append(config.out / "metrics.jsonl", "".join(unwritten).encode()):
+            unwritten.clear()
+        for sink in sinks:
+            sink(line)
+
+    try:
+        yield write
+    finally:
+        for end in ends:
+            end()
+
+
+def append(file: Path, content: bytes) -> bool:
+    """Appends all of it or nothing: False, with a warning, where the disk takes no more."""
+    try:
+        with open(file, "ab", buffering=0) as log:
+            size = log.tell()
+            try:
+                if log.write(content) == len(content):
+                    return True
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                log.truncate(size)
+                raise
+    except OSError as error:
+        print(f"{file} could not be written ({error}); its lines wait for the next time", file=sys.stderr)
+        return False
+
+
+def check_health(config: Config, step: int, metrics, last_saved: int):
+    """Stops a run that leaves out one step after another."""
+    if metrics["in_a_row"] >= config.patience:
+        raise TrainingStopped(
+            f"{metrics['in_a_row']} steps in a row were left out, the last, {step}, for a loss of {metrics['loss']} and a gradient norm of "
+            f"{metrics['grad_norm']}; the last checkpoint is that of step {last_saved}; try a lower --learning-rate, or look for bad data")
+
+
+class Meter:
+    """Turns metrics into lines of the log, with the speed, the MFU and where the time since the start went."""
+
+    def __init__(self, first: int, tokens: int, flops: float, peaks: dict[str, float]):
+        """`tokens` a step, `flops` a token, `peaks` of `peak_rates`; the run begins after the step `first`."""
+        self.tokens, self.flops, self.peaks, self.spent = tokens, flops, peaks, collections.Counter()
+        self.began = self.last_time = time.time()
+        self.last_step, self.last_paused = first, 0.0
+
+    @contextlib.contextmanager
+    def clock(self, what: str):
+        """The seconds of this block go to the share of `what`."""
+        began = time.time()
+        try:
+            yield
+        finally:
+            self.spent[what] += time.time() - began
+
+    def line(self, step: int, metrics) -> dict[str, float]:
+        now, paused = time.time(), self.spent.total() - self.spent["input"]  # the speed is that of training alone
+        rate = self.tokens * (step - self.last_step) / max(1e-6, now - self.last_time - paused + self.last_paused)
+        self.last_step, self.last_time, self.last_paused = step, now, paused
+        seconds = now - self.began
+        shares = {"share_compute": 1 - self.spent.total() / seconds, **{f"share_{what}": spent / seconds for what, spent in self.spent.items()}}
+        return {"step": step, **metrics, "tokens": step * self.tokens, "tokens_per_second": round(rate, 1), "seconds": round(seconds, 2),
+                **{name: round(self.flops * rate / peak, 4) for name, peak in self.peaks.items()}, **{name: round(share, 4) for name, share in shares.items()}}
+
+
+# Dense bfloat16 FLOP/s of a device, by the beginning of its device_kind.
+NOMINAL = {"TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12,
+           "NVIDIA A100": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
+           "NVIDIA L40S": 362e12, "NVIDIA L4": 121e12, "NVIDIA GeForce RTX 4090": 165e12}
+
+
+def peak_rates(dtype) -> dict[str, float]:
+    """FLOP/s of all devices that 100% stands for: {"mfu": nominal, for known kinds and bfloat16; "mfu_measured": of a large matrix product}."""
+    devices, n = jax.local_devices(), 1024 if jax.default_backend() == "cpu" else 8192
+    product = jax.jit(lambda x: x @ x)
+    x_DNN = [jax.device_put(jnp.full((n, n), 1 / n, dtype), device) for device in devices]
+    x_DNN = jax.block_until_ready([product(x_NN) for x_NN in x_DNN])
+    began, rounds = time.time(), 0
+    while time.time() - began < 0.2:
+        for _ in range(4):
+            x_DNN = [product(x_NN) for x_NN in x_DNN]
+        rounds += 4
+        jax.block_until_ready(x_DNN)
+    rates = {"mfu_measured": 2 * n**3 * rounds * jax.device_count() / (time.time() - began)}
+    known = [rate for kind, rate in NOMINAL.items() if devices[0].device_kind.startswith(kind)]
+    return ({"mfu": known[0] * jax.device_count()} if known and dtype == jnp.bfloat16 else {}) | rates
 
 
 def main():
@@ -855,9 +1264,14 @@ def main():
         tell_xla()
         keep_compiled(config.compilation_cache)
         train(config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, TrainingStopped) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status = 1 if isinstance(error, TrainingStopped) else 2
+        if jax.distributed.is_initialized() and jax.process_count() > 1:  # an orderly exit would wait minutes for the others
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,79 @@ The compilers for TPU and CUDA may be installed beside it: they are used ahead o
 several tests and the commands they start have in common are compiled once.
 """
 
+import json
 import os
 import pathlib
+import subprocess
 import sys
 import tempfile
+
+import pytest
 
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers of `-n 2` inherit both
     COMPILED = tempfile.TemporaryDirectory()
     os.environ.update(JAX_COMPILATION_CACHE_DIR=COMPILED.name, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.5")
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all-faults", action="store_true", help="every seed and every variant of tests/test_faults.py")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "all_faults: runs with --all-faults alone")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--all-faults"):
+        left_out = [item for item in items if item.get_closest_marker("all_faults")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """64 sentences of 32 codes that count upwards, or every second one downwards, from a random start: (dataset folder, tokenizer folder)."""
+    import jax
+    import numpy as np
+
+    import tokenize_data
+    import vqgan
+
+    config = vqgan.VQGANConfig(resolution=16, hidden_channels=8, channel_mult=(1, 1, 1), num_res_blocks=1, attn_resolutions=(),
+                               no_attn_mid_block=True, z_channels=4, num_embeddings=32, quantized_embed_dim=4, norm_groups=4)
+    folder, tokenizer = tmp_path_factory.mktemp("train"), vqgan.VQGAN(config, key=jax.random.key(0))
+    vqgan.save(tokenizer, folder / "tokenizer")
+    starts = np.random.default_rng(0).integers(0, 32, 64)
+    sentences = ((n % 2, ((start + (1 - n % 2 * 2) * np.arange(32)) % 32).astype(np.uint16)) for n, start in enumerate(starts))
+    tokenize_data.write_dataset(folder / "data", tokenizer, ["up", "down"], sentences)
+    return folder / "data", folder / "tokenizer"
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(dataset, tmp_path_factory):
+    """A tiny run of the real command that nothing disturbed: (its folder, what it printed)."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    process = launch(command(dataset, out))
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return out, output
+
+
+def command(dataset, out, *flags):
+    """A tiny run of the real command."""
+    return [sys.executable, str(ROOT / "train.py"), "--size", "debug", "--data", str(dataset[0]), "--tokenizer", str(dataset[1]), "--context", "34",
+            "--batch", "2", "--steps", "12", "--warmup", "2", "--save-every", "4", "--log-every", "1", "--out", str(out), *map(str, flags)]
+
+
+def launch(arguments, devices=1, environment={}, **options):
+    """Starts a command on so many CPU devices."""
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(arguments, env=os.environ | flags | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **{"cwd": ROOT} | options)
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

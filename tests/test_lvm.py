@@ -77,6 +77,14 @@ def test_parameter_counts_equal_the_published_table_to_the_digit():
     assert {config.vocab_size for name, config in lvm.SIZES.items() if name != "mini"} == {8292}
 
 
+def test_flops_a_token_are_six_a_matrix_weight_and_half_of_full_attention():
+    config, context = lvm.SIZES["7b"], 4096
+    model = eqx.filter_eval_shape(lvm.LVM, config, key=jax.random.key(0))
+    matrices = sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(model) if "norm" not in path[-1].name) - model.embedding_VD.size
+    full_attention = 3 * config.layers * 2 * 2 * context * config.hidden  # scores and mixtures, forward and twice backward
+    assert lvm.training_flops(config, context) == 6 * matrices + full_attention / 2
+
+
 def test_special_ids_follow_the_codes_unless_they_are_set():
     config = lvm.SIZES["7b"]
     assert (config.bos, config.eos, config.pad) == (8192, 8193, 8194)
@@ -411,6 +419,8 @@ def run_folder(model, tmp_path):
             weights = jax.tree.map(lambda w: w * step / 32, model)
             state = ocp.args.Composite(model=ocp.args.StandardSave(weights), step=ocp.args.JsonSave(step))
             manager.save(step, args=state)
+    for step in (8, 16, 32):
+        lvm.write_digests(path / "checkpoints" / str(step))
     return path
 
 
@@ -420,7 +430,7 @@ def test_a_run_folder_gives_its_newest_step_that_restores(model, run_folder, cap
         if file.is_file():
             file.write_bytes(b"")
     assert_same(lvm.load(run_folder), jax.tree.map(lambda w: w / 2, model))
-    assert re.search("checkpoints/32 does not restore .*; trying the one before", capfd.readouterr().err)
+    assert re.search("checkpoint passed over: .*checkpoints/32/model/.* is damaged", capfd.readouterr().err)
 
 
 def test_a_run_whose_config_is_not_that_of_its_weights_is_refused(run_folder, capfd):

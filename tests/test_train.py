@@ -1,11 +1,7 @@
+import base64
 import dataclasses
 import json
-import os
-import pathlib
-import signal
-import subprocess
 import sys
-import time
 
 import equinox as eqx
 import jax
@@ -18,21 +14,10 @@ import lvm
 import tokenize_data
 import train
 import vqgan
+from conftest import ROOT, command, launch, log_of
+from test_lvm import easylm_stream
 
-ROOT = pathlib.Path(train.__file__).parent
 TINY = lvm.LVMConfig(hidden=64, ffn=96, layers=2, heads=4, codes=32, context=34)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    """64 sentences of 32 codes that count upwards from a random start: (dataset folder, tokenizer folder)."""
-    config = vqgan.VQGANConfig(resolution=16, hidden_channels=8, channel_mult=(1, 1, 1), num_res_blocks=1, attn_resolutions=(),
-                               no_attn_mid_block=True, z_channels=4, num_embeddings=32, quantized_embed_dim=4, norm_groups=4)
-    folder, tokenizer = tmp_path_factory.mktemp("train"), vqgan.VQGAN(config, key=jax.random.key(0))
-    vqgan.save(tokenizer, folder / "tokenizer")
-    starts = np.random.default_rng(0).integers(0, 32, 64)
-    tokenize_data.write_dataset(folder / "data", tokenizer, ["count"], ((0, ((s + np.arange(32)) % 32).astype(np.uint16)) for s in starts))
-    return folder / "data", folder / "tokenizer"
 
 
 def batches(dataset, count, batch=8):
@@ -95,57 +80,15 @@ def test_unigram_entropy_is_that_of_the_frequencies(dataset):
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def command(dataset, out, *flags):
-    """A tiny run of the real command, on one device."""
-    return [sys.executable, "train.py", "--size", "debug", "--data", str(dataset[0]), "--tokenizer", str(dataset[1]), "--context", "34", "--batch", "2",
-            "--steps", "12", "--warmup", "2", "--save-every", "4", "--log-every", "1", "--out", str(out), *flags]
-
-
-def launch(arguments, **options):
-    return subprocess.Popen(arguments, cwd=ROOT, env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
-
-
-def log_of(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(dataset, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    process = launch(command(dataset, out))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return out, output
-
-
 def test_a_run_leaves_what_the_interfaces_promise(uninterrupted):
     out, output = uninterrupted
     assert {"config.json", "metrics.jsonl", "checkpoints", "samples"} <= {p.name for p in out.iterdir()}
     assert [line["step"] for line in log_of(out)] == list(range(1, 13))
     for line in log_of(out):
-        assert {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds"} <= line.keys()
+        assert {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds", "skipped", "mfu_measured"} <= line.keys()
+        assert abs(sum(line[f"share_{part}"] for part in ("compute", "compile", "input")) + line.get("share_evaluate", 0) + line.get("share_checkpoint", 0) - 1) < 0.01
     assert {p.name for p in (out / "samples").iterdir()} == {"4.png", "8.png", "12.png"}
     assert "entropy of the unigram distribution" in output and "python sample.py" in output
-
-
-def test_a_run_killed_and_started_again_ends_with_the_same_weights(dataset, uninterrupted, tmp_path):
-    whole, _ = uninterrupted
-    out = tmp_path / "killed"
-    process = launch(command(dataset, out))
-    began = time.time()
-    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 6:
-        assert process.poll() is None and time.time() - began < 200, process.stdout.read()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    again = launch(command(dataset, out))
-    output, _ = again.communicate(timeout=300)
-    assert again.returncode == 0 and "resuming" in output, output
-    for a, b in zip(jax.tree.leaves(lvm.load(whole)), jax.tree.leaves(lvm.load(out)), strict=True):
-        np.testing.assert_array_equal(a, b)
-    pick = lambda run: [(line["step"], line["loss"], line["grad_norm"]) for line in log_of(run)]
-    assert pick(out) == pick(whole)
 
 
 def test_a_finished_run_is_not_trained_further(dataset, uninterrupted):
@@ -176,6 +119,8 @@ def test_a_run_is_not_resumed_with_other_settings(dataset, uninterrupted, capsys
     (["--steps", "0"], "at least 1"),
     (["--batch", "3", "--accumulate", "2"], "multiple of"),
     (["--init", "nowhere"], "nowhere"),
+    (["--log", "trackio"], "pip install trackio"),
+    (["--coordinator", "here:1", "--processes", "2"], "--process I"),
 ])
 def test_bad_flags_give_one_clear_line_and_status_2(dataset, tmp_path, capsys, monkeypatch, flags, words):
     base = ["--data", dataset[0], "--context", 34, "--out", tmp_path / "run", "--batch", 8, "--size", "debug", "--warmup", 0]
@@ -190,10 +135,90 @@ def test_a_tokenizer_that_did_not_make_the_data_draws_no_pictures(dataset, tmp_p
     assert "not made by" in capsys.readouterr().err and not (tmp_path / "s.png").exists()
 
 
-def test_training_starts_from_given_weights(dataset, tmp_path):
-    model = lvm.LVM(TINY, key=jax.random.key(5))
-    lvm.save(model, tmp_path / "init")
-    mesh = jax.make_mesh((1, 1, 1, 1), train.AXES, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:1])
-    config = train.Config(init=tmp_path / "init")
-    state, _ = train.make_state(config, TINY, train.make_optimizer(config)[0], mesh)
-    assert eqx.tree_equal(jax.device_get(state["model"]), jax.device_get(model))
+@pytest.mark.parametrize("form", ["run", "hugging face", "easylm"])
+def test_training_starts_from_given_weights_at_another_context_with_other_special_ids(uninterrupted, tmp_path, form):
+    path, config = tmp_path / "init", lvm.SIZES["debug"]
+    if form == "run":
+        path = uninterrupted[0]
+    elif form == "hugging face":
+        lvm.save(lvm.LVM(config, key=jax.random.key(5)), path)
+    else:
+        easylm_stream(path, lvm.LVM(config, key=jax.random.key(5)), ("params",))
+    given = lvm.load(path)
+    asked = dataclasses.replace(given.config, context=50, bos_id=given.config.codes + 7)
+    mesh = jax.make_mesh((1, 2, 2, 1), train.AXES, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:4])
+    config = train.Config(init=path)
+    state, _ = train.make_state(config, asked, train.make_optimizer(config)[0], mesh)
+    assert state["model"].config == asked
+    for a, b in zip(jax.tree.leaves(state["model"]), jax.tree.leaves(given), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="--init"):
+        train.make_state(config, dataclasses.replace(asked, ffn=300), train.make_optimizer(config)[0], mesh)
+
+
+FAKE_TENSORBOARD = """
+class SummaryWriter:
+    def __init__(self, folder, purge_step):
+        self.file = open("tensorboard.txt", "a")
+    def add_scalar(self, name, value, step):
+        print(step, name, value, file=self.file)
+    def close(self):
+        print("closed", file=self.file, flush=True)
+"""
+FAKE_SERVICE = """
+def init(project, name, config, resume, id=None):
+    print("started", name, config["batch"], file=open("service.txt", "a"))
+def log(line, step):
+    print(step, line["loss"], file=open("service.txt", "a"))
+def finish():
+    print("closed", file=open("service.txt", "a"))
+"""
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory):
+    """Three steps from a Hugging Face folder on a .jsonl whose contexts the loss leaves out, with every log."""
+    folder, rng = tmp_path_factory.mktemp("finetuned"), np.random.default_rng(0)
+    lvm.save(lvm.LVM(lvm.SIZES["debug"], key=jax.random.key(5)), folder / "hf")
+    encode = lambda n: base64.b64encode(rng.integers(0, 8192, n).astype("<i4").tobytes()).decode()
+    (folder / "answers.jsonl").write_text("".join(json.dumps({"context": encode(20), "target": encode(5 + n % 3)}) + "\n" for n in range(12)))
+    (folder / "tensorboardX.py").write_text(FAKE_TENSORBOARD)
+    (folder / "wandb.py").write_text(FAKE_SERVICE)
+    arguments = ["--size", "debug", "--init", "hf", "--data", "answers.jsonl", "--fields", "<|bos|>,[{context}],{target},<|eos|>", "--context", "34",
+                 "--special-ids", "8200", "8201", "8202", "--batch", "2", "--steps", "3", "--warmup", "0", "--log-every", "1", "--save-every", "3",
+                 "--log", "tensorboard", "wandb", "--profile", "trace", "--out", "run"]
+    process = launch([sys.executable, str(ROOT / "train.py"), *arguments], cwd=folder, environment={"PYTHONPATH": "."})
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return folder
+
+
+def test_finetuning_counts_what_the_fields_ask_for_and_begins_at_the_given_weights(finetuned):
+    batch = next(iter(tokenize_data.open_dataset([finetuned / "answers.jsonl"], context=34, batch=2, seed=0, codes=8192, specials=(8200, 8201, 8202),
+                                                 fields="<|bos|>,[{context}],{target},<|eos|>")))
+    model = lvm.load(finetuned / "hf")
+    logits_BTV = jax.jit(lambda model, ids_BT: model(ids_BT))(model, batch["ids_BT"])
+    log_p_BTV = np.asarray(jax.nn.log_softmax(logits_BTV))
+    rows = [-np.mean([log_p_BTV[b, t - 1, ids_T[t]] for t in range(21, int((ids_T == 8201).argmax()) + 1)]) for b, ids_T in enumerate(batch["ids_BT"])]
+    assert np.isclose(log_of(finetuned / "run")[0]["loss"], np.mean(rows), rtol=1e-5)
+    assert lvm.load(finetuned / "run").config == dataclasses.replace(model.config, context=34, bos_id=8200, eos_id=8201, pad_id=8202)
+
+
+def test_the_logs_that_were_asked_for_get_every_line(finetuned):
+    losses = [(line["step"], line["loss"]) for line in log_of(finetuned / "run")]
+    board, service = ((finetuned / name).read_text().splitlines() for name in ("tensorboard.txt", "service.txt"))
+    assert [tuple(line.split()) for line in service] == [("started", "run", "2"), *((str(step), str(loss)) for step, loss in losses), ("closed",)]
+    assert {f"{step} loss {loss}" for step, loss in losses} < set(board) and board[-1] == "closed"
+    assert list((finetuned / "trace").rglob("*.xplane.pb"))
+
+
+def test_the_held_out_loss_of_a_kind_is_the_mean_over_its_sentences(dataset, uninterrupted):
+    model, shards, line = lvm.load(uninterrupted[0]), tokenize_data.Shards(dataset[0]), log_of(uninterrupted[0])[-1]
+    specials = (32, 33, 34)
+    for kind, name in enumerate(shards.kinds):
+        chosen = [i for i in range(len(shards)) if shards[i][0] == kind]
+        ids_NT = np.stack([shards.row(chosen[n], specials)[0] for n in np.linspace(0, len(chosen) - 1, 16).astype(int)])
+        loss, _ = lvm.next_token_loss(model(ids_NT), ids_NT, np.ones(ids_NT.shape))
+        assert np.isclose(line[f"heldout_loss/{name}"], loss, rtol=1e-5)
+    assert np.isclose(line["heldout_loss"], (line["heldout_loss/up"] + line["heldout_loss/down"]) / 2)
+    assert np.isclose(np.log(line["heldout_perplexity"]), line["heldout_loss"])
