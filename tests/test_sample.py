@@ -665,31 +665,35 @@ def test_in_a_browser_a_prompt_is_drawn(tmp_path, playground):
         assert status == 200, text
         return json.loads(text)["value"]
 
+    run = lambda script: drive(f"{session}/execute/sync", script=script, args=[])
+
+    def wait(script, seconds=60):
+        deadline = time.time() + seconds
+        while not (found := run(script)):
+            assert time.time() < deadline, script
+            time.sleep(0.1)
+        return found
+
     with subprocess.Popen(["chromedriver", f"--port={driver.rsplit(':', 1)[1]}"], stdout=subprocess.DEVNULL) as process:
         try:
             while post(f"{driver}/nothing", b"{}", {})[0] == 0:
                 time.sleep(0.2)
             options = {"args": flags, "binary": shutil.which("chromium")}
             session = "/session/" + drive("/session", capabilities={"alwaysMatch": {"goog:chromeOptions": options}})["sessionId"]
-            run = lambda script: drive(f"{session}/execute/sync", script=script, args=[])
-
-            def wait(script, seconds=60):
-                deadline = time.time() + seconds
-                while not (found := run(script)):
-                    assert time.time() < deadline, script
-                    time.sleep(0.3)
-                return found
-
-            drive(f"{session}/url", url=address)
-            picture = "return document.querySelector('#picture img')?.src"
-            wait("return document.querySelectorAll('#prompt img').length >= 15 && document.querySelector('#draw') != null")
-            assert run(picture) is None
-            run("document.querySelector('#draw').click()")
-            wait(picture)
-            wait("return document.querySelector('#command textarea').value.includes('--prompts prompts.jsonl')")
-            with urllib.request.urlopen(f"{driver}{session}/screenshot") as answer:
-                Path(os.environ.get("SCREENSHOT", tmp_path / "page.png")).write_bytes(base64.b64decode(json.loads(answer.read())["value"]))
-            urllib.request.urlopen(urllib.request.Request(f"{driver}{session}", method="DELETE")).read()
+            try:
+                drive(f"{session}/url", url=address)
+                picture = "return document.querySelector('#picture img')?.src"
+                wait("return document.querySelectorAll('#prompt img').length >= 15 && document.querySelector('#draw') != null")
+                assert run(picture) is None
+                run("document.querySelector('#draw').click()")
+                first = wait(picture)
+                wait("return document.querySelector('#command textarea').value.includes('--prompts prompts.jsonl')")
+                assert run(picture) != first  # row after row
+                with urllib.request.urlopen(f"{driver}{session}/screenshot") as answer:
+                    (tmp_path / "page.png").write_bytes(base64.b64decode(json.loads(answer.read())["value"]))
+                assert np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).std() > 20
+            finally:
+                urllib.request.urlopen(urllib.request.Request(f"{driver}{session}", method="DELETE")).read()
         finally:
             process.terminate()
 
