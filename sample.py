@@ -898,26 +898,28 @@ def save_replay(config: Config, size: int, path: Path) -> str:
 
 def serve(config: Config):
     """`--serve`: the page on this machine alone, one drawing at a time, a short queue before it."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        import fastapi
-        import gradio
-        import uvicorn
-    except ImportError:
-        raise ValueError('the playground wants gradio, which is not installed: pip install "gradio>=6.20"') from None
-    try:
-        listener = socket.create_server(("127.0.0.1", config.port))  # found out before the model is read
-    except OSError as error:
-        raise ValueError(f"--port {config.port}: {error.strerror}; name another one") from None
-    config = dataclasses.replace(config, model=find_models(config.model, config.tokenizer)[0])  # a later run does not change the replay
-    tokenizer, _, model = open_all(config, lambda size: None)
     with tempfile.TemporaryDirectory() as scratch:
-        page = playground(config, model, tokenizer, Path(scratch)).queue(max_size=16, default_concurrency_limit=1, api_open=False)
+        # A request may name any file of gradio's working and temporary directories, so that is this one, for all but the model.
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": scratch}
+        tempfile.tempdir = scratch
+        try:
+            import fastapi
+            import gradio
+            import uvicorn
+        except ImportError:
+            raise ValueError('the playground wants gradio, which is not installed: pip install "gradio>=6.20"') from None
+        try:
+            listener = socket.create_server(("127.0.0.1", config.port))  # found out before the model is read
+        except OSError as error:
+            raise ValueError(f"--port {config.port}: {error.strerror}; name another one") from None
+        config = dataclasses.replace(config, model=find_models(config.model, config.tokenizer)[0])  # a later run does not change the replay
+        tokenizer, _, model = open_all(config, lambda size: None)
         theme = gradio.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # named fonts would be fetched
-        app = gradio.mount_gradio_app(fastapi.FastAPI(), page, "/", server_name="127.0.0.1", server_port=config.port, theme=theme,
-                                      css=CSS, max_file_size=MOST_UPLOAD, footer_links=[], ssr_mode=False)
-        print(f"playground http://127.0.0.1:{config.port}   (Ctrl-C ends it)", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.chdir(scratch), contextlib.suppress(KeyboardInterrupt):
+            page = playground(config, model, tokenizer, Path(scratch)).queue(max_size=16, default_concurrency_limit=1, api_open=False)
+            app = gradio.mount_gradio_app(fastapi.FastAPI(), page, "/", server_name="127.0.0.1", server_port=config.port, theme=theme, css=CSS,
+                                          max_file_size=MOST_UPLOAD, footer_links=[], ssr_mode=False)
+            print(f"playground http://127.0.0.1:{config.port}   (Ctrl-C ends it)", flush=True)
             uvicorn.Server(uvicorn.Config(guarded(app, config.port), log_level="warning", limit_concurrency=64)).run([listener])
 
 
@@ -925,7 +927,7 @@ def playground(config: Config, model, tokenizer, scratch: Path):
     """The page, a gradio.Blocks. Downloads are written to `scratch`, the last 64 of them."""
     import gradio as gr
 
-    bundled = {folder.name: sorted(map(str, folder.glob("*.png"))) for folder in sorted(BOOK.iterdir()) if folder.is_dir()}
+    bundled = {folder.name: [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))] for folder in sorted(BOOK.iterdir()) if folder.is_dir()}
     first = PROMPT.name if PROMPT.name in bundled else next(iter(bundled))
     drawn = itertools.count()
     with gr.Blocks(title="LVM playground", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as page:

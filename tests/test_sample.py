@@ -634,6 +634,8 @@ def test_the_playground_refuses_what_is_no_picture_too_large_or_not_uploaded(fol
     assert '"success": true' in said.replace(":true", ": true") and "candidate 4" in said
     _, paths = upload(address, "text.png", b"no picture")
     assert "not a JPEG" in ask(address, json.loads(paths)[0], "text")[1]
+    _, paths = upload(address, "text.txt", b"no picture")
+    assert "Invalid file type" in ask(address, json.loads(paths)[0], "name")[1]
     assert upload(address, "large.png", bytes(sample.MOST_UPLOAD + 1))[0] in (0, 413)
     for path in ("/etc/passwd", str(folder / "prompt/00.png"), "../../../etc/passwd"):
         status, said = ask(address, path, "stranger")
