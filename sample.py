@@ -56,7 +56,7 @@ class Config:
     prompt: tuple[Path, ...] = (PROMPT,)
     """Pictures in reading order: files, folders (their pictures by name), GIFs and videos (every frame)."""
     prompts: Path | None = None
-    """JSONL of many prompts instead, with the published keys; inputs start at the working directory, outputs lie in --out."""
+    """JSONL of many prompts instead, a line each: {"input": [files], "output": name in --out, "target": [files], optional}, as published."""
     prompt_book: bool = False
     """Answer every bundled prompt on one sheet instead."""
     serve: bool = False
@@ -190,10 +190,10 @@ def open_all(config: Config, read):
     model_path, tokenizer_path = find_models(config.model, config.tokenizer)
     tokenizer = open_tokenizer(tokenizer_path, model_path)
     pictures = read(tokenizer.config.resolution)
-    # The decoder compiles while the transformer is read and compiled.
-    codes_BS = np.zeros((count_candidates(config) * config.frames, tokenizer.config.codes_per_image), np.int32)
-    threading.Thread(target=vqgan.decode, args=(tokenizer, codes_BS), daemon=True).start()
     model = open_model(model_path, tokenizer, tokenizer_path, config.dtype, config.weights, config.tensor)
+    # The decoder compiles while the others do.
+    codes_BS = np.zeros((count_candidates(config) * config.frames, tokenizer.config.codes_per_image), np.int32)
+    threading.Thread(target=vqgan.decode, args=(tokenizer, codes_BS)).start()
     print(f"model      {model_path}: {lvm.parameter_count(model.config):,} parameters")
     print(f"tokenizer  {tokenizer_path}: {tokenizer.config.num_embeddings} codes, {tokenizer.config.codes_per_image} a picture")
     return tokenizer, pictures, model
@@ -675,7 +675,7 @@ def read_prompt_line(line: str, config: Config, out: Path) -> Prompt:
     size = None
     if config.resize_output == "original":
         with Image.open(pictures[-1][0], formats=vqgan.FORMATS) as image:
-            size = image.size
+            size = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size  # turned by 90 degrees when read
     elif config.resize_output:
         width, height = config.resize_output.split(",")
         size = int(width), int(height)
@@ -688,7 +688,8 @@ def list_prompt(paths, stride: int = 1) -> list[tuple[Path, int]]:
     if len(files) <= MOST_PICTURES:
         pictures = [(file, frame) for file in files for frame in range(count_frames(file))[::-stride][::-1]]
     if len(files) > MOST_PICTURES or len(pictures) > MOST_PICTURES:
-        raise ValueError(f"--prompt holds more than {MOST_PICTURES} pictures; a context holds far fewer: pass the last ones, or every eighth frame with --stride 8")
+        raise ValueError(f"--prompt holds more than {MOST_PICTURES} pictures; a context holds far fewer: pass the last ones, "
+                         "or every eighth frame with --stride 8")
     if not pictures:
         raise ValueError("--prompt is empty; pass pictures, or a folder of them")
     return pictures
