@@ -297,10 +297,9 @@ def partition_specs(tree):
     """
 
     def spec(path, leaf):
-        axes = next((SHARDING[key.name] for key in path if getattr(key, "name", None) in SHARDING), None)
+        axes = SHARDING.get(getattr(path[-1], "name", None) if path else None)
         if axes is None or leaf.ndim < len(axes):
             return PartitionSpec()
-        axes = [axis if size > 1 else None for axis, size in zip(axes, leaf.shape[-len(axes):])]  # Int8 shares its scale there
         return PartitionSpec(*(None,) * (leaf.ndim - len(axes)), *axes)
 
     return jax.tree_util.tree_map_with_path(spec, tree)

@@ -2,30 +2,41 @@
 
     python sample.py                                             # newest run or bundled model, bundled prompt; on a laptop
     python sample.py --prompt in1.png out1.png in2.png out2.png query.png --candidates 4
-    python sample.py --prompt clip.gif --frames 8 --out continued.gif
+    python sample.py --prompt clip.mp4 --frames 8 --out continued.gif
+    python sample.py --prompts prompts.jsonl --out answers       # a line each: {"input": [files], "output": name, "target": [files]}
+    python sample.py --prompt-book                               # every bundled prompt on one sheet
+    python sample.py --serve                                     # the playground, in a browser on this machine
 
 An odd number of pictures is an analogy: pairs of example and answer, then a query, whose answer is drawn. An even
 number is a sequence, which goes on. Every picture takes exactly as many codes as the tokenizer gives it; special ids
 are never drawn. When the context is full it slides by one picture.
 
-Dimension key: N candidates, M new pictures, T pictures of the prompt, S codes of a picture, V vocabulary (of codes only,
-where they are drawn), B sentences, H W C a picture.
+Dimension key: P prompts, N candidates (of all prompts together), R rows of the cache (N, or 2 N with guidance), M new pictures,
+T pictures of a prompt, S codes of a picture, C of them in one piece, V vocabulary (of codes only, where they are drawn), H W C a picture.
 """
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
+import shlex
+import socket
 import sys
+import tempfile
+import threading
+import zipfile
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 from PIL import Image, ImageDraw, ImageFont
 
@@ -33,174 +44,389 @@ import lvm
 import vqgan
 
 MINI = vqgan.HERE / "assets" / "mini" / "lvm"
-PROMPT = vqgan.HERE / "assets" / "prompts" / "segmentation"
+BOOK = vqgan.HERE / "assets" / "prompts"
+PROMPT = BOOK / "segmentation"
 MOST_PICTURES = 1000  # of a prompt: far more than any context holds, far fewer than a mistaken folder does
 COLUMNS = 8
+STILLS, ANIMATIONS = (".png", ".webp", ".jpg", ".jpeg"), (".gif", ".mp4")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     prompt: tuple[Path, ...] = (PROMPT,)
-    """Pictures in reading order: files, folders (their pictures by name) or animations (every frame)."""
+    """Pictures in reading order: files, folders (their pictures by name), GIFs and videos (every frame)."""
+    prompts: Path | None = None
+    """JSONL of many prompts instead, a line each: {"input": [files], "output": name in --out, "target": [files], optional}, as published."""
+    prompt_book: bool = False
+    """Answer every bundled prompt on one sheet instead."""
+    serve: bool = False
+    """Open the playground on 127.0.0.1 instead; wants gradio."""
+    port: int = 7860
+    """Of the playground."""
     model: str | None = None
     """Run folder, Hugging Face folder or EasyLM stream; by default the newest run in runs/, else the bundled model."""
     tokenizer: Path | None = None
     """Tokenizer folder; by default the one that the run names, else the bundled one."""
     out: Path | None = None
-    """Picture (.png) or animation (.gif) to write; must not exist. By default sample.png, which is replaced."""
+    """Picture (.png .webp .jpg), animation (.gif .mp4) or folder of single pictures (no suffix) to write; must not exist.
+    By default sample.png or prompt-book.png, which is replaced. With --prompts the folder of the outputs."""
     candidates: int = 4
     """Continuations to draw, each by its own random numbers."""
+    best: bool = False
+    """Keep only the likeliest of the candidates."""
     frames: int = 1
     """New pictures of each continuation, one after another."""
+    kind: Literal["auto", "analogy", "sequence"] = "auto"
+    """auto: an analogy if the pictures are odd in number and none is a later frame of a file. An analogy that does not fit
+    the context loses whole pairs."""
+    stride: int = 1
+    """Take every so many-th frame of a GIF or video, the last one among them."""
+    context_frames: int | None = None
+    """Most pictures that the model sees at a time, with the one it draws (published: 16); by default what the context holds."""
     temperature: float = 0.8
     """Divides the logits (published: 1); 0 takes the likeliest code every time, which leaves one candidate."""
     top_k: int = 0
     """Draw from this many likeliest codes only; 0 draws from all."""
     top_p: float = 0.9
     """Draw from the fewest codes whose probabilities sum to this (published: 1)."""
+    min_p: float = 0.0
+    """Draw from codes at least this share as likely as the likeliest one."""
+    guidance: float = 1.0
+    """Classifier-free guidance by the examples: logits after the last picture alone + this x (logits after the whole prompt -
+    those). 1 is none; anything else reads two sentences a candidate."""
     seed: int = 0
     """Seed of the drawing. Candidate i depends on the seed and i, not on how many there are."""
+    jacobi: int = 0
+    """Speculative Jacobi decoding: draft this many codes and keep those that the model draws again, which makes the same picture
+    in fewer, larger steps. 0 draws code by code; a row of codes is a good draft."""
     fit: Literal["stretch", "crop"] = "stretch"
     """Stretch each picture to the square, as LVM does, or crop it."""
     captions: bool = True
     """Write under each picture what it is."""
+    resize_output: str | None = None
+    """With --prompts: size of each picture written, `original` (the last input's) or `w,h`; by default the tokenizer's."""
+    include_input: bool = False
+    """With --prompts: put the input pictures before the new ones."""
+    batch: int = 8
+    """With --prompts: how many at a time, of any lengths."""
     bos: bool = True
     """Begin with BOS, as our models are trained. The published LVM weights are prompted without: --no-bos."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights and compute. auto: bfloat16 on TPU and GPU, float32 on CPU."""
+    weights: Literal["dtype", "int8"] = "dtype"
+    """int8 keeps the matrices in half the memory of bfloat16, with one scale an output channel."""
+    cache: Literal["dtype", "bfloat16", "int8"] = "dtype"
+    """Of the keys and values of what was read; int8 has one scale a head and token."""
+    tensor: int = 1
+    """Devices over which heads and feed-forward width are split, for models bigger than one device."""
 
 
 def sample(config: Config):
     """Checks, reads, draws, writes: the command."""
-    check_drawing(config.frames, config.candidates, config.temperature, config.top_k, config.top_p)
-    out = check_out(config.out)
+    check_config(config)
+    if config.serve:
+        return serve(config)
+    out = check_out(config)
+    if config.prompts:
+        return answer_file(config, out)
+    if config.prompt_book:
+        return answer_book(config, out)
+    pictures = list_prompt(config.prompt, config.stride)
+    tokenizer, [prompt_THWC], model = open_all(config, lambda size: [read_pictures(pictures, size, config.fit)])
+    analogy, kept = fit_context(config, model, tokenizer, pictures)
+    print(f"prompt     {', '.join(map(str, config.prompt))}: {len(pictures)} pictures, {'an analogy' if analogy else 'a sequence'}"
+          + (f"; the last {kept} fit the context" if kept < len(pictures) else ""))
+    prompt_THWC = prompt_THWC[-kept:]
+    [answer] = draw_answers(config, model, tokenizer, [prompt_THWC])
+    for n, nats_M in zip(answer.number_N, answer.nats_NM):
+        print(f"candidate {n + 1}: mean log-likelihood {nats_M.mean():.3f} nats a code")
+    write(out, list(zip(prompt_THWC, prompt_captions(kept, analogy))), captioned(answer), config.captions)
+    print(f"wrote      {out}")
+
+
+def answer_file(config: Config, out: Path):
+    """`--prompts`: grids as published (a row a candidate, a column a frame, nothing between them), and answers.jsonl beside them."""
+    prompts = read_prompts(config, out)
+    read = lambda group, size: [read_pictures(prompt.pictures, size, config.fit) for prompt in group]
+    tokenizer, first, model = open_all(config, lambda size: read(prompts[:config.batch], size))
+    out.mkdir(parents=True, exist_ok=True)
+    errors, size = [], tokenizer.config.resolution
+    with open(inside(out, "answers.jsonl"), "x") as log:
+        for i in range(0, len(prompts), config.batch):
+            group = prompts[i:i + config.batch]
+            inputs = read(group, size) if i else first
+            inputs = [pixels_THWC[-fit_context(config, model, tokenizer, prompt.pictures)[1]:] for prompt, pixels_THWC in zip(group, inputs)]
+            for prompt, prompt_THWC, answer in zip(group, inputs, draw_answers(config, model, tokenizer, inputs)):
+                line = {"output": prompt.output, "log_likelihood": [round(float(nats_M.mean()), 4) for nats_M in answer.nats_NM]}
+                if prompt.target:
+                    target_MHWC = read_pictures(prompt.target, size, config.fit)
+                    line["mse"] = float(np.square(answer.pixels_NMHWC - target_MHWC).mean()) * 3  # summed over the channels, as published
+                    errors.append(line["mse"])
+                rows = [[*(prompt_THWC if config.include_input else ()), *pixels_MHWC] for pixels_MHWC in answer.pixels_NMHWC]
+                write_grid(inside(out, prompt.output), rows, prompt.size)
+                print(json.dumps(line), file=log, flush=True)
+            print(f"{min(i + config.batch, len(prompts))} of {len(prompts)} prompts answered in {out}")
+    if errors:
+        print(f"MSE        {np.mean(errors):.5f} over {len(errors)} prompts, summed over the channels")
+
+
+def answer_book(config: Config, out: Path):
+    """`--prompt-book`: a row a prompt, its last two pairs, its query, the candidates."""
+    folders = sorted(path for path in BOOK.iterdir() if path.is_dir())
+    pictures = [list_prompt([folder]) for folder in folders]
+    tokenizer, prompts, model = open_all(config, lambda size: [read_pictures(prompt, size, config.fit) for prompt in pictures])
+    prompts = [prompt_THWC[-fit_context(config, model, tokenizer, prompt)[1]:] for prompt, prompt_THWC in zip(pictures, prompts)]
+    rows = []
+    for folder, prompt_THWC, answer in zip(folders, prompts, draw_answers(config, model, tokenizer, prompts)):
+        shown = zip(prompt_THWC[-5:], [folder.name, "", "", "", "query"][-len(prompt_THWC):])
+        rows += [[*shown, *(row[0] for row in captioned(answer))]]
+        print(f"{folder.name:13} mean log-likelihoods {' '.join(f'{nats:.2f}' for nats in answer.nats_NM.mean(1))}")
+    sheet(rows, config.captions, columns=max(map(len, rows))).save(out)
+    print(f"wrote      {out}")
+
+
+def open_all(config: Config, read):
+    """-> (tokenizer, what `read(its resolution)` gives, model): what a user may have wrong first, what takes long last."""
     model_path, tokenizer_path = find_models(config.model, config.tokenizer)
-    prompt = list_prompt(config.prompt)
     tokenizer = open_tokenizer(tokenizer_path, model_path)
-    prompt_THWC = np.stack([read_picture(*picture, tokenizer.config.resolution, config.fit) for picture in prompt])
-    model = open_model(model_path, tokenizer, tokenizer_path, config.dtype)
+    pictures = read(tokenizer.config.resolution)
+    model = open_model(model_path, tokenizer, tokenizer_path, config.dtype, config.weights, config.tensor)
+    # The decoder compiles while the others do.
+    codes_BS = np.zeros((count_candidates(config) * config.frames, tokenizer.config.codes_per_image), np.int32)
+    threading.Thread(target=vqgan.decode, args=(tokenizer, codes_BS)).start()
     print(f"model      {model_path}: {lvm.parameter_count(model.config):,} parameters")
     print(f"tokenizer  {tokenizer_path}: {tokenizer.config.num_embeddings} codes, {tokenizer.config.codes_per_image} a picture")
+    return tokenizer, pictures, model
 
-    T, most = len(prompt_THWC), pictures_in_context(model, tokenizer.config.codes_per_image, config.bos) - 1
-    analogy = T % 2 == 1
-    kept = min(T, most - (analogy and most % 2 == 0))  # an analogy loses whole pairs
-    print(f"prompt     {', '.join(map(str, config.prompt))}: {T} pictures, {'an analogy' if analogy else 'a sequence'}"
-          + (f"; the last {kept} fit the context" if kept < T else ""))
-    prompt_THWC = prompt_THWC[T - kept:]
 
-    codes_TS = vqgan.encode(tokenizer, prompt_THWC)
-    candidates = config.candidates if config.temperature else 1
-    codes_NMS, nats_NM = continue_sentences(
-        model, codes_TS[None], candidate_keys(jax.random.key(config.seed), candidates), frames=config.frames,
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, bos=config.bos)
-    pixels_NMHWC = decode_all(tokenizer, codes_NMS)
-    for n, nats_M in enumerate(nats_NM, 1):
-        print(f"candidate {n}: mean log-likelihood {nats_M.mean():.3f} nats a code")
+class Answer(NamedTuple):
+    """What was drawn after one prompt: which candidates these are (from 0), their pictures, mean log-likelihoods of each picture's codes."""
 
-    shown = [(picture, caption) for picture, caption in zip(prompt_THWC, prompt_captions(kept))]
-    drawn = [[(picture, candidate_caption(n, m, config.frames, nats_NM)) for m, picture in enumerate(pixels_MHWC)]
-             for n, pixels_MHWC in enumerate(pixels_NMHWC)]
-    if out.suffix == ".gif":
-        frames = [[frame] * candidates for frame in shown] + [list(frame) for frame in zip(*drawn)]
-        first, *rest = [sheet([frame], config.captions) for frame in frames]
-        first.save(out, save_all=True, append_images=rest, duration=200, loop=0)
-    else:
-        new = drawn if config.frames > 1 else [[row[0] for row in drawn]]
-        sheet([shown, *new], config.captions).save(out)
-    print(f"wrote      {out}")
+    number_N: list[int]
+    pixels_NMHWC: np.ndarray
+    nats_NM: np.ndarray
+
+
+def draw_answers(config: Config, model, tokenizer, prompts) -> list[Answer]:
+    """P prompts of pictures -> an Answer each. All prompts draw by the same keys, so that a prompt's answer does not depend on the others."""
+    N, codes = count_candidates(config), encode_all(tokenizer, prompts)
+    keys_N = candidate_keys(jax.random.key(config.seed), N)[np.tile(np.arange(N), len(prompts))]
+    pieces = list(stream_sentences(model, codes, keys_N, drawing_of(config), frames=config.frames, bos=config.bos, jacobi=config.jacobi,
+                                   cache_dtype=cache_dtype_of(config), most=config.context_frames))
+    codes_NMS, nats_NM = join_pieces(pieces, config.frames)
+    if config.jacobi:
+        passes = sum(int(piece.passes_N.sum()) for piece in pieces)
+        print(f"jacobi     {codes_NMS.size / passes:.2f} codes kept of {config.jacobi} read at a time")
+    answers = []
+    for p in range(len(prompts)):
+        mine = range(p * N, p * N + N)
+        if config.best:
+            mine = [max(mine, key=lambda n: nats_NM[n].mean())]
+        kept = np.array(mine)
+        answers.append(Answer([n - p * N for n in mine], np.asarray(decode_all(tokenizer, codes_NMS[kept])), nats_NM[kept]))
+    return answers
 
 
 def generate(
     model: lvm.LVM, tokenizer: vqgan.VQGAN, prompt_THWC: Float[Array | np.ndarray, "T H W C"], *, frames: int = 1, candidates: int = 1,
-    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, key: jax.Array, bos: bool = True,
+    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, guidance: float = 1.0, key: jax.Array, bos: bool = True,
+    jacobi: int = 0,
 ) -> Float[Array, "N M H W C"]:
     """Pictures in [0, 1] -> the `frames` pictures after them, `candidates` times, in [0, 1].
 
     Of a prompt that does not fit the context the last pictures are kept. Codes are drawn by temperature, then `top_k`
-    (0: all), then `top_p`; temperature 0 takes the likeliest. `key` and i decide candidate i, whatever N is (up to the
-    rounding of a batched product). Raises ValueError for what these cannot be and for a model and tokenizer that do not fit."""
-    check_drawing(frames, candidates, temperature, top_k, top_p)
+    (0: all), then `top_p`, then `min_p`; temperature 0 takes the likeliest. `key` and i decide candidate i, whatever N is (up to
+    the rounding of a batched product). Raises ValueError for what these cannot be and for a model and tokenizer that do not fit."""
+    check_drawing(frames, candidates, temperature, top_k, top_p, min_p, guidance, jacobi)
     if tokenizer.config.num_embeddings != model.config.codes:
         raise ValueError(f"the tokenizer has {tokenizer.config.num_embeddings} codes and the model {model.config.codes}")
     if not len(prompt_THWC):
         raise ValueError("the prompt is empty; pass at least one picture")
     codes_TS = vqgan.encode(tokenizer, prompt_THWC)
-    codes_NMS, _ = continue_sentences(model, codes_TS[None], candidate_keys(key, candidates), frames=frames,
-                                      temperature=temperature, top_k=top_k, top_p=top_p, bos=bos)
+    codes_NMS, _ = continue_sentences(
+        model, codes_TS[None], candidate_keys(key, candidates), frames=frames, temperature=temperature, top_k=top_k, top_p=top_p,
+        min_p=min_p, guidance=guidance, bos=bos, jacobi=jacobi)
     return decode_all(tokenizer, codes_NMS)
 
 
-def continue_sentences(model, prompt_BTS: Int[Array | np.ndarray, "B T S"], keys_N, *, frames, temperature, top_k=0, top_p=1.0, bos=True):
-    """The codes of `frames` new pictures for each key, int32 [N, M, S], and their mean log-likelihoods, [N, M].
+# ---------------------------------------------------------------------------------------------------- drawing
 
-    B is N, or 1 for one prompt that all share: it is read once. The likelihood is that of temperature 1 among the image codes."""
-    S, N = prompt_BTS.shape[2], len(keys_N)
-    most = pictures_in_context(model, S, bos)
-    sentence_BTS, codes, nats = np.asarray(prompt_BTS, np.int32)[:, 1 - most:], [], []
-    for frame in range(frames):
-        T = sentence_BTS.shape[1]
-        if frame == 0 or T == most:  # a full window slides, and as positions shift with it, it is read anew
-            sentence_BTS = sentence_BTS[:, 1 - most:]
-            T = sentence_BTS.shape[1]
-            ids_BT = sentence_BTS.reshape(len(sentence_BTS), -1)
-            ids_BT = np.pad(ids_BT, ((0, 0), (int(bos), 0)), constant_values=model.config.bos)
-            # All but the last id, as each step below reads one id and draws the next. The last code is never read.
-            room = (min(T + frames - frame, most) - T) * S
-            cache = lvm.branch(read_prompt(model, ids_BT[:, :-1], length=ids_BT.shape[1] - 1), N, room)
-            last_N = np.repeat(ids_BT[:, -1], N // len(ids_BT))
-        codes_NS, nats_N, cache = draw_picture(model, last_N, cache, keys_N, frame * S, temperature, top_k, top_p, S=S)
-        last_N = codes_NS[:, -1]
-        sentence_BTS = np.concatenate([np.broadcast_to(sentence_BTS, (N, T, S)), codes_NS[:, None]], axis=1)
-        codes.append(codes_NS)
-        nats.append(nats_N)
-    if not np.isfinite(nats := np.stack(nats, axis=1)).all():
+
+class Drawing(NamedTuple):
+    """How a code is drawn from its logits; see `Config`."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    guidance: float = 1.0
+
+
+class Piece(NamedTuple):
+    """The next codes of every candidate, their log-likelihoods (temperature 1, among the image codes, without guidance), and how
+    many times the model was run for them."""
+
+    codes_NC: Int[Array, "N C"]
+    nats_NC: Float[Array, "N C"]
+    passes_N: Int[Array, "N"]
+
+
+def continue_sentences(model, prompts, keys_N, *, frames, temperature, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0, bos=True, **how):
+    """The codes of `frames` new pictures for each key, int32 [N, M, S], and their mean log-likelihoods, [N, M]; see `stream_sentences`."""
+    drawing = Drawing(temperature, top_k, top_p, min_p, guidance)
+    return join_pieces(list(stream_sentences(model, prompts, keys_N, drawing, frames=frames, bos=bos, **how)), frames)
+
+
+def join_pieces(pieces: list[Piece], frames: int):
+    codes_NT, nats_NT = (jnp.concatenate(part, axis=1) for part in list(zip(*pieces))[:2])
+    N = len(codes_NT)
+    nats_NM = np.asarray(nats_NT).reshape(N, frames, -1).mean(2)
+    if not np.isfinite(nats_NM).all():
         raise ValueError("the model gives NaN; its weights are damaged or overflow in this dtype")
-    return jnp.stack(codes, axis=1), nats
+    return codes_NT.reshape(N, frames, -1), nats_NM
 
 
-@functools.partial(jax.jit, static_argnames="length")
-def read_prompt(model, ids_BT, *, length):
-    return lvm.prefill(model, ids_BT, length)[1]
+def stream_sentences(model, prompts, keys_N, drawing, *, frames, bos=True, piece=None, jacobi=0, cache_dtype=None, most=None):
+    """Yields `frames` new pictures of each of N candidates in Pieces of `piece` codes (None: a picture).
+
+    `prompts` are P arrays of codes [T, S], of any lengths; N is a multiple of P, and the first N / P keys draw after the first
+    prompt, which is read once for all of them. `most` pictures at most are seen at a time, with the one being drawn."""
+    N, S = len(keys_N), np.shape(prompts[0])[1]
+    most = min(most or MOST_PICTURES, pictures_in_context(model, S, bos))
+    sentences, mesh = [np.asarray(prompt, np.int32) for prompt in prompts], mesh_of(model)
+    if drawing.guidance != 1:  # the same without examples, as rows of their own
+        sentences += [codes_TS[-1:] for codes_TS in sentences]
+    R = N * len(sentences) // len(prompts)
+    for frame in range(frames):
+        longest = max(map(len, sentences))
+        if frame == 0 or longest == most:  # a full window slides, and as positions shift with it, it is read anew
+            sentences = [codes_TS[1 - most:] for codes_TS in sentences]
+            longest = min(longest, most - 1)
+            ids = [np.append([model.config.bos] * bos, codes_TS).astype(np.int32) for codes_TS in sentences]
+            lengths_P = np.array([len(ids_T) for ids_T in ids])
+            # All but the last id, as each step below reads one id and draws the next. The last code is never read.
+            ids_PT = np.stack([np.pad(ids_T[:-1], (0, lengths_P.max() - len(ids_T))) for ids_T in ids])
+            prompt = read_ids(model, ids_PT, length=ids_PT.shape[1], cache_dtype=cache_dtype, mesh=mesh)
+            if len(set(lengths_P)) > 1:
+                prompt = prompt._replace(length=jnp.asarray(lengths_P - 1, jnp.int32))
+            cache = lvm.branch(prompt, R, min(frames - frame, most - longest) * S + jacobi)
+            if jacobi:  # rows keep different numbers of codes
+                cache = cache._replace(length=jnp.zeros(R, jnp.int32))
+            last_R = np.repeat([ids_T[-1] for ids_T in ids], R // len(ids))
+        drawn = []
+        for first in range(0, S, piece or S):
+            count = min(piece or S, S - first)
+            new, cache = draw_codes(model, last_R, cache, keys_N, frame * S + first, drawing, count=count, jacobi=jacobi, mesh=mesh)
+            last_R = jnp.tile(new.codes_NC[:, -1], R // N)
+            drawn.append(new.codes_NC)
+            yield new
+        if frame + 1 < frames:
+            new_NS = np.concatenate(drawn, axis=1)
+            sentences = [np.concatenate([sentences[r * len(sentences) // R], new_NS[r % N, None]]) for r in range(R)]
 
 
-@functools.partial(jax.jit, static_argnames="S", donate_argnames="cache")
-def draw_picture(model, last_N, cache, keys_N, first, temperature, top_k, top_p, *, S):
-    """S more codes after `last_N`, the last id of each sentence -> codes [N, S], their mean log-likelihood [N], the cache."""
+@functools.partial(jax.jit, static_argnames=("length", "cache_dtype", "mesh"))
+def read_ids(model, ids_PT, *, length, cache_dtype=None, mesh=None):
+    read = lambda model, ids_PT: lvm.prefill(model, ids_PT, length, cache_dtype=cache_dtype, reduce=add_up(mesh))[1]
+    return on_devices(read, mesh, (weight_specs(model), NOWHERE), CACHE._replace(prompt=None))(model, ids_PT)
+
+
+@functools.partial(jax.jit, static_argnames=("count", "jacobi", "mesh"), donate_argnames="cache")
+def draw_codes(model, last_R, cache, keys_N, first, drawing, *, count, jacobi=0, mesh=None) -> tuple[Piece, lvm.Cache]:
+    """`count` more codes after `last_R`, the last id of each row; `first` is the place of the first one among all that are drawn."""
+    draw = functools.partial(draw_by_drafts, C=jacobi) if jacobi else draw_one_by_one
+    draw = functools.partial(draw, count=count, reduce=add_up(mesh))
+    specs = (weight_specs(model), NOWHERE, CACHE, NOWHERE, NOWHERE, NOWHERE)
+    return on_devices(draw, mesh, specs, (NOWHERE, CACHE))(model, last_R, cache, keys_N, first, drawing)
+
+
+def draw_one_by_one(model, last_R, cache, keys_N, first, drawing, *, count, reduce):
+    N = len(keys_N)
 
     def step(carry, position):
-        last_N, cache = carry
-        logits_NV, cache = lvm.decode_step(model, last_N, cache)
-        logits_NV = logits_NV[:, :model.config.codes]
-        position_keys_N = jax.vmap(jax.random.fold_in, (0, None))(keys_N, position)
-        draw = functools.partial(draw_code, temperature=temperature, top_k=top_k, top_p=top_p)
-        codes_N = jax.vmap(draw)(logits_NV, position_keys_N)
-        nats_N = jnp.take_along_axis(jax.nn.log_softmax(logits_NV), codes_N[:, None], axis=1)[:, 0]
-        return (codes_N, cache), (codes_N, nats_N)
+        last_R, cache = carry
+        logits_RV, cache = lvm.decode_step(model, last_R, cache, reduce=reduce)
+        codes_N1, nats_N1 = choose(logits_RV[:, None, :model.config.codes], keys_N, jnp.full((N, 1), position), drawing)
+        return (jnp.tile(codes_N1[:, 0], len(last_R) // N), cache), (codes_N1[:, 0], nats_N1[:, 0])
 
-    (_, cache), (codes_SN, nats_SN) = lax.scan(step, (last_N, cache), first + jnp.arange(S))
-    return codes_SN.T, nats_SN.mean(0), cache
+    (_, cache), (codes_CN, nats_CN) = lax.scan(step, (last_R, cache), first + jnp.arange(count))
+    return Piece(codes_CN.T, nats_CN.T, jnp.full(N, count)), cache
 
 
-def draw_code(logits_V, key, *, temperature, top_k, top_p):
+def draw_by_drafts(model, last_R, cache, keys_N, first, drawing, *, count, reduce, C):
+    """Speculative Jacobi decoding (arXiv 2410.01699): reads the last code and C - 1 drafted ones at once, keeps those up to the first
+    that the model does not draw again, and takes what it drew after that as the next draft.
+
+    Where the paper accepts a draft by a coin of p / q and draws anew otherwise, each place here has its own random numbers for
+    good (`draw_code`): a draft is right if those draw it again after what is now known to stand before it. So what comes out is to the
+    code what drawing one by one gives, at any temperature, and drafts settle instead of being drawn afresh in every pass."""
+    N, R = len(keys_N), len(last_R)
+    row_N1, place_C = jnp.arange(N)[:, None], jnp.arange(C)
+
+    def step(state):
+        done_N, draft_NC, codes_NS, nats_NS, passes_N, cache = state
+        logits_RCV, cache = lvm.decode_draft(model, jnp.tile(draft_NC, (R // N, 1)), cache, reduce=reduce)
+        codes_NC, nats_NC = choose(logits_RCV[..., :model.config.codes], keys_N, first + done_N[:, None] + place_C, drawing)
+        right_NC = jnp.cumprod(draft_NC[:, 1:] == codes_NC[:, :-1], axis=1)
+        kept_N = jnp.minimum(1 + right_NC.sum(axis=1), count - done_N)  # 0 in rows that are done and wait for others
+        at_NC = jnp.where(place_C < kept_N[:, None], done_N[:, None] + place_C, count)
+        codes_NS = codes_NS.at[row_N1, at_NC].set(codes_NC, mode="drop")
+        nats_NS = nats_NS.at[row_N1, at_NC].set(nats_NC, mode="drop")
+        next_NC = codes_NC[row_N1, jnp.clip(kept_N[:, None] - 1 + place_C, 0, C - 1)]  # beyond the draft its last code, again
+        cache = cache._replace(length=cache.length + jnp.tile(kept_N, R // N))
+        return done_N + kept_N, next_NC, codes_NS, nats_NS, passes_N + (kept_N > 0), cache
+
+    none_N, none_NS = jnp.zeros(N, jnp.int32), jnp.zeros((N, count))
+    draft_NC = jnp.tile(last_R[:N, None], C).astype(jnp.int32)
+    state = none_N, draft_NC, none_NS.astype(jnp.int32), none_NS, none_N, cache
+    _, _, codes_NS, nats_NS, passes_N, cache = lax.while_loop(lambda state: jnp.any(state[0] < count), step, state)
+    return Piece(codes_NS, nats_NS, passes_N), cache
+
+
+def choose(logits_RCV, keys_N, position_NC, drawing: Drawing):
+    """One code for each of N x C places, by the key of its candidate and its position -> codes [N, C], log-likelihoods [N, C]."""
+    N = len(keys_N)
+    logits_NCV = logits_RCV[:N]
+    nats_NCV = jax.nn.log_softmax(logits_NCV)
+    if len(logits_RCV) > N:
+        logits_NCV = logits_RCV[N:] + drawing.guidance * (logits_NCV - logits_RCV[N:])
+    key_NC = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys_N, position_NC)
+    draw = functools.partial(draw_code, temperature=drawing.temperature, top_k=drawing.top_k, top_p=drawing.top_p, min_p=drawing.min_p)
+    codes_NC = jax.vmap(jax.vmap(draw))(logits_NCV, key_NC)
+    return codes_NC, jnp.take_along_axis(nats_NCV, codes_NC[..., None], axis=2)[..., 0]
+
+
+def draw_code(logits_V, key, *, temperature, top_k, top_p, min_p=0.0):
+    """Adds to every code Gumbel noise of its own and takes the largest sum: so similar logits mostly draw the same code."""
     likeliest_first_V = jnp.argsort(-logits_V).astype(jnp.int32)
-    kept_V = keep_likeliest(logits_V[likeliest_first_V] / jnp.where(temperature > 0, temperature, 1), top_k, top_p)
-    drawn = jnp.where(temperature > 0, jax.random.categorical(key, kept_V), 0)
+    kept_V = keep_likeliest(logits_V[likeliest_first_V] / jnp.where(temperature > 0, temperature, 1), top_k, top_p, min_p)
+    noise_V = jax.random.gumbel(key, logits_V.shape)[likeliest_first_V]
+    drawn = jnp.where(temperature > 0, jnp.argmax(kept_V + noise_V), 0)
     return likeliest_first_V[drawn]
 
 
-def keep_likeliest(logits_V, top_k, top_p):
-    """Falling logits -> the same with -inf after the `top_k` first (0: none), and then after the fewest whose
-    probabilities sum to `top_p`."""
+def keep_likeliest(logits_V, top_k, top_p, min_p=0.0):
+    """Falling logits -> the same with -inf after the `top_k` first (0: none), then after the fewest whose probabilities
+    sum to `top_p`, then where less than `min_p` x the largest probability."""
     rank_V = jnp.arange(len(logits_V))
     logits_V = jnp.where((top_k == 0) | (rank_V < top_k), logits_V, -jnp.inf)
     p_V = jax.nn.softmax(logits_V)
     likelier_V = jnp.cumsum(p_V) - p_V  # the mass of those before; rounding may leave it at 1 in the tail, which 1.0 keeps
-    return jnp.where((top_p >= 1) | (rank_V == 0) | (likelier_V < top_p), logits_V, -jnp.inf)
+    logits_V = jnp.where((top_p >= 1) | (rank_V == 0) | (likelier_V < top_p), logits_V, -jnp.inf)
+    return jnp.where(logits_V >= logits_V[0] + jnp.log(min_p), logits_V, -jnp.inf)
 
 
 def candidate_keys(key, candidates):
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(candidates))
+
+
+def encode_all(tokenizer, prompts) -> list[np.ndarray]:
+    """P arrays of pictures [T, H, W, C] -> their codes [T, S]; in batches of one size, which compile once."""
+    pixels_BHWC = np.concatenate(prompts)
+    batch = min(len(pixels_BHWC), 16)
+    padded_BHWC = np.pad(pixels_BHWC, ((0, -len(pixels_BHWC) % batch), (0, 0), (0, 0), (0, 0)))
+    codes_BS = np.concatenate([vqgan.encode(tokenizer, padded_BHWC[i:i + batch]) for i in range(0, len(padded_BHWC), batch)])
+    return np.split(codes_BS[:len(pixels_BHWC)], np.cumsum([len(prompt_THWC) for prompt_THWC in prompts])[:-1])
 
 
 def decode_all(tokenizer, codes_NMS):
@@ -217,14 +443,140 @@ def pictures_in_context(model, S, bos) -> int:
     return pictures
 
 
-def check_drawing(frames, candidates, temperature, top_k, top_p):
-    for name, value, least in (("frames", frames, 1), ("candidates", candidates, 1), ("top-k", top_k, 0)):
+def fit_context(config: Config, model, tokenizer, pictures) -> tuple[bool, int]:
+    """(whether a prompt is an analogy, how many of its last pictures the model is shown): an analogy loses whole pairs."""
+    T, analogy = len(pictures), is_analogy(config, pictures)
+    most = min(config.context_frames or MOST_PICTURES, pictures_in_context(model, tokenizer.config.codes_per_image, config.bos)) - 1
+    return analogy, T if T <= most else most - (analogy and (T - most) % 2)
+
+
+def is_analogy(config: Config, pictures) -> bool:
+    if config.kind == "auto":
+        return len(pictures) % 2 == 1 and not any(frame for _, frame in pictures)
+    return config.kind == "analogy"
+
+
+# ---------------------------------------------------------------------------------------------------- devices
+
+NOWHERE, HEADS = PartitionSpec(), PartitionSpec(None, None, "tensor")  # not split; a cache, split by its heads
+CACHE = lvm.Cache(HEADS, HEADS, NOWHERE, lvm.Cache(HEADS, HEADS, NOWHERE))
+
+
+def split_over_devices(model, devices: int):
+    """The same model with heads and feed-forward width on `devices` devices; what is drawn from it runs on all of them."""
+    there, c = jax.devices(), model.config
+    if devices > len(there):
+        raise ValueError(f"--tensor {devices}: there are {len(there)} devices")
+    if c.heads % devices or c.ffn % devices:
+        raise ValueError(f"--tensor {devices} must divide the model's {c.heads} heads and its feed-forward width {c.ffn}")
+    mesh = Mesh(np.array(there[:devices]), ("tensor",))
+    is_spec = lambda leaf: isinstance(leaf, PartitionSpec)
+    return jax.device_put(model, jax.tree.map(lambda spec: NamedSharding(mesh, spec), weight_specs(model), is_leaf=is_spec))
+
+
+def weight_specs(model):
+    """Of `lvm.SHARDING` what it says of "tensor"; an axis of size one (of an Int8's scales) is not split."""
+    def spec(path, leaf):
+        axes = next(lvm.SHARDING[key.name] for key in path if getattr(key, "name", None) in lvm.SHARDING)
+        axes = (None,) * (leaf.ndim - len(axes)) + axes
+        return PartitionSpec(*("tensor" if axis == "tensor" and size > 1 else None for axis, size in zip(axes, leaf.shape)))
+
+    return jax.tree_util.tree_map_with_path(spec, model)
+
+
+def mesh_of(model) -> Mesh | None:
+    sharding = model.norm_D.sharding
+    return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == ("tensor",) else None
+
+
+def on_devices(function, mesh, in_specs, out_specs):
+    return function if mesh is None else jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+
+
+def add_up(mesh):
+    return (lambda x_BTD: x_BTD) if mesh is None else functools.partial(lax.psum, axis_name="tensor")
+
+
+# ---------------------------------------------------------------------------------------------------- checks
+
+
+def check_config(config: Config):
+    check_drawing(config.frames, config.candidates, config.temperature, config.top_k, config.top_p, config.min_p, config.guidance, config.jacobi)
+    for name, value in (("stride", config.stride), ("batch", config.batch), ("tensor", config.tensor)):
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    if config.context_frames is not None and config.context_frames < 2:
+        raise ValueError(f"--context-frames must be at least 2, one to see and one to draw, got {config.context_frames}")
+    if sum((config.serve, config.prompt_book, config.prompts is not None)) > 1:
+        raise ValueError("--serve, --prompt-book and --prompts exclude each other; pass one of them")
+    if (config.resize_output or config.include_input) and not config.prompts:
+        raise ValueError("--resize-output and --include-input belong to --prompts FILE")
+    if config.resize_output not in (None, "original"):
+        sides = config.resize_output.split(",")
+        if len(sides) != 2 or not all(side.isascii() and side.isdigit() and 1 <= int(side) <= 8192 for side in sides):
+            raise ValueError(f"--resize-output {config.resize_output}: pass `original` or `w,h` in pixels, such as 256,256")
+    if config.prompt_book and config.frames > 1:
+        raise ValueError("--prompt-book shows one new picture; leave out --frames")
+
+
+def check_drawing(frames, candidates, temperature, top_k, top_p, min_p=0.0, guidance=1.0, jacobi=0):
+    for name, value, least in (("frames", frames, 1), ("candidates", candidates, 1), ("top-k", top_k, 0), ("jacobi", jacobi, 0)):
         if value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"--temperature must be at least 0, got {temperature}")
+    for name, value in (("temperature", temperature), ("guidance", guidance)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"--{name} must be at least 0, got {value}")
     if not 0 < top_p <= 1:
         raise ValueError(f"--top-p must be above 0 and at most 1, got {top_p}")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"--min-p must be at least 0 and at most 1, got {min_p}")
+
+
+def check_out(config: Config) -> Path:
+    """Only the default is ever replaced; fails before the work, not after it."""
+    out = config.out
+    if config.prompts:
+        if out is None:
+            raise ValueError("--prompts wants a folder for its outputs; name one with --out")
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out} is a file; name a folder")
+        if (out / "answers.jsonl").exists():
+            raise ValueError(f"--out {out} holds answers already; choose another folder or delete it")
+    elif out is None:
+        out = Path("prompt-book.png" if config.prompt_book else "sample.png")
+    elif out.suffix not in STILLS + (() if config.prompt_book else (*ANIMATIONS, "")):
+        raise ValueError(f"--out {out}: the name must end in {' '.join(STILLS)} (a picture)"
+                         + ("" if config.prompt_book else ", in .gif or .mp4 (an animation), or in nothing (a folder)"))
+    elif out.exists():
+        raise ValueError(f"--out {out} exists; choose another name or delete it")
+    folder = out if config.prompts else out.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"--out {out}: the folder cannot be written to")
+    return out
+
+
+def inside(root: Path, name: str) -> Path:
+    """`name` as a path in `root`. Raises ValueError for what could lie elsewhere: absolute, with `..` or NUL, or through a link."""
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
+        raise ValueError(f"{name!r} must be a relative path inside {root}, without ..")
+    for depth in range(1, len(parts) + 1):
+        if (link := root.joinpath(*parts[:depth])).is_symlink():
+            raise ValueError(f"{name!r} leads through the link {link}; outputs must lie inside {root}")
+    return root / name
+
+
+def count_candidates(config: Config) -> int:
+    return config.candidates if config.temperature else 1  # greedy candidates would all be the same
+
+
+def drawing_of(config: Config) -> Drawing:
+    return Drawing(config.temperature, config.top_k, config.top_p, config.min_p, config.guidance)
+
+
+def cache_dtype_of(config: Config):
+    return {"dtype": None, "bfloat16": jnp.bfloat16, "int8": jnp.int8}[config.cache]
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -259,35 +611,124 @@ def open_tokenizer(path, model_path) -> vqgan.VQGAN:
     return tokenizer
 
 
-def open_model(path, tokenizer, tokenizer_path, dtype="auto") -> lvm.LVM:
+def open_model(path, tokenizer, tokenizer_path, dtype="auto", weights="dtype", tensor=1) -> lvm.LVM:
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    model = lvm.load(path, dtype=jnp.dtype(dtype))
-    if model.config.codes != tokenizer.config.num_embeddings:
-        raise ValueError(f"{path} has {model.config.codes} codes and {tokenizer_path} has {tokenizer.config.num_embeddings}; name another --tokenizer")
-    return model
+    whole_fits = weights == "dtype" and tensor == 1  # else the host reads it, and only what is left goes to the devices
+    with contextlib.nullcontext() if whole_fits else jax.default_device(jax.devices("cpu")[0]):
+        model = lvm.load(path, dtype=jnp.dtype(dtype))
+        if model.config.codes != tokenizer.config.num_embeddings:
+            raise ValueError(f"{path} has {model.config.codes} codes and {tokenizer_path} has {tokenizer.config.num_embeddings}; name another --tokenizer")
+        model = lvm.quantize(model) if weights == "int8" else model
+    if whole_fits:
+        return model
+    return split_over_devices(model, tensor) if tensor > 1 else jax.device_put(model, jax.devices()[0])
 
 
-def list_prompt(paths) -> list[tuple[Path, int]]:
-    """Files, folders and animations -> (file, frame) of every picture. Raises for none, too many, or what is not there."""
+class Prompt(NamedTuple):
+    """A line of --prompts: pictures as `list_prompt` gives them, the output's name, the size of each picture written (None: as drawn)."""
+
+    pictures: list[tuple[Path, int]]
+    output: str
+    target: list[tuple[Path, int]]
+    size: tuple[int, int] | None
+
+
+def read_prompts(config: Config, out: Path) -> list[Prompt]:
+    """Checks every line of --prompts, before any model is opened. Raises ValueError with the file and line."""
+    prompts = {}
+    with open(config.prompts, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                prompt = read_prompt_line(line, config, out)
+                if prompts.setdefault(inside(out, prompt.output), prompt) is not prompt:
+                    raise ValueError(f"output {prompt.output!r} is another line's too")
+            except (ValueError, OSError, RecursionError) as error:
+                raise ValueError(f"{config.prompts} line {number}: {error}") from None
+    if not prompts:
+        raise ValueError(f"{config.prompts} holds no prompt; write {{'input': [files], 'output': name}} on each line, as JSON")
+    return list(prompts.values())
+
+
+def read_prompt_line(line: str, config: Config, out: Path) -> Prompt:
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"wanted an object with input and output, got a {type(record).__name__}")
+    files = {}
+    for key in ("input", "target"):
+        files[key] = record.get(key, [] if key == "target" else None)
+        if not isinstance(files[key], list) or not all(isinstance(file, str) for file in files[key]) or key == "input" and not files[key]:
+            raise ValueError(f"{key} must be a list of files, got {json.dumps(files[key])[:80]}")
+    if not isinstance(output := record.get("output"), str):
+        raise ValueError(f"output must be a file name, got {json.dumps(output)[:80]}")
+    path = inside(out, output)
+    if path.suffix not in STILLS + ANIMATIONS:
+        raise ValueError(f"output {output!r} must end in {' '.join(STILLS + ANIMATIONS)}")
+    if path.exists():
+        raise ValueError(f"output {path} exists; choose another --out or delete it")
+    pictures = list_prompt([Path(file) for file in files["input"]], config.stride)
+    target = list_prompt([Path(file) for file in files["target"]]) if files["target"] else []
+    if target and len(target) != config.frames:
+        raise ValueError(f"target holds {len(target)} pictures and --frames is {config.frames}")
+    size = None
+    if config.resize_output == "original":
+        with Image.open(pictures[-1][0], formats=vqgan.FORMATS) as image:
+            size = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size  # turned by 90 degrees when read
+    elif config.resize_output:
+        width, height = config.resize_output.split(",")
+        size = int(width), int(height)
+    return Prompt(pictures, output, target, size)
+
+
+def list_prompt(paths, stride: int = 1) -> list[tuple[Path, int]]:
+    """Files, folders, animations and videos -> (file, frame) of every picture. Raises for none, too many, or what is not there."""
     files = [file for path in paths for file in (vqgan.find_images(path) if path.is_dir() else [path])]
     if len(files) <= MOST_PICTURES:
-        pictures = [(file, frame) for file in files for frame in range(count_frames(file))]
+        pictures = [(file, frame) for file in files for frame in range(count_frames(file))[::-stride][::-1]]
     if len(files) > MOST_PICTURES or len(pictures) > MOST_PICTURES:
-        raise ValueError(f"--prompt holds more than {MOST_PICTURES} pictures; a context holds far fewer: pass the last ones")
+        raise ValueError(f"--prompt holds more than {MOST_PICTURES} pictures; a context holds far fewer: pass the last ones, "
+                         "or every eighth frame with --stride 8")
     if not pictures:
         raise ValueError("--prompt is empty; pass pictures, or a folder of them")
     return pictures
 
 
+def is_video(path) -> bool:
+    return path.suffix.lower() in (".mp4", ".mov", ".mkv", ".webm", ".avi")
+
+
 def count_frames(path) -> int:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    if is_video(path):
+        import tokenize_data  # takes a second to import, and only videos need it
+
+        return tokenize_data.count_frames(path)
     try:
         with Image.open(path, formats=vqgan.FORMATS) as image:
             return getattr(image, "n_frames", 1)
     except Exception:  # read_image says what is wrong with it
         return 1
+
+
+def read_pictures(pictures, size, fit) -> np.ndarray:
+    """(file, frame) of every picture -> float32 [T, size, size, 3] in [0, 1]; a file's frames are read in one go."""
+    pixels = []
+    for path, group in itertools.groupby(pictures, lambda picture: picture[0]):
+        frames = [frame for _, frame in group]
+        if not is_video(path):
+            pixels += [read_picture(path, frame, size, fit) for frame in frames]
+            continue
+        import tokenize_data
+
+        wanted = sorted(set(frames))
+        read, there = tokenize_data.read_frames(path, wanted, size, (fit, None, False, None))
+        if there is not None:
+            raise ValueError(f"{path}: promises {wanted[-1] + 1} frames and holds {there}; write it again")
+        pixels += [read[wanted.index(frame)] for frame in frames]
+    return np.stack(pixels)
 
 
 def read_picture(path, frame, size, fit):
@@ -303,31 +744,69 @@ def read_picture(path, frame, size, fit):
         raise ValueError(f"{path}: frame {frame}: {error}") from None
 
 
-def check_out(out) -> Path:
-    """Only the default is ever replaced; fails before the work, not after it."""
-    if out is None:
-        out = Path("sample.png")
-    elif out.suffix not in (".png", ".gif"):
-        raise ValueError(f"--out {out}: the name must end in .png or .gif")
-    elif out.exists():
-        raise ValueError(f"--out {out} exists; choose another name or delete it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(out.parent, os.W_OK):
-        raise PermissionError(f"--out {out}: the folder cannot be written to")
-    return out
+# ---------------------------------------------------------------------------------------------------- pictures out
 
 
-# ---------------------------------------------------------------------------------------------------- the picture
+def captioned(answer: Answer):
+    """Rows of (picture, caption), a candidate each."""
+    M = answer.nats_NM.shape[1]
+    caption = lambda n, m, nats: f"candidate {n + 1}" + (f", +{m + 1}" if M > 1 else f"  {nats:.2f}")
+    return [[(picture, caption(n, m, nats)) for m, (picture, nats) in enumerate(zip(pixels_MHWC, nats_M))]
+            for n, pixels_MHWC, nats_M in zip(*answer)]
 
 
-def prompt_captions(T):
-    if T % 2 == 0:
+def prompt_captions(T, analogy):
+    if not analogy:
         return [f"frame {t}" for t in range(1, T + 1)]
     return [f"{('example', 'answer')[t % 2]} {t // 2 + 1}" for t in range(T - 1)] + ["query"]
 
 
-def candidate_caption(n, m, frames, nats_NM):
-    return f"candidate {n + 1}" + (f", +{m + 1}" if frames > 1 else f"  {nats_NM[n, 0]:.2f}")
+def write(out: Path, shown, drawn, captions):
+    """The prompt (a row of pictures and captions), then a row for each candidate: as one picture, an animation, or a folder of files."""
+    if out.suffix in ANIMATIONS:
+        frames = [[frame] * len(drawn) for frame in shown] + [list(frame) for frame in zip(*drawn)]
+        return save_animation([sheet([frame], captions) for frame in frames], out)
+    if out.suffix:
+        new = drawn if len(drawn[0]) > 1 else [[row[0] for row in drawn]]
+        return sheet([shown, *new], captions).save(out)
+    out.mkdir()
+    for row in (shown, *drawn):
+        for picture, caption in row:
+            to_image(picture).save(out / f"{caption.split('  ')[0].replace(', +', ' frame ').replace(' ', '-')}.png")
+
+
+def write_grid(out: Path, rows, size):
+    """Rows of pictures with nothing between them, each resized to `size`; as an animation, candidates side by side."""
+    def grid(rows):
+        image = to_image(np.concatenate([np.concatenate(list(row), axis=1) for row in rows]))
+        return image.resize((size[0] * len(rows[0]), size[1] * len(rows))) if size else image
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix in ANIMATIONS:
+        save_animation([grid([column]) for column in zip(*rows)], out)
+    else:
+        grid(rows).save(out)
+
+
+def save_animation(images: list[Image.Image], out: Path, rate: int = 5):
+    if out.suffix == ".gif":
+        images[0].save(out, save_all=True, append_images=images[1:], duration=1000 // rate, loop=0)
+        return
+    import av
+
+    with open(out, "wb") as file, av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.width, stream.height = (side + side % 2 for side in images[0].size)  # the usual 4:2:0 halves both
+        stream.pix_fmt = "yuv420p"
+        for image in images:
+            canvas = Image.new("RGB", (stream.width, stream.height), "white")
+            canvas.paste(image)
+            container.mux(stream.encode(av.VideoFrame.from_image(canvas)))
+        container.mux(stream.encode())
+
+
+def to_image(pixels_HWC) -> Image.Image:
+    return Image.fromarray((np.asarray(pixels_HWC) * 255 + 0.5).astype(np.uint8))
 
 
 def sheet(rows, captions=True, columns=COLUMNS) -> Image.Image:
@@ -340,12 +819,204 @@ def sheet(rows, captions=True, columns=COLUMNS) -> Image.Image:
     for y, row in enumerate(rows):
         for x, (pixels_HWC, caption) in enumerate(row):
             left, top = gap + x * (side + gap), gap + y * (side + line + gap)
-            picture = Image.fromarray((np.asarray(pixels_HWC) * 255 + 0.5).astype(np.uint8))
-            image.paste(picture.resize((side, side), Image.Resampling.BICUBIC), (left, top))
+            image.paste(to_image(pixels_HWC).resize((side, side), Image.Resampling.BICUBIC), (left, top))
             if captions:
                 draw.text((left + side / 2, top + side + 2), caption, "black", font, anchor="ma")
     return image
 
+
+# ---------------------------------------------------------------------------------------------------- the playground
+
+
+MOST_UPLOAD = 16 << 20  # bytes of one request to the playground
+CSS = "#prompt .grid-container {grid-template-columns: repeat(8, minmax(0, 1fr)); gap: 4px} #picture {min-height: 320px} #picture img {width: 100%}"
+
+
+def play(config: Config, model, tokenizer):
+    """The playground's drawing: yields (picture so far, its candidates' likelihoods as text) after every row of codes."""
+    check_config(config)
+    pictures = list_prompt(config.prompt, config.stride)
+    prompt_THWC = read_pictures(pictures, tokenizer.config.resolution, config.fit)
+    analogy, kept = fit_context(config, model, tokenizer, pictures)
+    prompt_THWC = prompt_THWC[-kept:]
+    shown = list(zip(prompt_THWC, prompt_captions(kept, analogy)))
+    N, M, S = count_candidates(config), config.frames, tokenizer.config.codes_per_image
+    side, size = math.isqrt(S), tokenizer.config.resolution
+    codes_NT, nats_NT = np.zeros((N, 0), np.int32), np.zeros((N, 0))
+    pixels_NMHWC = np.full((N, M, size, size, 3), 0.9, np.float32)
+    for piece in stream_sentences(
+        model, encode_all(tokenizer, [prompt_THWC]), candidate_keys(jax.random.key(config.seed), N), drawing_of(config), frames=M,
+        bos=config.bos, piece=side, jacobi=config.jacobi, cache_dtype=cache_dtype_of(config), most=config.context_frames,
+    ):
+        codes_NT, nats_NT = (np.concatenate([old, new], axis=1) for old, new in zip((codes_NT, nats_NT), piece))
+        if not np.isfinite(nats_NT).all():
+            raise ValueError("the model gives NaN; its weights are damaged or overflow in this dtype")
+        m = (codes_NT.shape[1] - 1) // S
+        here_NS = codes_NT[:, m * S:]
+        rows = here_NS.shape[1] * size // S
+        pixels_NHWC = vqgan.decode(tokenizer, np.pad(here_NS, ((0, 0), (0, S - here_NS.shape[1])), mode="edge"))
+        pixels_NMHWC[:, m, :rows] = pixels_NHWC[:, :rows]
+        nats_NM = np.stack([nats_NT[:, i:i + S].mean(1) for i in range(0, nats_NT.shape[1], S)], axis=1)
+        nats_NM = np.pad(nats_NM, ((0, 0), (0, M - nats_NM.shape[1])))
+        order = np.argsort(-nats_NT.mean(1)).tolist()
+        last = codes_NT.shape[1] == M * S
+        mine = order[:1] if config.best and last else range(N)
+        new = captioned(Answer(list(mine), pixels_NMHWC[list(mine)], nats_NM[list(mine)]))
+        new = new if M > 1 else [[row[0] for row in new]]
+        likelihoods = "\n".join(f"{rank}. candidate {n + 1}: {nats_NT[n].mean():.3f} nats a code" for rank, n in enumerate(order, 1))
+        yield sheet([shown, *new], config.captions), likelihoods
+
+
+def command_line(config: Config) -> str:
+    """What to type for `config`: every flag that is not at its default."""
+    words = ["python", "sample.py"]
+    for field in dataclasses.fields(Config):
+        value, flag = getattr(config, field.name), field.name.replace("_", "-")
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
+
+
+def save_replay(config: Config, size: int, path: Path) -> str:
+    """Writes a ZIP of the prompt as the model saw it, a prompts.jsonl that names it, and the command that draws the same codes again,
+    which is returned."""
+    pictures = list_prompt(config.prompt, config.stride)
+    with zipfile.ZipFile(path, "w") as archive:
+        names = [f"prompt/{t:03}.png" for t in range(len(pictures))]
+        for name, pixels_HWC in zip(names, read_pictures(pictures, size, config.fit)):
+            with archive.open(name, "w") as file:
+                to_image(pixels_HWC).save(file, format="PNG")
+        again = dataclasses.replace(config, prompt=(PROMPT,), prompts=Path("prompts.jsonl"), out=Path("answers"), serve=False, stride=1,
+                                    port=Config.port, kind="analogy" if is_analogy(config, pictures) else "sequence")
+        archive.writestr("prompts.jsonl", json.dumps({"input": names, "output": "answer.png"}) + "\n")
+        archive.writestr("command.txt", command_line(again) + "\n")
+    return command_line(again)
+
+
+def serve(config: Config):
+    """`--serve`: the page on this machine alone, one drawing at a time, a short queue before it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        # A request may name any file of gradio's working and temporary directories, so that is this one, for all but the model.
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": scratch}
+        tempfile.tempdir = scratch
+        try:
+            import fastapi
+            import gradio
+            import uvicorn
+        except ImportError:
+            raise ValueError('the playground wants gradio, which is not installed: pip install "gradio>=6.20"') from None
+        try:
+            listener = socket.create_server(("127.0.0.1", config.port))  # found out before the model is read
+        except OSError as error:
+            raise ValueError(f"--port {config.port}: {error.strerror}; name another one") from None
+        config = dataclasses.replace(config, model=find_models(config.model, config.tokenizer)[0])  # a later run does not change the replay
+        tokenizer, _, model = open_all(config, lambda size: None)
+        theme = gradio.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # named fonts would be fetched
+        with contextlib.chdir(scratch), contextlib.suppress(KeyboardInterrupt):
+            page = playground(config, model, tokenizer, Path(scratch)).queue(max_size=16, default_concurrency_limit=1, api_open=False)
+            app = gradio.mount_gradio_app(fastapi.FastAPI(), page, "/", server_name="127.0.0.1", server_port=config.port, theme=theme, css=CSS,
+                                          max_file_size=MOST_UPLOAD, footer_links=[], ssr_mode=False)
+            print(f"playground http://127.0.0.1:{config.port}   (Ctrl-C ends it)", flush=True)
+            uvicorn.Server(uvicorn.Config(guarded(app, config.port), log_level="warning", limit_concurrency=64)).run([listener])
+
+
+def playground(config: Config, model, tokenizer, scratch: Path):
+    """The page, a gradio.Blocks. Downloads are written to `scratch`, the last 64 of them."""
+    import gradio as gr
+
+    bundled = {folder.name: [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))] for folder in sorted(BOOK.iterdir()) if folder.is_dir()}
+    first = PROMPT.name if PROMPT.name in bundled else next(iter(bundled))
+    drawn = itertools.count()
+    with gr.Blocks(title="LVM playground", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as page:
+        gr.Markdown(f"# LVM playground\nShow pairs of picture and answer, then a query, and the model draws its answer; or show frames, and it goes on. "
+                    f"`{Path(config.model).name}`, {lvm.parameter_count(model.config):,} parameters.")
+        with gr.Row():
+            with gr.Column(scale=4):
+                choice = gr.Dropdown(list(bundled), value=first, label="A bundled prompt")
+                gr.Markdown("or your own: clear this and drop pictures on it, in reading order")
+                prompt = gr.Gallery(bundled[first], show_label=False, type="filepath", file_types=["image"], interactive=True, columns=8, height=230,
+                                    object_fit="contain", format="png", buttons=[], elem_id="prompt")
+                with gr.Row():
+                    controls = {"candidates": gr.Slider(1, 8, config.candidates, step=1, label="Candidates"),
+                                "frames": gr.Slider(1, 8, config.frames, step=1, label="New pictures of each")}
+                with gr.Row():
+                    controls["temperature"] = gr.Slider(0, 2, config.temperature, step=0.05, label="Temperature")
+                    controls["seed"] = gr.Number(config.seed, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
+                with gr.Accordion("More", open=False):
+                    with gr.Row():
+                        controls["top_p"] = gr.Slider(0.05, 1, config.top_p, step=0.05, label="Top-p")
+                        controls["top_k"] = gr.Slider(0, model.config.codes, config.top_k, step=1, label="Top-k (0: all)")
+                    with gr.Row():
+                        controls["min_p"] = gr.Slider(0, 1, config.min_p, step=0.01, label="Min-p")
+                        controls["guidance"] = gr.Slider(0, 8, config.guidance, step=0.25, label="Guidance by the examples (1: none)")
+                    with gr.Row():
+                        controls["jacobi"] = gr.Slider(0, 32, config.jacobi, step=1, label="Draft this many codes (Jacobi)")
+                        controls["kind"] = gr.Dropdown(["auto", "analogy", "sequence"], value=config.kind, label="Kind")
+                    with gr.Row():
+                        controls["fit"] = gr.Dropdown(["stretch", "crop"], value=config.fit, label="Other than square pictures")
+                        controls["best"] = gr.Checkbox(config.best, label="Keep the likeliest only")
+                with gr.Row():
+                    start = gr.Button("Draw", variant="primary", elem_id="draw")
+                    another = gr.Button("Another seed")
+            with gr.Column(scale=5):
+                gr.Markdown("The prompt, then the candidates, each with the mean log-likelihood of its codes")
+                picture = gr.Image(show_label=False, format="png", interactive=False, buttons=["fullscreen"], elem_id="picture", min_width=400)
+                with gr.Row():
+                    ranking = gr.Textbox(label="Mean log-likelihood, likeliest first", lines=4, scale=2)
+                    with gr.Column(scale=1):
+                        png = gr.DownloadButton("Picture (PNG)", interactive=False)
+                        replay = gr.DownloadButton("Replay (JSONL, command)", interactive=False)
+                command = gr.Textbox(label="The command in the replay", lines=2, buttons=["copy"], elem_id="command")
+
+        def draw(files, *values):
+            try:
+                if not files:
+                    raise ValueError("the prompt is empty: drop pictures, or pick a bundled prompt")
+                changes = {name: type(getattr(Config(), name))(value) for name, value in zip(controls, values)}
+                if not (1 <= changes["candidates"] <= 8 and 1 <= changes["frames"] <= 8 and 0 <= changes["jacobi"] <= 32):
+                    raise ValueError("at most 8 candidates of 8 new pictures, and a draft of 32 codes")
+                mine = dataclasses.replace(config, prompt=tuple(Path(file[0]) for file in files), **changes)
+                for image, likelihoods in play(mine, model, tokenizer):
+                    yield image, likelihoods, gr.DownloadButton(interactive=False), gr.DownloadButton(interactive=False), ""
+                place = scratch / str(next(drawn) % 64)
+                image.save(f"{place}.png")
+                again = save_replay(mine, tokenizer.config.resolution, Path(f"{place}.zip"))
+                yield image, likelihoods, *(gr.DownloadButton(value=f"{place}{end}", interactive=True) for end in (".png", ".zip")), again
+            except (ValueError, OSError, TypeError) as error:
+                raise gr.Error(str(error), print_exception=False) from None
+
+        choice.input(lambda name: bundled[name], choice, prompt, queue=False)
+        outputs = [picture, ranking, png, replay, command]
+        start.click(draw, [prompt, *controls.values()], outputs, concurrency_id="device", concurrency_limit=1)
+        another.click(lambda seed: (int(seed or 0) + 1) % 2**31, controls["seed"], controls["seed"], queue=False).then(
+            draw, [prompt, *controls.values()], outputs, concurrency_id="device", concurrency_limit=1)
+    return page
+
+
+def guarded(app, port: int):
+    """Refuses what our own page never sends: foreign origins, other names for this host (a rebound DNS name), bodies that are large or
+    do not say their length."""
+    ours = {f"127.0.0.1:{port}", f"localhost:{port}"}
+
+    async def guard(scope, receive, send):
+        if scope["type"] != "http":
+            return await app(scope, receive, send)
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        length, status = headers.get("content-length", "0"), None
+        if headers.get("host") not in ours or headers.get("origin", "http://" + headers["host"]).removeprefix("http://") not in ours:
+            status, reason = 403, "this playground answers its own page only"
+        elif "transfer-encoding" in headers or not length.isdigit() or int(length) > MOST_UPLOAD:
+            status, reason = 413, f"more than {MOST_UPLOAD >> 20} MiB in one request"
+        if status is None:
+            return await app(scope, receive, send)
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain"), (b"connection", b"close")]})
+        await send({"type": "http.response.body", "body": reason.encode()})
+
+    return guard
 
 def main():
     try:

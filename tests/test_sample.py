@@ -1,11 +1,24 @@
 """Claims about sample.py: what is drawn is what the model says, and what cannot be drawn is said in one line."""
 
+import asyncio
+import base64
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
+import importlib.util
+import itertools
 import json
 import os
+import shlex
+import shutil
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
 from pathlib import Path
 
 import equinox as eqx
@@ -140,26 +153,107 @@ def test_the_likelihood_is_the_models_own_among_codes(model):
     np.testing.assert_allclose(nats_NT.reshape(2, 2, S).mean(2), nats_NM, rtol=1e-4)
 
 
+def test_prompts_of_different_lengths_are_continued_as_one_by_one(model):
+    """The window of the second slides after the first picture."""
+    sentences = [codes(count, seed=count) for count in (1, 4)]
+    together, nats = sample.continue_sentences(model, [sentence[0] for sentence in sentences], keys(4), frames=2, temperature=0.0)
+    for drawn_MS, sentence in zip(together[::2], sentences):
+        for new_S in drawn_MS:
+            expected = greedy_by_full_passes(model, sentence[:, 1 - PICTURES_IN_CONTEXT:], bos=True)
+            np.testing.assert_array_equal(new_S, expected[0])
+            sentence = np.concatenate([sentence, expected[:, None]], axis=1)
+    np.testing.assert_array_equal(together[::2], together[1::2])  # two candidates each, greedily the same
+
+
+def test_guidance_moves_the_logits_away_from_those_without_examples(model):
+    prompt = codes(3)
+    guided, _ = sample.continue_sentences(model, prompt, keys(1), frames=1, temperature=0.0, guidance=2.5)
+    drawn, unguided = np.zeros(0, np.int32), []
+    for _ in range(S):
+        sentences = [np.concatenate([[model.config.bos], codes_TS.ravel(), drawn]) for codes_TS in (prompt[0], prompt[0, -1:])]
+        ids_BT = np.stack([np.pad(ids_T, (0, model.config.context - len(ids_T))) for ids_T in sentences]).astype(np.int32)
+        shown, hidden = (logits_TV[len(ids_T) - 1] for logits_TV, ids_T in zip(logits_of(model, ids_BT), sentences))
+        drawn = np.append(drawn, np.argmax(hidden + 2.5 * (shown - hidden)))
+        unguided.append(np.argmax(shown))
+    np.testing.assert_array_equal(guided[0, 0], drawn)
+    assert not np.array_equal(unguided, drawn)
+
+
+@pytest.mark.parametrize("how", [dict(temperature=0.0), dict(temperature=1.0, top_p=0.9), dict(temperature=0.7, guidance=1.5)], ids=str)
+def test_drafting_ahead_draws_the_same_codes(model, how):
+    prompts, drawing = [codes(2)[0], codes(3)[0]], sample.Drawing(**how)
+    draw = lambda jacobi: list(sample.stream_sentences(model, prompts, keys(4), drawing, frames=2, jacobi=jacobi))
+    one_by_one, drafted = draw(0), draw(3)
+    for expected, found in zip(one_by_one, drafted, strict=True):
+        np.testing.assert_array_equal(found.codes_NC, expected.codes_NC)
+        np.testing.assert_allclose(found.nats_NC, expected.nats_NC, atol=1e-4)
+    passes = [sum(int(piece.passes_N.sum()) for piece in pieces) for pieces in (drafted, one_by_one)]
+    assert passes[0] <= passes[1] == 4 * 2 * S  # the drafts of random weights are seldom right; below are some that are
+
+
+def test_drafting_ahead_draws_every_picture_as_often_as_its_probability_says():
+    """All 81 pictures of a tiny codebook, their exact probabilities by full passes, and 6,000 drawings: chi-square, whose mean is its 80
+    degrees of freedom and whose standard deviation 12.6. Of a wrong sampler (drafts kept without a look) it is in the thousands."""
+    model, draws, T = random_model(codes=3), 6000, 0.9
+    every_WS = np.array(list(itertools.product(range(3), repeat=S)), np.int32)
+    start = np.tile([model.config.bos, *codes(1)[0].ravel() % 3], (81, 1))
+    logits_WSV = model(jnp.asarray(np.concatenate([start, every_WS], axis=1)[:, :-1], jnp.int32))[:, -S:, :3]
+    p_W = np.exp(np.take_along_axis(np.asarray(jax.nn.log_softmax(logits_WSV / T)), every_WS[..., None], axis=2).sum((1, 2)))
+    [piece] = sample.stream_sentences(model, codes(1) % 3, keys(draws), sample.Drawing(T), frames=1, jacobi=3)
+    counts_W = np.bincount(np.asarray(piece.codes_NC) @ 3 ** np.arange(S)[::-1], minlength=81)
+    assert draws * S / piece.passes_N.sum() > 1.2  # and drafts are kept
+    assert ((counts_W - draws * p_W) ** 2 / (draws * p_W)).sum() < 80 + 4 * 12.6
+
+
+@pytest.mark.parametrize("jacobi", [0, 3])
+def test_two_devices_draw_what_one_draws(model, jacobi):
+    split = sample.split_over_devices(model, 2)
+    assert split.blocks.q_DNK.addressable_shards[0].data.shape[2] == 1  # one head each
+    draw = lambda model: sample.continue_sentences(model, [codes(2)[0], codes(3)[0]], keys(4), frames=2, temperature=1.0, jacobi=jacobi)
+    (expected, nats), (found, found_nats) = draw(model), draw(split)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(found_nats, nats, atol=1e-5)
+
+
+def test_int8_rounds_to_half_a_step_and_hardly_moves_the_likelihoods(model):
+    """Judged on a model of the usual spread of weights: the same codes, read with rounded weights and caches."""
+    packed = lvm.quantize(model)
+    for w, q, axes in ((model.blocks.o_NKD, packed.blocks.o_NKD, (1, 2)), (model.blocks.up_DF, packed.blocks.up_DF, 1), (model.head_DV, packed.head_DV, 0)):
+        assert q.int8.dtype == jnp.int8 and q.scale.size * np.prod([w.shape[axis] for axis in np.atleast_1d(axes)]) == w.size
+        assert (np.abs(lvm.from_int8(q) - w) <= 0.501 * q.scale).all()
+    ids = jnp.asarray(codes(4).reshape(1, -1))
+    read = lambda model, **how: lvm.decode_step(model, ids[:, -1], lvm.prefill(model, ids[:, :-1], 16, **how)[1])[0]
+    exact = read(model)
+    for other in (read(packed), read(model, cache_dtype=jnp.int8)):
+        assert 0 < np.abs(other - exact).max() < 0.05 * np.abs(exact).max()
+    split = sample.split_over_devices(packed, 2)
+    drawn, nats = sample.continue_sentences(split, codes(2), keys(2), frames=1, temperature=1.0, cache_dtype=jnp.int8, jacobi=2)
+    assert drawn.shape == (2, 1, S) and np.isfinite(nats).all()
+
+
 # ---------------------------------------------------------------------------------------------------- which codes
 
 
-def kept_by_definition(logits_V, top_k, top_p):
-    """The ids that may be drawn: the `top_k` likeliest, and of these the fewest whose renormalised mass reaches `top_p`."""
+def kept_by_definition(logits_V, top_k, top_p, min_p=0.0):
+    """The ids that may be drawn: the `top_k` likeliest, of these the fewest whose renormalised mass reaches `top_p`, of these those at
+    least `min_p` x as likely as the likeliest."""
     order = sorted(range(len(logits_V)), key=lambda v: -logits_V[v])[:top_k or None]
     p = np.exp(np.array([logits_V[v] for v in order], np.float64))
     p /= p.sum()
     count = next(n for n in range(1, len(order) + 1) if p[:n].sum() >= top_p - 1e-12 or n == len(order))
+    count = min(count, sum(p >= min_p * p[0]))
     return dict(zip(order[:count], p[:count] / p[:count].sum()))
 
 
-@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (1, 1.0), (5, 1.0), (100, 1.0), (0, 0.9), (0, 0.5), (0, 1e-6), (7, 0.6), (2, 0.99)])
-def test_top_k_and_top_p_keep_what_their_definition_keeps(top_k, top_p):
+@pytest.mark.parametrize("top_k, top_p, min_p", [(0, 1.0, 0), (1, 1.0, 0), (5, 1.0, 0), (100, 1.0, 0), (0, 0.9, 0), (0, 0.5, 0), (0, 1e-6, 0), (7, 0.6, 0),
+                                                 (2, 0.99, 0), (0, 1.0, 0.1), (0, 1.0, 1.0), (4, 0.95, 0.3)])
+def test_top_k_top_p_and_min_p_keep_what_their_definition_keeps(top_k, top_p, min_p):
     keep = jax.jit(sample.keep_likeliest)
     for seed in range(20):
         logits_V = np.random.default_rng(seed).normal(size=40).astype(np.float32) * 3
         order = np.argsort(-logits_V)
-        kept = order[np.isfinite(keep(logits_V[order], top_k, top_p))]
-        assert set(kept.tolist()) == kept_by_definition(logits_V, top_k, top_p).keys()
+        kept = order[np.isfinite(keep(logits_V[order], top_k, top_p, min_p))]
+        assert set(kept.tolist()) == kept_by_definition(logits_V, top_k, top_p, min_p).keys()
 
 
 def test_codes_are_drawn_as_often_as_their_probabilities_say():
@@ -236,6 +330,94 @@ def test_an_analogy_that_does_not_fit_loses_whole_pairs(folder, monkeypatch, cap
     assert status == 0 and "an analogy; the last 3 fit" in printed
 
 
+def test_a_video_continues_as_a_gif_an_mp4_and_single_pictures(folder, monkeypatch, capsys):
+    still = np.kron(pictures(1)[0], np.ones((8, 8, 1)))  # 32 x 32
+    sample.save_animation([sample.to_image(still * (0.5 + 0.05 * t)) for t in range(9)], Path("clip.mp4"))
+    run = functools.partial(command, monkeypatch, capsys, *BASE[:4], "--prompt", "clip.mp4", "--frames", 2, "--candidates", 2)
+    status, printed, _ = run("--stride", 4, "--out", "continued.gif")
+    assert status == 0 and "clip.mp4: 3 pictures, a sequence" in printed
+    with Image.open("continued.gif") as clip:
+        assert clip.n_frames == 5
+        clip.seek(2)
+        shown = np.asarray(clip.convert("RGB"), np.float32)[6:134, 6:134].mean((0, 1)) / 255
+    np.testing.assert_allclose(shown, (still * 0.9).mean((0, 1)), atol=0.05)
+    assert run("--out", "continued.mp4", "--kind", "analogy")[0] == 0  # nine frames, of which an analogy keeps three
+    assert len(sample.list_prompt([Path("continued.mp4")])) == 5
+    assert run("--out", "singles", "--best", "--stride", 4)[0] == 0
+    singles = sorted(path.name for path in Path("singles").iterdir())
+    assert singles[-3:] == ["frame-1.png", "frame-2.png", "frame-3.png"] and len(singles) == 5
+    assert Image.open("singles/frame-1.png").size == (4, 4)
+
+
+def test_best_keeps_the_likeliest_of_the_same_candidates(folder, monkeypatch, capsys):
+    run = lambda *more: [line for line in command(monkeypatch, capsys, *BASE, "--candidates", 3, "--frames", 2, *more)[1].splitlines() if "candidate" in line]
+    nats = lambda line: float(line.split("likelihood ")[1].split()[0])
+    assert run("--best") == [max(run(), key=nats)]
+
+
+def write_prompts(*records, name="prompts.jsonl"):
+    Path(name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    return name
+
+
+def test_a_file_of_prompts_gives_grids_as_published_and_the_same_answers_as_one_by_one(folder, monkeypatch, capsys):
+    """Rows are candidates, columns frames, nothing between them; the second line's prompt is shorter than the first's."""
+    names = [f"prompt/{i:02}.png" for i in range(3)]
+    Image.fromarray(np.zeros((10, 20, 3), np.uint8)).save("wide.png")
+    file = write_prompts({"input": names, "output": "a.png", "target": names[:2]}, {"input": ["wide.png"], "output": "deep/b.png", "target": names[:2]})
+    draw = ("--candidates", 3, "--frames", 2, "--temperature", 1)
+    run = lambda out, *more: command(monkeypatch, capsys, *BASE[:4], "--prompts", file, "--out", out, *draw, *more)
+    status, printed, _ = run("plain")
+    assert status == 0 and "MSE" in printed
+    grid = np.asarray(Image.open("plain/a.png"), np.float32) / 255
+    assert grid.shape == (3 * 4, 2 * 4, 3) and Image.open("plain/deep/b.png").size == (8, 12)
+    answers_NMHWC = grid.reshape(3, 4, 2, 4, 3).swapaxes(1, 2)
+    lines = [json.loads(line) for line in Path("plain/answers.jsonl").read_text().splitlines()]
+    assert [line["output"] for line in lines] == ["a.png", "deep/b.png"] and len(lines[0]["log_likelihood"]) == 3
+    target = sample.read_pictures(sample.list_prompt(map(Path, names[:2])), 4, "stretch")
+    np.testing.assert_allclose(lines[0]["mse"], 3 * np.square(answers_NMHWC - target).mean(), rtol=0.02)
+    assert command(monkeypatch, capsys, *BASE[:4], "--prompt", *names, *draw, "--out", "alone")[0] == 0
+    for n, m in itertools.product(range(3), range(2)):
+        alone = np.asarray(Image.open(f"alone/candidate-{n + 1}-frame-{m + 1}.png"), np.float32) / 255
+        np.testing.assert_allclose(answers_NMHWC[n, m], alone, atol=1 / 250)
+    assert run("more", "--include-input", "--resize-output", "original")[0] == 0
+    assert Image.open("more/a.png").size == (5 * 4, 3 * 4)  # three inputs and two new pictures, each of the last input's size
+    assert Image.open("more/deep/b.png").size == (3 * 20, 3 * 10)
+    assert run("sized", "--resize-output", "6,7")[0] == 0 and Image.open("sized/a.png").size == (2 * 6, 3 * 7)
+
+
+def test_the_context_may_be_kept_shorter(model, tokenizer):
+    config, pictures_T = sample.Config(context_frames=4), [(Path("a.png"), 0)] * 9
+    assert sample.fit_context(config, model, tokenizer, pictures_T) == (True, 3)
+    assert sample.fit_context(dataclasses.replace(config, kind="sequence", context_frames=None), model, tokenizer, pictures_T) == (False, 4)
+    assert sample.fit_context(config, model, tokenizer, pictures_T[:2]) == (False, 2)
+    sentence = codes(4)
+    drawn, _ = sample.continue_sentences(model, sentence, keys(1), frames=1, temperature=0.0, most=3)
+    np.testing.assert_array_equal(drawn[:, 0], greedy_by_full_passes(model, sentence[:, -2:], bos=True))
+
+
+def test_an_output_outside_its_folder_is_refused_before_any_model_is_opened(folder, monkeypatch, capsys):
+    Path("answers/deep").mkdir(parents=True)
+    Path("answers/link").symlink_to("/tmp")
+    Path("answers/file.png").symlink_to("/tmp/nothing.png")
+    Path("answers/there.png").write_text("")
+    before = sorted(folder.rglob("*"))
+    outputs = ["../a.png", "deep/../../a.png", "/tmp/a.png", "link/a.png", "file.png", "a\0.png", "", ".", "there.png", "a.txt", "answers.jsonl", 7, None]
+    records = [{"input": ["prompt/00.png"], "output": output} for output in outputs]
+    good = {"input": ["prompt/00.png"], "output": "good.png"}
+    records += [[], {"input": "prompt/00.png", "output": "a.png"}, {"input": [], "output": "a.png"}, {"input": ["missing.png"], "output": "a.png"},
+                {"input": ["a\0.png"], "output": "a.png"}, good | {"target": ["prompt/00.png"] * 2}, good]
+    for record in records:
+        file = write_prompts(good, record, name="bad.jsonl")
+        status, _, errors = command(monkeypatch, capsys, "--model", "missing", "--tokenizer", "missing", "--prompts", file, "--out", "answers")
+        assert status == 2 and len(errors) == 1 and "bad.jsonl line 2" in errors[0], (record, errors)
+    for text in ("[" * 100_000, "{", '"text"'):
+        Path("bad.jsonl").write_text(text)
+        status, _, errors = command(monkeypatch, capsys, "--model", "missing", "--prompts", "bad.jsonl", "--out", "answers")
+        assert status == 2 and len(errors) == 1 and "bad.jsonl line 1" in errors[0], errors
+    assert sorted(set(folder.rglob("*")) - {Path(folder / "bad.jsonl")}) == before
+
+
 def test_the_newest_run_is_the_default_and_a_tokenizers_run_is_not_one(folder):
     assert sample.find_models(None, None) == (str(sample.MINI), vqgan.MINI)
     for age, (name, config, step) in enumerate([("old", {"model": {}}, "7"), ("new", {"model": {}, "train": {"tokenizer": "tokenizer"}}, "3"),
@@ -273,13 +455,22 @@ def test_every_bad_input_gives_exit_status_2_and_one_line(folder, monkeypatch, c
         ("--model", "short"): "no room",
         ("--model", "stranger"): "0123456789abcdef",
         ("--tokenizer", "missing"): "no tokenizer",
-        ("--out", "picture.jpg"): ".png or .gif",
+        ("--out", "picture.txt"): "must end in",
         ("--out", "prompt/00.png"): "exists",
         ("--temperature", "-1"): "--temperature",
         ("--temperature", "nan"): "--temperature",
         ("--top-p", "0"): "--top-p",
         ("--top-p", "1.5"): "--top-p",
         ("--top-k", "-1"): "--top-k",
+        ("--min-p", "2"): "--min-p",
+        ("--guidance", "-1"): "--guidance",
+        ("--jacobi", "-1"): "--jacobi",
+        ("--context-frames", "1"): "--context-frames",
+        ("--tensor", "3"): "2 heads",
+        ("--tensor", "9"): "there are 8 devices",
+        ("--include-input",): "--prompts",
+        ("--prompts", "missing.jsonl", "--out", "answers"): "missing.jsonl",
+        ("--prompts", "missing.jsonl"): "--out",
         ("--candidates", "0"): "--candidates",
         ("--frames", "0"): "--frames",
     }
@@ -305,6 +496,221 @@ def test_damaged_weights_are_not_drawn_from(folder, monkeypatch, capsys, model):
 def test_generate_refuses_what_cannot_be(model, tokenizer, bad):
     with pytest.raises(ValueError, match=next(iter(bad)).replace("_", ".")):
         sample.generate(model, tokenizer, pictures(1), key=jax.random.key(0), **bad)
+
+
+# ---------------------------------------------------------------------------------------------------- the playground
+
+
+def playground_config(**changes):
+    return sample.Config(prompt=(Path("prompt"),), model="model", tokenizer=Path("tokenizer"), candidates=3, **changes)
+
+
+def test_the_playground_shows_row_after_row_and_its_replay_draws_the_same(folder, monkeypatch, capsys, model, tokenizer):
+    config = playground_config(frames=2, temperature=1.0, seed=5)
+    shown = [np.asarray(image) for image, _ in sample.play(config, model, tokenizer)]
+    assert len(shown) == 2 * 2  # two new pictures of two rows of codes
+    for row, (before, after) in enumerate(itertools.pairwise(shown), 1):
+        changed = np.nonzero((before != after).any((1, 2)))[0]
+        assert len(changed), row
+    [answer] = sample.draw_answers(config, model, tokenizer, [sample.read_pictures(sample.list_prompt(config.prompt), 4, "stretch")])
+    first = sample.to_image(np.asarray(answer.pixels_NMHWC)[0, 0]).resize((128, 128), Image.Resampling.BICUBIC)
+    np.testing.assert_allclose(np.asarray(first, int), shown[-1][6 + 152:6 + 152 + 128, 6:134].astype(int), atol=2)
+
+    line = sample.save_replay(config, 4, folder / "replay.zip")
+    with zipfile.ZipFile("replay.zip") as archive:
+        archive.extractall("replay")
+    assert Path("replay/command.txt").read_text().strip() == line
+    monkeypatch.chdir("replay")
+    words = [f"../{word}" if word in ("model", "tokenizer") and flag.startswith("--") else word for flag, word in itertools.pairwise(["", *shlex.split(line)[2:]])]
+    assert command(monkeypatch, capsys, *words)[0] == 0
+    expected = np.asarray(answer.pixels_NMHWC).swapaxes(1, 2).reshape(3 * 4, 2 * 4, 3)
+    np.testing.assert_allclose(np.asarray(Image.open("answers/answer.png")) / 255, expected, atol=1 / 250)
+
+
+def test_the_playgrounds_guard_lets_only_its_own_page_through():
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    def status(**headers):
+        sent, scope = [], {"type": "http", "headers": [(k.replace("_", "-").encode(), v.encode()) for k, v in headers.items()]}
+
+        async def send(message):
+            sent.append(message)
+
+        asyncio.run(sample.guarded(app, 7860)(scope, None, send))
+        return sent[0]["status"]
+
+    host = dict(host="127.0.0.1:7860")
+    assert status(**host) == status(**host, origin="http://127.0.0.1:7860") == status(host="localhost:7860", origin="http://localhost:7860") == 200
+    assert status(**host, content_length=str(sample.MOST_UPLOAD)) == 200
+    for bad in (dict(host="evil.example:7860"), {}, host | dict(origin="http://evil.example"), host | dict(origin="null"),
+                host | dict(origin="https://127.0.0.1.evil.example:7860")):
+        assert status(**bad) == 403, bad
+    for bad in (dict(content_length=str(sample.MOST_UPLOAD + 1)), dict(content_length="-1"), dict(transfer_encoding="chunked")):
+        assert status(**host, **bad) == 413, bad
+
+
+def test_without_gradio_the_playground_says_what_to_install(folder, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    status, _, errors = command(monkeypatch, capsys, "--serve")
+    assert status == 2 and len(errors) == 1 and 'pip install "gradio>=6.20"' in errors[0]
+
+
+needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed")
+needs_browser = pytest.mark.skipif(not (shutil.which("chromedriver") and shutil.which("chromium")), reason="chromium and chromedriver are not installed")
+
+
+@pytest.fixture(scope="module")
+def playground(tmp_path_factory, model, tokenizer):
+    """A playground with the tiny model as a process of its own -> (process, its address)."""
+    place = tmp_path_factory.mktemp("playground")
+    lvm.save(model, place / "model")
+    vqgan.save(tokenizer, place / "tokenizer")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with subprocess.Popen([sys.executable, ROOT / "sample.py", "--serve", "--port", str(port), "--model", "model", "--tokenizer", "tokenizer"],
+                          cwd=place, stdout=subprocess.PIPE, text=True, env=os.environ | {"XLA_FLAGS": ""}) as process:
+        assert any("127.0.0.1" in line for line in iter(process.stdout.readline, ""))
+        deadline = time.time() + 60
+        while time.time() < deadline:
+            with contextlib.suppress(urllib.error.URLError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10).read()
+                break
+            time.sleep(0.2)
+        yield process, f"http://127.0.0.1:{port}"
+        process.terminate()
+
+
+def post(url, data, headers, timeout=120):
+    """-> (HTTP status, body); 0 where the connection is closed on us."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=timeout) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(errors="replace")
+    except OSError:
+        return 0, ""
+
+
+def upload(address, name, content):
+    body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n%s\r\n--b--\r\n' % (name.encode(), content)
+    return post(f"{address}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=b"})
+
+
+def ask(address, path, session):
+    """Presses Draw with one picture -> everything that the queue says until it ends."""
+    config = json.loads(urllib.request.urlopen(f"{address}/config", timeout=60).read())
+    draw = next(d for d in config["dependencies"] if len(d["inputs"]) > 5)
+    values = [config_value(config, i) for i in draw["inputs"][1:]]
+    data = [[{"image": {"path": path, "meta": {"_type": "gradio.FileData"}}, "caption": None}], *values]
+    body = json.dumps({"data": data, "fn_index": draw["id"], "session_hash": session}).encode()
+    status, text = post(f"{address}/gradio_api/queue/join", body, {"Content-Type": "application/json"})
+    if status != 200:
+        return status, text
+    with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash={session}", timeout=120) as stream:
+        return status, "".join(line.decode() for line in stream)
+
+
+def config_value(config, i):
+    return next(c for c in config["components"] if c["id"] == i)["props"].get("value")
+
+
+def resident_mb(process):
+    return int(next(line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
+
+
+def png_bytes():
+    Image.new("RGB", (40, 40), "red").save(path := Path("red.png"))
+    return path.read_bytes()
+
+
+@needs_gradio
+def test_the_playground_refuses_what_is_no_picture_too_large_or_not_uploaded(folder, playground):
+    process, address = playground
+    status, paths = upload(address, "red.png", png_bytes())
+    assert status == 200
+    status, said = ask(address, json.loads(paths)[0], "good")
+    assert '"success": true' in said.replace(":true", ": true") and "candidate 4" in said
+    _, paths = upload(address, "text.png", b"no picture")
+    assert "not a JPEG" in ask(address, json.loads(paths)[0], "text")[1]
+    _, paths = upload(address, "text.txt", b"no picture")
+    assert "Invalid file type" in ask(address, json.loads(paths)[0], "name")[1]
+    assert upload(address, "large.png", bytes(sample.MOST_UPLOAD + 1))[0] in (0, 413)
+    for path in ("/etc/passwd", str(folder / "prompt/00.png"), "../../../etc/passwd"):
+        status, said = ask(address, path, "stranger")
+        assert status != 200 or '"success": false' in said.replace(":false", ": false"), said[-500:]
+    assert post(f"{address}/gradio_api/queue/join", b"{}", {"Origin": "http://evil.example", "Content-Type": "text/plain"})[0] == 403
+    assert process.poll() is None
+
+
+@needs_gradio
+def test_the_playground_answers_or_refuses_64_requests_at_once_in_bounded_memory(folder, playground):
+    process, address = playground
+    path = json.loads(upload(address, "red.png", png_bytes())[1])[0]
+    ask(address, path, "warm")
+    before = resident_mb(process)
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        def one(i):
+            with contextlib.suppress(OSError):
+                return ask(address, path, f"many{i}")
+            return 0, "closed"
+
+        said = list(pool.map(one, range(64)))
+    answered = sum("process_completed" in text and "candidate 4" in text for _, text in said)
+    refused = sum(status in (0, 503) or "queue" in text.lower() and "full" in text.lower() for status, text in said)
+    assert answered >= 8 and answered + refused == 64, [text[-300:] for _, text in said]
+    assert resident_mb(process) - before < 300 and process.poll() is None
+    assert "candidate 4" in ask(address, path, "after")[1]
+
+
+@needs_gradio
+@needs_browser
+def test_in_a_browser_a_prompt_is_drawn(tmp_path, playground):
+    """Loads the page in a headless Chromium, presses Draw, and waits until there is a picture."""
+    _, address = playground
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        driver = f"http://127.0.0.1:{free.getsockname()[1]}"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync", "--window-size=1500,1100", f"--user-data-dir={tmp_path / 'profile'}"]
+
+    def drive(path, **body):
+        status, text = post(f"{driver}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        assert status == 200, text
+        return json.loads(text)["value"]
+
+    run = lambda script: drive(f"{session}/execute/sync", script=script, args=[])
+
+    def wait(script, seconds=60):
+        deadline = time.time() + seconds
+        while not (found := run(script)):
+            assert time.time() < deadline, script
+            time.sleep(0.1)
+        return found
+
+    with subprocess.Popen(["chromedriver", f"--port={driver.rsplit(':', 1)[1]}"], stdout=subprocess.DEVNULL) as process:
+        try:
+            while post(f"{driver}/nothing", b"{}", {})[0] == 0:
+                time.sleep(0.2)
+            options = {"args": flags, "binary": shutil.which("chromium")}
+            session = "/session/" + drive("/session", capabilities={"alwaysMatch": {"goog:chromeOptions": options}})["sessionId"]
+            try:
+                drive(f"{session}/url", url=address)
+                picture = "return document.querySelector('#picture img')?.src"
+                wait("return document.querySelectorAll('#prompt img').length >= 15 && document.querySelector('#draw') != null")
+                assert run(picture) is None
+                run("document.querySelector('#draw').click()")
+                first = wait(picture)
+                wait("return document.querySelector('#command textarea').value.includes('--prompts prompts.jsonl')")
+                assert run(picture) != first  # row after row
+                with urllib.request.urlopen(f"{driver}{session}/screenshot") as answer:
+                    (tmp_path / "page.png").write_bytes(base64.b64decode(json.loads(answer.read())["value"]))
+                assert np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).std() > 20
+            finally:
+                urllib.request.urlopen(urllib.request.Request(f"{driver}{session}", method="DELETE")).read()
+        finally:
+            process.terminate()
 
 
 @pytest.mark.skipif(not sample.MINI.exists(), reason="assets/mini is not in this checkout")
