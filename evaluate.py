@@ -123,7 +123,9 @@ def perplexity(config: Perplexity):
         if config.baseline:
             frequency_V = shards.code_counts() / shards.code_counts().sum()
 
-    longest = max(map(len, sentences))
+    longest, context = max(map(len, sentences)), models.model.config.context
+    if longest + config.bos - 1 > context:
+        raise ValueError(f"a sentence has {longest + config.bos} ids and the model's context is {context}; use shorter sentences")
 
     def measure(at):
         for n, nats_T in zip(at, score(models, [sentences[n] for n in at], longest)):
@@ -1280,8 +1282,6 @@ def score(models, sentences, longest) -> list[np.ndarray]:
 
     Rows are padded at the end, where causality hides it, to one shape: one compilation."""
     model, bos = models.model, int(models.bos)
-    if longest + bos - 1 > model.config.context:
-        raise ValueError(f"a sentence has {longest + bos} ids and the model's context is {model.config.context}; use shorter sentences")
     ids_NT = np.full((len(sentences), bos + longest), model.config.pad, np.int32)
     ids_NT[:, :bos] = model.config.bos
     for n, sentence in enumerate(sentences):
