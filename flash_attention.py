@@ -1013,10 +1013,10 @@ def _query_blocks(tile, tile_tokens, C, T):
 
 
 def _in_blocks(kernel, *arrays):
-    """((R, C, ring slots, tiles of both warpgroups), arrays): zeros fill up tokens to whole tiles and blocks, and K.
+    """((R, C, ring slots, tiles), arrays): zeros fill up the tokens to whole tiles and blocks, and heads of 100.
 
     They reach no result: a padded key is later than every query, a padded query has no cotangent, and columns of
-    zeros add nothing to a product. Where nothing is missing (see `native_head_dim`) nothing is copied.
+    zeros add nothing to a product. Where none are missing (see `native_head_dim`) nothing is copied.
     """
     _, T, _, K = arrays[0].shape
     R, C, slots = HOPPER_BLOCKS[_HOPPER_HEAD_DIM[K]][kernel]
