@@ -67,7 +67,7 @@ class Speed:
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """Draws the metrics.jsonl of runs of `vqgan.py train` into one picture, and prints the last values as a table."""
+    """Draws the metrics.jsonl of runs of `vqgan.py train` into one picture, and prints a table of them at the last step that all have."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders; their names are the names of the lines."""
@@ -254,11 +254,11 @@ def curves(config: Curves):
     for i, panel in enumerate(panels):
         sheet.paste(panel, (i * panel.width, 0))
     sheet.quantize(64, dither=Image.Dither.NONE).save(config.out, optimize=True)
-    rows = []
+    steps, rows = min(len(log) for log in logs.values()), []
     for name, log in logs.items():
-        last = lambda what: statistics.mean(line[what] for line in log[-config.window:])
-        rows.append([name, len(log), f"{last('pixel'):.4f}", f"{last('perplexity'):.0f}", f"{last('used'):.2f}", rise(log, config.window)])
-    evaluate.print_table(["run", "steps", "pixel error", "perplexity", "used in a batch", "worst pixel error after the discriminator's start / before"], rows)
+        last = lambda what: statistics.mean(line[what] for line in log[max(0, steps - config.window):steps])
+        rows.append([name, f"{last('pixel'):.4f}", f"{last('perplexity'):.0f}", f"{last('used'):.2f}", rise(log, config.window)])
+    evaluate.print_table([f"at step {steps}", "pixel error", "perplexity", "used in a batch", "worst pixel error after the discriminator's start / before"], rows)
     print(f"wrote {config.out}")
 
 
