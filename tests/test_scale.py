@@ -41,7 +41,7 @@ def two_steps(*sizes, **options):
     optimizer, _ = train.make_optimizer(config)
     _, shardings = train.abstract_state(config, TINY, optimizer, mesh)
     sharp = jax.tree.map(lambda w: w if w.ndim < 2 else 4 * w, eqx.filter_jit(lvm.LVM)(TINY, key=jax.random.key(0)))
-    state = jax.device_put({"model": sharp, "optimizer": optimizer.init(sharp)}, shardings)
+    state = jax.device_put(train.new_state(sharp, optimizer), shardings)
     step = train.make_train_step(train.make_loss(mesh, lvm.partition_specs(sharp), jnp.float32, config.remat, config.z_loss), optimizer, 1, shardings)
     batch = jax.device_put(ROWS, NamedSharding(mesh, train.ROWS))
     state, first = step(state, batch)
