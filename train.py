@@ -935,6 +935,9 @@ def find_topology(name: str):
     if not match:
         raise ValueError(f"--topology {name}: wanted one of {', '.join(CHIPS)} and a shape, such as v5p:4x4x8, v5e:16x16*2 (two slices) or h200:16")
     kind, shape, slices, gpus = match.groups()
+    n = int(gpus or 0)
+    if n > 8 and n % 8:
+        raise ValueError(f"--topology {name}: more than 8 GPUs come in nodes of 8")
     package = "jax_cuda13_plugin" if gpus else "libtpu"
     if importlib.util.find_spec(package) is None:
         raise ValueError(f"--topology {name} needs the compiler of {package}, which is not installed; type: pip install -r tests/compilers.txt")
@@ -943,9 +946,6 @@ def find_topology(name: str):
     tell_xla("cuda" if gpus else "tpu")
     try:
         if gpus:
-            n = int(gpus)
-            if n > 8 and n % 8:
-                raise ValueError("more than 8 GPUs come in nodes of 8")
             return chip, topologies.get_topology_desc(platform="cuda", topology=f"1x{max(1, n // 8)}x{min(n, 8)}", **chip.topology).devices
         more = {"num_slices": int(slices)} if slices else {}
         return chip, topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **more, **chip.topology).devices
