@@ -523,7 +523,7 @@ def make_mesh(config: Config, model_config, devices=None, memory=None):
     devices = jax.devices() if devices is None else devices
     slices = len({getattr(device, "slice_index", None) for device in devices}) if devices[0].platform == "tpu" else 1
     if config.mesh == "auto":
-        memory = memory or (devices[0].memory_stats() or {}).get("bytes_limit")
+        memory = memory or (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         group = len(devices) // slices if devices[0].platform == "tpu" else min(8, len(devices))
         sizes, reason = choose_mesh(config, model_config, len(devices), group, memory, slices)
     else:
