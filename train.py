@@ -31,6 +31,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -522,7 +523,7 @@ def make_mesh(config: Config, model_config, devices=None, memory=None):
     devices = jax.devices() if devices is None else devices
     slices = len({getattr(device, "slice_index", None) for device in devices}) if devices[0].platform == "tpu" else 1
     if config.mesh == "auto":
-        memory = memory or (devices[0].memory_stats() or {}).get("bytes_limit")
+        memory = memory or (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         group = len(devices) // slices if devices[0].platform == "tpu" else min(8, len(devices))
         sizes, reason = choose_mesh(config, model_config, len(devices), group, memory, slices)
     else:
@@ -1264,12 +1265,14 @@ def main():
         tell_xla()
         keep_compiled(config.compilation_cache)
         train(config)
-    except (ValueError, OSError, TrainingStopped) as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 1 if isinstance(error, TrainingStopped) else 2
-        if jax.distributed.is_initialized() and jax.process_count() > 1:  # an orderly exit would wait minutes for the others
+    except Exception as error:
+        expected, together = isinstance(error, (ValueError, OSError, TrainingStopped)), jax.distributed.is_initialized()
+        if not (expected or together):
+            raise
+        print(f"error: {error}" if expected else traceback.format_exc(), file=sys.stderr, flush=True)
+        status = 2 if isinstance(error, (ValueError, OSError)) else 1
+        if together:  # an orderly exit would first wait minutes for the other processes, which wait for this one
             sys.stdout.flush()
-            sys.stderr.flush()
             os._exit(status)
         sys.exit(status)
 
