@@ -900,7 +900,7 @@ def save_replay(config: Config, size: int, path: Path) -> str:
 def serve(config: Config):
     """`--serve`: the page on this machine alone, one drawing at a time, a short queue before it."""
     with tempfile.TemporaryDirectory() as scratch:
-        # A request may name any file of gradio's working and temporary directories, so that is this one, for all but the model.
+        # A request can name files of gradio's working and temporary directories, so both are this one.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": scratch}
         tempfile.tempdir = scratch
         try:
@@ -920,6 +920,7 @@ def serve(config: Config):
             page = playground(config, model, tokenizer, Path(scratch)).queue(max_size=16, default_concurrency_limit=1, api_open=False)
             app = gradio.mount_gradio_app(fastapi.FastAPI(), page, "/", server_name="127.0.0.1", server_port=config.port, theme=theme, css=CSS,
                                           max_file_size=MOST_UPLOAD, footer_links=[], ssr_mode=False)
+            page.has_launched = True  # without, gradio lets a request name any file at all: it skips that check in mounted pages
             print(f"playground http://127.0.0.1:{config.port}   (Ctrl-C ends it)", flush=True)
             uvicorn.Server(uvicorn.Config(guarded(app, config.port), log_level="warning", limit_concurrency=64)).run([listener])
 

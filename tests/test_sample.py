@@ -682,7 +682,7 @@ def test_in_a_browser_a_prompt_is_drawn(tmp_path, playground):
 
     run = lambda script: drive(f"{session}/execute/sync", script=script, args=[])
 
-    def wait(script, seconds=60):
+    def wait(script, seconds=180):
         deadline = time.time() + seconds
         while not (found := run(script)):
             assert time.time() < deadline, script
