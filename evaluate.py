@@ -1080,8 +1080,8 @@ class Scaling:
     """Sentences an update."""
     learning_rates: tuple[float, ...] = (2e-3,)
     """Peak learning rate: one for all sizes, or one for each."""
-    train: str = "--optimizer muon"
-    """Further flags of train.py, in one string."""
+    train: tuple[str, ...] = ("optimizer=muon",)
+    """Further flags of train.py, each NAME=VALUE."""
     out: Path = REPORTS / "scaling"
     """Folder for the runs (OUT/SIZE), scaling.json, loss.png and tasks.png; a ladder that it already holds goes on."""
     devices: int | None = None
@@ -1113,7 +1113,7 @@ def scaling(config: Scaling):
     for n, size in enumerate(config.sizes):
         rate = config.learning_rates[n % len(config.learning_rates)]
         start("train.py", "--size", size, "--data", *data, "--heldout", heldout, "--out", config.out / size, "--steps", steps, "--batch", config.batch, "--context", context,
-              "--warmup", min(steps // 10, 2000), "--save-every", max(steps // 4, 1), "--learning-rate", rate, "--seed", config.seed, *shlex.split(config.train))
+              "--warmup", min(steps // 10, 2000), "--save-every", max(steps // 4, 1), "--learning-rate", rate, "--seed", config.seed, *(f"--{flag}" for flag in config.train))
 
     shards = tokenize_data.Shards(heldout)
     chosen, kinds = choose(shards, config.sentences)
@@ -1367,7 +1367,8 @@ def open_all(config: Common, command):
 
 def weights_digest(model) -> str:
     """Tells apart the steps of a run whose path is one: a hash of each weight's absolute sum."""
-    return hashlib.sha256(str([float(jnp.abs(leaf.astype(jnp.float32)).sum()) for leaf in jax.tree.leaves(model)]).encode()).hexdigest()[:16]
+    sums = jax.jit(lambda leaves: jnp.stack([jnp.abs(leaf.astype(jnp.float32)).sum() for leaf in leaves]))(jax.tree.leaves(model))
+    return hashlib.sha256(np.asarray(sums).tobytes()).hexdigest()[:16]
 
 
 def open_out(out, default) -> Path:
