@@ -239,13 +239,14 @@ def test_a_model_with_padded_projections_is_the_same_function_with_the_same_grad
         seen.append(q.shape[3])
         return flash_attention.flash_attention(q, k, v, **options)
 
-    def loss_and_gradients(model, width):
+    def run(model, width):
         monkeypatch.setattr(lvm, "native_head_dim", lambda *_: width)
-        return jax.value_and_grad(lambda model: (model(ids_BT, dtype=jnp.float32) ** 2).mean())(model)
+        gradients = jax.grad(lambda model: (model(ids_BT, dtype=jnp.float32) ** 2).mean())(model)
+        return gradients, model(ids_BT), lvm.quantize(model)(ids_BT)
 
     monkeypatch.setattr(lvm, "flash_attention", attend)
-    plain, padded = jax.jit(lambda model: [loss_and_gradients(model, width) for width in (6, 10)])(model)
-    assert set(seen) == {6, 10} and jax.tree.map(jnp.shape, padded[1]) == jax.tree.map(jnp.shape, model)
+    plain, padded = jax.jit(lambda model: [run(model, width) for width in (6, 10)])(model)
+    assert set(seen) == {6, 10} and jax.tree.map(jnp.shape, padded[0]) == jax.tree.map(jnp.shape, model)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()), padded, plain)
 
 
