@@ -956,9 +956,10 @@ def test_efficientnet_lite0_knows_what_is_on_the_photographs():
     network = vqgan.load_efficientnet_lite0(pathlib.Path(os.environ["EFFICIENTNET_LITE0"]))
     folder = pathlib.Path(vqgan.__file__).parent / "assets/pictures/photo"
     known = {"chelsea": {281, 282, 283, 284, 285}, "coffee": {504, 967, 968}}  # cats; mug, espresso, cup
+    paths = [path for name in known for path in sorted(folder.glob(f"{name}*"))]
+    best_B = np.argmax(jax.jit(lambda network, x: network(x))(network, np.stack([vqgan.read_image(path, 224) for path in paths])), -1)
     for name, classes in known.items():
-        pixels_BHWC = np.stack([vqgan.read_image(path, 224) for path in sorted(folder.glob(f"{name}*"))])
-        assert np.isin(np.argmax(network(pixels_BHWC), -1), list(classes)).mean() > 0.5
+        assert np.mean([best in classes for best, path in zip(best_B, paths) if path.name.startswith(name)]) > 0.5
 
 
 def test_operations_are_counted_as_by_hand():
