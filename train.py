@@ -1110,8 +1110,8 @@ def _bandwidth(group, mesh, chip, kind):
 
 
 # What XLA needs to be told. TPUs nothing: compiled for v5e, six of the seven gathers of a block run inside fusions that compute
-# (AsyncCollectiveStart in the HLO), and only the first is waited for. GPUs: run collectives beside compute, gather the next
-# layer during this one, join small collectives, leave products to cuBLAS, and rematerialise only what --remat says.
+# (AsyncCollectiveStart in the HLO), and only the first is waited for. GPUs: run collectives beside compute, issue the
+# next layer's gathers in this one, join small collectives, leave products to cuBLAS, and rematerialise only what --remat says.
 XLA_FLAGS = {
     "cuda": (
         "--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_enable_triton_gemm=false --xla_gpu_enable_pipelined_all_gather=true "
