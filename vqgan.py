@@ -1096,7 +1096,7 @@ def to_pixels(image: Image.Image, size: int, fit: str = "stretch", box=None, res
     x, y, side = box or (0.5, 0.5, 1.0)
     width, height = (side * n for n in (image.size if fit == "stretch" else (min(image.size),) * 2))
     left, top = x * (image.width - width), y * (image.height - height)
-    image = image.resize((size, size), resample, (left, top, left + width, top + height))
+    image = image.resize((size, size), resample, (left, top, min(left + width, image.width), min(top + height, image.height)))
     pixels = np.asarray(image, np.float32)
     if pixels.ndim == 2:
         return np.repeat(np.clip(pixels, 0, 1)[:, :, None], 3, axis=2)
