@@ -359,7 +359,7 @@ def draw_by_drafts(model, last_R, cache, keys_N, first, drawing, *, count, reduc
 
     Where the paper accepts a draft by a coin of p / q and draws anew otherwise, each place here has its own random numbers for
     good (`draw_code`): a draft is right if those draw it again after what is now known to stand before it. So what comes out is to the
-    code what drawing one by one gives, at any temperature, and drafts settle instead of being drawn afresh in every pass."""
+    code what drawing one by one gives, at any temperature; as many drafts are kept as by the coin (benchmarks/RESULTS.md)."""
     N, R = len(keys_N), len(last_R)
     row_N1, place_C = jnp.arange(N)[:, None], jnp.arange(C)
 
