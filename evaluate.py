@@ -143,7 +143,8 @@ def perplexity(config: Perplexity):
         values = sorted(e["values"]["model"]["perplexity"] for e in report["examples"])
         line_chart(out / "perplexity.png", {"targets": [(n + 1, y) for n, y in enumerate(values)]}, "Perplexity of the targets", "example, in rising order")
     else:
-        of_kind = {kind: [e["perplexity of each picture"] for e in report["examples"] if kind in (POOLED, label(e["kind"]))]
+        member = lambda kind, e: kind == label(e["kind"]) or kind == POOLED and e["kind"] not in NEVER_TRAINED
+        of_kind = {kind: [e["perplexity of each picture"] for e in report["examples"] if member(kind, e)]
                    for kind in dict.fromkeys(row["kind"] for row in report["rows"])}
         lines = {kind: [(t + 1, float(np.mean(values))) for t, values in enumerate(zip(*pictures))] for kind, pictures in of_kind.items()}
         line_chart(out / "perplexity.png", lines, "Perplexity of each picture of a sentence", "picture")
