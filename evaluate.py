@@ -111,7 +111,8 @@ def perplexity(config: Perplexity):
     out, models, about = open_all(config, "perplexity")
     S, frequency_V = models.tokenizer.config.codes_per_image, None
     if examples:
-        about |= {"data": str(config.prompts), "protocol": "exp(mean NLL of the target pictures' codes after the input pictures) of each example, arithmetic mean over examples"}
+        about |= {"data": str(config.prompts), "protocol": "exp(mean NLL of the target pictures' codes after the input pictures) of each example, "
+                  "arithmetic mean over examples"}
         sentences, targets = encode_prompts(config, models, examples)
         names, kinds = [f"line {n}" for n in range(1, len(examples) + 1)], [str(config.prompts)] * len(examples)
     else:
@@ -137,13 +138,14 @@ def perplexity(config: Perplexity):
             # The first picture may lack its first code, so pictures are cut from the end.
             yield {"kind": kinds[n], "values": values, "perplexity of each picture": np.exp(pictures[::-1]).tolist()}
 
-    rows = run(config, "perplexity", out, about, names, measure)
-    examples, rows = rows["examples"], rows["rows"]
+    report = run(config, "perplexity", out, about, names, measure)
     if config.prompts:
-        values = sorted(e["values"]["model"]["perplexity"] for e in examples)
+        values = sorted(e["values"]["model"]["perplexity"] for e in report["examples"])
         line_chart(out / "perplexity.png", {"targets": [(n + 1, y) for n, y in enumerate(values)]}, "Perplexity of the targets", "example, in rising order")
     else:
-        of_kind = {row["kind"]: [e["perplexity of each picture"] for e in examples if row["kind"] in (POOLED, label(e["kind"]))] for row in rows}
+        member = lambda kind, e: kind == label(e["kind"]) or kind == POOLED and e["kind"] not in NEVER_TRAINED
+        of_kind = {kind: [e["perplexity of each picture"] for e in report["examples"] if member(kind, e)]
+                   for kind in dict.fromkeys(row["kind"] for row in report["rows"])}
         lines = {kind: [(t + 1, float(np.mean(values))) for t, values in enumerate(zip(*pictures))] for kind, pictures in of_kind.items()}
         line_chart(out / "perplexity.png", lines, "Perplexity of each picture of a sentence", "picture")
     print(f"wrote {out}/perplexity.json and perplexity.png")
@@ -359,10 +361,10 @@ def video(config: Video):
                          f"{config.stride} take; lower --frames or --stride")
     if too_short:
         print(f"{len(too_short)} of {len(too_short) + len(queries)} videos are too short and are left out")
-    _, report = run_prompted(
-        config, "video", queries, {f"{config.frames} frames": config.frames}, lambda answer, truth, pictures, kind: {"mse": float(np.square(answer - truth).mean())},
+    run_prompted(
+        config, "video", queries, {f"{config.frames} frames": config.frames}, lambda answer, truth, *_: {"mse": float(np.square(answer - truth).mean())},
         f"exp(mean NLL of the codes of the frame after {config.frames} frames, at stride {config.stride}) of each clip, arithmetic mean over clips; one clip a "
-        f"video, its start drawn by the seed and the path; {config.fit}ed bilinearly", {"data": str(config.data), "too_short": too_short})
+        f"video, its start drawn by the seed and the path; bilinear {config.fit}", {"data": str(config.data), "too_short": too_short})
 
 
 def read_clip(path, wanted, fit, size):
@@ -411,7 +413,8 @@ def segmentation(config: Segmentation):
         for item in range(config.items):
             name, number = listed[item % len(listed)]
             if len(set(of_class[number])) <= max(config.shots):
-                raise ValueError(f"{config.folds}/fold{fold}.txt: class {number} has {len(of_class[number])} pictures, too few for {max(config.shots)} examples; lower --shots")
+                raise ValueError(f"{config.folds}/fold{fold}.txt: class {number} has {len(of_class[number])} pictures, too few for "
+                                 f"{max(config.shots)} examples; lower --shots")
             examples = []
             while len(examples) < max(config.shots):
                 drawn = str(rng.choice(of_class[number], 1, replace=False)[0])
@@ -421,9 +424,10 @@ def segmentation(config: Segmentation):
             names = [*examples[::-1], name]
             check_files([root / "JPEGImages" / f"{n}.jpg" for n in names] + [root / "SegmentationClassAug" / f"{n}.png" for n in names], VOC_LAYOUT)
             queries.append(Query(f"fold {fold} item {item}: {name}, class {number}", f"fold {fold}", functools.partial(read_masked, root, names, number)))
-    run_prompted(config, "segmentation", queries, prompts, judge_mask, "Pascal-5i of Bar et al. (2022): items by index modulo the list, examples of the same class and "
-                 "list (numpy RandomState), IoU of white after rounding answer and truth to white and black, empty union 1, plain mean over items; ours: numbers of "
-                 "pairs, the tokenizer's resolution", {"data": str(root), "folds": str(config.folds)})
+    run_prompted(config, "segmentation", queries, prompts, judge_mask,
+                 "Pascal-5i of Bar et al. (2022): items by index modulo the list, examples of the same class and list (numpy RandomState), IoU of white after "
+                 "rounding answer and truth to white and black, empty union 1, plain mean over items; ours: numbers of pairs, the tokenizer's resolution",
+                 {"data": str(root), "folds": str(config.folds)})
 
 
 def read_masked(root, names, number, size):
@@ -452,13 +456,13 @@ def iou(a_HW, b_HW) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Detection(Prompted):
-    """Detection of a single object on VOC2012, by the protocol of Bar et al. (2022): pictures with exactly one annotated object
+    """Detection of a single object on VOC2012, by the protocol of Bar et al. (2022): pictures with exactly one annotated object,
     whose box is under 20% of the picture; queries from the list val, examples of the same class from train; the answer is
     the box, filled white on black. Of the drawn answer the box around the largest white component (8 neighbours) counts;
     IoU of the two filled boxes; plain mean.
 
-    They have four splits of one example pair each, and the paper of LVM gives one figure for what it calls split 1; which
-    pictures it holds is not published. Ours are all pictures of val that qualify, examples drawn by the seed."""
+    The paper of LVM gives one figure, for what it calls split 1, and does not say which pictures that is. Ours are all pictures
+    of val that qualify, examples drawn by the seed, after 1 and 7 pairs."""
 
     data: Path
     """VOC2012: the folder that holds JPEGImages, Annotations and ImageSets/Main, or the one above VOCdevkit/VOC2012."""
@@ -473,24 +477,25 @@ def detection(config: Detection):
     prompts, root, found = check_shots(config.shots), voc_root(config.data, ("JPEGImages", "Annotations", "ImageSets/Main")), {}
     for split in ("train", "val"):
         names = read_lines(root / "ImageSets" / "Main" / f"{split}.txt", VOC_LAYOUT)
-        boxes = {name: single_object(root / "Annotations" / f"{name}.xml") for name in tqdm(names, unit="picture", desc=f"reading {split}", dynamic_ncols=True)}
-        found[split] = {name: box for name, box in boxes.items() if box}
+        bar = tqdm(names, unit="picture", desc=f"reading {split}", dynamic_ncols=True)
+        found[split] = {name: box for name in bar if (box := single_object(root / "Annotations" / f"{name}.xml"))}
     of_class = collections.defaultdict(list)
     for name, (category, _) in found["train"].items():
         of_class[category].append(name)
     rng, queries = np.random.RandomState(config.seed), []
     for name, (category, _) in list(found["val"].items())[:config.items]:
         if len(of_class[category]) < max(config.shots):
-            raise ValueError(f"{root}: train has {len(of_class[category])} pictures with a single small {category}, too few for {max(config.shots)} examples; lower --shots")
+            raise ValueError(f"{root}: train has {len(of_class[category])} pictures with a single small {category}, too few for "
+                             f"{max(config.shots)} examples; lower --shots")
         names = [str(n) for n in rng.permutation(of_class[category])[:max(config.shots)]] + [name]
         check_files([root / "JPEGImages" / f"{n}.jpg" for n in names], VOC_LAYOUT)
         boxes = [found["train"][n][1] for n in names[:-1]] + [found["val"][name][1]]
         queries.append(Query(name, category, functools.partial(read_boxed, root, names, boxes)))
     if not queries:
         raise ValueError(f"{root}: no picture of val has exactly one object, in a box under 20% of the picture")
-    run_prompted(config, "detection", queries, prompts, judge_box, "single objects under 20% of VOC2012 val (Bar et al. 2022), examples of the same class from train; "
-                 "box around the largest white component, IoU of filled boxes, plain mean; ours: numbers of pairs, the tokenizer's resolution, all of val that "
-                 "qualifies (the published lists are pickles)", {"data": str(root)})
+    run_prompted(config, "detection", queries, prompts, judge_box,
+                 "single objects under 20% of VOC2012 val (Bar et al. 2022), examples of the same class from train; box around the largest white component, "
+                 "IoU of filled boxes, plain mean; ours: numbers of pairs, the tokenizer's resolution, all of val that qualifies", {"data": str(root)})
 
 
 def single_object(file) -> tuple[str, tuple[float, ...]] | None:
@@ -515,7 +520,8 @@ def read_boxed(root, names, boxes, size):
     pictures = []
     for name, (left, top, right, bottom) in zip(names, boxes):
         answer_HWC = np.zeros((size, size, 3), np.float32)
-        answer_HWC[round(top * size):max(round(bottom * size), round(top * size) + 1), round(left * size):max(round(right * size), round(left * size) + 1)] = 1
+        span = lambda first, last: slice(round(first * size), max(round(last * size), round(first * size) + 1))  # never empty
+        answer_HWC[span(top, bottom), span(left, right)] = 1
         pictures += [vqgan.read_image(root / "JPEGImages" / f"{name}.jpg", size), answer_HWC]
     return pictures
 
@@ -588,8 +594,9 @@ def colorization(config: Colorization):
         values = colour_errors(answer_HWC, truth_HWC)
         return values | ({"lpips": float(distance(network, answer_HWC[None], truth_HWC[None])[0])} if network else {})
 
-    run_prompted(config, "colorization", queries, prompts, judge, "1,000 pictures by RandomState (Bar et al. 2022), MSE of pixels divided by ImageNet's deviation, plain MSE"
-                 + (", LPIPS (VGG16, version 0.1)" if network else "") + f"; ours: numbers of pairs, examples from all other pictures, {config.fit}ed bicubically",
+    run_prompted(config, "colorization", queries, prompts, judge,
+                 "pictures drawn by RandomState (Bar et al. 2022: 1,000 at seed 5), MSE of pixels divided by ImageNet's deviation, plain MSE"
+                 + (", LPIPS (VGG16, version 0.1)" if network else "") + f"; ours: numbers of pairs, examples from all other pictures, bicubic {config.fit}",
                  {"data": str(config.data)})
 
 
@@ -625,10 +632,10 @@ class Depth(Paired):
 
 def depth(config: Depth):
     queries = paired_queries(config, "depths", read_depths, read_depth)
-    run_prompted(config, "depth", queries, check_shots(config.shots), lambda answer, truth, pictures, kind: depth_errors(answer.mean(-1), truth),
-                 "inverse depth drawn near = white, scaled to each picture's range; scale and shift fitted in inverse depth by least squares (as MiDaS), depth at most the "
-                 "picture's largest; absolute relative error, share of pixels under a factor 1.25; plain means over pictures. All of it is ours: the paper measures no "
-                 "depth", {"data": str(config.data)})
+    run_prompted(config, "depth", queries, check_shots(config.shots), lambda answer, truth, *_: depth_errors(answer.mean(-1), truth),
+                 "inverse depth drawn near = white, scaled to each picture's range; scale and shift fitted in inverse depth by least squares (as MiDaS), "
+                 "depth at most the picture's largest; absolute relative error, share of pixels under a factor 1.25; plain means over pictures. All of it "
+                 "is ours: the paper measures no depth", {"data": str(config.data)})
 
 
 def read_depth(path, size) -> np.ndarray:
@@ -677,9 +684,10 @@ class Edges(Paired):
 
 def edges(config: Edges):
     queries = paired_queries(config, "edges", read_edge_pictures)
-    run_prompted(config, "edges", queries, check_shots(config.shots), lambda answer, truth, pictures, kind: edge_scores(is_white(answer), is_white(truth)),
-                 f"white edges on black, drawn ones at the nearer of both; precision and recall of edge pixels within {EDGE_TOLERANCE} of the diagonal of one of the other "
-                 "picture, F their harmonic mean of each picture, plain mean over pictures. All of it is ours: the paper measures no edges", {"data": str(config.data)})
+    run_prompted(config, "edges", queries, check_shots(config.shots), lambda answer, truth, *_: edge_scores(is_white(answer), is_white(truth)),
+                 f"white edges on black, drawn ones at the nearer of both; precision and recall of edge pixels within {EDGE_TOLERANCE} of the diagonal of one "
+                 "of the other picture, F their harmonic mean of each picture, plain mean over pictures. All of it is ours: the paper measures no edges",
+                 {"data": str(config.data)})
 
 
 def read_edge_pictures(image_paths, answer_paths, size):
@@ -867,7 +875,7 @@ def fid(config: Fid):
     if config.weights is None or not config.weights.is_file():
         raise ValueError(f"--weights {config.weights or ''}: no weights of {config.network} there; {where}".replace(" :", ":"))
     if (config.generated is None) == (config.tokenizer is None):
-        raise ValueError("name the pictures to compare with --generated, or a tokenizer that reconstructs those of --data with --tokenizer, and not both")
+        raise ValueError("name pictures to compare with --generated, or with --tokenizer a tokenizer that reconstructs those of --data, and not both")
     check_at_least(1, batch=config.batch, rounds=config.rounds, size=config.size)
     tokenizer = vqgan.load(config.tokenizer) if config.tokenizer else None
     size = tokenizer.config.resolution if tokenizer else config.size
@@ -882,19 +890,20 @@ def fid(config: Fid):
     least = max((D + 1) * (config.distance != "kernel"), LEAST_FOR_KERNEL * (config.distance != "frechet"))
     for side, count in counts.items():
         if count < least:
-            raise ValueError(f"{sides[side]}: {count} pictures, and a {'kernel' if config.distance == 'kernel' else 'Frechet'} distance of {D} features needs {least} or more"
-                             + ("" if config.distance == "kernel" else f"; --distance kernel needs {LEAST_FOR_KERNEL}"))
+            name, hint = ("kernel", "") if config.distance == "kernel" else ("Frechet", f"; --distance kernel needs {LEAST_FOR_KERNEL}")
+            raise ValueError(f"{sides[side]}: {count} pictures, and a {name} distance of {D} features needs {least} or more{hint}")
 
     network = (vqgan.load_efficientnet_lite0 if config.network == "efficientnet-lite0" else load_inception)(config.weights)
     mesh, batch = share(config.devices, config.batch)
     network, tokenizer = jax.device_put((network, tokenizer), NamedSharding(mesh, P()))
-    extract = jax.jit(lambda network, pixels_BHWC: network.pooled(pixels_BHWC) if config.network == "inception" else efficientnet_pooled(network, pixels_BHWC))
+    extract = jax.jit(Inception.pooled if config.network == "inception" else efficientnet_pooled)
     out = open_out(config.out, f"fid-{config.network}")
-    about = {"command": "python evaluate.py " + shlex.join(sys.argv[1:]), "definition": definition, "network": config.network, "weights_sha256": digest, "size": size,
-             "data": str(config.data), "generated": f"reconstructions by {config.tokenizer}" if tokenizer else str(config.generated), "pictures": counts, "seed": config.seed,
-             "protocol": "statistics in float64; Frechet: |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2), covariances over n - 1, interval by the reverse bootstrap over pictures (a "
-             "resample repeats pictures, which raises the distance; what it raises it by is taken off); kernel: unbiased MMD^2 of disjoint blocks of at most 1,000 "
-             "pictures, mean, bootstrap over blocks", "device": jax.devices()[0].device_kind}
+    about = {"command": "python evaluate.py " + shlex.join(sys.argv[1:]), "definition": definition, "network": config.network, "weights_sha256": digest,
+             "size": size, "data": str(config.data), "generated": f"reconstructions by {config.tokenizer}" if tokenizer else str(config.generated),
+             "pictures": counts, "seed": config.seed, "device": jax.devices()[0].device_kind,
+             "protocol": "statistics in float64; Frechet: |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2), covariances over n - 1, interval: the "
+             "spread of resamples of pictures about their own mean, turned round (a resample repeats pictures, which raises the distance); kernel: unbiased MMD^2 of "
+             "disjoint blocks of at most 1,000 pictures, mean, bootstrap over blocks"}
     names = [(side, path) for side in paths for path in paths[side]]
 
     def measure(at):
@@ -921,8 +930,8 @@ def fid(config: Fid):
     print_table(["distance", "definition", "pictures", "value", "95% interval"], [
         [name, definition, f"{counts['data']} and {counts['generated']}", f"{d['mean']:.6g}", f"{d['low']:.6g} - {d['high']:.6g}"] for name, d in distances.items()])
     write_report(out, "fid", about | {"distances": distances, "examples": {side: [str(p) for p in paths[side]] for side in paths}})
-    far_N = np.linalg.norm(b_ND - a_ND.mean(0), axis=1)
-    line_chart(out / "fid.png", {"generated": list(enumerate(np.sort(far_N), 1)), "data": list(enumerate(np.sort(np.linalg.norm(a_ND - a_ND.mean(0), axis=1)), 1))},
+    far = {side: np.sort(np.linalg.norm(x_ND - a_ND.mean(0), axis=1)) for side, x_ND in (("generated", b_ND), ("data", a_ND))}
+    line_chart(out / "fid.png", {side: list(enumerate(far_N, 1)) for side, far_N in far.items()},
                "Distance of each picture's features from the mean of the data", "picture, in rising order")
     for side in paths:
         partial_file(out, f"fid-{side}").unlink()
@@ -955,8 +964,7 @@ def frechet_interval(a_ND, b_ND, seed, rounds) -> dict:
     rng, value = np.random.default_rng(seed), frechet(a_ND, b_ND)
     resample = lambda x_ND: x_ND[rng.integers(len(x_ND), size=len(x_ND))]
     values = [frechet(resample(a_ND), resample(b_ND)) for _ in tqdm(range(rounds), unit="resample", dynamic_ncols=True)]
-    excess = np.mean(values) - value
-    low, high = (2 * value - np.percentile(values, q) + excess for q in (97.5, 2.5))
+    low, high = (value + np.mean(values) - np.percentile(values, q) for q in (97.5, 2.5))
     return {"mean": value, "low": float(max(low, 0)), "high": float(high)}
 
 
@@ -1112,8 +1120,9 @@ def scaling(config: Scaling):
     # Nothing here may touch a device before the last run has ended: a process takes all its memory.
     for n, size in enumerate(config.sizes):
         rate = config.learning_rates[n % len(config.learning_rates)]
-        start("train.py", "--size", size, "--data", *data, "--heldout", heldout, "--out", config.out / size, "--steps", steps, "--batch", config.batch, "--context", context,
-              "--warmup", min(steps // 10, 2000), "--save-every", max(steps // 4, 1), "--learning-rate", rate, "--seed", config.seed, *(f"--{flag}" for flag in config.train))
+        start("train.py", "--size", size, "--data", *data, "--heldout", heldout, "--out", config.out / size, "--steps", steps, "--batch", config.batch,
+              "--context", context, "--warmup", min(steps // 10, 2000), "--save-every", max(steps // 4, 1), "--learning-rate", rate, "--seed", config.seed,
+              *(f"--{flag}" for flag in config.train))
 
     shards = tokenize_data.Shards(heldout)
     chosen, kinds = choose(shards, config.sentences)
@@ -1138,23 +1147,23 @@ def scaling(config: Scaling):
     N_M, loss_NM = np.array([parameters[s] for s in config.sizes], float), np.array([[v[s]["loss"] for s in config.sizes] for v in values])
     fitted, rng = fit_power_law(N_M, loss_NM.mean(0)), np.random.default_rng(config.seed)
     resampled = [fit_power_law(N_M, loss_NM[rng.integers(len(loss_NM), size=len(loss_NM))].mean(0)) for _ in range(200)]
-    fit = {name: {"value": fitted[name], "low": float(np.percentile([r[name] for r in resampled], 2.5)), "high": float(np.percentile([r[name] for r in resampled], 97.5))}
-           for name in ("E", "A", "a")}
+    between = {name: np.percentile([r[name] for r in resampled], [2.5, 97.5]) for name in ("E", "A", "a")}
+    fit = {name: {"value": fitted[name], "low": float(low), "high": float(high)} for name, (low, high) in between.items()}
     print(f"loss = {fitted['E']:.3f} + {fitted['A']:.3g} / N^{fitted['a']:.3f}, largest residual {fitted['residual']:.2g} nats"
           + ("; three sizes fix three parameters: this is no test of the law" if len(N_M) == 3 else ""))
     ticks = {math.log(n): f"{size} {n / 1e6:.3g} M" for size, n in parameters.items()}
     law = lambda n: fitted["E"] + fitted["A"] * n ** -fitted["a"]
-    line_chart(config.out / "loss.png", {"held-out loss": [(math.log(parameters[s]), *summary(loss_NM[:, m], config.seed).values()) for m, s in enumerate(config.sizes)],
-                                         "E + A / N^a": [(x, law(math.exp(x))) for x in np.linspace(min(ticks), max(ticks), 50)]},
-               "Held-out loss in nats a code", "parameters", ticks)
+    losses = [(math.log(parameters[size]), *summary(loss_NM[:, m], config.seed).values()) for m, size in enumerate(config.sizes)]
+    curve = [(x, law(math.exp(x))) for x in np.linspace(min(ticks), max(ticks), 50)]
+    line_chart(config.out / "loss.png", {"held-out loss": losses, "E + A / N^a": curve}, "Held-out loss in nats a code", "parameters", ticks)
     line_chart(config.out / "tasks.png", {kind: [(math.log(parameters[r["line"]]), *r["measures"]["perplexity"].values()) for r in rows if r["kind"] == kind]
                                           for kind in dict.fromkeys(r["kind"] for r in rows)}, "Perplexity of the last picture", "parameters", ticks)
     write_report(config.out, "scaling", {
-        "command": "python evaluate.py " + shlex.join(sys.argv[1:]), "protocol": "each size sees the same sentences in the same order; loss: mean over held-out sentences "
-        "of nats a code; perplexity: of the last picture's codes given all before; loss = E + A / N^a by least squares, N all parameters, E and A not negative; "
-        "intervals over held-out sentences, not over training runs", "seed": config.seed, "sizes": parameters, "tokens": steps * config.batch * context, "steps": steps,
-        "learning_rates": config.learning_rates, "train": config.train, "data": list(map(str, data)), "heldout": str(heldout), "fit": fit | {"residual": fitted["residual"]},
-        "device": jax.devices()[0].device_kind, "rows": rows, "examples": examples})
+        "command": "python evaluate.py " + shlex.join(sys.argv[1:]), "sizes": parameters, "tokens": steps * config.batch * context, "steps": steps,
+        "learning_rates": config.learning_rates, "train": config.train, "data": list(map(str, data)), "heldout": str(heldout), "seed": config.seed,
+        "protocol": "each size sees the same sentences in the same order; loss: mean over held-out sentences of nats a code; perplexity: of the last "
+        "picture's codes given all before; loss = E + A / N^a by least squares, N all parameters, E and A not negative; intervals over held-out sentences, "
+        "not over training runs", "fit": fit | {"residual": fitted["residual"]}, "device": jax.devices()[0].device_kind, "rows": rows, "examples": examples})
     for size in config.sizes:
         partial_file(config.out, f"scaling-{size}").unlink()
     print(f"wrote {config.out}/scaling.json, loss.png and tasks.png")
@@ -1174,7 +1183,8 @@ def fit_power_law(N_M, loss_M) -> dict[str, float]:
 
     def solve(a):
         basis_M = (N_M / scale) ** -a
-        candidates = [np.linalg.lstsq(np.stack([np.ones_like(basis_M), basis_M], 1), loss_M, rcond=None)[0], (0.0, (basis_M @ loss_M) / (basis_M @ basis_M)), (loss_M.mean(), 0.0)]
+        free = np.linalg.lstsq(np.stack([np.ones_like(basis_M), basis_M], 1), loss_M, rcond=None)[0]
+        candidates = [free, (0.0, (basis_M @ loss_M) / (basis_M @ basis_M)), (loss_M.mean(), 0.0)]
         fits = [(np.square(E + A * basis_M - loss_M).sum(), float(E), float(A)) for E, A in candidates if E >= 0 and A >= 0]
         return (*min(fits), a)
 
@@ -1358,8 +1368,8 @@ def open_all(config: Common, command):
     tokenizer = sample.open_tokenizer(tokenizer_path, model_path)
     model = sample.open_model(model_path, tokenizer, tokenizer_path, config.dtype)
     print(f"model      {model_path}: {lvm.parameter_count(model.config):,} parameters\ntokenizer  {tokenizer_path}")
-    about = {"command": "python evaluate.py " + shlex.join(sys.argv[1:]), "model": model_path, "parameters": lvm.parameter_count(model.config), "weights": weights_digest(model),
-             "tokenizer": str(tokenizer_path), "fingerprint": vqgan.fingerprint(tokenizer), **{k: getattr(config, k) for k in ("seed", "bos", "dtype")},
+    about = {"command": "python evaluate.py " + shlex.join(sys.argv[1:]), "model": model_path, "parameters": lvm.parameter_count(model.config),
+             "weights": weights_digest(model), "tokenizer": str(tokenizer_path), "fingerprint": vqgan.fingerprint(tokenizer), **{k: getattr(config, k) for k in ("seed", "bos", "dtype")},
              "device": jax.devices()[0].device_kind}
     model, tokenizer = jax.device_put((model, tokenizer), NamedSharding(mesh, P()))
     return out, Models(model, tokenizer, mesh, batch, config.bos), about
@@ -1486,6 +1496,8 @@ def summarise(examples, seed) -> list[dict]:
             values, measures = [e["values"][line] for e in members if line in e["values"]], {}
             for name in dict.fromkeys(name for v in values for name in v if name != "codes"):
                 values_N = np.array([v[name] for v in values if name in v])
+                if len(values_N) < len(values):
+                    continue  # kinds that are measured otherwise are not pooled
                 if name == "nats":  # pooled: every code counts alike
                     nats = summary(values_N, seed, np.array([v["codes"] for v in values]))
                     measures |= {"pooled perplexity": {k: math.exp(v) for k, v in nats.items()}, "bits a code": {k: v / math.log(2) for k, v in nats.items()}}
@@ -1506,21 +1518,20 @@ def summary(values_N, seed, weights_N=None, rounds=2000) -> dict:
 
 def print_tables(rows, main=None):
     """A table of kinds and measures; of several lines, one of kinds and lines for each measure, with the interval of line `main`."""
-    lines, measures, kinds = (list(dict.fromkeys(found)) for found in ([r["line"] for r in rows], [m for r in rows for m in r["measures"]], [r["kind"] for r in rows]))
-    cell = lambda row, measure: row["measures"].get(measure) if row else None
+    lines, kinds = (list(dict.fromkeys(row[name] for row in rows)) for name in ("line", "kind"))
+    measures, of = list(dict.fromkeys(m for row in rows for m in row["measures"])), {(row["kind"], row["line"]): row for row in rows}
+    cell = lambda kind, line, measure: of.get((kind, line), {"measures": {}})["measures"].get(measure)
+    mean = lambda value: f"{value['mean']:.4g}" if value else ""
     interval = lambda value: f"{value['low']:.4g} - {value['high']:.4g}" if value else ""
     if len(lines) == 1:
         print_table(["kind", "examples", *(text for m in measures for text in (m, "95% interval"))], [
-            [r["kind"], r["examples"], *(text for m in measures for text in (f"{cell(r, m)['mean']:.4g}" if cell(r, m) else "", interval(cell(r, m))))] for r in rows])
+            [row["kind"], row["examples"], *(show(row["measures"].get(m)) for m in measures for show in (mean, interval))] for row in rows])
         return
-    of = {(r["kind"], r["line"]): r for r in rows}
     for measure in measures:
-        there = [line for line in lines if any(cell(of.get((kind, line)), measure) for kind in kinds)]
+        there = [line for line in lines if any(cell(kind, line, measure) for kind in kinds)]
         last = main if main in there else there[-1]
-        body = [[kind, of[kind, last]["examples"], *(f"{value['mean']:.4g}" if (value := cell(of.get((kind, line)), measure)) else "" for line in there), interval(cell(of[kind, last], measure))]
-                for kind in kinds if (kind, last) in of and cell(of[kind, last], measure)]
-        if len(body) == 2 and body[-1][0] == POOLED:
-            body.pop()
+        body = [[kind, of[kind, last]["examples"], *(mean(cell(kind, line, measure)) for line in there), interval(cell(kind, last, measure))]
+                for kind in kinds if cell(kind, last, measure)]
         print(f"\n{measure} ({BETTER.get(measure, 'lower')} is better)")
         print_table(["kind", "examples", *there, f"95% interval, {last}"], body)
 

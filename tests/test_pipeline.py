@@ -38,8 +38,9 @@ def test_the_main_job_composes_trains_and_says_what_to_type_next(folder):
 def test_sample_prompts_the_newest_run_and_evaluate_measures_it(folder):
     assert "runs/mini" in python(folder, "sample.py", "--candidates", 2)
     assert Image.open(folder / "sample.png").width > 500
-    python(folder, "evaluate.py", "shots", "--sentences", 1, "--shots", 2, "--sheet", 0)
-    assert len(json.loads((folder / "runs/evaluate/shots-mini/shots.json").read_text())["rows"][0]["shots"]) == 3
+    python(folder, "evaluate.py", "shots", "--sentences", 1, "--shots", 1, "--sheet", 0)
+    rows = json.loads((folder / "runs/evaluate/shots-mini/shots.json").read_text())["rows"]
+    assert {"0 pairs", "1 pair", "copy the query"} <= {row["line"] for row in rows}
 
 
 def test_a_run_becomes_a_hugging_face_folder_that_can_be_prompted(folder):
