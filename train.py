@@ -279,7 +279,7 @@ def train(config: Config) -> lvm.LVM:
     meter = Meter(first, config.batch * context, lvm.training_flops(model_config, context), peak_rates(dtype))
     pending, stopping = collections.deque(), False
 
-    with asked_to_stop() as stop, open_log(config, first) as write, tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True, disable=not leads) as bar:
+    with asked_to_stop() as stop, checkpoints, open_log(config, first) as write, tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True, disable=not leads) as bar:
         if first < config.steps:
             batch = next(batches)
             with meter.clock("compile"):
@@ -731,6 +731,14 @@ class Checkpoints:
     def wait(self):
         if self.commit:
             self.commit.result()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """A run that fails lets the save that it has begun come to its end; one of several processes might wait in vain."""
+        if error is None or jax.process_count() == 1:
+            self.wait()
 
     def close(self):
         self.wait()
