@@ -404,7 +404,7 @@ def test_diffusers_own_folder_returns_from_our_export_and_its_other_networks_are
 def test_amused_whose_sample_size_is_the_meaningless_default_is_read_at_256_pixels():
     config = vqgan.VQGANConfig(**VQGAN_CONFIGS["released"])
     fields = vqgan.config_fields("diffusers", config) | {"sample_size": 32}
-    assert vqgan.read_config(pathlib.Path("config.json"), fields)[1] == config
+    assert vqgan.read_config(pathlib.Path("config.json"), fields, 1000)[1] == config
 
 
 def test_the_bundled_tokenizer_keeps_the_name_that_datasets_know_it_by():
