@@ -1014,8 +1014,9 @@ class Inception(eqx.Module):
             return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
 
         def mean(x):
-            total = lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
-            return total(x) / total(jnp.ones_like(x))
+            total = lax.reduce_window(x, 0.0, lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
+            counts = (np.convolve(np.ones(n, np.float32), np.ones(3, np.float32), "same") for n in x.shape[1:3])
+            return total / np.outer(*counts)[:, :, None]
 
         x = conv("Conv2d_1a_3x3", x, 2)
         x = window(conv("Conv2d_2b_3x3", conv("Conv2d_2a_3x3", x, padding="VALID")), 2)

@@ -814,7 +814,7 @@ def _load_run(path, fields, dtype):
         except Exception as error:  # a broken step fails in as many ways as it can be broken
             reason = str(error).split("\n")[0]
             print(f"{step} does not restore ({reason}); trying the one before", file=sys.stderr)
-    raise ValueError(f"{folder} has no step that restores as the config says: {config}")
+    raise ValueError(f"{folder} has no whole step that restores as the config says: {config}")
 
 
 DIGESTS = "digests.sha256"

@@ -616,9 +616,9 @@ def test_inception_equals_pytorch_fid_and_its_file_is_used_whole(tmp_path):
     weights = efficientnet_weights(json.loads(str(fixture["shapes"])))
     save_file(weights, tmp_path / "i.safetensors")
     network = evaluate.load_inception(tmp_path / "i.safetensors")
-    features_BD = jax.jit(lambda network, x: network.pooled(x))(network, np.concatenate(measured_pictures()))
-    assert features_BD.shape == (4, 2048)
-    np.testing.assert_allclose(features_BD[:, ::4], fixture["features_BD"], rtol=0, atol=2e-5)
+    features_BD = jax.jit(lambda network, x: network.pooled(x))(network, np.concatenate(measured_pictures())[:1])
+    assert features_BD.shape == (1, 2048)
+    np.testing.assert_allclose(features_BD[:, ::4], fixture["features_BD"][:1], rtol=0, atol=2e-5)
     save_file({name: array for name, array in weights.items() if "Mixed_7c" not in name}, tmp_path / "less.safetensors")
     save_file(weights | {"AuxLogits.fc.weight": np.zeros(1, np.float32)}, tmp_path / "more.safetensors")
     for name, reason in (("less", "InceptionV3 has 94"), ("more", "unexpected tensor AuxLogits")):

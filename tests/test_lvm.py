@@ -255,7 +255,7 @@ def test_rows_that_share_a_prompt_decode_as_if_each_had_read_it(model, implement
     step = jax.jit(functools.partial(lvm.decode_step, implementation=implementation))
     for t in range(13, 24):
         logits_BV, cache = step(model, ids_BT[:, t], cache)
-        np.testing.assert_allclose(logits_BV, logits_BTV[:, t], atol=1e-5)
+        np.testing.assert_allclose(logits_BV, logits_BTV[:, t], atol=2e-5)
     with pytest.raises(ValueError, match="7 rows do not divide over the 2 rows of the prompt"):
         lvm.branch(prompt, 7, slots)
 
@@ -437,7 +437,7 @@ def test_a_run_folder_gives_its_newest_step_that_restores(model, run_folder, cap
 def test_a_run_whose_config_is_not_that_of_its_weights_is_refused(run_folder, capfd):
     config = dataclasses.asdict(dataclasses.replace(CONFIG, ffn=96))
     (run_folder / "config.json").write_text(json.dumps({"model": config}))
-    with pytest.raises(ValueError, match="no step that restores as the config says"):
+    with pytest.raises(ValueError, match="no whole step that restores as the config says"):
         lvm.load(run_folder)
     assert "down_FD is (3, 80, 48), by the config (3, 96, 48)" in capfd.readouterr().err
 
