@@ -277,7 +277,7 @@ def test_ahead_of_time_the_training_step_compiles_and_says_what_it_takes(topolog
     config = train.Config(size="debug", context=512, batch=16, mesh=mesh, remat="minimal", compile_only=True, topology=topology)
     facts = train.compile_only(config)
     weights = 4 * lvm.parameter_count(lvm.SIZES["debug"])
-    assert facts["fits"] and 3 * weights / 4 < facts["arguments"] < 3 * weights / 2  # weights and two moments, split over 4 or more
+    assert facts["fits"] and 3 * weights / 8 < facts["arguments"] < 3 * weights / 2  # weights and two moments, split over 2 to 8
     assert facts["flops"] == 16 * 512 * lvm.training_flops(lvm.SIZES["debug"], 512)
-    assert facts["collectives"]["all-gather"]["count"] >= 2 * 7  # each layer's weights
+    assert facts["collectives"]["all-gather"]["count"] >= 2  # once a layer at least: XLA joins the gathers of its seven matrices as it likes
     assert "it fits" in capsys.readouterr().out
