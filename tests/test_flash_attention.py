@@ -336,27 +336,12 @@ def test_the_benchmark_prints_a_rate_and_a_small_error_for_every_implementation(
 
 # Programs for chips that are not here: the real compilers accept every kernel.
 
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 150000000000
-  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
-  device_vendor: "NVIDIA Corporation" name: "NVIDIA H200"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA H200"
-"""
 CHIPS = {
     "v4": dict(platform="tpu", topology_name="v4:2x2x1", chip_config_name="megacore"),
     "v5e": dict(platform="tpu", topology_name="v5e:2x2"),
     "v5p": dict(platform="tpu", topology_name="v5p:2x2x1", chip_config_name="megachip_tccontrol"),
     "v6e": dict(platform="tpu", topology_name="v6e:2x2"),
-    "h200": dict(platform="cuda", topology_name="h200", target_config=H200, topology="1x1x4"),
+    "h200": dict(platform="cuda", topology_name="h200", target_config=train.H200, topology="1x1x4"),
 }
 
 
