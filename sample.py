@@ -899,10 +899,9 @@ def save_replay(config: Config, size: int, path: Path) -> str:
 
 def serve(config: Config):
     """`--serve`: the page on this machine alone, one drawing at a time, a short queue before it."""
-    with tempfile.TemporaryDirectory() as scratch:
-        # A request can name files of gradio's working and temporary directories, so both are this one.
+    # A request can name files of gradio's working and temporary directories, so both are this one.
+    with tempfile.TemporaryDirectory() as scratch, temporary_files_in(scratch):
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": scratch}
-        tempfile.tempdir = scratch
         try:
             import fastapi
             import gradio
@@ -923,6 +922,15 @@ def serve(config: Config):
             page.has_launched = True  # without, gradio lets a request name any file at all: it skips that check in mounted pages
             print(f"playground http://127.0.0.1:{config.port}   (Ctrl-C ends it)", flush=True)
             uvicorn.Server(uvicorn.Config(guarded(app, config.port), log_level="warning", limit_concurrency=64)).run([listener])
+
+
+@contextlib.contextmanager
+def temporary_files_in(folder: str):
+    tempfile.tempdir, before = folder, tempfile.tempdir
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def playground(config: Config, model, tokenizer, scratch: Path):

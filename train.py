@@ -742,6 +742,9 @@ class Checkpoints:
 
     def close(self):
         self.wait()
+        if jax.process_index() == 0:
+            for leftover in self.folder.glob("*.partial*"):  # of a save that failed: some of its threads may have written on
+                shutil.rmtree(leftover, ignore_errors=True)
         if self.failure:
             raise TrainingStopped(self.failure)
 
