@@ -56,7 +56,7 @@ def flash_attention(
     `scale` is 1 / sqrt(K) if None; heads that were filled up with zeros (`native_head_dim`) keep that of their own width.
     `implementation`: None picks by device and shape (`choose`); "pallas" our portable kernels, "hopper" ours for
     that GPU, "cudnn" and "xla" `jax.nn.dot_product_attention`, "chunked" plain jnp that skips most of what causality
-    hides, "reference" the definition. All give the same numbers; those that cannot do what is asked raise ValueError.
+    hides and keeps no scores, "reference" the definition. All give the same numbers; those that cannot do what is asked raise ValueError.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation {implementation!r} is none of None, {', '.join(map(repr, IMPLEMENTATIONS))}")
@@ -65,8 +65,6 @@ def flash_attention(
     scale = q_BTNK.shape[3] ** -0.5 if scale is None else scale
     if implementation == "reference" or implementation == "chunked" and not causal:
         return reference(q_BTNK, k_BTNK, v_BTNK, causal=causal, segment_ids_BT=segment_ids_BT, scale=scale)
-    if implementation == "chunked":
-        return _chunked(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT, scale)
     if implementation in ("cudnn", "xla"):
         # cuDNN wants causality as a flag: a mask would be read from memory. Its flag aligns the first tokens. It also
         # wants whole groups of eight numbers in a head.
@@ -384,7 +382,7 @@ def _decode_body(at_ref, q_ref, k_ref, v_ref, o_ref, lse_ref, *, dot, scale, col
         lse_ref[...] = jnp.full_like(lse_ref, HIDDEN)
 
 
-# ------------------------------------------------------------------------------------------- one vjp, three backends
+# ------------------------------------------------------------------------------------ one vjp, kernels and plain jnp
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -411,8 +409,8 @@ def _forward(q_BTNK, k_BSNK, v_BSNK, segments, causal, scale, implementation, ou
         o_BTNK, lse_BNT = _hopper_forward(q_BTNK, k_BSNK, v_BSNK, scale)
         return o_BTNK.astype(out_dtype), jnp.swapaxes(lse_BNT, 1, 2)
     heads_first = _swap(q_BTNK, k_BSNK, v_BSNK)
-    if implementation == "xla":
-        return _swap(*_xla_forward(causal, scale, out_dtype, *heads_first, segments))
+    if implementation in _JNP:
+        return _swap(*_JNP[implementation][0](causal, scale, out_dtype, *heads_first, segments))
     run = {name: functools.partial(_portable_forward, name, causal, scale, out_dtype) for name in BLOCKS}
     return _swap(*lax.platform_dependent(*heads_first, segments, **run))
 
@@ -425,8 +423,8 @@ def _backward(q_BTNK, k_BSNK, v_BSNK, segments, o_BTNK, lse_BTN, do_BTNK, causal
         arrays = q_BTNK, k_BSNK, v_BSNK, do_BTNK, *_swap(lse_BTN * _LOG2_E, delta_BTN), scale
         return tuple(x.astype(out_dtype) for x in (_hopper_dq(*arrays), *_hopper_dkv(*arrays)))
     heads_first = _swap(q_BTNK, k_BSNK, v_BSNK, do_BTNK, lse_BTN, delta_BTN)
-    if implementation == "xla":
-        return _swap(*_xla_backward(causal, scale, out_dtype, *heads_first, segments))
+    if implementation in _JNP:
+        return _swap(*_JNP[implementation][1](causal, scale, out_dtype, *heads_first, segments))
     run = {name: functools.partial(_portable_backward, name, causal, scale, out_dtype) for name in BLOCKS}
     return _swap(*lax.platform_dependent(*heads_first, segments, **run))
 
@@ -437,9 +435,11 @@ def _swap(*arrays):
 
 def _xla_forward(causal, scale, out_dtype, q_BNTK, k_BNSK, v_BNSK, segments):
     s_BNTS = _xla_scores(causal, scale, q_BNTK, k_BNSK, segments)
-    lse_BNT = jax.nn.logsumexp(s_BNTS, axis=-1)
-    p_BNTS = jnp.exp(s_BNTS - lse_BNT[..., None]).astype(v_BNSK.dtype)
-    return jnp.einsum("bnts,bnsk->bntk", p_BNTS, v_BNSK, preferred_element_type=out_dtype), lse_BNT
+    m_BNT = s_BNTS.max(axis=-1)
+    p_BNTS = jnp.exp(s_BNTS - m_BNT[..., None])
+    l_BNT = p_BNTS.sum(axis=-1)
+    o_BNTK = jnp.einsum("bnts,bnsk->bntk", p_BNTS.astype(v_BNSK.dtype), v_BNSK, preferred_element_type=jnp.float32)
+    return (o_BNTK / l_BNT[..., None]).astype(out_dtype), m_BNT + jnp.log(l_BNT)
 
 
 def _xla_backward(causal, scale, out_dtype, q_BNTK, k_BNSK, v_BNSK, do_BNTK, lse_BNT, delta_BNT, segments):
@@ -462,6 +462,32 @@ def _xla_scores(causal, scale, q_BNTK, k_BNSK, segments):
         s_BNTS = jnp.where((segments[0][:, :, None] == segments[1][:, None, :])[:, None], s_BNTS, HIDDEN)
     return s_BNTS
 
+
+def _chunked_forward(causal, scale, out_dtype, q_BNTK, k_BNSK, v_BNSK, segments):
+    parts = [_xla_forward(causal, scale, out_dtype, q, k, v, ids) for _, _, q, k, v, ids in _chunks(segments, q_BNTK, k_BNSK, v_BNSK)]
+    return tuple(jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True))
+
+
+def _chunked_backward(causal, scale, out_dtype, q_BNTK, k_BNSK, v_BNSK, do_BNTK, lse_BNT, delta_BNT, segments):
+    dq, dk_BNSK, dv_BNSK = [], *(jnp.zeros(x.shape, jnp.float32) for x in (k_BNSK, v_BNSK))
+    for queries, seen, q, k, v, ids in _chunks(segments, q_BNTK, k_BNSK, v_BNSK):
+        at = lambda x: x[:, :, queries]
+        part, dk, dv = _xla_backward(causal, scale, jnp.float32, q, k, v, at(do_BNTK), at(lse_BNT), at(delta_BNT), ids)
+        dq.append(part)
+        dk_BNSK, dv_BNSK = dk_BNSK.at[:, :, :seen].add(dk), dv_BNSK.at[:, :, :seen].add(dv)
+    return tuple(x.astype(out_dtype) for x in (jnp.concatenate(dq, axis=2), dk_BNSK, dv_BNSK))
+
+
+def _chunks(segments, q_BNTK, k_BNSK, v_BNSK, chunk=256):
+    """A chunk of queries after the other, each with the keys up to its own end, which are all that causality lets it see."""
+    T, S = q_BNTK.shape[2], k_BNSK.shape[2]
+    for start in range(0, T, chunk):
+        queries, seen = slice(start, min(start + chunk, T)), S - T + min(start + chunk, T)
+        ids = None if segments is None else (segments[0][:, queries], segments[1][:, :seen])
+        yield queries, seen, q_BNTK[:, :, queries], k_BNSK[:, :, :seen], v_BNSK[:, :, :seen], ids
+
+
+_JNP = {"xla": (_xla_forward, _xla_backward), "chunked": (_chunked_forward, _chunked_backward)}
 
 # ------------------------------------------------------------------------------------------------- portable kernels
 
@@ -1145,20 +1171,7 @@ def _by_column():
     return plgpu.Layout.WGMMA.reduce(0)
 
 
-# -------------------------------------------------------------------------------------------------------- plain jnp
-
-
-def _chunked(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT, scale, chunk=256):
-    """The causal reference on one chunk of queries after the other, each with the keys up to its own end."""
-    T, S = q_BTNK.shape[1], k_BTNK.shape[1]
-    out = []
-    for start in range(0, T, chunk):
-        end = min(start + chunk, T)
-        seen = S - T + end
-        segments = None if segment_ids_BT is None else segment_ids_BT[:, :seen]
-        arrays = q_BTNK[:, start:end], k_BTNK[:, :seen], v_BTNK[:, :seen]
-        out.append(reference(*arrays, segment_ids_BT=segments, scale=scale))
-    return jnp.concatenate(out, axis=1)
+# ----------------------------------------------------------------------------------------------- masks and refusals
 
 
 def _mask(T, S, causal, segment_ids_BT):

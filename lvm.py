@@ -247,16 +247,14 @@ class Block(eqx.Module):
 
     def project(self, x_BTD, rope_TK):
         h_BTD = rms_norm(x_BTD, self.attention_norm_D, self.rms_eps)
-        q_BTNK = jnp.einsum("btd,dnk->btnk", h_BTD, self.q_DNK)
-        k_BTNK = jnp.einsum("btd,dnk->btnk", h_BTD, self.k_DNK)
-        v_BTNK = jnp.einsum("btd,dnk->btnk", h_BTD, self.v_DNK)
+        q_BTNK, k_BTNK, v_BTNK = (product(h_BTD, w_DNK) for w_DNK in (self.q_DNK, self.k_DNK, self.v_DNK))
         return rotate(q_BTNK, rope_TK), rotate(k_BTNK, rope_TK), v_BTNK
 
     def merge(self, x_BTD, a_BTNK, reduce=lambda x_BTD: x_BTD):
-        x_BTD = checkpoint_name(x_BTD + reduce(jnp.einsum("btnk,nkd->btd", a_BTNK, self.o_NKD)), "residual")
+        x_BTD = checkpoint_name(x_BTD + reduce(product(a_BTNK, self.o_NKD, inner=2)), "residual")
         h_BTD = rms_norm(x_BTD, self.ffn_norm_D, self.rms_eps)
-        gate_BTF, up_BTF = (checkpoint_name(h_BTD @ w_DF, "ffn") for w_DF in (self.gate_DF, self.up_DF))
-        return x_BTD + reduce((jax.nn.silu(gate_BTF) * up_BTF) @ self.down_FD)
+        gate_BTF, up_BTF = (checkpoint_name(product(h_BTD, w_DF), "ffn") for w_DF in (self.gate_DF, self.up_DF))
+        return x_BTD + reduce(product(jax.nn.silu(gate_BTF) * up_BTF, self.down_FD))
 
 
 # What the backward pass finds kept of a block, beside its weights' shards; it computes the rest again. `none` keeps all
@@ -555,6 +553,15 @@ def _attend(q_BNCK, k_LBNSK, v_LBNSK, layer, length, *, implementation):
     return queries(q_BNCK, k_LBNSK, v_LBNSK, length_BC)
 
 
+def product(x, w, inner=1):
+    """Sums over the last `inner` axes of x and the first of w, as a product of two matrices.
+
+    With more axes XLA makes a transposed copy on a CPU for each weight's gradient, which takes longer than the product.
+    """
+    rows, sums = x.shape[: x.ndim - inner], math.prod(w.shape[:inner])
+    return (x.reshape(-1, sums) @ w.reshape(sums, -1)).reshape(*rows, *w.shape[inner:])
+
+
 def rms_norm(x, scale_D, eps):
     """RMSNorm with float32 statistics; returns x's dtype."""
     x32 = x.astype(jnp.float32)
@@ -797,7 +804,7 @@ def _load_run(path, fields, dtype):
     folder = (path / "checkpoints").absolute()
     if not steps_of(folder):
         raise FileNotFoundError(f"{path} has no checkpoint in checkpoints/ yet: train it further, or pass another path")
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    here = jnp.zeros(()).sharding  # that of `jax.default_device`
     skeleton = eqx.filter_eval_shape(LVM, config, key=jax.random.key(0))
     skeleton = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=here), skeleton)
     wanted = {keys[-1].name: leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(skeleton)}

@@ -485,12 +485,13 @@ def make_state(config: Config, model_config, optimizer, mesh):
     abstract, shardings = abstract_state(config, model_config, optimizer, mesh)
     if config.init is None:
         return jax.jit(lambda: new_state(lvm.LVM(model_config, key=jax.random.key(config.seed)), optimizer), out_shardings=shardings)(), shardings
-    given = lvm.load(config.init)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # the host's memory: a whole model may be too large for a device
+        given = lvm.load(config.init)
     ours = {name: getattr(model_config, name) for name in ("context", "bos_id", "eos_id", "pad_id")}  # no weight's shape or meaning depends on these
     if dataclasses.replace(given.config, **ours) != model_config:
         raise ValueError(f"--init {config.init} holds {given.config}, --size {config.size} and the data ask for {model_config}")
 
-    def place(weight, sharding):  # each device takes its part: a whole model may be too large for one
+    def place(weight, sharding):  # each device takes its part
         return jax.make_array_from_callback(weight.shape, sharding, lambda index: weight[index])
 
     weights = jax.tree.unflatten(jax.tree.structure(shardings["model"]), [np.asarray(weight) for weight in jax.tree.leaves(given)])

@@ -126,8 +126,9 @@ def published(size, rows, remat):
     return jax_run(config, model_config, train.make_mesh(config, model_config), loss)
 
 
-def their_attention(q_BTNK, k_BTNK, v_BTNK, **_):
-    T = q_BTNK.shape[1]
+def their_attention(q_BTNK, k_BTNK, v_BTNK, *, segment_ids_BT, implementation, scale):
+    T, K = q_BTNK.shape[1], q_BTNK.shape[3]
+    assert segment_ids_BT is None and scale == K**-0.5
     pad = lambda x: jnp.pad(x, ((0, 0), (0, -T % min(1024, T)), (0, 0), (0, 0)))  # keys past the end are later than every query
     return blockwise(pad(q_BTNK), pad(k_BTNK), pad(v_BTNK))[:, :T]
 
