@@ -909,7 +909,7 @@ LEAST_FOR_KERNEL = 100
 def fid(config: Fid):
     D, where = NETWORKS[config.network]
     if config.weights is None or not config.weights.is_file():
-        raise ValueError(f"--weights {config.weights or ''}: no weights of {config.network} there; {where}".replace(" :", ":"))
+        raise ValueError(f"--weights: {'missing' if config.weights is None else f'no file {config.weights}'}; the network {config.network} has none of its own: {where}")
     if (config.generated is None) == (config.tokenizer is None):
         raise ValueError("name pictures to compare with --generated, or with --tokenizer a tokenizer that reconstructs those of --data, and not both")
     check_at_least(1, batch=config.batch, rounds=config.rounds, size=config.size)
@@ -1192,7 +1192,8 @@ def scaling(config: Scaling):
     law = lambda n: fitted["E"] + fitted["A"] * n ** -fitted["a"]
     losses = [(math.log(parameters[size]), *summary(loss_NM[:, m], config.seed).values()) for m, size in enumerate(config.sizes)]
     curve = [(x, law(math.exp(x))) for x in np.linspace(min(ticks), max(ticks), 50)]
-    line_chart(config.out / "loss.png", {"held-out loss": losses, "E + A / N^a": curve}, "Held-out loss in nats a code", "parameters", ticks)
+    name = f"{fitted['E']:.3g} + {fitted['A']:.3g} / N^{fitted['a']:.2g}"
+    line_chart(config.out / "loss.png", {name: curve, "held-out loss": losses}, "Held-out loss in nats a code", "parameters", ticks, alone=["held-out loss"])
     line_chart(config.out / "tasks.png", {kind: [(math.log(parameters[r["line"]]), *r["measures"]["perplexity"].values()) for r in rows if r["kind"] == kind]
                                           for kind in dict.fromkeys(r["kind"] for r in rows)}, "Perplexity of the last picture", "parameters", ticks)
     write_report(config.out, "scaling", {
@@ -1604,19 +1605,19 @@ def multiples(low, high, most, least=0.0) -> np.ndarray:
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999933", "#ee8866", "#882255", "#44aa99", "#77aadd", "#7a7a7a"]
 
 
-def line_chart(path, lines: dict[str, list[tuple]], title, x_label, ticks_at=None):
+def line_chart(path, lines: dict[str, list[tuple]], title, x_label, ticks_at=None, alone=()):
     """One line for each name through its points (x, y) or (x, y, low, high), y on a logarithmic scale; the pooled or first
-    one is black, thick, and has its interval as a band. `ticks_at` (x: text) are the marks below, else round numbers.
-    Drawn twice as large and halved, which smooths it."""
+    one is black and thick, with its interval as a band. Intervals of the others are bars, set a little apart. Points of `alone`
+    are not joined. `ticks_at` (x: text) are the marks below, else round numbers. Drawn twice as large and halved, which smooths it."""
     W, H, left, right, top, bottom = 1920, 1160, 130, 470, 100, 120
     image = Image.new("RGB", (W, H), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(28)
     points = [p for line in lines.values() for p in line]
     bold = POOLED if POOLED in lines else next(iter(lines))
-    values = [p[1] for p in points] + [v for p in lines[bold] for v in p[2:]]
+    values = [v for p in points for v in p[1:]]
     low, high = (math.log(v) for v in (min(values) * 0.95, max(values) * 1.05))
     first, last = min(p[0] for p in points), max(p[0] for p in points)
-    at_x = lambda x: left + (x - first) / (last - first or 1) * (W - left - right)
+    at_x = lambda x: left + 50 + (x - first) / (last - first or 1) * (W - left - right - 100)
     at_y = lambda y: H - bottom - (math.log(y) - low) / (high - low) * (H - top - bottom)
 
     ticks = [tick for tick in ROUND if low <= math.log(tick) <= high]
@@ -1633,11 +1634,14 @@ def line_chart(path, lines: dict[str, list[tuple]], title, x_label, ticks_at=Non
     if len(lines[bold][0]) == 4:
         draw.polygon([(at_x(x), at_y(b)) for x, _, b, _ in lines[bold]] + [(at_x(x), at_y(b)) for x, _, _, b in reversed(lines[bold])], "#e4e4e4")
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(lines)} | {bold: "black"}
-    for name, line in lines.items():
-        width = 9 if name == bold else 5
-        dots = [(at_x(p[0]), at_y(p[1])) for p in line]
-        draw.line(dots, colours[name], width, joint="curve")
-        for x, y in dots:
+    for n, (name, line) in enumerate(lines.items()):
+        width, aside = 9 if name == bold or name in alone else 5, 6 * (n - len(lines) // 2) * (name != bold and len(line[0]) == 4)
+        at = [(at_x(x) + aside, at_y(y), *map(at_y, interval)) for x, y, *interval in line]
+        if name not in alone:
+            draw.line([(x, y) for x, y, *_ in at], colours[name], width, joint="curve")
+        for x, y, *interval in at if len(at) <= 20 else ():
+            if interval and name != bold:
+                draw.line([(x, v) for v in interval], colours[name], 2)
             draw.ellipse((x - width, y - width, x + width, y + width), colours[name])
     for row, name in enumerate(sorted(lines, key=lambda name: -lines[name][-1][1])):  # as the lines end
         y = top + 30 + 44 * row
