@@ -146,7 +146,7 @@ def perplexity(config: Perplexity):
         member = lambda kind, e: kind == label(e["kind"]) or kind == POOLED and e["kind"] not in NEVER_TRAINED
         of_kind = {kind: [e["perplexity of each picture"] for e in report["examples"] if member(kind, e)]
                    for kind in dict.fromkeys(row["kind"] for row in report["rows"])}
-        lines = {kind: [(t + 1, float(np.mean(values))) for t, values in enumerate(zip(*pictures))] for kind, pictures in of_kind.items()}
+        lines = {kind: [(t + 1, *summary(np.array(values), config.seed).values()) for t, values in enumerate(zip(*pictures))] for kind, pictures in of_kind.items()}
         line_chart(out / "perplexity.png", lines, "Perplexity of each picture of a sentence", "picture")
     print(f"wrote {out}/perplexity.json and perplexity.png")
 
@@ -236,7 +236,7 @@ def run_prompted(config: Prompted, command, queries: list[Query], prompts: dict[
                 captions = ["before"] * 3 if command == "video" else [queries[n].kind, "its answer", "query"]
                 before = list(zip(pictures_BTHWC[b, -min(most, 4):], [*captions, "true answer"][-min(most, 4):]))
                 shown = [line for line in answers if line == main or line not in prompts and not line.startswith("copy")]  # what is copied is there
-                rows.append([*before, *((answers[line][b], f"after {line}" if line == main else line) for line in shown)])
+                rows.append([*before, *((answers[line][b], f"after {line}" if line == main else line.replace("nearest example's", "nearest")) for line in shown)])
         sample.sheet(rows, columns=max(map(len, rows))).save(out / "examples.webp", quality=90)
         print(f"wrote {out}/examples.webp")
     return out, report
@@ -296,16 +296,11 @@ def shots(config: Shots):
         "exp(mean NLL of the last answer's codes) given the query and the last k example pairs before it; the same answers for every k; "
         "arithmetic mean over sentences; drawn answers are compared with the true one as the tokenizer shows it, two colours by the nearer "
         f"one, edges within {EDGE_TOLERANCE} of the diagonal", {"data": str(shards.folder)})
-    of, most = {(row["kind"], row["line"]): row["measures"] for row in report["rows"]}, list(prompts)[-1]
-    beside = [most, *dict.fromkeys(line for _, line in of if line not in prompts)]
-    print(f"\nThe answer after {most}, beside answers that know nothing: mean and 95% interval")
-    print_table(["kind", "measure", *beside], [
-        [kind, f"{measure} ({BETTER.get(measure, 'lower')} is better)", *(show(of[kind, line][measure]) for line in beside)]
-        for kind, line in of if line == most for measure in of[kind, most] if measure != "perplexity"])
+    print_beside(report["rows"], list(prompts))
     curves = {}
-    for (kind, line), measures in of.items():
-        if "perplexity" in measures:
-            curves.setdefault(kind, []).append((int(line.split()[0]), *measures["perplexity"].values()))
+    for row in report["rows"]:
+        if "perplexity" in row["measures"]:
+            curves.setdefault(row["kind"], []).append((int(row["line"].split()[0]), *row["measures"]["perplexity"].values()))
     line_chart(out / "shots.png", curves, "Perplexity of the answer", "example pairs in the prompt")
     print(f"wrote {out}/shots.png")
 
@@ -1104,12 +1099,13 @@ class Scaling:
     each task's perplexity against the number of parameters: the paper's Figures 2 and 3 in small.
 
     Each size is a run of `python train.py`, a process of its own: with train.py's own loop, checkpoints and resumption, and
-    with the whole memory of the device. A ladder that was killed goes on where it stopped. Loss is the mean over held-out
+    with the whole memory of the device. A ladder that was killed goes on where it stopped. The defaults take about a quarter of
+    an hour of one core; they show the order of the sizes, not their law, which wants more tokens. Loss is the mean over held-out
     sentences of their nats a code; a task's perplexity is that of the last picture's codes, given all before it."""
 
     sizes: tuple[Literal[tuple(lvm.SIZES)], ...] = ("nano", "micro", "mini")
     """Sizes to train, three or more."""
-    tokens: int = 500_000
+    tokens: int = 1_000_000
     """Tokens that each of them sees, padding counted."""
     data: tuple[str, ...] = ()
     """train.py's --data; without any, demo sentences are composed for all."""
@@ -1123,7 +1119,7 @@ class Scaling:
     """Ids of a row; by default that of the first size."""
     batch: int = 4
     """Sentences an update."""
-    learning_rates: tuple[float, ...] = (2e-3,)
+    learning_rates: tuple[float, ...] = (4e-3,)
     """Peak learning rate: one for all sizes, or one for each."""
     train: tuple[str, ...] = ("optimizer=muon",)
     """Further flags of train.py, each NAME=VALUE."""
@@ -1555,7 +1551,7 @@ def summary(values_N, seed, weights_N=None, rounds=2000) -> dict:
 
 
 def show(value) -> str:
-    return f"{value['mean']:.4g} ({value['low']:.4g} - {value['high']:.4g})" if value else ""
+    return f"{value['mean']:.3g} ({value['low']:.3g} - {value['high']:.3g})" if value else ""
 
 
 def print_tables(rows, main):
@@ -1576,7 +1572,17 @@ def print_tables(rows, main):
         else:
             at = there.index(main)
             print_table(["kind", "examples", *there, f"interval of {main}"], [
-                [kind, n, *(f"{v['mean']:.4g}" if v else "" for v in values), show(values[at]).partition(" ")[2].strip("()")] for kind, n, *values in body])
+                [kind, n, *(f"{v['mean']:.3g}" if v else "" for v in values), show(values[at]).partition(" ")[2].strip("()")] for kind, n, *values in body])
+
+
+def print_beside(rows, prompts):
+    """The answers after the longest prompt beside those that know nothing, each with its interval."""
+    of, most = {(row["kind"], row["line"]): row["measures"] for row in rows}, prompts[-1]
+    lines = [most, *dict.fromkeys(line for _, line in of if line not in prompts)]
+    print(f"\nThe answer after {most}, beside answers that know nothing: mean and 95% interval")
+    print_table(["kind", "measure", *lines], [
+        [kind, f"{measure} ({BETTER.get(measure, 'lower')} is better)", *(show(of[kind, line][measure]) for line in lines)]
+        for kind, line in of if line == most for measure in of[kind, most] if measure != "perplexity"])
 
 
 def print_table(head, rows):

@@ -251,14 +251,14 @@ def test_without_data_the_heldout_demo_is_composed_once_and_the_untrained_task_i
     assert {"iou", "mse"} < by_line(report, "segmentation")["1 pair"]["measures"].keys() and "f_score" in by_line(report, "edges")["1 pair"]["measures"]
     assert report["command"].startswith("python evaluate.py shots --model model") and report["seed"] == 0 and "last answer" in report["protocol"]
     printed = capsys.readouterr().out
-    assert all(kind in printed and f"{of(by_line(report, kind)['1 pair'], 'perplexity'):.4g}" in printed for kind in [*tasks[:-1], "pooled"])
+    assert all(kind in printed and f"{of(by_line(report, kind)['1 pair'], 'perplexity'):.3g}" in printed for kind in [*tasks[:-1], "pooled"])
     head, _, *body = printed.partition("beside answers that know nothing: mean and 95% interval\n")[2].splitlines()
     cells = lambda line: [cell.strip() for cell in line.split("|")[1:-1]]
     assert cells(head) == ["kind", "measure", "1 pair", "copy the query", "mean of the answers", "nearest example's answer"]
     shown = {tuple(row[:2]): row[2:] for row in map(cells, body) if len(row) == 6}
     assert len(shown) == len(tasks) + 3  # the untrained task counts among them; IoU, F-score and the pooled row are three more
     copied = by_line(report, "segmentation")["copy the query"]
-    assert shown["segmentation", "iou (higher is better)"][1] == "{mean:.4g} ({low:.4g} - {high:.4g})".format(**copied["measures"]["iou"])
+    assert shown["segmentation", "iou (higher is better)"][1] == "{mean:.3g} ({low:.3g} - {high:.3g})".format(**copied["measures"]["iou"])
     for name in ("shots.png", "examples.webp"):
         with Image.open(f"runs/evaluate/shots-model/{name}") as picture:
             assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 8
