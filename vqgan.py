@@ -1570,14 +1570,23 @@ def measure_reconstruction(model: VQGAN, paths, fit="stretch", networks={}, seed
         values = {"psnr": psnr(pixels_BHWC, output_BHWC), "ssim": ssim(pixels_BHWC, output_BHWC)}
         values |= {name: np.asarray(distance(network, pixels_BHWC, output_BHWC)) for name, network in networks.items()}
         examples += [{"path": str(path)} | {name: float(v[i]) for name, v in values.items()} for i, path in enumerate(chosen)]
-        shown += list(zip(pixels_BHWC, output_BHWC, np.clip(4 * np.abs(pixels_BHWC - output_BHWC), 0, 1)))[:32 - len(shown)]
-    columns = min(8, len(paths))
-    sheet = [pad_row(np.stack(row), columns) for i in range(0, len(shown), columns) for row in zip(*shown[i:i + columns])]
+        shown += list(zip(pixels_BHWC, output_BHWC))[:32 - len(shown)]
+    return summarise_reconstruction(examples, counts_K, seed), reconstruction_rows(*map(np.stack, zip(*shown)))
+
+
+def summarise_reconstruction(examples, counts_K, seed) -> dict:
+    """The report of some pictures {"path", measure: value, ...}, from how often each code stands in all of them."""
     p_K = counts_K / counts_K.sum()
     entropy = float(-(p_K[p_K > 0] * np.log(p_K[p_K > 0])).sum())
     mean = {name: bootstrap([example[name] for example in examples], seed) for name in examples[0] if name != "path"}
-    return {"pictures": len(paths), "codes": int(counts_K.sum()), "mean": mean, "codebook": {
-        "entries": len(counts_K), "used": int((counts_K > 0).sum()), "entropy_nats": entropy, "perplexity": math.exp(entropy)}, "examples": examples}, sheet
+    return {"pictures": len(examples), "codes": int(counts_K.sum()), "mean": mean, "codebook": {
+        "entries": len(counts_K), "used": int((counts_K > 0).sum()), "entropy_nats": entropy, "perplexity": math.exp(entropy)}, "examples": examples}
+
+
+def reconstruction_rows(pixels_BHWC, output_BHWC):
+    """For `save_rows`: originals, reconstructions and errors times 4, eight pictures beside one another."""
+    columns, kinds = min(8, len(pixels_BHWC)), (pixels_BHWC, output_BHWC, np.clip(4 * np.abs(pixels_BHWC - output_BHWC), 0, 1))
+    return [pad_row(kind_BHWC[i:i + columns], columns) for i in range(0, len(pixels_BHWC), columns) for kind_BHWC in kinds]
 
 
 def bootstrap(values, seed, rounds=2000) -> dict[str, float]:

@@ -251,8 +251,15 @@ def test_without_data_the_heldout_demo_is_composed_once_and_the_untrained_task_i
     assert {"iou", "mse"} < by_line(report, "segmentation")["1 pair"]["measures"].keys() and "f_score" in by_line(report, "edges")["1 pair"]["measures"]
     assert report["command"].startswith("python evaluate.py shots --model model") and report["seed"] == 0 and "last answer" in report["protocol"]
     printed = capsys.readouterr().out
-    assert all(kind in printed and f"{of(by_line(report, kind)['1 pair'], 'perplexity'):.4g}" in printed for kind in [*tasks[:-1], "pooled"])
-    for name in ("shots.png", "examples.png"):
+    assert all(kind in printed and f"{of(by_line(report, kind)['1 pair'], 'perplexity'):.3g}" in printed for kind in [*tasks[:-1], "pooled"])
+    head, _, *body = printed.partition("beside answers that know nothing: mean and 95% interval\n")[2].splitlines()
+    cells = lambda line: [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells(head) == ["kind", "measure", "1 pair", "copy the query", "mean of the answers", "nearest example's answer"]
+    shown = {tuple(row[:2]): row[2:] for row in map(cells, body) if len(row) == 6}
+    assert len(shown) == len(tasks) + 3  # the untrained task counts among them; IoU, F-score and the pooled row are three more
+    copied = by_line(report, "segmentation")["copy the query"]
+    assert shown["segmentation", "iou (higher is better)"][1] == "{mean:.3g} ({low:.3g} - {high:.3g})".format(**copied["measures"]["iou"])
+    for name in ("shots.png", "examples.webp"):
         with Image.open(f"runs/evaluate/shots-model/{name}") as picture:
             assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 8
     monkeypatch.setattr(tokenize_data, "encode_items", None)  # the second time the sentences are there
@@ -263,6 +270,8 @@ def test_without_data_the_heldout_demo_is_composed_once_and_the_untrained_task_i
 def test_intervals_are_the_same_every_time_and_shrink_with_the_number_of_examples():
     values = np.random.default_rng(0).normal(10, 2, 400)
     few, many = (evaluate.summary(values[:n], seed=0) for n in (25, 400))
+    theirs = pytest.importorskip("scipy.stats").bootstrap((values,), np.mean, method="percentile", n_resamples=2000, rng=0).confidence_interval
+    np.testing.assert_allclose([many["low"], many["high"]], theirs, rtol=2e-3)  # other resamples
     assert evaluate.summary(values, seed=0) == many
     assert abs((many["high"] - many["low"]) - 2 * 1.96 * 2 / 20) < 0.06
     assert few["high"] - few["low"] > 3 * (many["high"] - many["low"])
@@ -347,23 +356,104 @@ def test_reconstruction_reports_every_measure_with_its_interval_and_every_pictur
     assert command(monkeypatch, "reconstruction", "--data", "nowhere") == 2
 
 
+def test_reconstruction_by_eight_devices_is_that_by_one_and_a_killed_one_goes_on(monkeypatch, tmp_path, tokenizer):
+    monkeypatch.chdir(tmp_path)
+    for i in range(11):
+        photo(Path(f"photos/{i:02d}.png"), i, (12, 12))
+    monkeypatch.setattr(vqgan, "load", lambda path: vqgan.with_config(tokenizer, resolution=12))
+    arguments = ("reconstruction", "--data", "photos", "--batch", 8, "--out")
+    assert command(monkeypatch, *arguments, "eight", "--devices", 8) == 0
+    assert command(monkeypatch, *arguments, "one", "--devices", 1) == 0
+    eight, one = read("eight/reconstruction.json"), read("one/reconstruction.json")
+    assert eight["codebook"] == one["codebook"] and eight["pictures"] == 11
+    for a, b in zip(eight["examples"], one["examples"], strict=True):
+        np.testing.assert_allclose([a["psnr"], a["ssim"]], [b["psnr"], b["ssim"]], rtol=1e-5)
+
+    real, calls = vqgan.ssim, []
+
+    def killed(*given):
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(vqgan, "ssim", killed)
+    with pytest.raises(KeyboardInterrupt):
+        command(monkeypatch, *arguments, "parts", "--devices", 1)
+    assert command(monkeypatch, *arguments, "parts", "--devices", 1) == 0
+    assert [len(a_BHWC) for a_BHWC, _ in calls] == [8, 3, 3]  # the first batch was kept
+    assert read("parts/reconstruction.json") | {"command": ""} == one | {"command": ""}
+    assert Path("parts/reconstruction.png").read_bytes() == Path("one/reconstruction.png").read_bytes()
+
+
 # ---------------------------------------------------------------------------- measures against other implementations
 
 
+WANTED = "they come by: pip install -r tests/requirements.txt"
+
+
 def test_iou_box_and_rounding_equal_scikit_image_and_scikit_learn():
-    measure, metrics = pytest.importorskip("skimage.measure"), pytest.importorskip("sklearn.metrics")
+    measure, metrics = pytest.importorskip("skimage.measure", reason=WANTED), pytest.importorskip("sklearn.metrics", reason=WANTED)
     rng = np.random.default_rng(0)
     for _ in range(5):
         answer_HWC, truth_HWC = rng.random((2, 32, 32, 3)).astype(np.float32)
         ours = evaluate.judge_mask(answer_HWC, truth_HWC)
         a, b = (x_HWC.mean(-1).ravel() > 0.5 for x_HWC in (np.round(answer_HWC * 255) / 255, np.round(truth_HWC * 255) / 255))
-        np.testing.assert_allclose(ours["iou"], metrics.jaccard_score(b, a), atol=1e-6)
-        np.testing.assert_allclose(ours["accuracy"], metrics.accuracy_score(b, a), atol=1e-6)
+        np.testing.assert_allclose(ours["iou"], metrics.jaccard_score(b, a), rtol=1e-6)
+        np.testing.assert_allclose(ours["accuracy"], metrics.accuracy_score(b, a), rtol=1e-6)
         mask_HW = rng.random((32, 32)) < 0.3
         largest = max(measure.regionprops(measure.label(mask_HW, connectivity=2)), key=lambda r: r.area)
         box_HW = np.zeros_like(mask_HW)
         box_HW[largest.slice] = True
         np.testing.assert_array_equal(evaluate.box_of_largest(mask_HW), box_HW)
+
+
+def test_iou_of_two_colours_equals_scikit_learns_clusters_and_macro_jaccard():
+    metrics, cluster = pytest.importorskip("sklearn.metrics", reason=WANTED), pytest.importorskip("sklearn.cluster", reason=WANTED)
+    rng = np.random.default_rng(0)
+    answers = np.where(rng.random((4, 16, 16, 1)) < 0.3, [0.1, 0.3, 0.9], [1, 0.85, 0.1]) + rng.normal(0, 0.1, (4, 16, 16, 3))
+    drawn_HWC = np.where(rng.random((16, 16, 1)) < 0.3, [0.3, 0.4, 0.7], [0.7, 0.7, 0.3])
+    means = cluster.KMeans(2, n_init=5, tol=0, random_state=0).fit(answers.reshape(-1, 3))
+    centres = means.cluster_centers_[np.argsort(np.bincount(means.labels_))]
+    np.testing.assert_allclose(evaluate.two_colours(answers), centres, rtol=1e-6)
+    pairs = np.repeat(answers, 2, axis=0)
+    found = evaluate.judge_sentence(drawn_HWC, pairs[-1], pairs, "segmentation")
+    labels = [means.predict(x_HWC.reshape(-1, 3)) for x_HWC in (pairs[-1], drawn_HWC)]
+    np.testing.assert_allclose(found["iou"], metrics.jaccard_score(*labels, average="macro"), rtol=1e-6)
+    np.testing.assert_allclose(found["mse"], metrics.mean_squared_error(pairs[-1].ravel(), drawn_HWC.ravel()), rtol=1e-6)
+
+
+def test_psnr_ssim_and_colour_errors_equal_scikit_image():
+    metrics = pytest.importorskip("skimage.metrics", reason=WANTED)
+    rng = np.random.default_rng(0)
+    a_BHWC = rng.random((3, 32, 24, 3))
+    b_BHWC = np.clip(a_BHWC + rng.normal(0, [[[[0.01]]], [[[0.1]]], [[[0.5]]]], a_BHWC.shape), 0, 1)
+    wanted = {"data_range": 1, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": -1}
+    np.testing.assert_allclose(vqgan.psnr(a_BHWC, b_BHWC), [metrics.peak_signal_noise_ratio(a, b, data_range=1) for a, b in zip(a_BHWC, b_BHWC)], rtol=1e-6)
+    np.testing.assert_allclose(vqgan.ssim(a_BHWC, b_BHWC), [metrics.structural_similarity(a, b, **wanted) for a, b in zip(a_BHWC, b_BHWC)], rtol=1e-6)
+    normal_a, normal_b = ((x - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225] for x in (a_BHWC[2], b_BHWC[2]))
+    errors = evaluate.colour_errors(a_BHWC[2], b_BHWC[2])
+    np.testing.assert_allclose(errors["mse"], metrics.mean_squared_error(a_BHWC[2], b_BHWC[2]), rtol=1e-6)
+    np.testing.assert_allclose(errors["normalised_mse"], metrics.mean_squared_error(normal_a, normal_b), rtol=1e-6)
+
+
+def test_depth_perplexity_and_kernel_distance_equal_scikit_learn():
+    metrics, linear = pytest.importorskip("sklearn.metrics", reason=WANTED), pytest.importorskip("sklearn.linear_model", reason=WANTED)
+    rng = np.random.default_rng(0)
+    depth_HW, near_HW = rng.uniform(1, 9, (16, 16)), rng.random((16, 16))
+    line = linear.LinearRegression().fit(near_HW.reshape(-1, 1), 1 / depth_HW.ravel())
+    found = 1 / np.maximum(line.predict(near_HW.reshape(-1, 1)), 1 / depth_HW.max())
+    np.testing.assert_allclose(evaluate.depth_errors(near_HW, depth_HW)["abs_rel"], metrics.mean_absolute_percentage_error(depth_HW.ravel(), found), rtol=1e-6)
+
+    p_TV, codes_T = rng.dirichlet(np.ones(CODES), 40), rng.integers(CODES, size=40)
+    nats = metrics.log_loss(codes_T, p_TV, labels=range(CODES))
+    ours = evaluate.likelihood(-np.log(p_TV[range(40), codes_T]))
+    np.testing.assert_allclose([ours["nats"], ours["perplexity"]], [nats, np.exp(nats)], rtol=1e-6)
+
+    a_ND, b_ND = rng.normal(size=(30, 5)), rng.normal(size=(20, 5)) + 0.5
+    kernel = lambda x, y: metrics.pairwise.polynomial_kernel(x, y, degree=3, gamma=1 / 5, coef0=1)
+    off = lambda x: (kernel(x, x).sum() - np.diag(kernel(x, x)).sum()) / (len(x) * (len(x) - 1))
+    np.testing.assert_allclose(evaluate.kernel_distance(a_ND, b_ND), off(a_ND) + off(b_ND) - 2 * kernel(a_ND, b_ND).mean(), rtol=1e-6)
 
 
 def test_masks_and_boxes_are_judged_as_computed_by_hand():
@@ -397,6 +487,9 @@ def test_tolerance_equals_scipys_distance_transform():
     for reach in (0.5, 1.5, 2.7, 4.0):
         mask_HW = rng.random((40, 50)) < 0.02
         np.testing.assert_array_equal(evaluate.within(mask_HW, reach), ndimage.distance_transform_edt(~mask_HW) <= reach)
+    drawn_HW, true_HW = rng.random((2, 300, 400)) < 0.01  # the tolerance is 3.75 pixels
+    precision, recall = (np.mean(ndimage.distance_transform_edt(~b)[a] <= 0.0075 * 500) for a, b in ((drawn_HW, true_HW), (true_HW, drawn_HW)))
+    np.testing.assert_allclose(list(evaluate.edge_scores(drawn_HW, true_HW).values()), [2 / (1 / precision + 1 / recall), precision, recall], rtol=1e-6)
 
 
 def test_depth_and_colour_errors_equal_the_formulas():
@@ -478,7 +571,7 @@ def test_segmentation_reads_voc_and_the_fold_lists_and_draws_the_published_examp
     assert by_line(report, "fold 1")["1 pair"]["examples"] == 8 and "Bar et al." in report["protocol"] and "ours" in report["protocol"]
     truth_HWC = evaluate.read_masked(Path("voc"), [names[0]], 1, 4)
     np.testing.assert_allclose(values_of(report, "copy the query", "iou")[0], evaluate.judge_mask(*truth_HWC)["iou"])
-    assert Path("report/examples.png").exists()
+    assert Path("report/examples.webp").exists()
 
     for arguments, reason in {("--data", "folds", "--folds", "folds"): "folds: no folder JPEGImages and no folder SegmentationClassAug",
                               ("--data", "voc", "--folds", "voc"): "fold0.txt: no such file; wanted there",
@@ -575,7 +668,8 @@ def test_video_measures_the_frame_after_the_prompt_and_names_short_clips(folder,
     shown, _ = tokenize_data.read_frames(Path("clips/long.gif"), range(start, start + 7, 2), 4, ("stretch", None, False, None))
     codes_T = np.asarray(vqgan.encode(tokenizer, np.stack(shown))).ravel()
     np.testing.assert_allclose(values_of(report, "3 frames", "perplexity")[0], np.exp(nats_by_hand(model, [model.config.bos, *codes_T.tolist()])[-S:].mean()), rtol=1e-4)
-    np.testing.assert_allclose(values_of(report, "copy the query", "mse")[0], np.square(shown[-2] - shown[-1]).mean(), rtol=1e-5)
+    np.testing.assert_allclose(values_of(report, "copy the last frame", "mse")[0], np.square(shown[-2] - shown[-1]).mean(), rtol=1e-5)
+    assert report["rows"][-1]["line"] == "tokenizer" and len(report["rows"]) == 3  # frames are no pairs
     assert command(monkeypatch, "video", *BASE, "--data", "clips", "--frames", 15) == 2 and "lower --frames" in capsys.readouterr().err
 
 
@@ -671,6 +765,9 @@ def test_the_fit_recovers_a_power_law():
     fit = evaluate.fit_power_law(N_M, 2.5 + 300 / N_M**0.43)
     np.testing.assert_allclose([fit["E"], fit["A"], fit["a"]], [2.5, 300, 0.43], rtol=1e-4)
     assert fit["residual"] < 1e-6
+    noisy_M = 2.5 + 300 / N_M**0.43 + np.random.default_rng(0).normal(0, 0.02, 5)
+    theirs, _ = pytest.importorskip("scipy.optimize").curve_fit(lambda N, E, A, a: E + A / N**a, N_M, noisy_M, p0=(2.5, 300, 0.43))
+    np.testing.assert_allclose([evaluate.fit_power_law(N_M, noisy_M)[k] for k in "EAa"], theirs, rtol=1e-3)
     rising = evaluate.fit_power_law(N_M, np.log(N_M))  # no such law: neither term may turn negative
     assert rising["E"] >= 0 and rising["A"] >= 0 and rising["residual"] > 1
 
