@@ -554,6 +554,9 @@ def train(config: TrainConfig) -> VQGAN:
     started_from = load(config.init) if config.init else None
     model_config = network_config(config, started_from)
     read_picture, count = open_pictures(config.data, model_config.resolution, config.crop)
+    if count < config.batch:
+        raise ValueError(f"{config.data}: {count} pictures do not fill a batch of {config.batch}; lower --batch")
+    read_picture(0, np.zeros(3))  # data of which nothing can be read are found before anything is compiled
     begin_run(config.out, {k: str(v) for k, v in dataclasses.asdict(config).items()}, may_change={"out", "save_every", "log_every", "mesh", "patience"})
     networks, about = perceptual_networks(config)
     print(about)
@@ -607,6 +610,9 @@ def train(config: TrainConfig) -> VQGAN:
                 bar.set_postfix({k: f"{v:.4f}" for k, v in metrics.items() if k in ("loss", "pixel", "perplexity", "skipped")})
                 check_health(config, step + 1, metrics, manager.latest_step())
             if saving:
+                if not all_finite({name: part for name, part in state.items() if name != "guard"}):
+                    raise FloatingPointError(f"at step {step + 1} weights or moments are no finite numbers, and are not saved; the last checkpoint is at step "
+                                             f"{manager.latest_step()}; lower --learning-rate or --gan-weight")
                 manager.save(step + 1, args=ocp.args.StandardSave(state))
                 pixels_BHWC = read_batch(0)[:8]
                 save_rows([pixels_BHWC, decode(state["ema"], encode(state["ema"], pixels_BHWC))], config.out / "samples" / f"{step + 1}.png")
@@ -851,6 +857,11 @@ def check_health(config, step, metrics, last_saved):
         raise FloatingPointError(f"{metrics['in_a_row']:.0f} steps in a row were skipped, the last at step {step} with loss {metrics['loss']} and gradient norm {metrics['grad_norm']}; {advice}")
     if config.guard and step > config.first_quantized + 500 and metrics["perplexity"] < 1.5:
         raise FloatingPointError(f"the codebook has collapsed: perplexity {metrics['perplexity']:.2f} at step {step}; {advice}, or train with --revive")
+
+
+@jax.jit
+def all_finite(tree):
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 @jax.jit
@@ -1629,9 +1640,9 @@ def with_config(model: VQGAN, **changes) -> VQGAN:
 def main():
     try:
         tyro.extras.subcommand_cli_from_dict({"train": train_command, "reconstruct": reconstruct, "convert": convert}, description=__doc__)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
 
 
 def train_command(config: tyro.conf.OmitArgPrefixes[TrainConfig]):
