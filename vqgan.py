@@ -564,8 +564,9 @@ def train(config: TrainConfig) -> VQGAN:
     optimizers = make_optimizers(config)
     state, sharding = make_state(config, model_config, started_from, optimizers, mesh)
     batches = NamedSharding(mesh, P(("data", "fsdp")))
-    manager = ocp.CheckpointManager(config.out.absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2))
-    first = manager.latest_step() or 0
+    checkpoints = config.out.absolute() / "checkpoints"
+    first = newest_whole(checkpoints)
+    manager = ocp.CheckpointManager(checkpoints, options=ocp.CheckpointManagerOptions(max_to_keep=2))
     if first:
         state = manager.restore(first, args=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)))
     keep_log_until(config.out / "metrics.jsonl", first)
@@ -616,6 +617,8 @@ def train(config: TrainConfig) -> VQGAN:
                 manager.save(step + 1, args=ocp.args.StandardSave(state))
                 pixels_BHWC = read_batch(0)[:8]
                 save_rows([pixels_BHWC, decode(state["ema"], encode(state["ema"], pixels_BHWC))], config.out / "samples" / f"{step + 1}.png")
+                manager.wait_until_finished()
+                (checkpoints / str(step + 1) / DIGESTS).write_text("".join(f"{digest}  {file}\n" for file, digest in digests(checkpoints / str(step + 1)).items()))
     finally:
         bar.close()
         readers.shutdown(cancel_futures=True)
@@ -919,6 +922,33 @@ def begin_run(out: Path, settings: dict, may_change: set[str]):
         if changed:
             raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}); choose another --out or repeat its settings")
     file.write_text(json.dumps(settings, indent=1))
+
+
+DIGESTS = "digests.sha256"  # of a checkpoint's files, as `sha256sum -c` reads it; written last
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def newest_whole(checkpoints: Path) -> int:
+    """The newest checkpoint that is as it was saved, to the bit; 0 where there is none yet. Newer ones are put aside, with a line that says why."""
+    steps = sorted((path for path in checkpoints.glob("*") if path.name.isdigit()), key=lambda path: int(path.name), reverse=True)
+    for step in steps:
+        try:
+            listed = {line[66:]: line[:64] for line in (step / DIGESTS).read_text().splitlines()}
+            there = digests(step)
+            if listed == there:
+                return int(step.name)
+            reason = f"{step / min(file for file in listed | there if listed.get(file) != there.get(file))} is not as it was saved"
+        except (OSError, UnicodeDecodeError) as error:
+            reason = f"{step / DIGESTS} cannot be read ({error}): it was not saved to its end"
+        print(f"checkpoint passed over: {reason}", file=sys.stderr)
+        step.rename(checkpoints.parent / f"damaged-{step.name}-{time.time():.0f}")
+    if steps:
+        raise ValueError(f"{checkpoints} has no checkpoint that is whole; restore one from a copy, or begin again with another --out")
+    return 0
 
 
 def keep_log_until(log: Path, step: int):

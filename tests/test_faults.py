@@ -104,10 +104,13 @@ def test_fault_01_killed_at_a_random_step_and_started_again_equals_an_undisturbe
 
 
 def tokenizer_command(folder, out, *flags):
-    """Trains a tokenizer, with a discriminator from the fourth step on."""
-    np.save(folder / "pictures.npy", np.random.default_rng(0).integers(0, 256, (8, 48, 48, 3), dtype=np.uint8))
-    return [sys.executable, "vqgan.py", "train", "--data", str(folder / "pictures.npy"), "--batch", "2", "--steps", "12", "--save-every", "2", "--log-every", "1",
-            "--quantize-from", "2", "--gan-weight", "0.8", "--gan-from", "3", "--gan-channels", "4", "--out", str(out), *map(str, flags)]
+    """Trains a very small tokenizer, with a discriminator from the fourth step on."""
+    config = vqgan.VQGANConfig(resolution=24, hidden_channels=8, channel_mult=(1, 1), num_res_blocks=1, attn_resolutions=(), no_attn_mid_block=True,
+                               z_channels=8, num_embeddings=32, quantized_embed_dim=4, norm_groups=4)
+    vqgan.save(vqgan.VQGAN(config, key=jax.random.key(0)), folder / "begin", overwrite=True)
+    np.save(folder / "pictures.npy", np.random.default_rng(0).integers(0, 256, (8, 24, 24, 3), dtype=np.uint8))
+    return [sys.executable, "vqgan.py", "train", "--data", str(folder / "pictures.npy"), "--init", str(folder / "begin"), "--optimizer", "adam", "--learning-rate", "1e-3",
+            "--batch", "2", "--steps", "12", "--save-every", "2", "--log-every", "1", "--gan-weight", "0.8", "--gan-from", "3", "--gan-channels", "4", "--out", str(out), *map(str, flags)]
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +266,24 @@ def test_fault_04_training_and_loading_fall_back_to_the_newest_whole_step_or_ref
     for process in processes:
         assert "whole" in finish(process, status=2)
     assert not (copy / "none").exists()
+
+
+@pytest.mark.parametrize("flips", variants([10], 100))
+def test_fault_04_a_tokenizers_training_goes_on_from_the_newest_whole_step_or_refuses(undisturbed_tokenizer, tmp_path, flips, capsys):
+    checkpoints, rng, arguments = tmp_path / "run/checkpoints", random.Random(0), tokenizer_command(undisturbed_tokenizer.parent, tmp_path / "run")
+    for n in range(flips):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(undisturbed_tokenizer, tmp_path / "run")
+        files = sorted(path for path in (checkpoints / "12").rglob("*") if path.is_file() and path.stat().st_size)
+        flip_a_bit(file := files[n % len(files)], rng)
+        assert vqgan.newest_whole(checkpoints) == 10
+        assert str(file if file.name != vqgan.DIGESTS else file.parent) in capsys.readouterr().err
+    (tmp_path / "run/model.safetensors").unlink()
+    finish(launch(arguments))
+    assert (tmp_path / "run/model.safetensors").read_bytes() == (undisturbed_tokenizer / "model.safetensors").read_bytes()
+    for step in ("10", "12"):
+        flip_a_bit(max((path for path in (checkpoints / step).rglob("*") if path.is_file()), key=lambda path: path.stat().st_size), rng)
+    assert "no checkpoint that is whole" in finish(launch(arguments), status=2)
 
 
 def damage(step, how):
@@ -696,13 +717,21 @@ def assert_finite_steps(out, steps):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves({name: part for name, part in state.items() if name != "guard"}))
 
 
-@pytest.mark.parametrize("quantize_from", variants([12], 2))
-def test_fault_16_too_many_bad_steps_in_a_row_stop_a_tokenizers_run(tmp_path, quantize_from):
-    """Its weights become so large that nothing finite comes out; where the codebook is set to k-means of that, it is not saved."""
-    flags = ("--learning-rate", 1e30, "--patience", 3, "--quantize-from", quantize_from, "--gan-from", 12)
-    output = finish(launch(tokenizer_command(tmp_path, tmp_path / "run", *flags)), status=1)
-    assert ("3 steps in a row were skipped" if quantize_from == 12 else "no finite numbers") in output and "--learning-rate" in output and "Traceback" not in output
-    assert_finite_steps(tmp_path / "run", [2, 4] if quantize_from == 12 else [2])
+def test_fault_16_too_many_bad_steps_in_a_row_stop_a_tokenizers_run(tmp_path):
+    """Its weights become so large that nothing finite comes out."""
+    output = finish(launch(tokenizer_command(tmp_path, tmp_path / "run", "--learning-rate", 1e30, "--patience", 3)), status=1)
+    assert "3 steps in a row were skipped" in output and "--learning-rate" in output and "Traceback" not in output
+    assert_finite_steps(tmp_path / "run", [2, 4])
+
+
+@pytest.mark.all_faults
+def test_fault_16_a_codebook_of_nan_is_not_saved(tmp_path):
+    """k-means of what such weights give."""
+    np.save(tmp_path / "pictures.npy", np.zeros((8, 48, 48, 3), np.uint8))
+    arguments = ["--data", tmp_path / "pictures.npy", "--learning-rate", 1e30, "--quantize-from", 2, "--steps", 12, "--save-every", 2, "--batch", 2, "--out", tmp_path / "run"]
+    output = finish(launch([sys.executable, "vqgan.py", "train", *map(str, arguments)]), status=1)
+    assert "no finite numbers" in output and "Traceback" not in output
+    assert_finite_steps(tmp_path / "run", [2])
 
 
 @pytest.mark.parametrize("what", variants(["seed and code"], "data"))
