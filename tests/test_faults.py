@@ -268,10 +268,10 @@ def test_fault_04_training_and_loading_fall_back_to_the_newest_whole_step_or_ref
     assert not (copy / "none").exists()
 
 
-@pytest.mark.parametrize("flips", variants([10], 100))
-def test_fault_04_a_tokenizers_training_goes_on_from_the_newest_whole_step_or_refuses(undisturbed_tokenizer, tmp_path, flips, capsys):
+@pytest.mark.all_faults
+def test_fault_04_a_tokenizers_training_goes_on_from_the_newest_whole_step_or_refuses(undisturbed_tokenizer, tmp_path, capsys):
     checkpoints, rng, arguments = tmp_path / "run/checkpoints", random.Random(0), tokenizer_command(undisturbed_tokenizer.parent, tmp_path / "run")
-    for n in range(flips):
+    for n in range(100):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         shutil.copytree(undisturbed_tokenizer, tmp_path / "run")
         files = sorted(path for path in (checkpoints / "12").rglob("*") if path.is_file() and path.stat().st_size)
@@ -501,7 +501,7 @@ def damage_shard(folder, how):
         (folder / "dataset.json").write_text(json.dumps(about | {"tokenizer": "0123456789abcdef"}))
 
 
-@pytest.mark.parametrize("how", variants(["an id outside the codebook", "another tokenizer, finetuning"], "truncated", "another dtype", "another tokenizer, resuming", "another tokenizer, mixed"))
+@pytest.mark.parametrize("how", variants(["another tokenizer, finetuning"], "an id outside the codebook", "truncated", "another dtype", "another tokenizer, resuming", "another tokenizer, mixed"))
 def test_fault_12_a_bad_shard_is_refused_before_it_reaches_the_model(dataset, uninterrupted, tmp_path, how):
     data, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(dataset[0], data)
@@ -684,10 +684,10 @@ def poisoned_discriminator(critic, config, real_BHWC, fake_BHWC, key):
 
 
 def watched(static, state, *more):
-    before = jax.device_get(state)
+    before, step = jax.device_get(state), int(more[-1]) + 1
     state, metrics = train_step(static, state, *more)
     same = jax.tree.map(np.array_equal, before, jax.device_get(state))
-    print(json.dumps({"step": int(more[-1]) + 1, "changed": [name for name in same if not all(jax.tree.leaves(same[name]))]}), file=seen)
+    print(json.dumps({"step": step, "changed": [name for name in same if not all(jax.tree.leaves(same[name]))]}), file=seen)
     return state, metrics
 
 
@@ -699,12 +699,12 @@ vqgan.main()
 def test_fault_16_a_poisoned_step_of_a_tokenizer_changes_neither_generator_nor_discriminator(tmp_path):
     """NaN, infinity and a spike in the loss of the one or the other alone, each at one step."""
     bad = {"generator": {6: np.nan, 8: np.inf, 60: 1e4}, "discriminator": {10: np.nan, 12: np.inf, 62: 1e4}}
-    flags = tokenizer_command(tmp_path, tmp_path / "run", "--steps", 64, "--save-every", 64, "--log-every", 64)[2:]
+    flags = tokenizer_command(tmp_path, tmp_path / "run", "--steps", 64, "--save-every", 64, "--log-every", 64, "--gan-from", 0)[2:]
     finish(launch([sys.executable, "-c", POISONED_TOKENIZER, json.dumps(bad), str(tmp_path / "seen"), *flags]))
     changed = {line["step"]: set(line["changed"]) for line in map(json.loads, (tmp_path / "seen").read_text().splitlines())}
     poisoned = sorted(step for steps in bad.values() for step in steps)
     for step in range(2, 65):  # the learning rate of the first is 0
-        learnt = {"model", "optimizer", "ema"} | ({"critic", "critic_optimizer"} if step > 3 else set())
+        learnt = {"model", "optimizer", "ema", "critic", "critic_optimizer"}
         assert changed[step] == {"guard"} if step in poisoned else changed[step] >= learnt, (step, changed[step])
     assert [line["skipped"] for line in log_of(tmp_path / "run")] == [sum(step >= b for b in poisoned) for step in range(1, 65)]
     assert_finite_steps(tmp_path / "run", [64])
@@ -719,7 +719,7 @@ def assert_finite_steps(out, steps):
 
 def test_fault_16_too_many_bad_steps_in_a_row_stop_a_tokenizers_run(tmp_path):
     """Its weights become so large that nothing finite comes out."""
-    output = finish(launch(tokenizer_command(tmp_path, tmp_path / "run", "--learning-rate", 1e30, "--patience", 3)), status=1)
+    output = finish(launch(tokenizer_command(tmp_path, tmp_path / "run", "--learning-rate", 1e30, "--patience", 3, "--gan-weight", 0)), status=1)
     assert "3 steps in a row were skipped" in output and "--learning-rate" in output and "Traceback" not in output
     assert_finite_steps(tmp_path / "run", [2, 4])
 
@@ -921,7 +921,7 @@ def answers(tiny, out, *flags, prompts="prompts.jsonl"):
 
 @pytest.fixture(scope="module")
 def drawn(tiny):
-    return answers(tiny, "drawn", "--candidates", 4000)[0]
+    return answers(tiny, "drawn", "--candidates", 2000)[0]
 
 
 def full_passes(tiny, prompt, temperature):
@@ -958,13 +958,13 @@ def test_fault_20_a_picture_depends_on_its_seed_and_prompt_and_on_nothing_beside
 
 def test_fault_20_drafting_ahead_draws_the_same_pictures_as_often_as_their_probabilities_say(tiny, drawn):
     """Chi-square of 81 pictures against exact probabilities without a cache: its mean is its 80 degrees of freedom, its standard deviation 12.6."""
-    drafted, printed = answers(tiny, "drafted", "--candidates", 4000, "--jacobi", 3)
+    drafted, printed = answers(tiny, "drafted", "--candidates", 2000, "--jacobi", 3)
     assert float(re.search(r"jacobi +([0-9.]+) codes kept", printed)[1]) > 1.2
     for prompt in ("short", "long"):
         np.testing.assert_array_equal(drafted[prompt], drawn[prompt])
         p_W, pixels_WHWC = full_passes(tiny, prompt, 0.9)
         counts_W = np.bincount(which(drafted[prompt], pixels_WHWC), minlength=81)
-        assert ((counts_W - 4000 * p_W) ** 2 / (4000 * p_W)).sum() < 80 + 4 * 12.6
+        assert ((counts_W - 2000 * p_W) ** 2 / (2000 * p_W)).sum() < 80 + 4 * 12.6
 
 
 @pytest.mark.parametrize("jacobi", variants([3], 0))
