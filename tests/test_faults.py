@@ -510,7 +510,7 @@ def test_fault_12_a_bad_shard_is_refused_before_it_reaches_the_model(dataset, un
         finish(launch(command((data, dataset[1]), out, "--steps", 4)))
     damage_shard(data, how)
     words = {"an id outside the codebook": f"{data} shard 0: code 32 is outside the codebook of 32", "another tokenizer, finetuning": "0123456789abcdef",
-             "another tokenizer, mixed": f"{data} was made by another tokenizer than {dataset[0]}", "another tokenizer, resuming": "tokenizer is another one"}
+             "another tokenizer, mixed": f"{dataset[0]} was made by another tokenizer than {data}", "another tokenizer, resuming": "tokenizer is another one"}
     output = finish(launch(command((data, dataset[1]), out, *flags)), status=2)
     assert words.get(how, f"{data / '00000.tokens'}: ") in output and "Traceback" not in output
     assert steps_in(out) == ([4] if "resuming" in how else [])
