@@ -615,10 +615,10 @@ def train(config: TrainConfig) -> VQGAN:
                     raise FloatingPointError(f"at step {step + 1} weights or moments are no finite numbers, and are not saved; the last checkpoint is at step "
                                              f"{manager.latest_step()}; lower --learning-rate or --gan-weight")
                 manager.save(step + 1, args=ocp.args.StandardSave(state))
-                pixels_BHWC = read_batch(0)[:8]
-                save_rows([pixels_BHWC, decode(state["ema"], encode(state["ema"], pixels_BHWC))], config.out / "samples" / f"{step + 1}.png")
                 manager.wait_until_finished()
                 (checkpoints / str(step + 1) / DIGESTS).write_text("".join(f"{digest}  {file}\n" for file, digest in digests(checkpoints / str(step + 1)).items()))
+                pixels_BHWC = read_batch(0)[:8]
+                save_rows([pixels_BHWC, decode(state["ema"], encode(state["ema"], pixels_BHWC))], config.out / "samples" / f"{step + 1}.png")
     finally:
         bar.close()
         readers.shutdown(cancel_futures=True)
@@ -924,29 +924,33 @@ def begin_run(out: Path, settings: dict, may_change: set[str]):
     file.write_text(json.dumps(settings, indent=1))
 
 
-DIGESTS = "digests.sha256"  # of a checkpoint's files, as `sha256sum -c` reads it; written last
+DIGESTS = "digests.sha256"  # of a checkpoint's files, as `sha256sum -c` reads it; a checkpoint without it was not saved to its end
 
 
 def digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    """{file: SHA-256} of all that a checkpoint holds."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS):
+        with open(path, "rb") as file:
+            found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def newest_whole(checkpoints: Path) -> int:
     """The newest checkpoint that is as it was saved, to the bit; 0 where there is none yet. Newer ones are put aside, with a line that says why."""
     steps = sorted((path for path in checkpoints.glob("*") if path.name.isdigit()), key=lambda path: int(path.name), reverse=True)
+    first_save_was_killed = len(steps) == 1 and not (steps[0] / DIGESTS).exists()
     for step in steps:
         try:
-            listed = {line[66:]: line[:64] for line in (step / DIGESTS).read_text().splitlines()}
-            there = digests(step)
+            listed, there = {line[66:]: line[:64] for line in (step / DIGESTS).read_text().splitlines()}, digests(step)
             if listed == there:
                 return int(step.name)
             reason = f"{step / min(file for file in listed | there if listed.get(file) != there.get(file))} is not as it was saved"
         except (OSError, UnicodeDecodeError) as error:
-            reason = f"{step / DIGESTS} cannot be read ({error}): it was not saved to its end"
+            reason = f"{step / DIGESTS} cannot be read ({error})"
         print(f"checkpoint passed over: {reason}", file=sys.stderr)
         step.rename(checkpoints.parent / f"damaged-{step.name}-{time.time():.0f}")
-    if steps:
+    if steps and not first_save_was_killed:
         raise ValueError(f"{checkpoints} has no checkpoint that is whole; restore one from a copy, or begin again with another --out")
     return 0
 
