@@ -940,19 +940,23 @@ def newest_whole(checkpoints: Path) -> int:
     """The newest checkpoint that is as it was saved, to the bit; 0 where there is none yet. Newer ones are put aside, with a line that says why."""
     steps = sorted((path for path in checkpoints.glob("*") if path.name.isdigit()), key=lambda path: int(path.name), reverse=True)
     first_save_was_killed = len(steps) == 1 and not (steps[0] / DIGESTS).exists()
+    newest, damaged = 0, []
     for step in steps:
         try:
             listed, there = {line[66:]: line[:64] for line in (step / DIGESTS).read_text().splitlines()}, digests(step)
             if listed == there:
-                return int(step.name)
+                newest = int(step.name)
+                break
             reason = f"{step / min(file for file in listed | there if listed.get(file) != there.get(file))} is not as it was saved"
         except (OSError, UnicodeDecodeError) as error:
             reason = f"{step / DIGESTS} cannot be read ({error})"
         print(f"checkpoint passed over: {reason}", file=sys.stderr)
-        step.rename(checkpoints.parent / f"damaged-{step.name}-{time.time():.0f}")
-    if steps and not first_save_was_killed:
+        damaged.append(step)
+    if steps and not newest and not first_save_was_killed:
         raise ValueError(f"{checkpoints} has no checkpoint that is whole; restore one from a copy, or begin again with another --out")
-    return 0
+    for step in damaged:
+        step.rename(checkpoints.parent / f"damaged-{step.name}-{time.time():.0f}")
+    return newest
 
 
 def keep_log_until(log: Path, step: int):
