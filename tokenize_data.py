@@ -451,6 +451,14 @@ def write_sentences(source: Source, kinds, items: list[Item], series, notes=(), 
 
     `series`: a list of Series, or a function from a boolean for each item (was it readable?) to (kind, items) of each
     sentence. `pictures`: how many an item has."""
+    def too_few(readable, notes):
+        report(source.out, notes)
+        shots = f"one sentence of {series[0].shots}" if not callable(series) and series[0].shots > 1 else "one sentence"
+        return ValueError(f"{source.inputs if isinstance(source.inputs, Path) else source.inputs[0]}: {readable} readable items do not fill {shots}; "
+                          f"lower --shots, --frames, --strides or --per-class, or see {source.out}.rejected.jsonl")
+
+    if not callable(series) and all(len(some.units) < some.shots for some in series):  # however many of them can be read
+        raise too_few(f"at most {len(items)}", notes)
     tokenizer = vqgan.load(source.tokenizer)
     encoded = encode_chunks(source, tokenizer, items, pictures, notes)
     if encoded is None:
@@ -475,10 +483,7 @@ def write_sentences(source: Source, kinds, items: list[Item], series, notes=(), 
 
     strung = sentences()
     if (first := next(strung, None)) is None:
-        report(source.out, [*notes, *found])
-        shots = f"one sentence of {series[0].shots}" if not callable(series) and series[0].shots > 1 else "one sentence"
-        raise ValueError(f"{source.inputs if isinstance(source.inputs, Path) else source.inputs[0]}: {int(good_N.sum())} readable items do not fill {shots}; "
-                         f"lower --shots, --frames, --strides or --per-class, or see {source.out}.rejected.jsonl")
+        raise too_few(int(good_N.sum()), [*notes, *found])
     write_dataset(source.out, tokenizer, kinds, itertools.chain([first], strung), [*notes, *found], source.context, "" if split_part(source.part)[1] == 1 else f"-{split_part(source.part)[0]}")
     remove_chunks(source.out)
     for kind, count in unused.items():

@@ -249,12 +249,18 @@ def train(config: Config) -> lvm.LVM:
     auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     dtype = jnp.dtype(auto if config.dtype == "auto" else config.dtype)
     context = config.context or model_config.context
+    if config.init:
+        check_init(config.init, shards[0].about["tokenizer"])
     begin_run(config, model_config, [s.about["tokenizer"] for s in shards])
 
-    # The state: the newest whole checkpoint, or else random weights or those of --init.
-    optimizer, schedule = make_optimizer(config)
+    # The state: the newest whole checkpoint, or else random weights or those of --init. What is wrong with the data is said before.
     checkpoints = Checkpoints(config.out / "checkpoints", config.keep, config.milestone_every)
     first = checkpoints.newest
+    part, parts = rows_of_this_process(mesh, config.batch)
+    batches = on_devices(mesh, tokenize_data.open_dataset(
+        list(zip(shards, weights)), context=context, specials=specials, packing=config.packing, batch=config.batch, seed=config.seed, start=first,
+        process=part, processes=parts, heldout_fraction=config.heldout_fraction))
+    optimizer, schedule = make_optimizer(config)
     state, shardings = make_state(dataclasses.replace(config, init=None) if first else config, model_config, optimizer, mesh)
     if first:
         state = checkpoints.restore(state)
@@ -262,10 +268,6 @@ def train(config: Config) -> lvm.LVM:
     if leads:
         keep_log_until(config.out / "metrics.jsonl", first)
 
-    part, parts = rows_of_this_process(mesh, config.batch)
-    batches = on_devices(mesh, tokenize_data.open_dataset(
-        list(zip(shards, weights)), context=context, specials=specials, packing=config.packing, batch=config.batch, seed=config.seed, start=first,
-        process=part, processes=parts, heldout_fraction=config.heldout_fraction))
     fraction = 0.0 if config.heldout or not config.data else config.heldout_fraction
     kept_N = np.flatnonzero(tokenize_data.is_heldout(heldout, fraction)) if fraction else np.arange(len(heldout))
     kinds = heldout_kinds(heldout, kept_N, context, specials, rows=mesh.shape["data"] * mesh.shape["fsdp"])
@@ -784,7 +786,7 @@ def begin_run(config: Config, model_config, fingerprints):
     settings = {"model": dataclasses.asdict(model_config), "tokenizer": fingerprints[0],
                 "train": json.loads(json.dumps(dataclasses.asdict(config), default=str))}
     file = config.out / "config.json"
-    if file.exists():
+    if file.exists() and lvm.steps_of(config.out / "checkpoints"):  # before the first checkpoint there is nothing to resume
         before = json.loads(file.read_text())
         defaults = json.loads(json.dumps(dataclasses.asdict(Config()), default=str))  # of flags that are newer than the run
         was = {k: before["train"].get(k, defaults[k]) for k in settings["train"]}
@@ -796,6 +798,14 @@ def begin_run(config: Config, model_config, fingerprints):
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(settings, indent=1) + "\n")
         os.replace(partial, file)
+
+
+def check_init(init: Path, fingerprint: str | None):
+    """Refuses weights that were trained on another tokenizer's codes, where both they and the data say whose those are."""
+    file = init / "config.json"
+    known = lvm._read_json(file).get("tokenizer") if file.is_file() else None
+    if None not in (known, fingerprint) and known != fingerprint:
+        raise ValueError(f"--init {init} was trained on the codes of tokenizer {known}, and the data are codes of {fingerprint}: tokenize them with the first one")
 
 
 def keep_log_until(log: Path, step: int):

@@ -554,6 +554,9 @@ def train(config: TrainConfig) -> VQGAN:
     started_from = load(config.init) if config.init else None
     model_config = network_config(config, started_from)
     read_picture, count = open_pictures(config.data, model_config.resolution, config.crop)
+    if count < config.batch:
+        raise ValueError(f"{config.data}: {count} pictures do not fill a batch of {config.batch}; lower --batch")
+    read_picture(0, np.zeros(3))  # data of which nothing can be read are found before anything is compiled
     begin_run(config.out, {k: str(v) for k, v in dataclasses.asdict(config).items()}, may_change={"out", "save_every", "log_every", "mesh", "patience"})
     networks, about = perceptual_networks(config)
     print(about)
@@ -561,8 +564,9 @@ def train(config: TrainConfig) -> VQGAN:
     optimizers = make_optimizers(config)
     state, sharding = make_state(config, model_config, started_from, optimizers, mesh)
     batches = NamedSharding(mesh, P(("data", "fsdp")))
-    manager = ocp.CheckpointManager(config.out.absolute() / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2))
-    first = manager.latest_step() or 0
+    checkpoints = config.out.absolute() / "checkpoints"
+    first = newest_whole(checkpoints)
+    manager = ocp.CheckpointManager(checkpoints, options=ocp.CheckpointManagerOptions(max_to_keep=2))
     if first:
         state = manager.restore(first, args=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)))
     keep_log_until(config.out / "metrics.jsonl", first)
@@ -607,7 +611,12 @@ def train(config: TrainConfig) -> VQGAN:
                 bar.set_postfix({k: f"{v:.4f}" for k, v in metrics.items() if k in ("loss", "pixel", "perplexity", "skipped")})
                 check_health(config, step + 1, metrics, manager.latest_step())
             if saving:
+                if not all_finite({name: part for name, part in state.items() if name != "guard"}):
+                    raise FloatingPointError(f"at step {step + 1} weights or moments are no finite numbers, and are not saved; the last checkpoint is at step "
+                                             f"{manager.latest_step()}; lower --learning-rate or --gan-weight")
                 manager.save(step + 1, args=ocp.args.StandardSave(state))
+                manager.wait_until_finished()
+                (checkpoints / str(step + 1) / DIGESTS).write_text("".join(f"{digest}  {file}\n" for file, digest in digests(checkpoints / str(step + 1)).items()))
                 pixels_BHWC = read_batch(0)[:8]
                 save_rows([pixels_BHWC, decode(state["ema"], encode(state["ema"], pixels_BHWC))], config.out / "samples" / f"{step + 1}.png")
     finally:
@@ -854,6 +863,11 @@ def check_health(config, step, metrics, last_saved):
 
 
 @jax.jit
+def all_finite(tree):
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+@jax.jit
 def _latents(model, pixels_BHWC):
     return model.to_latents(pixels_BHWC).reshape(-1, model.config.quantized_embed_dim)
 
@@ -908,6 +922,41 @@ def begin_run(out: Path, settings: dict, may_change: set[str]):
         if changed:
             raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}); choose another --out or repeat its settings")
     file.write_text(json.dumps(settings, indent=1))
+
+
+DIGESTS = "digests.sha256"  # of a checkpoint's files, as `sha256sum -c` reads it; a checkpoint without it was not saved to its end
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """{file: SHA-256} of all that a checkpoint holds."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS):
+        with open(path, "rb") as file:
+            found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def newest_whole(checkpoints: Path) -> int:
+    """The newest checkpoint that is as it was saved, to the bit; 0 where there is none yet. Newer ones are put aside, with a line that says why."""
+    steps = sorted((path for path in checkpoints.glob("*") if path.name.isdigit()), key=lambda path: int(path.name), reverse=True)
+    first_save_was_killed = len(steps) == 1 and not (steps[0] / DIGESTS).exists()
+    newest, damaged = 0, []
+    for step in steps:
+        try:
+            listed, there = {line[66:]: line[:64] for line in (step / DIGESTS).read_text().splitlines()}, digests(step)
+            if listed == there:
+                newest = int(step.name)
+                break
+            reason = f"{step / min(file for file in listed | there if listed.get(file) != there.get(file))} is not as it was saved"
+        except (OSError, UnicodeDecodeError) as error:
+            reason = f"{step / DIGESTS} cannot be read ({error})"
+        print(f"checkpoint passed over: {reason}", file=sys.stderr)
+        damaged.append(step)
+    if steps and not newest and not first_save_was_killed:
+        raise ValueError(f"{checkpoints} has no checkpoint that is whole; restore one from a copy, or begin again with another --out")
+    for step in damaged:
+        step.rename(checkpoints.parent / f"damaged-{step.name}-{time.time():.0f}")
+    return newest
 
 
 def keep_log_until(log: Path, step: int):
@@ -1638,9 +1687,9 @@ def with_config(model: VQGAN, **changes) -> VQGAN:
 def main():
     try:
         tyro.extras.subcommand_cli_from_dict({"train": train_command, "reconstruct": reconstruct, "convert": convert}, description=__doc__)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
 
 
 def train_command(config: tyro.conf.OmitArgPrefixes[TrainConfig]):

@@ -5,12 +5,17 @@ several tests and the commands they start have in common are compiled once, and 
 time goes to compiling programs that run a few times.
 """
 
+import contextlib
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.error
+import urllib.request
 
 import pytest
 
@@ -75,9 +80,49 @@ def command(dataset, out, *flags):
 
 def launch(arguments, devices=1, environment={}, **options):
     """Starts a command on so many CPU devices."""
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(arguments, env=os.environ | flags | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **{"cwd": ROOT} | options)
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(arguments, env=os.environ | flags | environment, text=True,
+                            **{"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options)
 
 
 def log_of(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def playground(dataset, tmp_path_factory):
+    """A playground with a tiny random model as a process of its own: (process, its address)."""
+    import jax
+
+    import lvm
+
+    place, port = tmp_path_factory.mktemp("playground"), free_port()
+    lvm.save(lvm.LVM(lvm.LVMConfig(hidden=16, ffn=24, layers=2, heads=2, codes=32, context=80), key=jax.random.key(0)), place / "model")
+    arguments = ["--serve", "--port", port, "--model", "model", "--tokenizer", dataset[1]]
+    with launch([sys.executable, str(ROOT / "sample.py"), *map(str, arguments)], cwd=place, stderr=None) as process:
+        assert any("127.0.0.1" in line for line in iter(process.stdout.readline, ""))
+        deadline = time.time() + 60
+        while time.time() < deadline:
+            with contextlib.suppress(urllib.error.URLError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10).read()
+                break
+            time.sleep(0.2)
+        yield process, f"http://127.0.0.1:{port}"
+        process.terminate()
+
+
+def post(url, data, headers, timeout=120):
+    """-> (HTTP status, body); 0 where the connection is closed on us."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=timeout) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(errors="replace")
+    except OSError:
+        return 0, ""

@@ -4,26 +4,42 @@ The number in a name is the fault's. By default one seed and one variant of each
 Two runs are equal when every array of weights and optimizer state is, to the bit, and so are step, loss and gradient norm of every line.
 """
 
+import concurrent.futures
+import contextlib
+import importlib.util
+import io
+import itertools
 import json
 import os
+import pathlib
+import pickle
 import random
+import re
 import resource
 import shutil
 import signal
-import socket
+import struct
 import sys
 import time
 import types
+import urllib.request
+import zipfile
+import zlib
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
 
 import lvm
+import sample
 import tokenize_data
 import train
-from conftest import ROOT, command, launch, log_of
+import vqgan
+from conftest import ROOT, command, free_port, launch, log_of, post
 
 
 def finish(process, status=0, timeout=600):
@@ -71,7 +87,7 @@ def assert_close_runs(a, b):
 
 def variants(few, *more):
     """Parameters of which only the first run by default."""
-    return [*few, *(pytest.param(value, marks=pytest.mark.all_faults) for value in more)]
+    return [*few, *(pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.all_faults) for value in more)]
 
 
 SLOW = ("--evaluate-every", 1)  # a picture after each step gives the test time to meet one
@@ -87,40 +103,55 @@ def test_fault_01_killed_at_a_random_step_and_started_again_equals_an_undisturbe
     assert_equal_runs(tmp_path / "run", uninterrupted[0])
 
 
+def tokenizer_command(folder, out, *flags):
+    """Trains a very small tokenizer, with a discriminator from the fourth step on."""
+    config = vqgan.VQGANConfig(resolution=24, hidden_channels=8, channel_mult=(1, 1), num_res_blocks=1, attn_resolutions=(), no_attn_mid_block=True,
+                               z_channels=8, num_embeddings=32, quantized_embed_dim=4, norm_groups=4)
+    vqgan.save(vqgan.VQGAN(config, key=jax.random.key(0)), folder / "begin", overwrite=True)
+    np.save(folder / "pictures.npy", np.random.default_rng(0).integers(0, 256, (8, 24, 24, 3), dtype=np.uint8))
+    return [sys.executable, "vqgan.py", "train", "--data", str(folder / "pictures.npy"), "--init", str(folder / "begin"), "--optimizer", "adam", "--learning-rate", "1e-3",
+            "--batch", "2", "--steps", "12", "--save-every", "2", "--log-every", "1", "--gan-weight", "0.8", "--gan-from", "3", "--gan-channels", "4", "--out", str(out), *map(str, flags)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    finish(launch(tokenizer_command(folder, folder / "run")))
+    return folder / "run"
+
+
 @pytest.mark.all_faults
-def test_fault_01_the_tokenizers_training_too(tmp_path):
-    """Generator, discriminator, average and all moments."""
-    np.save(tmp_path / "pictures.npy", np.random.default_rng(0).integers(0, 256, (8, 48, 48, 3), dtype=np.uint8))
-    arguments = [sys.executable, "vqgan.py", "train", "--data", str(tmp_path / "pictures.npy"), "--batch", "2", "--steps", "12", "--save-every", "2",
-                 "--log-every", "1", "--quantize-from", "2", "--gan-weight", "0.8", "--gan-from", "3", "--gan-channels", "4", "--out"]
-    finish(launch([*arguments, str(tmp_path / "whole")]))
-    process = launch([*arguments, str(tmp_path / "killed")])
-    wait_for(logged(tmp_path / "killed", 7), process)
+@pytest.mark.parametrize("seed", range(5))
+def test_fault_01_the_tokenizers_training_too(undisturbed_tokenizer, tmp_path, seed):
+    """Generator, discriminator, average, and the moments of both."""
+    whole, killed, arguments = undisturbed_tokenizer, tmp_path / "run", tokenizer_command(tmp_path, tmp_path / "run")
+    process = launch(arguments)
+    wait_for(logged(killed, random.Random(seed).randint(2, 9)), process)
     process.kill()
     process.wait()
-    finish(launch([*arguments, str(tmp_path / "killed")]))
-    assert (tmp_path / "killed/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
-    whole, killed = (ocp.StandardCheckpointHandler().restore(tmp_path / name / "checkpoints/12/default") for name in ("whole", "killed"))
-    for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(killed), strict=True):
+    finish(launch(arguments))
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    states = [ocp.StandardCheckpointHandler().restore(out / "checkpoints/12/default") for out in (whole, killed)]
+    assert states[0].keys() == states[1].keys() >= {"model", "ema", "optimizer", "critic", "critic_optimizer"}
+    for x, y in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_array_equal(x, y)
-    pick = lambda out: [{k: v for k, v in line.items() if k != "seconds"} for line in log_of(tmp_path / out)]
-    assert pick("killed") == pick("whole") and len(pick("whole")) == 12
+    pick = lambda out: [{k: v for k, v in line.items() if k != "seconds"} for line in log_of(out)]
+    assert pick(killed) == pick(whole) and [line["step"] for line in log_of(whole)] == list(range(1, 13))
 
 
 @pytest.mark.parametrize("rounds", variants([1], 10))
 def test_fault_02_killed_while_it_saves_goes_on_from_the_last_whole_step(dataset, uninterrupted, tmp_path, rounds):
-    out = tmp_path / "run"
+    out, newest, left = tmp_path / "run", 0, 0
     for n in range(rounds):
-        process = launch(command(dataset, out, "--save-every", 1, "--keep", 1, *SLOW))
-        first = max(steps_in(out), default=0)
-        writing = lambda: any(int(path.name.split(".")[0]) > first for path in (out / "checkpoints").glob("*.partial*"))
-        wait_for(writing, process)
+        process = launch(command(dataset, out, "--save-every", 1, "--keep", 1, *SLOW), environment={"PYTHONUNBUFFERED": "1"})
+        wait_for(lambda: any(int(path.name.split(".")[0]) > newest for path in (out / "checkpoints").glob("*.partial*")), process)
         time.sleep(random.Random(n).uniform(0, 0.1))
         process.kill()
-        process.wait()
-    newest = max(steps_in(out), default=0)
+        assert (f"resuming {out} at step {newest}" in process.communicate()[0]) == bool(newest)
+        newest, left = max(steps_in(out), default=0), left + any((out / "checkpoints").glob("*.partial*"))
     output = finish(launch(command(dataset, out)))
     assert not newest or f"resuming {out} at step {newest}" in output
+    assert left or rounds == 1  # the kill met a save
     assert not list((out / "checkpoints").glob("*.*"))
     assert_equal_runs(out, uninterrupted[0])
 
@@ -150,12 +181,6 @@ def pair(dataset, tmp_path_factory):
                             environment=environment) for i, environment in enumerate(environments)]
 
     return start
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_fault_03_sigterm_to_one_process_of_two_stops_both_at_one_step(pair):
@@ -243,6 +268,24 @@ def test_fault_04_training_and_loading_fall_back_to_the_newest_whole_step_or_ref
     assert not (copy / "none").exists()
 
 
+@pytest.mark.all_faults
+def test_fault_04_a_tokenizers_training_goes_on_from_the_newest_whole_step_or_refuses(undisturbed_tokenizer, tmp_path, capsys):
+    checkpoints, rng, arguments = tmp_path / "run/checkpoints", random.Random(0), tokenizer_command(undisturbed_tokenizer.parent, tmp_path / "run")
+    for n in range(100):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(undisturbed_tokenizer, tmp_path / "run")
+        files = sorted(path for path in (checkpoints / "12").rglob("*") if path.is_file() and path.stat().st_size)
+        flip_a_bit(file := files[n % len(files)], rng)
+        assert vqgan.newest_whole(checkpoints) == 10
+        assert str(file if file.name != vqgan.DIGESTS else file.parent) in capsys.readouterr().err
+    (tmp_path / "run/model.safetensors").unlink()
+    finish(launch(arguments))
+    assert (tmp_path / "run/model.safetensors").read_bytes() == (undisturbed_tokenizer / "model.safetensors").read_bytes()
+    for step in ("10", "12"):
+        flip_a_bit(max((path for path in (checkpoints / step).rglob("*") if path.is_file()), key=lambda path: path.stat().st_size), rng)
+    assert "no checkpoint that is whole" in finish(launch(arguments), status=2)
+
+
 def damage(step, how):
     array = max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     if how == "truncated":
@@ -280,7 +323,7 @@ def test_fault_05_loading_passes_over_a_step_that_is_not_whole(copy, how, capsys
 def test_fault_06_a_full_disk_leaves_earlier_checkpoints_whole_and_a_later_save_works(dataset, copy):
     """The disk is full for files over 50 kB, until the run has said so."""
     limits = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
-    process, lines = launch(command(dataset, copy, "--steps", 20, "--learning-rate", 1e-3, *SLOW), preexec_fn=limits), []
+    process, lines = launch(command(dataset, copy, "--steps", 20, "--learning-rate", 1e-3, "--log-every", 2, *SLOW), preexec_fn=limits), []
     for line in process.stdout:
         lines.append(line)
         if "could not be saved" in line:
@@ -307,32 +350,264 @@ def test_fault_06_a_save_that_the_disk_has_no_room_for_is_not_begun(tmp_path, mo
     assert [path.name for path in lvm.whole_steps(tmp_path)] == ["3", "1"]
 
 
-@pytest.mark.parametrize("where", variants(["read-only"], "vanished"))
+@pytest.mark.parametrize("where", variants(["read-only"], "vanished", "read-only, of a tokenizer"))
 def test_fault_07_a_folder_that_cannot_be_written_fails_at_once(dataset, tmp_path, where):
     (tmp_path / "link").symlink_to(tmp_path / "gone" / "away")
-    out = {"read-only": "/proc/run", "vanished": tmp_path / "link"}[where]  # root may write to any folder but those of the kernel
+    out = tmp_path / "link" if where == "vanished" else "/proc/run"  # root may write to any folder but those of the kernel
+    compiled = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    output = finish(launch(command(dataset, out)), status=2)
+    arguments = tokenizer_command(tmp_path, out) if "tokenizer" in where else command(dataset, out)
+    output = finish(launch(arguments, environment=compiled), status=2)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert f"--out {out} cannot be written to" in output and "Traceback" not in output
+    assert "tokenizer" in where or f"--out {out} cannot be written to" in output
+    assert str(out) in output and "Traceback" not in output and not any(tmp_path.glob("compiled/*"))
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
 
 
-def test_fault_08_other_devices_and_meshes_go_on_with_the_same_sentences(dataset, uninterrupted, tmp_path):
-    """8 devices with split weights, 4 with split batches and matrices, 2 with split matrices; one device did it alone."""
-    out = tmp_path / "run"
-    for devices, mesh, until in ((8, "1,2,4,1", 4), (4, "2,1,2,1", 8)):
-        process = launch(command(dataset, out, "--mesh", mesh, "--evaluate-every", 0), devices)
-        wait_for(lambda: until in steps_in(out) if (out / "checkpoints").exists() else False, process)
+def test_fault_08_other_devices_and_meshes_go_on_with_the_same_sentences(dataset, tmp_path):
+    """8 devices that split the weights, 4 that split the batch, 2 that split the matrices; one device did it alone."""
+    alone, out, flags = tmp_path / "alone", tmp_path / "run", ("--batch", 8, "--evaluate-every", 0)
+    finish(launch(command(dataset, alone, *flags)))
+    for devices, mesh in ((8, "1,8,1,1"), (4, "4,1,1,1")):
+        newest = max(steps_in(out), default=0)
+        process = launch(command(dataset, out, *flags, "--mesh", mesh), devices)
+        wait_for(lambda: max(steps_in(out), default=0) > newest, process)
         process.kill()
         process.wait()
-    assert "resuming" in finish(launch(command(dataset, out, "--mesh", "1,1,2,1"), devices=2))
-    assert_close_runs(out, uninterrupted[0])
+    assert f"resuming {out} at step 8" in finish(launch(command(dataset, out, *flags, "--mesh", "1,1,2,1"), devices=2))
+    assert_close_runs(out, alone)
 
 
 def test_fault_09_a_changed_setting_is_refused_by_name(dataset, uninterrupted):
+    """Learning rate, steps and logging may change; a run that goes on with others is in the test of the full disk."""
     output = finish(launch(command(dataset, uninterrupted[0], "--seed", 1, "--batch", 4, "--learning-rate", 1e-4, "--steps", 30, "--log-every", 3)), status=2)
     assert "seed: 0 -> 1" in output and "batch: 2 -> 4" in output and "learning_rate" not in output and "steps" not in output
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def picture(seed, size=20):
+    """A smooth random picture."""
+    grid = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), dtype=np.uint8)
+    return Image.fromarray(grid).resize((size, size), Image.Resampling.BILINEAR)
+
+
+def write_pictures(folder, count):
+    folder.mkdir(parents=True)
+    for i in range(count):
+        picture(i).save(folder / f"{i:04d}.png")
+    return folder
+
+
+def tokenise(dataset, inputs, out, *flags):
+    return [*map(str, ["colorize", "--inputs", inputs, "--out", out, "--tokenizer", dataset[1], "--shots", 5, "--workers", 0, *flags])]
+
+
+WATCHED = """
+import importlib, json, pathlib, re, sys, time
+
+module = importlib.import_module(sys.argv.pop(1))
+began = time.process_time()
+try:
+    module.main()
+finally:
+    peak = re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())
+    print(json.dumps({"seconds": time.process_time() - began, "peak_mb": int(peak[1]) / 1024}))
+"""
+
+
+def watch(script, arguments, status=0):
+    """Runs a command -> (what it printed; the CPU seconds that it took without its imports, and its largest resident memory)."""
+    output = finish(launch([sys.executable, "-c", WATCHED, script, *map(str, arguments)]), status)
+    return output, json.loads(re.search(r'\{"seconds".*', output)[0])
+
+
+def bytes_of(folder):
+    """What a dataset holds, but for how many inputs were left out."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "dataset.json"}
+
+
+def reasons(out):
+    return {pathlib.Path(line["path"]).name: line["reason"] for line in map(json.loads, pathlib.Path(f"{out}.rejected.jsonl").read_text().splitlines())}
+
+
+@pytest.fixture(scope="module")
+def good(dataset, tmp_path_factory):
+    """A thousand pictures but three, seven of them odd though whole, and a clean run over them: (folder, dataset, peak memory)."""
+    folder = write_pictures(tmp_path_factory.mktemp("pictures") / "in", 990)
+    picture(0).resize((1, 1)).save(folder / "0100-one-pixel.png")
+    picture(1).convert("CMYK").save(folder / "0200-cmyk.jpg")
+    picture(2).convert("RGBA").rotate(30).save(folder / "0300-transparent.png")
+    picture(3).convert("P").save(folder / "0400-palette.png")
+    Image.fromarray(np.linspace(0, 65535, 400).astype(np.uint16).reshape(20, 20)).save(folder / "0500-deep.png")
+    picture(4).save(folder / "0600-animated.gif", save_all=True, append_images=[picture(5)])
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    picture(6).save(folder / "0700-turned.jpg", exif=turned)
+    output, used = watch("tokenize_data", tokenise(dataset, folder, folder.parent / "clean"))
+    assert not pathlib.Path(f"{folder.parent / 'clean'}.rejected.jsonl").exists(), output
+    return folder, folder.parent / "clean", used["peak_mb"]
+
+
+def test_fault_10_odd_pictures_are_read_or_listed_and_the_others_come_out_as_without_them(dataset, good, tmp_path):
+    folder, clean, _ = good
+    shutil.copytree(folder, tmp_path / "in")
+    noise = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(noise, "JPEG")
+    bad = {"0101-truncated.jpg": noise.getvalue()[:700], "0102-empty.png": b"", "0103-text.png": b"this is no picture"}
+    for name, content in bad.items():
+        (tmp_path / "in" / name).write_bytes(content)
+    finish(launch([sys.executable, "tokenize_data.py", *tokenise(dataset, tmp_path / "in", tmp_path / "dirty")]))
+    assert bytes_of(tmp_path / "dirty") == bytes_of(clean) and json.loads((tmp_path / "dirty/dataset.json").read_text())["rejected"] == 3
+    assert reasons(tmp_path / "dirty").keys() == bad.keys() and "truncated" in reasons(tmp_path / "dirty")["0101-truncated.jpg"]
+    output = finish(launch([sys.executable, "tokenize_data.py", *tokenise(dataset, tmp_path / "in", tmp_path / "strict", "--max-rejected", 0.002)]), status=2)
+    assert "3 of 1000" in output and "--max-rejected 0.002" in output and "Traceback" not in output
+    assert reasons(tmp_path / "strict").keys() == bad.keys() and not (tmp_path / "strict").exists()
+
+
+def test_fault_11_bombs_and_documents_dressed_as_pictures_are_refused_before_they_take_memory(dataset, good, tmp_path):
+    folder, clean, peak_mb = good
+    shutil.copytree(folder, odd := tmp_path / "in")
+    bomb = Image.new("1", (13_000, 12_000))  # Pillow itself refuses more than 179 million pixels; decoded this takes 624 MB
+    bomb.save(odd / "0104-bomb.png")
+    bomb.save(odd / "0105-bomb.tif", compression="group4")
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    (odd / "0106-promise.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))))
+    picture(0).save(odd / "0107-eps.png", "EPS")
+    picture(0).save(odd / "0108-pdf.jpg", "PDF")
+    cards = ["SIMPLE  =                    T", "BITPIX  =                    8", "NAXIS   =                    2", "NAXIS1  =                   20", "NAXIS2  =                   20", "END"]
+    (odd / "0109-fits.png").write_bytes("".join(card.ljust(80) for card in cards).ljust(2880).encode() + bytes(2880))
+    output, used = watch("tokenize_data", tokenise(dataset, odd, tmp_path / "out"))
+    assert bytes_of(tmp_path / "out") == bytes_of(clean)
+    found = reasons(tmp_path / "out")
+    assert found.keys() == {path.name for path in odd.iterdir()} - {path.name for path in folder.iterdir()} and len(found) == 6
+    assert all("over the limit of 64,000,000" in found[name] for name in ("0104-bomb.png", "0105-bomb.tif"))
+    assert all("not a JPEG" in found[name] for name in ("0107-eps.png", "0108-pdf.jpg", "0109-fits.png"))
+    assert used["peak_mb"] - peak_mb < 300
+
+
+def damage_shard(folder, how):
+    tokens = folder / "00000.tokens"
+    if how == "truncated":
+        os.truncate(tokens, tokens.stat().st_size - 2)
+    elif how == "an id outside the codebook":
+        tokens.write_bytes(struct.pack("<H", 32) + tokens.read_bytes()[2:])
+    elif how == "another dtype":
+        tokens.write_bytes(np.fromfile(tokens, "<u2").astype("<i4").tobytes())
+    else:
+        about = json.loads((folder / "dataset.json").read_text())
+        (folder / "dataset.json").write_text(json.dumps(about | {"tokenizer": "0123456789abcdef"}))
+
+
+@pytest.mark.parametrize("how", variants(["another tokenizer, finetuning"], "an id outside the codebook", "truncated", "another dtype", "another tokenizer, resuming", "another tokenizer, mixed"))
+def test_fault_12_a_bad_shard_is_refused_before_it_reaches_the_model(dataset, uninterrupted, tmp_path, how):
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(dataset[0], data)
+    flags = {"another tokenizer, finetuning": ("--init", uninterrupted[0]), "another tokenizer, mixed": ("--data", dataset[0], data)}.get(how, ())
+    if "resuming" in how:
+        finish(launch(command((data, dataset[1]), out, "--steps", 4)))
+    damage_shard(data, how)
+    words = {"an id outside the codebook": f"{data} shard 0: code 32 is outside the codebook of 32", "another tokenizer, finetuning": "0123456789abcdef",
+             "another tokenizer, mixed": f"{dataset[0]} was made by another tokenizer than {data}", "another tokenizer, resuming": "tokenizer is another one"}
+    output = finish(launch(command((data, dataset[1]), out, *flags)), status=2)
+    assert words.get(how, f"{data / '00000.tokens'}: ") in output and "Traceback" not in output
+    assert steps_in(out) == ([4] if "resuming" in how else [])
+
+
+@pytest.mark.parametrize("script, what", variants([("train", "fewer sentences than a batch"), ("tokenize_data", "nothing that can be read"), ("vqgan", "fewer pictures than a batch")],
+                                                  ("train", "an empty folder"), ("train", "bad lines"), ("tokenize_data", "an empty folder"), ("tokenize_data", "one picture"),
+                                                  ("vqgan", "an empty folder"), ("vqgan", "nothing that can be read")))
+def test_fault_13_empty_bad_and_too_few_data_are_an_error_within_a_second(dataset, tmp_path, script, what):
+    inputs = tmp_path / "in"
+    write_pictures(inputs, {"one picture": 1, "fewer pictures than a batch": 7}.get(what, 0))
+    if what == "nothing that can be read":
+        for i in range(50):
+            (inputs / f"{i}.png").write_text("no picture")
+    if what == "bad lines":
+        (inputs := tmp_path / "in.jsonl").write_text("no JSON\n" * 50)
+    data = dataset[0] if "sentences" in what else inputs
+    arguments = {"train": [*command((data, dataset[1]), tmp_path / "out")[2:], "--batch", 65], "tokenize_data": tokenise(dataset, inputs, tmp_path / "out"),
+                 "vqgan": ["train", "--data", inputs, "--out", tmp_path / "out"]}[script]
+    words = {("train", "an empty folder"): "no dataset here", ("train", "bad lines"): "more than 5% of its lines are bad", ("tokenize_data", "nothing that can be read"): "--max-rejected",
+             ("vqgan", "nothing that can be read"): "0.png: not a JPEG", "an empty folder": "no pictures below this folder"}
+    output, used = watch(script, arguments, status=2)
+    assert words.get((script, what), words.get(what, "do not fill")) in output and str(data) in output and "Traceback" not in output
+    assert used["seconds"] < 1
+
+
+def session_of(process):
+    """The live processes of the session that a command leads: {process: its parent}."""
+    found = {}
+    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            pid, state, parent, session = re.match(r"(\d+) \(.*\) (\S) (\d+) \d+ (\d+)", stat.read_text(), re.DOTALL).groups()
+            if int(session) == process.pid and state != "Z":
+                found[int(pid)] = int(parent)
+    return found
+
+
+def workers_of(process):
+    """They are forked by a server that the command starts."""
+    found = session_of(process)
+    return [pid for pid, parent in found.items() if found.get(parent) == process.pid]
+
+
+def assert_no_orphans(process):
+    wait_for(lambda: not session_of(process), seconds=20)
+
+
+CHUNKS = """
+import sys, time
+import tokenize_data
+
+tokenize_data.CHUNK, slow, write = 16, float(sys.argv.pop(1)), tokenize_data.write_chunk
+tokenize_data.write_chunk = lambda *chunk: (write(*chunk), time.sleep(slow))
+tokenize_data.main()
+"""
+
+
+@pytest.mark.parametrize("first, then", variants([(1, 4)], (0, 1), (4, 0), (2, 2)))
+def test_fault_14_tokenising_killed_and_run_again_gives_the_bytes_of_a_clean_run(dataset, tmp_path, first, then):
+    """Chunks of 16 pictures instead of 4096, and time after each for the test to meet one."""
+    folder = write_pictures(tmp_path / "in", 40)
+    command = lambda out, workers, slow: [sys.executable, "-c", CHUNKS, str(slow), "inpaint", "--inputs", str(folder), "--out", str(tmp_path / out), "--tokenizer", str(dataset[1]),
+                                          "--shots", "4", "--batch", "8", "--workers", str(workers)]
+    process, chunks = launch(command("killed", first, 0.5), start_new_session=True), tmp_path / "killed.codes"
+    wait_for(lambda: len(list(chunks.glob("??????.json"))) >= 2, process)
+    process.kill()
+    process.wait()
+    assert_no_orphans(process)
+    assert not (tmp_path / "killed").exists() and 2 <= len(list(chunks.glob("??????.json"))) < 5
+    with pytest.raises(ValueError, match="other settings.*seed: 0 -> 1"):
+        tokenize_data.tokenize_inpaint(tokenize_data.Inpaint(inputs=folder, out=tmp_path / "killed", tokenizer=dataset[1], shots=4, batch=8, seed=1))
+    done = {path: path.stat().st_mtime_ns for path in chunks.glob("??????.json")}
+    process = launch(command("killed", then, 0.5))
+    wait_for(lambda: len(list(chunks.glob("??????.json"))) >= 4, process)
+    assert all(path.stat().st_mtime_ns == written for path, written in done.items())  # it went on
+    finish(process)
+    finish(launch(command("clean", 0, 0)))
+    assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "clean")
+    assert (tmp_path / "killed/dataset.json").read_bytes() == (tmp_path / "clean/dataset.json").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "killed", "clean"}
+
+
+@pytest.mark.parametrize("number, message", [(signal.SIGKILL, "a worker ended with status -9 while it read"), (signal.SIGSTOP, "no worker gave a sign of life for 4 seconds; they were reading")],
+                         ids=["killed", "hung"])
+def test_fault_15_a_worker_that_is_killed_or_hangs_ends_the_run_which_says_so(dataset, tmp_path, number, message):
+    folder = write_pictures(tmp_path / "in", 400)
+    process = launch([sys.executable, "tokenize_data.py", *tokenise(dataset, folder, tmp_path / "out", "--workers", 2, "--patience", 4)], start_new_session=True)
+    wait_for(lambda: len(workers_of(process)) == 2, process)
+    os.kill(workers_of(process)[0], number)
+    began = time.time()
+    output = finish(process, status=1, timeout=60)
+    assert re.search(rf"{message} {folder}/\d+.png", output) and "Traceback" not in output
+    assert_no_orphans(process)
+    assert time.time() - began < 60 and not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------ bad steps
 
 
 POISONED = """
@@ -383,6 +658,82 @@ def test_fault_16_too_many_bad_steps_in_a_row_stop_the_run(dataset, tmp_path):
     assert all(np.isfinite(leaf).all() for step in steps_in(out) for leaf in jax.tree.leaves(state_of(out, step)))
 
 
+POISONED_TOKENIZER = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+import vqgan
+
+factors, seen = json.loads(sys.argv.pop(1)), open(sys.argv.pop(1), "w", buffering=1)
+train_step, losses, discriminator_loss = vqgan.train_step, vqgan.losses, vqgan.discriminator_loss
+key_of = lambda step: jax.random.key_data(jax.random.split(jax.random.key(step - 1), 1)[0])
+
+
+def factor(part, key):
+    return jnp.prod(jnp.stack([jnp.where((jax.random.key_data(key) == key_of(int(step))).all(), by, 1.0) for step, by in factors[part].items()]))
+
+
+def poisoned(learnt, static, pixels_BHWC, key, *more):
+    total, (codes_BHW, latents_BHWD, metrics) = losses(learnt, static, pixels_BHWC, key, *more)
+    by, loss = factor("generator", key), metrics["loss"]
+    return total + (by - 1) * loss, (codes_BHW, latents_BHWD, metrics | {"loss": by * loss})
+
+
+def poisoned_discriminator(critic, config, real_BHWC, fake_BHWC, key):
+    loss, metrics = discriminator_loss(critic, config, real_BHWC, fake_BHWC, key)
+    return factor("discriminator", key) * loss, metrics
+
+
+def watched(static, state, *more):
+    before, step = jax.device_get(state), int(more[-1]) + 1
+    state, metrics = train_step(static, state, *more)
+    same = jax.tree.map(np.array_equal, before, jax.device_get(state))
+    print(json.dumps({"step": step, "changed": [name for name in same if not all(jax.tree.leaves(same[name]))]}), file=seen)
+    return state, metrics
+
+
+vqgan.losses, vqgan.discriminator_loss, vqgan.train_step = poisoned, poisoned_discriminator, watched
+vqgan.main()
+"""
+
+
+def test_fault_16_a_poisoned_step_of_a_tokenizer_changes_neither_generator_nor_discriminator(tmp_path):
+    """NaN, infinity and a spike in the loss of the one or the other alone, each at one step."""
+    bad = {"generator": {6: np.nan, 8: np.inf, 60: 1e4}, "discriminator": {10: np.nan, 12: np.inf, 62: 1e4}}
+    flags = tokenizer_command(tmp_path, tmp_path / "run", "--steps", 64, "--save-every", 64, "--log-every", 64, "--gan-from", 0)[2:]
+    finish(launch([sys.executable, "-c", POISONED_TOKENIZER, json.dumps(bad), str(tmp_path / "seen"), *flags]))
+    changed = {line["step"]: set(line["changed"]) for line in map(json.loads, (tmp_path / "seen").read_text().splitlines())}
+    poisoned = sorted(step for steps in bad.values() for step in steps)
+    for step in range(2, 65):  # the learning rate of the first is 0
+        learnt = {"model", "optimizer", "ema", "critic", "critic_optimizer"}
+        assert changed[step] == {"guard"} if step in poisoned else changed[step] >= learnt, (step, changed[step])
+    assert [line["skipped"] for line in log_of(tmp_path / "run")] == [sum(step >= b for b in poisoned) for step in range(1, 65)]
+    assert_finite_steps(tmp_path / "run", [64])
+
+
+def assert_finite_steps(out, steps):
+    assert steps_in(out) == steps
+    for step in steps:
+        state = ocp.StandardCheckpointHandler().restore(out / "checkpoints" / str(step) / "default")
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves({name: part for name, part in state.items() if name != "guard"}))
+
+
+def test_fault_16_too_many_bad_steps_in_a_row_stop_a_tokenizers_run(tmp_path):
+    """Its weights become so large that nothing finite comes out."""
+    output = finish(launch(tokenizer_command(tmp_path, tmp_path / "run", "--learning-rate", 1e30, "--patience", 3, "--gan-weight", 0)), status=1)
+    assert "3 steps in a row were skipped" in output and "--learning-rate" in output and "Traceback" not in output
+    assert_finite_steps(tmp_path / "run", [2, 4])
+
+
+@pytest.mark.all_faults
+def test_fault_16_a_codebook_of_nan_is_not_saved(tmp_path):
+    """k-means of what such weights give."""
+    np.save(tmp_path / "pictures.npy", np.zeros((8, 48, 48, 3), np.uint8))
+    arguments = ["--data", tmp_path / "pictures.npy", "--learning-rate", 1e30, "--quantize-from", 2, "--steps", 12, "--save-every", 2, "--batch", 2, "--out", tmp_path / "run"]
+    output = finish(launch([sys.executable, "vqgan.py", "train", *map(str, arguments)]), status=1)
+    assert "no finite numbers" in output and "Traceback" not in output
+    assert_finite_steps(tmp_path / "run", [2])
+
+
 @pytest.mark.parametrize("what", variants(["seed and code"], "data"))
 def test_fault_18_hosts_that_differ_are_found_at_the_start(dataset, tmp_path, what):
     port, began, processes = free_port(), time.time(), []
@@ -404,3 +755,226 @@ def test_fault_18_hosts_that_differ_are_found_at_the_start(dataset, tmp_path, wh
     for output in outputs:
         for name in ("--seed (0 on process 0, 1 on process 1)", "code") if what == "seed and code" else ("data data",):
             assert "the hosts differ in" in output and name in output, output
+
+
+# ------------------------------------------------------------------------------------------------ malice
+
+
+class Payload:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.canary}",)
+
+
+@pytest.mark.parametrize("name, script", variants([("pytorch_model.bin", "convert")], ("last.pt", "convert"), ("pytorch_model.bin", "sample"), ("vgg.pth", "train")))
+def test_fault_19_a_pickle_runs_nothing(dataset, tmp_path, name, script):
+    canary, folder = tmp_path / "canary", tmp_path / "theirs"
+    harmful = pickle.dumps({"encoder.conv_in.weight": Payload(canary)}, 2)
+    pickle.loads(harmful)
+    assert canary.exists()  # it is one
+    canary.unlink()
+    folder.mkdir()
+    shutil.copy(dataset[1] / "config.json", folder)
+    with zipfile.ZipFile(folder / name, "w") as archive:
+        archive.writestr("archive/data.pkl", harmful)
+    if name == "last.pt":
+        (folder / name).write_bytes(harmful)  # the older format begins with a pickle
+    flags = {"convert": ["vqgan.py", "convert", "--model", folder / name, "--out", tmp_path / "out"], "sample": ["sample.py", "--tokenizer", folder, "--out", tmp_path / "out.png"],
+             "train": [*tokenizer_command(tmp_path, tmp_path / "out", "--lpips-vgg", folder / name, "--lpips-heads", folder / name)[1:]]}[script]
+    output = finish(launch([sys.executable, *map(str, flags)]), status=2)
+    assert f"{folder / name}: refused" in output and "system" in output and "Traceback" not in output and not canary.exists()
+
+
+@pytest.mark.parametrize("what, content", variants([("model", struct.pack("<Q", 1 << 60) + b"{}")], ("model", b"\x10"), ("tokenizer", struct.pack("<Q", 1 << 60) + b"{}"),
+                                                   ("tokenizer", struct.pack("<Q", 70) + b'{"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 1099511627776]}}')))
+def test_fault_19_malformed_safetensors_are_refused(dataset, tiny, tmp_path, what, content):
+    for name in ("model", "tokenizer"):
+        shutil.copytree(tiny[0] / name, tmp_path / name)
+    (tmp_path / what / "model.safetensors").write_bytes(content)
+    output, used = watch("sample", ["--model", tmp_path / "model", "--tokenizer", tmp_path / "tokenizer", "--prompt", tiny[0] / "0.png", "--out", tmp_path / "out.png"], status=2)
+    assert f"{tmp_path / what / 'model.safetensors'}" in output and "Traceback" not in output and used["peak_mb"] < 1500
+
+
+@pytest.mark.parametrize("output", variants(["../escaped.png"], "{tmp}/escaped.png", "link/escaped.png", "escaped.png\0"))
+def test_fault_19_an_output_outside_its_folder_is_refused_before_any_model_is_opened(tiny, tmp_path, output):
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers/link").symlink_to(tmp_path)
+    line = {"input": [str(tiny[0] / "0.png")], "output": output.format(tmp=tmp_path)}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(line) + "\n")
+    before = sorted(tmp_path.rglob("*"))
+    printed = finish(launch([sys.executable, "sample.py", "--model", "no such model", "--prompts", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "answers")]), status=2)
+    assert "prompts.jsonl line 1" in printed and "escaped" in printed and "no such model" not in printed and sorted(tmp_path.rglob("*")) == before
+
+
+needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed")
+
+
+def upload(address, name, content):
+    body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n%s\r\n--b--\r\n' % (name.encode(), content)
+    return post(f"{address}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=b"})
+
+
+def ask(address, path, session):
+    """Presses Draw with one picture -> everything that the queue says until it ends."""
+    config = json.loads(urllib.request.urlopen(f"{address}/config", timeout=60).read())
+    draw = next(d for d in config["dependencies"] if len(d["inputs"]) > 5)
+    values = [next(c for c in config["components"] if c["id"] == i)["props"].get("value") for i in draw["inputs"][1:]]
+    data = [[{"image": {"path": path, "meta": {"_type": "gradio.FileData"}}, "caption": None}], *values]
+    body = json.dumps({"data": data, "fn_index": draw["id"], "session_hash": session}).encode()
+    status, text = post(f"{address}/gradio_api/queue/join", body, {"Content-Type": "application/json"})
+    if status != 200:
+        return status, text
+    with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash={session}", timeout=120) as stream:
+        return status, "".join(line.decode() for line in stream)
+
+
+def peak_mb(process):
+    return int(re.search(r"VmHWM:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
+
+
+def red_png():
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+@needs_gradio
+def test_fault_19_the_playground_refuses_what_is_no_picture_too_large_not_uploaded_or_from_another_page(tmp_path, playground):
+    process, address = playground
+    status, paths = upload(address, "red.png", red_png())
+    assert status == 200
+    status, said = ask(address, json.loads(paths)[0], "good")
+    assert '"success": true' in said.replace(":true", ": true") and "candidate 4" in said
+    _, paths = upload(address, "text.png", b"no picture")
+    assert "not a JPEG" in ask(address, json.loads(paths)[0], "text")[1]
+    _, paths = upload(address, "text.txt", b"no picture")
+    assert "Invalid file type" in ask(address, json.loads(paths)[0], "name")[1]
+    assert upload(address, "large.png", bytes(sample.MOST_UPLOAD + 1))[0] in (0, 413)
+    (tmp_path / "private.png").write_bytes(red_png())
+    for path in ("/etc/passwd", str(tmp_path / "private.png"), "../../../etc/passwd"):
+        status, said = ask(address, path, "stranger")
+        assert status != 200 or '"success": false' in said.replace(":false", ": false"), said[-500:]
+        assert post(f"{address}/gradio_api/file={path}", None, {})[0] in (403, 404)
+    assert post(f"{address}/gradio_api/queue/join", b"{}", {"Origin": "http://evil.example", "Content-Type": "text/plain"})[0] == 403
+    assert process.poll() is None
+    port, sockets = int(address.rsplit(":", 1)[1]), [pathlib.Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
+    listening = [line.split()[1] for line in itertools.chain(*sockets) if line.split()[3] == "0A"]
+    assert [place for place in listening if place.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]  # 127.0.0.1 and nothing else
+
+
+@needs_gradio
+def test_fault_19_the_playground_answers_or_refuses_64_requests_at_once_in_bounded_memory(playground):
+    process, address = playground
+    path = json.loads(upload(address, "red.png", red_png())[1])[0]
+    ask(address, path, "warm")
+    before = peak_mb(process)
+
+    def one(i):
+        with contextlib.suppress(OSError):
+            return ask(address, path, f"many{i}")
+        return 0, "closed"
+
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        said = list(pool.map(one, range(64)))
+    answered = sum("process_completed" in text and "candidate 4" in text for _, text in said)
+    refused = sum(status in (0, 503) or "queue" in text.lower() and "full" in text.lower() for status, text in said)
+    assert answered >= 8 and answered + refused == 64, [text[-300:] for _, text in said]
+    assert peak_mb(process) - before < 300 and process.poll() is None
+    assert "candidate 4" in ask(address, path, "after")[1]
+
+
+# ------------------------------------------------------------------------------------------------ determinism
+
+
+CODES, S = 3, 4
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A model of three codes, whose pictures are four codes each, and whose weights are so large that every place has likings of its own:
+    (folder with model, tokenizer, pictures, prompts.jsonl of a short and a long prompt, and the short one alone in short.jsonl; model, tokenizer)."""
+    folder, rng = tmp_path_factory.mktemp("tiny"), np.random.default_rng(0)
+    large = lambda make, config, by: jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape) * by, jnp.float32), eqx.filter_eval_shape(make, config, key=jax.random.key(0)))
+    model = large(lvm.LVM, lvm.LVMConfig(hidden=16, ffn=24, layers=2, heads=2, codes=CODES, context=5 * S), 0.4)
+    tokenizer = large(vqgan.VQGAN, vqgan.VQGANConfig(resolution=4, hidden_channels=32, channel_mult=(1, 1), num_res_blocks=1, attn_resolutions=(), no_attn_mid_block=True,
+                                                     z_channels=8, num_embeddings=CODES, quantized_embed_dim=8), 0.3)
+    lvm.save(model, folder / "model")
+    vqgan.save(tokenizer, folder / "tokenizer")
+    for i in range(3):
+        picture(i, 4).save(folder / f"{i}.png")
+    prompts = [json.dumps({"input": [f"{i}.png" for i in range(count)], "output": f"{name}.png"}) + "\n" for name, count in (("short", 1), ("long", 3))]
+    (folder / "prompts.jsonl").write_text("".join(prompts))
+    (folder / "short.jsonl").write_text(prompts[0])
+    return folder, model, tokenizer
+
+
+def answers(tiny, out, *flags, prompts="prompts.jsonl"):
+    """Runs sample.py in a process of its own -> ({prompt: pictures of its candidates, uint8 [N, H, W, C]}, what it printed)."""
+    arguments = ["--model", "model", "--tokenizer", "tokenizer", "--prompts", prompts, "--out", out, "--temperature", 0.9, "--top-p", 1, *flags]
+    printed = finish(launch([sys.executable, str(ROOT / "sample.py"), *map(str, arguments)], cwd=tiny[0]))
+    return {path.stem: np.asarray(Image.open(path)).reshape(-1, 4, 4, 3) for path in (tiny[0] / out).glob("*.png")}, printed
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny):
+    return answers(tiny, "drawn", "--candidates", 2000)[0]
+
+
+def full_passes(tiny, prompt, temperature):
+    """The exact probability of each of the 81 pictures after a prompt, without a cache; and the pictures, as sample.py writes them."""
+    _, model, tokenizer = tiny
+    every_WS = np.array(list(itertools.product(range(CODES), repeat=S)), np.int32)
+    prompt_TS = vqgan.encode(tokenizer, np.stack([vqgan.read_image(tiny[0] / f"{i}.png", 4) for i in range({"short": 1, "long": 3}[prompt])]))
+    ids_WT = np.concatenate([np.tile([model.config.bos, *np.asarray(prompt_TS).ravel()], (81, 1)), every_WS], axis=1)
+    logits_WSV = model(jnp.asarray(ids_WT[:, :-1], jnp.int32))[:, -S:, :CODES]
+    nats_WS = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits_WSV / temperature)), every_WS[..., None], axis=2)[..., 0]
+    pixels_WHWC = (np.asarray(vqgan.decode(tokenizer, every_WS)) * 255 + 0.5).astype(np.uint8)
+    return np.exp(nats_WS.sum(1)), pixels_WHWC
+
+
+def which(pictures_NHWC, pixels_WHWC):
+    """Which of the 81 each picture is; rounding may differ by a level."""
+    distance_NW = np.abs(pictures_NHWC[:, None].astype(int) - pixels_WHWC).max((2, 3, 4))
+    nearest_NW = np.sort(distance_NW, axis=1)
+    assert (nearest_NW[:, 0] <= 1).all() and (nearest_NW[:, 1] > 2).all()
+    return distance_NW.argmin(1)
+
+
+def test_fault_20_the_same_seed_gives_the_same_losses_and_weights(dataset, uninterrupted, tmp_path):
+    finish(launch(command(dataset, tmp_path / "run")))
+    assert_equal_runs(tmp_path / "run", uninterrupted[0])
+
+
+def test_fault_20_a_picture_depends_on_its_seed_and_prompt_and_on_nothing_beside_it(tiny, drawn):
+    """Neither on the other prompt nor on the other candidates."""
+    few, _ = answers(tiny, "few", "--candidates", 3, prompts="short.jsonl")
+    np.testing.assert_array_equal(few["short"], drawn["short"][:3])
+    assert len(np.unique(drawn["short"], axis=0)) > 20
+
+
+def test_fault_20_drafting_ahead_draws_the_same_pictures_as_often_as_their_probabilities_say(tiny, drawn):
+    """Chi-square of 81 pictures against exact probabilities without a cache: its mean is its 80 degrees of freedom, its standard deviation 12.6."""
+    drafted, printed = answers(tiny, "drafted", "--candidates", 2000, "--jacobi", 3)
+    assert float(re.search(r"jacobi +([0-9.]+) codes kept", printed)[1]) > 1.2
+    for prompt in ("short", "long"):
+        np.testing.assert_array_equal(drafted[prompt], drawn[prompt])
+        p_W, pixels_WHWC = full_passes(tiny, prompt, 0.9)
+        counts_W = np.bincount(which(drafted[prompt], pixels_WHWC), minlength=81)
+        assert ((counts_W - 2000 * p_W) ** 2 / (2000 * p_W)).sum() < 80 + 4 * 12.6
+
+
+@pytest.mark.parametrize("jacobi", variants([3], 0))
+def test_fault_20_greedy_decoding_with_a_cache_equals_greedy_decoding_without(tiny, jacobi):
+    """The likeliest code after the likeliest codes, by full passes."""
+    greedy, _ = answers(tiny, f"greedy-{jacobi}", "--temperature", 0, "--jacobi", jacobi)
+    for prompt in ("short", "long"):
+        p_W, pixels_WHWC = full_passes(tiny, prompt, 1.0)
+        p_33, codes = p_W.reshape([CODES] * S), ()
+        for _ in range(S):
+            codes += (int(p_33[codes].reshape(CODES, -1).sum(1).argmax()),)
+        [found] = which(greedy[prompt], pixels_WHWC)
+        assert np.unravel_index(found, p_33.shape) == codes

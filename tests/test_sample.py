@@ -2,8 +2,6 @@
 
 import asyncio
 import base64
-import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -12,11 +10,9 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -31,6 +27,7 @@ from PIL import Image
 import lvm
 import sample
 import vqgan
+from conftest import free_port, post
 
 ROOT = Path(__file__).parent.parent
 CODES, S = 16, 4
@@ -188,21 +185,7 @@ def test_drafting_ahead_draws_the_same_codes(model, how):
         np.testing.assert_array_equal(found.codes_NC, expected.codes_NC)
         np.testing.assert_allclose(found.nats_NC, expected.nats_NC, atol=1e-4)
     passes = [sum(int(piece.passes_N.sum()) for piece in pieces) for pieces in (drafted, one_by_one)]
-    assert passes[0] <= passes[1] == 4 * 2 * S  # the drafts of random weights are seldom right; below are some that are
-
-
-def test_drafting_ahead_draws_every_picture_as_often_as_its_probability_says():
-    """All 81 pictures of a tiny codebook, their exact probabilities by full passes, and 6,000 drawings: chi-square, whose mean is its 80
-    degrees of freedom and whose standard deviation 12.6. Of a wrong sampler (drafts kept without a look) it is in the thousands."""
-    model, draws, T = random_model(codes=3), 6000, 0.9
-    every_WS = np.array(list(itertools.product(range(3), repeat=S)), np.int32)
-    start = np.tile([model.config.bos, *codes(1)[0].ravel() % 3], (81, 1))
-    logits_WSV = model(jnp.asarray(np.concatenate([start, every_WS], axis=1)[:, :-1], jnp.int32))[:, -S:, :3]
-    p_W = np.exp(np.take_along_axis(np.asarray(jax.nn.log_softmax(logits_WSV / T)), every_WS[..., None], axis=2).sum((1, 2)))
-    [piece] = sample.stream_sentences(model, codes(1) % 3, keys(draws), sample.Drawing(T), frames=1, jacobi=3)
-    counts_W = np.bincount(np.asarray(piece.codes_NC) @ 3 ** np.arange(S)[::-1], minlength=81)
-    assert draws * S / piece.passes_N.sum() > 1.2  # and drafts are kept
-    assert ((counts_W - draws * p_W) ** 2 / (draws * p_W)).sum() < 80 + 4 * 12.6
+    assert passes[0] <= passes[1] == 4 * 2 * S  # the drafts of random weights are seldom right; those of fault 20 are
 
 
 @pytest.mark.parametrize("jacobi", [0, 3])
@@ -560,118 +543,12 @@ needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, re
 needs_browser = pytest.mark.skipif(not (shutil.which("chromedriver") and shutil.which("chromium")), reason="chromium and chromedriver are not installed")
 
 
-@pytest.fixture(scope="module")
-def playground(tmp_path_factory, model, tokenizer):
-    """A playground with the tiny model as a process of its own -> (process, its address)."""
-    place = tmp_path_factory.mktemp("playground")
-    lvm.save(model, place / "model")
-    vqgan.save(tokenizer, place / "tokenizer")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with subprocess.Popen([sys.executable, ROOT / "sample.py", "--serve", "--port", str(port), "--model", "model", "--tokenizer", "tokenizer"],
-                          cwd=place, stdout=subprocess.PIPE, text=True, env=os.environ | {"XLA_FLAGS": ""}) as process:
-        assert any("127.0.0.1" in line for line in iter(process.stdout.readline, ""))
-        deadline = time.time() + 60
-        while time.time() < deadline:
-            with contextlib.suppress(urllib.error.URLError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10).read()
-                break
-            time.sleep(0.2)
-        yield process, f"http://127.0.0.1:{port}"
-        process.terminate()
-
-
-def post(url, data, headers, timeout=120):
-    """-> (HTTP status, body); 0 where the connection is closed on us."""
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=timeout) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode(errors="replace")
-    except OSError:
-        return 0, ""
-
-
-def upload(address, name, content):
-    body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n%s\r\n--b--\r\n' % (name.encode(), content)
-    return post(f"{address}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=b"})
-
-
-def ask(address, path, session):
-    """Presses Draw with one picture -> everything that the queue says until it ends."""
-    config = json.loads(urllib.request.urlopen(f"{address}/config", timeout=60).read())
-    draw = next(d for d in config["dependencies"] if len(d["inputs"]) > 5)
-    values = [config_value(config, i) for i in draw["inputs"][1:]]
-    data = [[{"image": {"path": path, "meta": {"_type": "gradio.FileData"}}, "caption": None}], *values]
-    body = json.dumps({"data": data, "fn_index": draw["id"], "session_hash": session}).encode()
-    status, text = post(f"{address}/gradio_api/queue/join", body, {"Content-Type": "application/json"})
-    if status != 200:
-        return status, text
-    with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash={session}", timeout=120) as stream:
-        return status, "".join(line.decode() for line in stream)
-
-
-def config_value(config, i):
-    return next(c for c in config["components"] if c["id"] == i)["props"].get("value")
-
-
-def resident_mb(process):
-    return int(next(line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
-
-
-def png_bytes():
-    Image.new("RGB", (40, 40), "red").save(path := Path("red.png"))
-    return path.read_bytes()
-
-
-@needs_gradio
-def test_the_playground_refuses_what_is_no_picture_too_large_or_not_uploaded(folder, playground):
-    process, address = playground
-    status, paths = upload(address, "red.png", png_bytes())
-    assert status == 200
-    status, said = ask(address, json.loads(paths)[0], "good")
-    assert '"success": true' in said.replace(":true", ": true") and "candidate 4" in said
-    _, paths = upload(address, "text.png", b"no picture")
-    assert "not a JPEG" in ask(address, json.loads(paths)[0], "text")[1]
-    _, paths = upload(address, "text.txt", b"no picture")
-    assert "Invalid file type" in ask(address, json.loads(paths)[0], "name")[1]
-    assert upload(address, "large.png", bytes(sample.MOST_UPLOAD + 1))[0] in (0, 413)
-    for path in ("/etc/passwd", str(folder / "prompt/00.png"), "../../../etc/passwd"):
-        status, said = ask(address, path, "stranger")
-        assert status != 200 or '"success": false' in said.replace(":false", ": false"), said[-500:]
-    assert post(f"{address}/gradio_api/queue/join", b"{}", {"Origin": "http://evil.example", "Content-Type": "text/plain"})[0] == 403
-    assert process.poll() is None
-
-
-@needs_gradio
-def test_the_playground_answers_or_refuses_64_requests_at_once_in_bounded_memory(folder, playground):
-    process, address = playground
-    path = json.loads(upload(address, "red.png", png_bytes())[1])[0]
-    ask(address, path, "warm")
-    before = resident_mb(process)
-    with concurrent.futures.ThreadPoolExecutor(64) as pool:
-        def one(i):
-            with contextlib.suppress(OSError):
-                return ask(address, path, f"many{i}")
-            return 0, "closed"
-
-        said = list(pool.map(one, range(64)))
-    answered = sum("process_completed" in text and "candidate 4" in text for _, text in said)
-    refused = sum(status in (0, 503) or "queue" in text.lower() and "full" in text.lower() for status, text in said)
-    assert answered >= 8 and answered + refused == 64, [text[-300:] for _, text in said]
-    assert resident_mb(process) - before < 300 and process.poll() is None
-    assert "candidate 4" in ask(address, path, "after")[1]
-
-
 @needs_gradio
 @needs_browser
 def test_in_a_browser_a_prompt_is_drawn(tmp_path, playground):
     """Loads the page in a headless Chromium, presses Draw, and waits until there is a picture."""
     _, address = playground
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        driver = f"http://127.0.0.1:{free.getsockname()[1]}"
+    driver = f"http://127.0.0.1:{free_port()}"
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync", "--window-size=1500,1100", f"--user-data-dir={tmp_path / 'profile'}"]
 

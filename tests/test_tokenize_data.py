@@ -1,17 +1,12 @@
 import base64
 import collections
-import functools
 import itertools
 import json
-import multiprocessing
-import os
 import pathlib
 import re
-import resource
 import shutil
 import subprocess
 import sys
-import time
 import zlib
 
 import av
@@ -633,22 +628,6 @@ def test_sentences_longer_than_the_context_are_reported(tmp_path, tokenizer, cap
 # ------------------------------------------------------------------------------------------------ faults
 
 
-def test_odd_pictures_are_read_or_listed_and_the_others_come_out_as_without_them(tmp_path, tokenizer):
-    good, odd = write_pictures(tmp_path / "good", 10), write_pictures(tmp_path / "odd", 10)
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "noise.jpg")
-    bad = {"003a.jpg": (tmp_path / "noise.jpg").read_bytes()[:700], "003b.png": b"", "003c.png": b"text", "004a.png": b"%!PS-Adobe-3.0 EPSF-3.0\n",
-           "004b.jpg": b"SIMPLE  =                    T", "004c.png": b"%PDF-1.4"}
-    for name, content in bad.items():
-        (odd / name).write_bytes(content)
-    Image.new("1", (9000, 8000)).save(odd / "bomb.png")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    of = lambda folder: run(tokenize_data.Colorize(inputs=folder, out=tmp_path / f"{folder.name}-d", tokenizer=tokenizer, shots=5, max_rejected=0.5))
-    assert of(good) == of(odd)
-    assert rejected(tmp_path / "odd-d").keys() == {*bad, "bomb.png"}
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
-    assert digests(tmp_path / "good-d") == digests(tmp_path / "odd-d")
-
-
 def digests(folder):
     """What the dataset holds, but for how many inputs were left out."""
     return {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir() if path.name != "dataset.json"}
@@ -665,32 +644,6 @@ def test_workers_give_the_bytes_of_one_thread(tmp_path, tokenizer):
     assert not list(tmp_path.glob("*.partial*")) + list(tmp_path.glob("*.codes"))
 
 
-def test_a_run_that_was_killed_goes_on_to_the_same_bytes_with_other_workers(tmp_path, tokenizer):
-    """SIGKILL after the first chunks; again with four workers instead of one; against a run that nobody disturbed."""
-    folder = write_pictures(tmp_path / "in", 40)
-    script = f"import sys; sys.path.insert(0, {str(pathlib.Path(tokenize_data.__file__).parent)!r}); import tokenize_data; tokenize_data.CHUNK = 16; tokenize_data.main()"
-    slow = script.replace("tokenize_data.main()", "write = tokenize_data.write_chunk; tokenize_data.write_chunk = lambda *a: (write(*a), __import__('time').sleep(0.5)); tokenize_data.main()")
-    command = lambda code, out, workers: [sys.executable, "-c", code, "inpaint", "--inputs", str(folder), "--out", str(tmp_path / out), "--tokenizer", str(tokenizer),
-                                          "--shots", "4", "--batch", "8", "--workers", str(workers)]
-    first = subprocess.Popen(command(slow, "killed", 1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    chunks = tmp_path / "killed.codes"
-    for _ in range(1200):
-        if len(list(chunks.glob("??????.json"))) >= 2 or first.poll() is not None:
-            break
-        time.sleep(0.05)
-    first.kill()
-    first.wait()
-    assert not (tmp_path / "killed").exists() and 2 <= len(list(chunks.glob("??????.json"))) < 5
-    before = {path: path.stat().st_mtime_ns for path in chunks.glob("??????.codes")}
-    with pytest.raises(ValueError, match="other settings.*seed: 0 -> 1"):
-        run(tokenize_data.Inpaint(inputs=folder, out=tmp_path / "killed", tokenizer=tokenizer, shots=4, batch=8, seed=1))
-    again = subprocess.run(command(slow, "killed", 4), capture_output=True, text=True)
-    assert again.returncode == 0 and before, again.stderr
-    run(tokenize_data.Inpaint(inputs=folder, out=tmp_path / "clean", tokenizer=tokenizer, shots=4, batch=8, workers=0))
-    assert {p.name: p.read_bytes() for p in (tmp_path / "killed").iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "clean").iterdir()}
-    assert {path.name for path in tmp_path.iterdir()} == {"in", "killed", "clean"}
-
-
 def test_hosts_that_share_a_disk_make_the_bytes_of_one(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenize_data, "CHUNK", 8)
     folder = write_pictures(tmp_path / "in", 14)
@@ -705,15 +658,6 @@ def test_devices_that_share_a_batch_give_the_codes_of_one(tmp_path, tokenizer):
     folder = write_pictures(tmp_path / "in", 10)
     of = lambda mesh: run(tokenize_data.Colorize(inputs=folder, out=tmp_path / f"d{mesh}", tokenizer=tokenizer, shots=2, mesh=mesh, batch=16))
     assert of(1) == of(8)
-
-
-@pytest.mark.parametrize("read, message", [(functools.partial(os._exit), "ended with status"), (functools.partial(time.sleep), "no worker gave a sign of life for 3")])
-def test_a_worker_that_dies_or_hangs_stops_the_run_and_is_named(tokenizer, read, message):
-    """Both functions take the picture size, 16: to end with this status, or to sleep for so long."""
-    began = time.time()
-    with pytest.raises(ChildProcessError, match=f"{message}.*the-culprit.png"):
-        list(tokenize_data.read_ahead([tokenize_data.Item("the-culprit.png", read)], range(1), 16, 1, 3))
-    assert time.time() - began < 15 and not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("make, message", [
