@@ -1099,9 +1099,9 @@ class Scaling:
     each task's perplexity against the number of parameters: the paper's Figures 2 and 3 in small.
 
     Each size is a run of `python train.py`, a process of its own: with train.py's own loop, checkpoints and resumption, and
-    with the whole memory of the device. A ladder that was killed goes on where it stopped. The defaults take about a quarter of
-    an hour of one core; they show the order of the sizes, not their law, which wants more tokens. Loss is the mean over held-out
-    sentences of their nats a code; a task's perplexity is that of the last picture's codes, given all before it."""
+    with the whole memory of the device. A ladder that was killed goes on where it stopped. The defaults want 20 to 30 minutes of
+    one core; so few tokens show the order of the sizes at most, not their law. Loss is the mean over held-out sentences of their
+    nats a code; a task's perplexity is that of the last picture's codes, given all before it."""
 
     sizes: tuple[Literal[tuple(lvm.SIZES)], ...] = ("nano", "micro", "mini")
     """Sizes to train, three or more."""
