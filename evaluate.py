@@ -1099,9 +1099,9 @@ class Scaling:
     each task's perplexity against the number of parameters: the paper's Figures 2 and 3 in small.
 
     Each size is a run of `python train.py`, a process of its own: with train.py's own loop, checkpoints and resumption, and
-    with the whole memory of the device. A ladder that was killed goes on where it stopped. The defaults take about a quarter of
-    an hour of one core; they show the order of the sizes, not their law, which wants more tokens. Loss is the mean over held-out
-    sentences of their nats a code; a task's perplexity is that of the last picture's codes, given all before it."""
+    with the whole memory of the device. A ladder that was killed goes on where it stopped. The defaults want 20 to 30 minutes of
+    one core; so few tokens show the order of the sizes at most, not their law. Loss is the mean over held-out sentences of their
+    nats a code; a task's perplexity is that of the last picture's codes, given all before it."""
 
     sizes: tuple[Literal[tuple(lvm.SIZES)], ...] = ("nano", "micro", "mini")
     """Sizes to train, three or more."""
@@ -1621,13 +1621,14 @@ def line_chart(path, lines: dict[str, list[tuple]], title, x_label, ticks_at=Non
     points = [p for line in lines.values() for p in line]
     bold = POOLED if POOLED in lines else next(iter(lines))
     values = [v for p in points for v in p[1:]]
-    low, high = (math.log(v) for v in (min(values) * 0.95, max(values) * 1.05))
+    low, high = math.log(min(values)), math.log(max(values))
+    low, high = low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3
     first, last = min(p[0] for p in points), max(p[0] for p in points)
     at_x = lambda x: left + 50 + (x - first) / (last - first or 1) * (W - left - right - 100)
     at_y = lambda y: H - bottom - (math.log(y) - low) / (high - low) * (H - top - bottom)
 
     ticks = [tick for tick in ROUND if low <= math.log(tick) <= high]
-    for tick in ticks if len(ticks) >= 4 else multiples(math.exp(low), math.exp(high), 8):
+    for tick in ticks if len(ticks) >= 3 else multiples(math.exp(low), math.exp(high), 8):
         draw.line([(left, at_y(tick)), (W - right, at_y(tick))], "#dddddd", 2)
         draw.text((left - 14, at_y(tick)), f"{tick:g}", "black", font, anchor="rm")
     for x, text in (ticks_at or {x: f"{x:g}" for x in multiples(first, last, 16, least=1)}).items():
