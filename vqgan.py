@@ -360,12 +360,26 @@ class Resample(eqx.Module):
 
     def __call__(self, x_BHWC):
         B, H, W, C = x_BHWC.shape
+        if self.up and self.conv is None:
+            return jnp.broadcast_to(x_BHWC[:, :, None, :, None], (B, H, 2, W, 2, C)).reshape(B, 2 * H, 2 * W, C)
         if self.up:
-            x_BHWC = jnp.broadcast_to(x_BHWC[:, :, None, :, None], (B, H, 2, W, 2, C)).reshape(B, 2 * H, 2 * W, C)
-            return x_BHWC if self.conv is None else self.conv(x_BHWC)
+            return self.double(x_BHWC)
         if self.conv is None:
             return x_BHWC.reshape(B, H // 2, 2, W // 2, 2, C).mean((2, 4))
         return self.conv(x_BHWC, stride=2, padding=((0, 1), (0, 1)))  # as published: zeros right and bottom only
+
+    def double(self, x_BHWC):
+        """Every pixel repeated to 2x2, then the 3x3 convolution. Of the nine pixels under its kernel several are copies of one, so
+        their weights are added up first: four 2x2 kernels on the small picture, one for each corner, 2.25 times fewer operations."""
+        B, H, W, C = x_BHWC.shape
+        # [corner, row of the 2x2 kernel, row of the 3x3 kernel]: the upper copy of a row sees the row above and, twice, its own.
+        sums_auh = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], jnp.float32)
+        weight_uvIabO = jnp.einsum("auh,bvw,hwio->uviabo", sums_auh, sums_auh, self.conv.weight, precision="highest")
+        small = eqx.tree_at(lambda conv: (conv.weight, conv.bias), self.conv, (weight_uvIabO.reshape(2, 2, C, -1), jnp.tile(self.conv.bias, 4)))
+        y_BHWabO = small(x_BHWC, padding=((1, 1), (1, 1))).reshape(B, H + 1, W + 1, 2, 2, -1)
+        y_BHaWbO = jnp.stack([y_BHWabO[:, a:a + H, :, a] for a in (0, 1)], axis=2)
+        y_BHaWbO = jnp.stack([y_BHaWbO[:, :, :, b:b + W, b] for b in (0, 1)], axis=4)
+        return y_BHaWbO.reshape(B, 2 * H, 2 * W, -1)
 
 
 class Conv(eqx.Module):

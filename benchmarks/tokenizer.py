@@ -5,9 +5,9 @@
     python benchmarks/tokenizer.py curves runs/a runs/b --out curves.png
 
 `speed` times encoding and decoding in float32 and, on an accelerator, in bfloat16: ours, and the same layers in PyTorch in both
-memory layouts, one after another in each round; medians are printed. FLOPs are those of the convolutions and matrix products in
-our program, a multiply-add as two; the rate to hold them against is measured in the same run, as the faster of both libraries'
-products of two square matrices. Where the process has a single core (taskset -c 0), its CPU time is taken, so that other work
+memory layouts, one after another in each round; medians are printed. FLOPs are those of the convolutions and matrix products that
+each does, a multiply-add as two (ours does fewer in decoding: `Resample.double`); the rate to hold them against is measured in
+the same run, as the faster of both libraries' products of two square matrices. Where the process has a single core (taskset -c 0), its CPU time is taken, so that other work
 on that core does not count.
 
 Dimension key: B batch, H height, W width, C channels, S codes of a picture, K codebook entries, D width of a code.
@@ -22,6 +22,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory of the same GPU
 
@@ -83,8 +84,9 @@ def speed(config: Speed):
     rng = np.random.default_rng(0)
     pixels_BHWC = rng.random((batch, side, side, 3), np.float32)
     codes_BS = rng.integers(model.config.num_embeddings, size=(batch, model.config.codes_per_image), dtype=np.int32)
-    work = {"encode": count_flops(vqgan._encode.__wrapped__, model, pixels_BHWC) // batch,
-            "decode": count_flops(lambda m, c: vqgan._decode.__wrapped__(m, c, jnp.float32), model, codes_BS) // batch}
+    work = {"ours": flops(model, pixels_BHWC, codes_BS)}
+    with mock.patch.object(vqgan.Resample, "double", lambda self, x_BHWC: self.conv(x_BHWC.repeat(2, axis=1).repeat(2, axis=2))):
+        work |= dict.fromkeys(["PyTorch NCHW", "PyTorch channels_last"], flops(model, pixels_BHWC, codes_BS))
     print(f"{config.preset}, {side} x {side}, {batch} at a time; {jax.device_count()} x {jax.devices()[0].device_kind}, {CORES} cores, jax {jax.__version__}")
     if torch is None:
         print("PyTorch is not installed, so there is nothing to compare with: pip install torch")
@@ -109,8 +111,9 @@ def speed(config: Speed):
         rows = []
         for name, what in runs:
             each = statistics.median(seconds[name, what])
-            rows.append([f"{what}, {name}", f"{work[what] / 1e9:.1f}", f"{1 / each:.3g}", f"{work[what] / each / 1e9:.1f}",
-                         f"{work[what] / each / max(rates.values()) / jax.device_count():.2f}", f"{each / statistics.median(seconds['ours', what]):.2f}"])
+            gflop = work[name][what] / batch / 1e9
+            rows.append([f"{what}, {name}", f"{gflop:.1f}", f"{1 / each:.3g}", f"{gflop / each:.1f}",
+                         f"{1e9 * gflop / each / max(rates.values()) / jax.device_count():.2f}", f"{each / statistics.median(seconds['ours', what]):.2f}"])
         evaluate.print_table([dtype, "GFLOP an image", "images/s", "GFLOP/s", "of the matmul rate", "time / ours"], sorted(rows, reverse=True))
     changed, total = changed_by_bfloat16(vqgan.load(config.model), vqgan.find_images(config.data))
     print(f"bfloat16 changes {changed / total:.2%} of the codes of {config.model.name} ({changed} of {total}; pictures of {config.data.name})")
@@ -191,6 +194,11 @@ def in_torch(part, x):
                 x = in_torch(step, x)
             return in_torch(part.conv_out, F.silu(in_torch(part.norm_out, x)))
     raise ValueError(f"PyTorch has no {type(part).__name__} here")
+
+
+def flops(model, pixels_BHWC, codes_BS) -> dict[str, int]:
+    return {"encode": count_flops(lambda m, x: vqgan._encode.__wrapped__(m, x), model, pixels_BHWC),
+            "decode": count_flops(lambda m, c: vqgan._decode.__wrapped__(m, c, jnp.float32), model, codes_BS)}
 
 
 def count_flops(function, *arguments) -> int:
