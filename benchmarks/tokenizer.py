@@ -6,9 +6,9 @@
 
 `speed` times encoding and decoding in float32 and, on an accelerator, in bfloat16: ours, and the same layers in PyTorch in both
 memory layouts, one after another in each round; medians are printed. FLOPs are those of the convolutions and matrix products that
-each does, a multiply-add as two (ours does fewer in decoding: `Resample.double`); the rate to hold them against is measured in
-the same run, as the faster of both libraries' products of two square matrices. Where the process has a single core (taskset -c 0), its CPU time is taken, so that other work
-on that core does not count.
+each does, a multiply-add as two (ours does fewer in decoding: `Resample.double`); the rate to hold them against is measured in the
+same run, as the faster of both libraries' products of two square matrices. Where the process has a single core (taskset -c 0), its
+CPU time is taken, so that other work on that core does not count.
 
 Dimension key: B batch, H height, W width, C channels, S codes of a picture, K codebook entries, D width of a code.
 """

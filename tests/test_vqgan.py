@@ -970,7 +970,7 @@ def test_operations_are_counted_as_by_hand():
 
     large, small, conv = 24 * 24, 12 * 12, 8 * 8 * 9  # places of both levels; products of a convolution 8 -> 8 at one place
     encode = large * (3 * 8 * 9 + 2 * conv) + small * (8 * conv + 8 * 4 + 4 * 32)
-    doubling = 13 * 13 * 8 * (4 * 8) * 4 + 8 * 8 * (4 * 9 + 16 * 3)  # 2x2 kernels at the small places and one more in a row, and adding up the weights
+    doubling = 13 * 13 * 2 * 2 * 8 * (4 * 8)  # 2x2 kernels at the small places and one more in a row; four outputs at each
     decode = small * (4 * 8 + 9 * conv) + doubling + large * (4 * conv + 8 * 3 * 9)
     assert count(TRAINED) == (2 * encode, 2 * decode)
     with mock.patch.object(vqgan.Resample, "double", lambda self, x_BHWC: self.conv(x_BHWC.repeat(2, axis=1).repeat(2, axis=2))):
