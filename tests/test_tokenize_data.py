@@ -663,7 +663,7 @@ def test_devices_that_share_a_batch_give_the_codes_of_one(tmp_path, tokenizer):
 @pytest.mark.parametrize("make, message", [
     (lambda d: (d / "empty").mkdir(), "no pictures"),
     (lambda d: write_pictures(d / "empty", 1), "do not fill one sentence"),
-    (lambda d: [(d / "empty").mkdir(), (d / "empty" / "a.png").write_text("bad")], "max-rejected"),
+    (lambda d: [(d / "empty").mkdir(), *((d / "empty" / f"{i}.png").write_text("bad") for i in range(8))], "max-rejected"),
 ])
 def test_empty_all_bad_and_too_few_inputs_are_errors(tmp_path, tokenizer, make, message):
     make(tmp_path)
