@@ -672,7 +672,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, milestone_every: int | None):
         self.folder, self.keep, self.milestone_every = folder.absolute(), keep, milestone_every
         self.writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        self.thread, self.commit, self.failure, self.newest = ThreadPoolExecutor(1), None, None, 0
+        self.thread, self.commit, self.failure, self.failed, self.newest = ThreadPoolExecutor(1), None, None, [], 0
         if jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob("*.partial*"):
@@ -724,9 +724,8 @@ class Checkpoints:
             self._give_up(step, needed, error)
 
     def _give_up(self, step: int, needed: int, error: Exception):
-        if jax.process_index() == 0:
-            for partial in self.folder.glob(f"{step}.partial*"):
-                shutil.rmtree(partial, ignore_errors=True)
+        self.failed.append(step)
+        self._clear_failed()
         free = shutil.disk_usage(next(path for path in (self.folder, *self.folder.parents) if path.exists())).free
         self.failure = f"{self.folder / str(step)} could not be saved ({str(error).splitlines()[0]}): it needs {needed:,} bytes, and {free:,} are free there"
         print(f"{self.failure}; the last checkpoint is that of step {self.newest}, and the next save tries again", file=sys.stderr)
@@ -745,11 +744,14 @@ class Checkpoints:
 
     def close(self):
         self.wait()
-        if jax.process_index() == 0:
-            for leftover in self.folder.glob("*.partial*"):  # of a save that failed: some of its threads may have written on
-                shutil.rmtree(leftover, ignore_errors=True)
+        self._clear_failed()  # once more: some of their threads may have written on
         if self.failure:
             raise TrainingStopped(self.failure)
+
+    def _clear_failed(self):
+        for step in self.failed if jax.process_index() == 0 else ():
+            for partial in self.folder.glob(f"{step}.partial*"):
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 @jax.jit
