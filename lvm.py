@@ -483,28 +483,34 @@ def decode_draft(
     rope_CK = rope_angles(jnp.asarray(before)[..., None] + read_C, model.config)
     attend = functools.partial(_attend, implementation=implementation)
 
-    # The cache rides in the carry, where its slots are written in place: as the scan's xs and ys it would be copied.
-    def run(carry, block_and_layer):
-        x_BCD, k_LBNSK, v_LBNSK = carry
-        block, layer = block_and_layer
+    def run(carry, block, prompt, layer):
+        x_BCD, slots = carry
         block = _cast(block, dtype)
         q_BCNK, k_BCNK, v_BCNK = block.project(x_BCD, rope_CK)
-        k_LBNSK = _write(k_LBNSK, jnp.swapaxes(k_BCNK, 1, 2), layer, cache.length)
-        v_LBNSK = _write(v_LBNSK, jnp.swapaxes(v_BCNK, 1, 2), layer, cache.length)
+        slots = [_write(x_LBNSK, jnp.swapaxes(new_BCNK, 1, 2), layer, cache.length) for x_LBNSK, new_BCNK in zip(slots, (k_BCNK, v_BCNK))]
         one_length = C == 1 and cache.length.ndim == 0
-        o_BNCK, lse_BNC = attend(jnp.swapaxes(q_BCNK, 1, 2), k_LBNSK, v_LBNSK, layer, cache.length + 1 if one_length else read_C + 1)
-        if cache.prompt is not None:
+        o_BNCK, lse_BNC = attend(jnp.swapaxes(q_BCNK, 1, 2), *slots, layer, cache.length + 1 if one_length else read_C + 1)
+        if prompt:
             N, K = q_BCNK.shape[2:]
             q_PNRK = jnp.swapaxes(q_BCNK.reshape(P, -1, N, K), 1, 2)  # R = B / P * C queries share a prompt
             length = cache.prompt.length if cache.prompt.length.ndim == 0 else cache.prompt.length[:, None]
-            o_PNRK, lse_PNR = attend(q_PNRK, cache.prompt.k_LBNSK, cache.prompt.v_LBNSK, layer, length)
-            prompt = [jnp.swapaxes(jnp.swapaxes(x, 1, 2).reshape(B, C, N, *x.shape[3:]), 1, 2) for x in (o_PNRK, lse_PNR)]
-            o_BNCK, lse_BNC = join(jnp.stack([o_BNCK, prompt[0]]), jnp.stack([lse_BNC, prompt[1]]))
+            o_PNRK, lse_PNR = attend(q_PNRK, *prompt, layer, length)
+            of_prompt = [jnp.swapaxes(jnp.swapaxes(x, 1, 2).reshape(B, C, N, *x.shape[3:]), 1, 2) for x in (o_PNRK, lse_PNR)]
+            o_BNCK, lse_BNC = join(jnp.stack([o_BNCK, of_prompt[0]]), jnp.stack([lse_BNC, of_prompt[1]]))
         a_BCNK = jnp.swapaxes(o_BNCK, 1, 2).astype(q_BCNK.dtype)
-        return (block.merge(x_BCD, a_BCNK, reduce), k_LBNSK, v_LBNSK), None
+        return block.merge(x_BCD, a_BCNK, reduce), slots
 
-    carry = (ends.embed(ids_BC), cache.k_LBNSK, cache.v_LBNSK)
-    (x_BCD, k_LBNSK, v_LBNSK), _ = lax.scan(run, carry, (model.blocks, jnp.arange(model.config.layers)))
+    x_BCD, slots = ends.embed(ids_BC), [cache.k_LBNSK, cache.v_LBNSK]
+    prompt = [cache.prompt.k_LBNSK, cache.prompt.v_LBNSK] if cache.prompt else []
+    if isinstance(model.blocks, tuple):  # `unstack`
+        written = []
+        for layer, block in enumerate(model.blocks):
+            x_BCD, new = run((x_BCD, [x[layer] for x in slots]), block, [x[layer] for x in prompt], 0)
+            written.append(new)
+        k_LBNSK, v_LBNSK = zip(*written)
+    else:  # The slots ride in the carry, where they are written in place: as the scan's xs and ys they would be copied.
+        step = lambda carry, block_and_layer: (run(carry, block_and_layer[0], prompt, block_and_layer[1]), None)
+        (x_BCD, (k_LBNSK, v_LBNSK)), _ = lax.scan(step, (x_BCD, slots), (model.blocks, jnp.arange(model.config.layers)))
     fits = jnp.reshape(cache.length + C <= cache.slots, (-1, 1, 1))
     return jnp.where(fits, ends.logits(x_BCD), jnp.nan), cache._replace(k_LBNSK=k_LBNSK, v_LBNSK=v_LBNSK)
 
@@ -519,6 +525,19 @@ def branch(prompt: Cache, rows: int, length: int) -> Cache:
         raise ValueError(f"{rows} rows do not divide over the {P} rows of the prompt")
     empty = lambda x: jnp.zeros((x.shape[0], rows, x.shape[2], cache_slots(length), x.shape[4]), x.dtype)
     return Cache(*(jax.tree.map(empty, slots) for slots in (prompt.k_LBNSK, prompt.v_LBNSK)), jnp.int32(0), prompt)
+
+
+def unstack(model: LVM, cache: Cache) -> tuple[LVM, Cache]:
+    """The same with arrays of its own for each layer, in tuples, for `decode_step` and `decode_draft`.
+
+    These then take the layers one by one, which compiles longer; but out of a stack XLA copies each layer's weights, keys and
+    values on a CPU, at every step, before it multiplies them.
+    """
+    layers = range(model.config.layers)
+    split = lambda x_LBNSK: tuple(jax.tree.map(lambda x: x[layer : layer + 1], x_LBNSK) for layer in layers)
+    apart = lambda cache: cache and Cache(split(cache.k_LBNSK), split(cache.v_LBNSK), cache.length, apart(cache.prompt))
+    blocks = tuple(jax.tree.map(lambda x: x[layer], model.blocks) for layer in layers)
+    return eqx.tree_at(lambda model: model.blocks, model, blocks), apart(cache)
 
 
 def _write(slots_LBNSK, new_BNCK, layer, length):

@@ -48,6 +48,7 @@ BOOK = vqgan.HERE / "assets" / "prompts"
 PROMPT = BOOK / "segmentation"
 MOST_PICTURES = 1000  # of a prompt: far more than any context holds, far fewer than a mistaken folder does
 COLUMNS = 8
+UNSTACK_FROM = 2000  # tokens of all prompts; of fewer, copies stay in a processor's caches and cost little (benchmarks/RESULTS.md)
 STILLS, ANIMATIONS = (".png", ".webp", ".jpg", ".jpeg"), (".gif", ".mp4")
 
 
@@ -313,10 +314,11 @@ def stream_sentences(model, prompts, keys_N, drawing, *, frames, bos=True, piece
             if jacobi:  # rows keep different numbers of codes
                 cache = cache._replace(length=jnp.zeros(R, jnp.int32))
             last_R = np.repeat([ids_T[-1] for ids_T in ids], R // len(ids))
+            drawing_model, cache = unstack_long(model, cache)
         drawn = []
         for first in range(0, S, piece or S):
             count = min(piece or S, S - first)
-            new, cache = draw_codes(model, last_R, cache, keys_N, frame * S + first, drawing, count=count, jacobi=jacobi, mesh=mesh)
+            new, cache = draw_codes(drawing_model, last_R, cache, keys_N, frame * S + first, drawing, count=count, jacobi=jacobi, mesh=mesh)
             last_R = jnp.tile(new.codes_NC[:, -1], R // N)
             drawn.append(new.codes_NC)
             yield new
@@ -329,6 +331,13 @@ def stream_sentences(model, prompts, keys_N, drawing, *, frames, bos=True, piece
 def read_ids(model, ids_PT, *, length, cache_dtype=None, mesh=None):
     read = lambda model, ids_PT: lvm.prefill(model, ids_PT, length, cache_dtype=cache_dtype, reduce=add_up(mesh))[1]
     return on_devices(read, mesh, (weight_specs(model), NOWHERE), CACHE._replace(prompt=None))(model, ids_PT)
+
+
+def unstack_long(model, cache):
+    """`lvm.unstack` where it pays, on a CPU for prompts of many tokens in all; it takes the weights' memory once more."""
+    P = jax.tree.leaves(cache.prompt.k_LBNSK)[0].shape[1]
+    long = jax.default_backend() == "cpu" and P * cache.prompt.slots >= UNSTACK_FROM
+    return jax.jit(lvm.unstack)(model, cache) if long else (model, cache)
 
 
 @functools.partial(jax.jit, static_argnames=("count", "jacobi", "mesh"), donate_argnames="cache")

@@ -86,10 +86,11 @@ def measure(config: Config, size, model, rival, batch, context, bandwidth):
             cache = lvm.branch(random_cache(model, prompts, context, cache_dtype), batch, config.tokens + jacobi)
             if jacobi:
                 cache = cache._replace(length=jnp.zeros(batch, jnp.int32))
+            drawing_model, cache = sample.unstack_long(model, cache)
             last = jnp.zeros(batch, jnp.int32)
             jax.block_until_ready(cache)
             began = time.perf_counter()
-            piece, cache = sample.draw_codes(model, last, cache, keys, 0, sample.Drawing(0.8, 0, 0.9), count=config.tokens, jacobi=jacobi)
+            piece, cache = sample.draw_codes(drawing_model, last, cache, keys, 0, sample.Drawing(0.8, 0, 0.9), count=config.tokens, jacobi=jacobi)
             jax.block_until_ready(piece)
             kept[name] = config.tokens * batch / int(piece.passes_N.sum())
             return (time.perf_counter() - began) / config.tokens

@@ -178,7 +178,7 @@ def pair(dataset, tmp_path_factory):
     """Starts two processes that train together, on a device each; those of tests 3 and 17 share a folder, one after the other."""
     out = tmp_path_factory.mktemp("pair") / "run"
 
-    def start(*flags, environments=({}, {})):
+    def start(*flags, environments=({}, {}), out=out):
         port, count = free_port(), len(environments)
         return out, [launch(command(dataset, out, "--coordinator", f"127.0.0.1:{port}", "--processes", count, "--process", i, "--heartbeat", 10, *flags),
                             environment=environment) for i, environment in enumerate(environments)]
@@ -210,6 +210,24 @@ def test_fault_17_the_death_of_one_process_of_two_ends_the_other_and_together_th
     for process in processes:
         finish(process)
     assert_close_runs(out, uninterrupted[0])
+
+
+@pytest.mark.all_faults
+@pytest.mark.parametrize("how", ["frozen", "failed by itself"])
+def test_fault_17_a_process_of_two_that_stands_still_or_fails_ends_the_other(pair, tmp_path, how):
+    """The one is found by its missing heartbeat; the other must not wait for the first, which waits for it in a sum."""
+    (tmp_path / "sitecustomize.py").write_text("import signal\ndef fail(*_): raise RuntimeError('failed by itself')\nsignal.signal(signal.SIGUSR1, fail)\n")
+    out, processes = pair(*SLOW, environments=({}, {"PYTHONPATH": str(tmp_path)}), out=tmp_path / "run")
+    wait_for(logged(out, 3), *processes)
+    processes[1].send_signal(signal.SIGSTOP if how == "frozen" else signal.SIGUSR1)
+    began = time.time()
+    try:
+        output, _ = processes[0].communicate(timeout=300)
+        assert processes[0].returncode not in (0, None) and time.time() - began < 10 + 30, output
+        if how != "frozen":
+            assert "RuntimeError: failed by itself" in finish(processes[1], status=1) and time.time() - began < 10 + 30
+    finally:
+        processes[1].kill()
 
 
 @pytest.mark.all_faults

@@ -243,8 +243,8 @@ def test_cached_decoding_in_bfloat16_equals_its_own_forward(model):
     np.testing.assert_allclose(logits_BV, logits_BTV[:, 20], atol=0.03 * np.abs(logits_BTV).max())
 
 
-@pytest.mark.parametrize("implementation, slots", [("xla", 11), ("pallas", 128)])
-def test_rows_that_share_a_prompt_decode_as_if_each_had_read_it(model, implementation, slots):
+@pytest.mark.parametrize("implementation, slots, unstack", [("xla", 11, False), ("xla", 11, True), ("pallas", 128, False)])
+def test_rows_that_share_a_prompt_decode_as_if_each_had_read_it(model, implementation, slots, unstack):
     ids_BT = IDS.at[:4, :13].set(IDS[0, :13]).at[4:, :13].set(IDS[4, :13])  # two prompts, four rows each
     logits_BTV = forward(model, ids_BT)
     _, prompt = lvm.prefill(model, ids_BT[::4, :13], 13)
@@ -252,6 +252,7 @@ def test_rows_that_share_a_prompt_decode_as_if_each_had_read_it(model, implement
         prompt = prompt._replace(**{k: jnp.pad(getattr(prompt, k), [(0, 0)] * 3 + [(0, 115), (0, 0)]) for k in ("k_LBNSK", "v_LBNSK")})
     cache = lvm.branch(prompt, 8, slots)
     assert cache.prompt.k_LBNSK.shape[1] == 2
+    model, cache = lvm.unstack(model, cache) if unstack else (model, cache)
     step = jax.jit(functools.partial(lvm.decode_step, implementation=implementation))
     for t in range(13, 24):
         logits_BV, cache = step(model, ids_BT[:, t], cache)

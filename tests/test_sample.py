@@ -198,6 +198,20 @@ def test_two_devices_draw_what_one_draws(model, jacobi):
     np.testing.assert_allclose(found_nats, nats, atol=1e-5)
 
 
+@pytest.mark.parametrize("jacobi, devices, cache", [(0, 1, None), (3, 1, jnp.int8), (0, 2, None)])
+def test_layers_of_a_long_prompt_are_unstacked_and_draw_the_same(model, monkeypatch, jacobi, devices, cache):
+    model = sample.split_over_devices(lvm.quantize(model), 2) if devices == 2 else model
+    draw = lambda: sample.continue_sentences(model, [codes(2)[0], codes(3)[0]], keys(4), frames=2, temperature=1.0, jacobi=jacobi, cache_dtype=cache)
+    expected, nats = draw()
+    monkeypatch.setattr(sample, "UNSTACK_FROM", 1)
+    unstacked, unstack = [], lvm.unstack
+    monkeypatch.setattr(lvm, "unstack", lambda *args: unstacked.append(1) or unstack(*args))
+    found, found_nats = draw()
+    assert unstacked
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(found_nats, nats, atol=1e-5)
+
+
 def test_int8_rounds_to_half_a_step_and_hardly_moves_the_likelihoods(model):
     """Judged on a model of the usual spread of weights: the same codes, read with rounded weights and caches."""
     packed = lvm.quantize(model)
