@@ -707,6 +707,12 @@ def test_fault_16_too_many_bad_steps_in_a_row_stop_the_run(dataset, tmp_path):
     assert all(np.isfinite(leaf).all() for step in steps_in(out) for leaf in jax.tree.leaves(state_of(out, step)))
 
 
+def test_fault_16_weights_that_overflow_are_not_saved(dataset, tmp_path):
+    """The loss of the first step is finite, what its update makes of the weights is not."""
+    output = finish(launch(command(dataset, tmp_path / "run", "--learning-rate", 1e39, "--warmup", 0, "--save-every", 1)), status=1)
+    assert "at step 1 weights or moments are no finite numbers" in output and "Traceback" not in output and not steps_in(tmp_path / "run")
+
+
 POISONED_TOKENIZER = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -904,6 +910,7 @@ def test_fault_19_the_playground_refuses_what_is_no_picture_too_large_not_upload
     _, paths = upload(address, "text.txt", b"no picture")
     assert "Invalid file type" in ask(address, json.loads(paths)[0], "name")[1]
     assert upload(address, "large.png", bytes(sample.MOST_UPLOAD + 1))[0] in (0, 413)
+    assert post(f"{address}/gradio_api/queue/join", bytes(sample.MOST_UPLOAD + 1), {"Content-Type": "application/json"})[0] in (0, 413)
     (tmp_path / "private.png").write_bytes(red_png())
     for path in ("/etc/passwd", str(tmp_path / "private.png"), "../../../etc/passwd"):
         status, said = ask(address, path, "stranger")
