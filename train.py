@@ -27,7 +27,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -646,18 +645,8 @@ def asked_to_stop():
     if jax.process_count() > 1:  # JAX's own handler finds a step that no process has passed yet
         yield multihost_utils.reached_preemption_sync_point
         return
-    asked = []
-
-    def note(number, frame):
-        asked.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C does not wait
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with vqgan.asked_to_stop() as asked:
         yield lambda step: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints

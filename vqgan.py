@@ -13,6 +13,7 @@ D width of a code, I/O channels in and out of a convolution.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,7 +22,9 @@ import json
 import math
 import os
 import pickle
+import signal
 import sys
+import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -463,6 +466,9 @@ class TrainConfig:
 
     data: Path
     """Folder of images (searched in depth), or one `.npy` file of uint8 pictures [N, H, W, 3]."""
+    max_rejected: float = 0.05
+    """In the place of a picture that cannot be read stands the next one, and OUT/rejected.jsonl lists it; stop when they are more
+    than this share of all."""
     out: Path = Path("runs/tokenizer")
     """Run folder: checkpoints, metrics.jsonl, sample pictures, and at the end config.json + model.safetensors."""
     preset: Literal["mini", "lvm", "taming-f16", "class-default"] = "mini"
@@ -545,6 +551,8 @@ class TrainConfig:
         for name in ("steps", "batch", "accumulate", "save_every", "log_every", "patience", "gan_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.max_rejected <= 1:
+            raise ValueError(f"--max-rejected must be in [0, 1], got {self.max_rejected}")
         if not 0 < self.crop <= 1:
             raise ValueError(f"--crop must be over 0 and at most 1, got {self.crop}")
         if (self.lpips_vgg is None) != (self.lpips_heads is None):
@@ -562,7 +570,8 @@ class TrainConfig:
 
 
 def train(config: TrainConfig) -> VQGAN:
-    """Trains, resuming from `config.out` where it holds a checkpoint, and returns the averaged model, which is also saved."""
+    """Trains until `config.steps`, or until SIGTERM or Ctrl-C asks to stop, resuming from `config.out` where it holds a checkpoint, and
+    returns the averaged model, which at the end is also saved."""
     mesh = make_mesh(config.mesh)
     if config.batch % (mesh.size * config.accumulate):
         raise ValueError(f"--batch {config.batch} is not a multiple of the {mesh.size} devices times --accumulate {config.accumulate}")
@@ -571,8 +580,9 @@ def train(config: TrainConfig) -> VQGAN:
     read_picture, count = open_pictures(config.data, model_config.resolution, config.crop)
     if count < config.batch:
         raise ValueError(f"{config.data}: {count} pictures do not fill a batch of {config.batch}; lower --batch")
+    read_picture = leave_out_unreadable(read_picture, count, config.out / "rejected.jsonl", config.max_rejected)
     read_picture(0, np.zeros(3))  # data of which nothing can be read are found before anything is compiled
-    begin_run(config.out, {k: str(v) for k, v in dataclasses.asdict(config).items()}, may_change={"out", "save_every", "log_every", "mesh", "patience"})
+    begin_run(config.out, {k: str(v) for k, v in dataclasses.asdict(config).items()}, may_change={"out", "save_every", "log_every", "mesh", "patience", "max_rejected"})
     networks, about = perceptual_networks(config)
     print(about)
 
@@ -604,7 +614,8 @@ def train(config: TrainConfig) -> VQGAN:
 
     (config.out / "samples").mkdir(exist_ok=True)
     readers, ahead = ThreadPoolExecutor(min(8, os.cpu_count() or 1)), ThreadPoolExecutor(1)
-    coming, waiting = ahead.submit(read_batch, first), []
+    coming, waiting, signals = ahead.submit(read_batch, first), [], contextlib.ExitStack()
+    asked = signals.enter_context(asked_to_stop())
     bar, began = tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True), time.time()
     try:
         for step in range(first, config.steps):
@@ -620,7 +631,8 @@ def train(config: TrainConfig) -> VQGAN:
                                         jnp.array(step >= config.first_quantized), jnp.array(revive), jnp.array(step))
             waiting.append((step + 1, metrics))
             bar.update()
-            saving = (step + 1) % config.save_every == 0 or step + 1 == config.steps
+            stopping = bool(asked) and step + 1 < config.steps
+            saving = (step + 1) % config.save_every == 0 or step + 1 == config.steps or stopping
             if saving or (step + 1) % config.log_every == 0:
                 metrics, waiting = write_log(waiting), []
                 bar.set_postfix({k: f"{v:.4f}" for k, v in metrics.items() if k in ("loss", "pixel", "perplexity", "skipped")})
@@ -634,7 +646,11 @@ def train(config: TrainConfig) -> VQGAN:
                 (checkpoints / str(step + 1) / DIGESTS).write_text("".join(f"{digest}  {file}\n" for file, digest in digests(checkpoints / str(step + 1)).items()))
                 pixels_BHWC = read_batch(0)[:8]
                 save_rows([pixels_BHWC, decode(state["ema"], encode(state["ema"], pixels_BHWC))], config.out / "samples" / f"{step + 1}.png")
+            if stopping:
+                print(f"stopped at step {step + 1} of {config.steps}, as a signal asked; the same command goes on from there")
+                return state["ema"]
     finally:
+        signals.close()
         bar.close()
         readers.shutdown(cancel_futures=True)
         ahead.shutdown(cancel_futures=True)
@@ -915,7 +931,7 @@ def open_pictures(data: Path, resolution: int, crop: float = 1.0):
     """Folder or `.npy` -> (function from index and three numbers in [0, 1) to float32 [resolution, resolution, 3] in [0, 1],
     number of pictures). With `crop` below 1 the three numbers place a square whose side is at least that share of the largest.
 
-    Raises ValueError where there is nothing to read; an unreadable picture raises when it is reached, naming the file."""
+    Raises ValueError where there is nothing to read; the function raises it for an unreadable picture, naming the file."""
     box = lambda u_3: None if crop == 1 else (u_3[0], u_3[1], crop + (1 - crop) * u_3[2])
     if data.suffix == ".npy":
         array = np.load(data, mmap_mode="r")
@@ -926,6 +942,47 @@ def open_pictures(data: Path, resolution: int, crop: float = 1.0):
         return lambda i, u_3: to_pixels(Image.fromarray(array[i]), resolution, "crop", box(u_3)), len(array)
     paths = find_images(data)
     return lambda i, u_3: read_image(paths[i], resolution, "crop", box(u_3)), len(paths)
+
+
+def leave_out_unreadable(read_picture, count: int, report: Path, most: float):
+    """The same function, but the next picture stands in the place of one that cannot be read, which is printed and listed in `report`
+    ({"reason"} a line). Raises ValueError when they are more than `most` of all."""
+    reasons, lock = {}, threading.Lock()
+
+    def read(i, place_3):
+        for j in range(i, i + count):
+            try:
+                if j % count not in reasons:
+                    return read_picture(j % count, place_3)
+            except (ValueError, OSError) as error:
+                with lock:
+                    if j % count not in reasons:
+                        reasons[j % count] = str(error)
+                        print(f"left out: {error}", file=sys.stderr)
+                        report.parent.mkdir(parents=True, exist_ok=True)
+                        report.write_text("".join(json.dumps({"reason": reason}) + "\n" for reason in reasons.values()))
+                if len(reasons) > most * count:
+                    raise ValueError(f"{len(reasons)} of {count} pictures cannot be read, more than --max-rejected {most}; the last: {error}") from None
+        raise ValueError(f"none of {count} pictures can be read")
+
+    return read
+
+
+@contextlib.contextmanager
+def asked_to_stop():
+    """Yields a list that is empty until somebody sends SIGTERM or presses Ctrl-C; the second Ctrl-C does not wait."""
+    asked = []
+
+    def note(number, frame):
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def begin_run(out: Path, settings: dict, may_change: set[str]):
