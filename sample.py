@@ -315,6 +315,7 @@ def stream_sentences(model, prompts, keys_N, drawing, *, frames, bos=True, piece
                 cache = cache._replace(length=jnp.zeros(R, jnp.int32))
             last_R = np.repeat([ids_T[-1] for ids_T in ids], R // len(ids))
             drawing_model, cache = unstack_long(model, cache)
+            del prompt  # it may be in the cache as another copy
         drawn = []
         for first in range(0, S, piece or S):
             count = min(piece or S, S - first)

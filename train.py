@@ -346,9 +346,9 @@ def make_loss(mesh, specs, dtype, remat="none", z_loss=0.0, implementation=None)
         def whole(path, w):
             name = path[-1].name
             axes = lvm.SHARDING[name]
+            w = own_columns(w) if name == "head_DV" else w
             w = lax.pcast(w, ("data", "seq"), to="varying")  # so that the sum over them runs on shards, not on whole gradients
             w = w.astype(dtype) if w.ndim > 1 else w
-            w = own_columns(w) if name == "head_DV" else w
             return lax.all_gather(w, "fsdp", axis=axes.index("fsdp"), tiled=True) if "fsdp" in axes else lax.pcast(w, "fsdp", to="varying")
 
         return jax.tree_util.tree_map_with_path(whole, weights)

@@ -26,6 +26,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+import jax
 import lvm
 import train
 
@@ -68,16 +69,29 @@ def compile_cell(size, pod) -> dict:
     """A line of the jsonl."""
     cell, options = plan(size, pod)
     cell["commit"] = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    for option in options[:4]:
+    broken = set()  # meshes on which the compiler itself fails
+    for option in options:
+        if option["mesh"] in broken or len(cell["tried"]) == 6:
+            continue
         flags = {name: option[name] for name in ("mesh", "batch", "remat", "moments")}
         config = train.Config(size=size, context=CONTEXT, steps=100, compile_only=True, topology=PODS[pod], **flags)
         # A process of its own, as compilers keep memory.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            facts = pool.submit(train.compile_only, config).result()
+            try:
+                facts = pool.submit(train.compile_only, config).result()
+            except jax.errors.JaxRuntimeError as error:
+                cell["tried"].append(flags | {"estimate": option["peak"], "error": str(error).splitlines()[0]})
+                broken.add(option["mesh"])
+                continue
         cell["tried"].append(flags | {"estimate": option["peak"], "peak": facts["peak"], "seconds": facts.pop("seconds")})
         if facts["fits"]:
             return cell | facts | flags
-    return cell if not options else cell | {"fits": False, "peak": min(t["peak"] for t in cell["tried"]), "why": "the least of those compiled"}
+    if not options:
+        return cell
+    peaks = [tried["peak"] for tried in cell["tried"] if "peak" in tried]
+    if not peaks:
+        raise RuntimeError(f"{size} on {pod}: the compiler fails on all that was tried: {cell['tried']}")
+    return cell | {"fits": False, "peak": min(peaks), "why": "the least of those compiled"}
 
 
 def plan(size, pod):
@@ -150,9 +164,11 @@ def table(config, cells) -> str:
             row.append(cells.get((size, pod)) or (empty | options[0] | {"fits": True} if options else empty))
         lines.append(f"| {pod} ({row[0]['chips']}, {row[0]['memory'] / 1e9:.0f} GB) | " + " | ".join(map(show, row)) + " |")
     if compiled:
-        seconds = sorted(t["seconds"] for cell in compiled for t in cell["tried"])
+        seconds = sorted(t["seconds"] for cell in compiled for t in cell["tried"] if "seconds" in t)
+        failed = [f"{cell['size']} on {cell['pod']} ({t['mesh']} {t['remat']})" for cell in compiled for t in cell["tried"] if "error" in t]
         commits = ", ".join(sorted({cell["commit"] for cell in compiled}))
         lines += ["", f"{len(compiled)} cells compiled at {commits}; a program takes {seconds[len(seconds) // 2]:.0f} s (median), {seconds[-1]:.0f} s at most, of a CPU core shared with other work."]
+        lines += [f"The compiler itself failed on the first choice of {', '.join(failed)}; the cell is the next mesh."] if failed else []
     return "\n".join(lines) + "\n"
 
 
