@@ -140,7 +140,8 @@ def candidates(size, chip, n):
 def show(cell) -> str:
     """A cell of the table."""
     if not cell["fits"]:
-        return f"does not fit: {cell['peak'] / 1e9:.0f} of {cell['memory'] / 1e9:.0f} GB ({cell['why']})"
+        least = "more than" if math.isinf(cell["peak"]) else f"{cell['peak'] / 1e9:.0f} of"  # a compiler may not say how much
+        return f"does not fit: {least} {cell['memory'] / 1e9:.0f} GB ({cell['why']})"
     bound = max(cell["compute_seconds"], cell["network_seconds"])
     kind = "C" if cell["compute_seconds"] >= cell["network_seconds"] else "N"
     sign = "" if "collectives" in cell else "~ "
