@@ -151,12 +151,13 @@ def show(cell) -> str:
 def table(config, cells) -> str:
     sizes = [size for size in lvm.SIZES if size in config.sizes]
     compiled = [cell for cell in cells.values() if cell["tried"]]
+    pending = any((size, pod) not in cells for size in sizes for pod in config.pods)
     lines = [
         "# Every size on every pod, ahead of time", "",
         f"`python benchmarks/pods.py`; nothing has run on these chips. One sentence of {CONTEXT:,} tokens a chip (or for each `tensor` chips), bfloat16 compute, float32 weights.",
         "A cell: mesh data,fsdp,tensor,seq, remat, `bf16` where the moments are bfloat16; peak bytes a chip as the compiler says; the roofline's step time and",
         "whether compute (C) or network (N) bounds it (what remat repeats is in the compute; collectives are read from the compiled program).",
-        "**A cell with ~ has not been compiled yet**: it is the estimate by which the candidates are put in order.", "",
+        *(["**A cell with ~ has not been compiled yet**: it is the estimate by which the candidates are put in order."] if pending else []), "",
         "| pod (chips, memory) | " + " | ".join(sizes) + " |", "|---|" + "---|" * len(sizes)]
     for pod in config.pods:
         row = []
