@@ -261,7 +261,7 @@ def curves(config: Curves):
     sheet = Image.new("RGB", (sum(p.width for p in panels), panels[0].height))
     for i, panel in enumerate(panels):
         sheet.paste(panel, (i * panel.width, 0))
-    sheet.quantize(64, dither=Image.Dither.NONE).save(config.out, optimize=True)
+    sheet.quantize(256, dither=Image.Dither.NONE).save(config.out, optimize=True)
     steps, rows = min(len(log) for log in logs.values()), []
     for name, log in logs.items():
         last = lambda what: statistics.mean(line[what] for line in log[max(0, steps - config.window):steps])
