@@ -730,6 +730,8 @@ def save(model: LVM, path, *, shard_bytes: float = 5e9, tokenizer: str | None = 
         config = _hf_config(model.config) | {"torch_dtype": leaves["head_DV"].dtype.name}
         config |= {"tokenizer": tokenizer} if tokenizer else {}
         (partial / "config.json").write_text(json.dumps(config, indent=2))
+        for file in partial.glob("*.safetensors"):
+            shutil.copymode(partial / "config.json", file)  # safetensors 0.8 makes files that their owner alone can read
         if path.exists():
             path.rmdir()
         partial.rename(path)

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import sys
 import threading
@@ -1321,6 +1322,7 @@ def save(model: VQGAN, path, overwrite: bool = False, layout: str = "open-muse")
     if file.suffix == ".safetensors":
         (folder / "config.json").write_text(json.dumps(config_fields(layout, model.config), indent=2) + "\n")
         save_file(tensors, partial, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", partial)  # safetensors 0.8 makes files that their owner alone can read
     else:
         write_pickle(partial, {"taming": "state_dict", "llamagen": "model"}[layout], tensors)
     if layout == "taming":
@@ -1648,14 +1650,15 @@ def views(content, read) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------------------------------------------- commands
 
 
-def reconstruct(images: tuple[Path, ...], model: Path = MINI, out: Path = Path("reconstruction.png"),
+def reconstruct(images: tuple[Path, ...], model: Path = MINI, out: Path | None = None,
                 fit: Literal["stretch", "crop"] = "stretch", lpips_vgg: Path | None = None, lpips_heads: Path | None = None, seed: int = 0):
     """Encode and decode pictures: originals, reconstructions and errors in one picture; the measures of each and of all in one JSON.
 
     Args:
         images: Picture files or folders.
         model: Tokenizer folder or checkpoint; the bundled one by default.
-        out: The picture to write (of the first 32); the measures go beside it, as .json.
+        out: The picture to write (.png .webp .jpg; of the first 32) and, as .json beside it, the measures; must not exist. By default
+            reconstruction.png and reconstruction.json, which are replaced.
         fit: Stretch each picture to the model's square, or crop it.
         lpips_vgg: VGG16 as torchvision saves it; with lpips_heads, LPIPS is measured.
         lpips_heads: weights/v0.1/vgg.pth of PyPI's lpips.
@@ -1666,6 +1669,12 @@ def reconstruct(images: tuple[Path, ...], model: Path = MINI, out: Path = Path("
         raise ValueError("no pictures; type: python vqgan.py reconstruct --images FILE ...")
     if (lpips_vgg is None) != (lpips_heads is None):
         raise ValueError("LPIPS needs both --lpips-vgg and --lpips-heads")
+    if out is None:
+        out = Path("reconstruction.png")
+    elif out.suffix not in (".png", ".webp", ".jpg"):
+        raise ValueError(f"--out {out}: the name must end in .png .webp .jpg (a picture)")
+    elif taken := [path for path in (out, out.with_suffix(".json")) if path.exists()]:
+        raise ValueError(f"--out: {taken[0]} exists; choose another name or delete it")
     vqgan, networks = load(model), {"lpips": load_lpips(lpips_vgg, lpips_heads)} if lpips_vgg else {}
     report, sheet = measure_reconstruction(vqgan, paths, fit, networks, seed)
     for example in report["examples"]:

@@ -280,6 +280,13 @@ def test_a_saved_folder_comes_back_to_the_bit(model, tmp_path):
         assert_same(lvm.load(tmp_path / dtype.__name__, dtype=dtype), cast)
 
 
+def test_saved_weights_are_as_readable_as_any_new_file(model, tmp_path):
+    lvm.save(model, tmp_path / "model", shard_bytes=1e5)
+    (tmp_path / "new").touch()
+    files = list((tmp_path / "model").iterdir())
+    assert len(files) > 3 and {file.stat().st_mode for file in files} == {(tmp_path / "new").stat().st_mode}
+
+
 @pytest.mark.parametrize("name", weights_rule.LLAMAS)
 def test_a_saved_folder_holds_what_transformers_reads(name, tmp_path):
     config, weights = weights_rule.LLAMAS[name], weights_rule.llama(weights_rule.LLAMAS[name])

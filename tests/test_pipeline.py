@@ -78,6 +78,8 @@ def test_a_tokenizer_trains_resumes_and_reconstructs(folder):
     python(folder, "vqgan.py", "train", *flags, "--steps", 4, "--out", "whole")
     assert (folder / "whole/model.safetensors").read_bytes() == weights
     assert "SSIM" in python(folder, "vqgan.py", "reconstruct", "--model", "whole", "--images", "photos", "--out", "r.png")
+    for out, complaint in (("r.png", "r.png exists"), ("folder", "must end in .png")):
+        assert complaint in python(folder, "vqgan.py", "reconstruct", "--model", "whole", "--images", "photos", "--out", out, status=2)
     assert "other settings" in python(folder, "vqgan.py", "train", *flags, "--steps", 9, "--out", "whole", status=2)
 
 

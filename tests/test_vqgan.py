@@ -211,6 +211,12 @@ def test_saving_refuses_to_replace_a_model_unless_told_to(tiny, tmp_path):
     vqgan.save(tiny, tmp_path, overwrite=True)
 
 
+def test_saved_weights_are_as_readable_as_any_new_file(tiny, tmp_path):
+    vqgan.save(tiny, tmp_path / "model")
+    (tmp_path / "new").touch()
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
 def test_a_file_written_by_torch_loads_equal_to_its_safetensors(tmp_path):
     """fixtures/small.bin is torch.save's own: one storage, views at many offsets, one with strides unlike its shape."""
     write_config(tmp_path / "torch")
