@@ -53,6 +53,8 @@ import lvm
 import sample
 import tokenize_data
 import vqgan
+from common.images import UserError
+from common.runs import RunStopped, run_command
 
 REPORTS = Path("runs") / "evaluate"
 SEQUENCES = {"motion", "frames", "video"}  # kinds that are no pairs
@@ -105,7 +107,7 @@ class Perplexity(Common):
 
 def perplexity(config: Perplexity):
     if (config.data is None) == (config.prompts is None):
-        raise ValueError("name a dataset with --data, or a file with --prompts, and not both")
+        raise UserError("name a dataset with --data, or a file with --prompts, and not both")
     examples = read_prompts(config.prompts) if config.prompts else None
     check_at_least(1, sentences=config.sentences)
     out, models, about = open_all(config, "perplexity")
@@ -126,7 +128,7 @@ def perplexity(config: Perplexity):
 
     longest, context = max(map(len, sentences)), models.model.config.context
     if longest + config.bos - 1 > context:
-        raise ValueError(f"a sentence has {longest + config.bos} ids and the model's context is {context}; use shorter sentences")
+        raise UserError(f"a sentence has {longest + config.bos} ids and the model's context is {context}; use shorter sentences")
 
     def measure(at):
         for n, nats_T in zip(at, score(models, [sentences[n] for n in at], longest)):
@@ -184,13 +186,13 @@ def run_prompted(config: Prompted, command, queries: list[Query], prompts: dict[
 
     `judge(answer_HWC, truth, pictures_THWC, kind)` -> the measures of one answer. Adds the perplexity of the true answer."""
     if config.sheet < 0 or config.temperature < 0:
-        raise ValueError(f"--sheet and --temperature must be at least 0, got {config.sheet} and {config.temperature}")
+        raise UserError(f"--sheet and --temperature must be at least 0, got {config.sheet} and {config.temperature}")
     if not queries:
-        raise ValueError("no example to measure")
+        raise UserError("no example to measure")
     out, models, about = open_all(config, command)
     S, most = models.tokenizer.config.codes_per_image, max(prompts.values()) + 1
     if most > sample.pictures_in_context(models.model, S, config.bos):
-        raise ValueError(f"a prompt and its answer are {most} pictures of {S} codes, and the model's context is {models.model.config.context}: "
+        raise UserError(f"a prompt and its answer are {most} pictures of {S} codes, and the model's context is {models.model.config.context}: "
                          "take fewer examples or frames")
     about |= {"protocol": protocol + f"; codes drawn at temperature {config.temperature:g}" + "; pictures of "
               f"{models.tokenizer.config.resolution} pixels a side", "temperature": config.temperature} | (settings or {})
@@ -257,7 +259,7 @@ def baselines(T, command) -> dict[str, Callable]:
 def check_shots(shots) -> dict[str, int]:
     """Numbers of example pairs -> {name: pictures before the answer}."""
     if not shots or min(shots) < 0 or len(set(shots)) < len(shots):
-        raise ValueError(f"--shots wants different numbers of example pairs, such as 1 7, got {' '.join(map(str, shots))}")
+        raise UserError(f"--shots wants different numbers of example pairs, such as 1 7, got {' '.join(map(str, shots))}")
     return {f"{k} pairs" if k != 1 else "1 pair": 2 * k + 1 for k in sorted(shots)}
 
 
@@ -361,7 +363,7 @@ def video(config: Video):
         start = int(np.random.default_rng((config.seed, zlib.crc32(name.encode()))).integers(count - span + 1))
         queries.append(Query(name, "video", functools.partial(read_clip, path, range(start, start + span, config.stride), config.fit)))
     if not queries:
-        raise ValueError(f"{config.data}: no video has the {config.frames * config.stride + 1} frames that {config.frames} and one more at stride "
+        raise UserError(f"{config.data}: no video has the {config.frames * config.stride + 1} frames that {config.frames} and one more at stride "
                          f"{config.stride} take; lower --frames or --stride")
     if too_short:
         print(f"{len(too_short)} of {len(too_short) + len(queries)} videos are too short and are left out")
@@ -374,7 +376,7 @@ def video(config: Video):
 def read_clip(path, wanted, fit, size):
     pictures, there = tokenize_data.read_frames(path, wanted, size, (fit, None, False, None))
     if there is not None:
-        raise ValueError(f"{path}: {there} frames can be decoded, its container promises more; take it away or mend it")
+        raise UserError(f"{path}: {there} frames can be decoded, its container promises more; take it away or mend it")
     return pictures
 
 
@@ -411,13 +413,13 @@ def segmentation(config: Segmentation):
         try:
             listed = [(name, int(number)) for name, number in (line.split("__") for line in lines)]
         except ValueError:
-            raise ValueError(f"{config.folds}/fold{fold}.txt: wanted lines NAME__CC such as 2007_000033__01") from None
+            raise UserError(f"{config.folds}/fold{fold}.txt: wanted lines NAME__CC such as 2007_000033__01") from None
         rng = np.random.RandomState(config.seed)  # as published: one pair gets the very examples that theirs gets
         of_class = {number: [name for name, other in listed if other == number] for _, number in listed}
         for item in range(config.items):
             name, number = listed[item % len(listed)]
             if len(set(of_class[number])) <= max(config.shots):
-                raise ValueError(f"{config.folds}/fold{fold}.txt: class {number} has {len(of_class[number])} pictures, too few for "
+                raise UserError(f"{config.folds}/fold{fold}.txt: class {number} has {len(of_class[number])} pictures, too few for "
                                  f"{max(config.shots)} examples; lower --shots")
             examples = []
             while len(examples) < max(config.shots):
@@ -489,14 +491,14 @@ def detection(config: Detection):
     rng, queries = np.random.RandomState(config.seed), []
     for name, (category, _) in list(found["val"].items())[:config.items]:
         if len(of_class[category]) < max(config.shots):
-            raise ValueError(f"{root}: train has {len(of_class[category])} pictures with a single small {category}, too few for "
+            raise UserError(f"{root}: train has {len(of_class[category])} pictures with a single small {category}, too few for "
                              f"{max(config.shots)} examples; lower --shots")
         names = [str(n) for n in rng.permutation(of_class[category])[:max(config.shots)]] + [name]
         check_files([root / "JPEGImages" / f"{n}.jpg" for n in names], VOC_LAYOUT)
         boxes = [found["train"][n][1] for n in names[:-1]] + [found["val"][name][1]]
         queries.append(Query(name, category, functools.partial(read_boxed, root, names, boxes)))
     if not queries:
-        raise ValueError(f"{root}: no picture of val has exactly one object, in a box under 20% of the picture")
+        raise UserError(f"{root}: no picture of val has exactly one object, in a box under 20% of the picture")
     run_prompted(config, "detection", queries, prompts, judge_box,
                  "single objects under 20% of VOC2012 val (Bar et al. 2022), examples of the same class from train; box around the largest white component, "
                  "IoU of filled boxes, plain mean; ours: numbers of pairs, the tokenizer's resolution, all of val that qualifies", {"data": str(root)})
@@ -512,7 +514,7 @@ def single_object(file) -> tuple[str, tuple[float, ...]] | None:
         boxes = [[float(o.findtext(f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
         category = objects[0].findtext("name") if objects else None
     except (ElementTree.ParseError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: no VOC annotation ({error})") from None
+        raise UserError(f"{file}: no VOC annotation ({error})") from None
     if len(boxes) != 1:
         return None
     (left, top, right, bottom), = boxes  # pixels are counted from 1, and the last one is inside
@@ -582,12 +584,12 @@ IMAGENET_DEVIATION = np.array([0.229, 0.224, 0.225])  # the mean falls out of a 
 def colorization(config: Colorization):
     check_at_least(1, items=config.items)
     if (config.lpips_vgg is None) != (config.lpips_heads is None):
-        raise ValueError("LPIPS needs both --lpips-vgg and --lpips-heads")
+        raise UserError("LPIPS needs both --lpips-vgg and --lpips-heads")
     network = vqgan.load_lpips(config.lpips_vgg, config.lpips_heads) if config.lpips_vgg else None
     distance = jax.jit(lambda network, a_BHWC, b_BHWC: network.distance(a_BHWC, b_BHWC))
     prompts, paths = check_shots(config.shots), vqgan.find_images(config.data)
     if len(paths) <= max(max(config.shots), 1):
-        raise ValueError(f"{config.data}: {len(paths)} pictures are too few for a query and {max(config.shots)} examples; lower --shots")
+        raise UserError(f"{config.data}: {len(paths)} pictures are too few for a query and {max(config.shots)} examples; lower --shots")
     rng, queries = np.random.RandomState(config.seed), []
     for i in rng.choice(np.arange(len(paths) - 1), size=min(config.items, len(paths) - 1), replace=False):
         others = rng.choice(len(paths) - 1, size=max(config.shots), replace=False)
@@ -655,7 +657,7 @@ def read_depths(image_paths, answer_paths, size):
         depth_HW = read_depth(answer, size)
         known_HW = depth_HW > 0
         if not known_HW.any():
-            raise ValueError(f"{answer}: every depth is 0, which means unknown")
+            raise UserError(f"{answer}: every depth is 0, which means unknown")
         near_HW = np.divide(1.0, depth_HW, out=np.zeros_like(depth_HW), where=known_HW)
         low, high = near_HW[known_HW].min(), near_HW[known_HW].max()
         shown_HW = np.where(known_HW, (near_HW - low) / max(high - low, 1e-12), 0).astype(np.float32)
@@ -736,21 +738,21 @@ def voc_root(folder, wanted) -> Path:
         if all((root / name).is_dir() for name in wanted):
             return root
     missing = [name for name in wanted if not (folder / name).is_dir()]
-    raise ValueError(f"{folder}: no folder {' and no folder '.join(missing)} in it, nor in its VOCdevkit/VOC2012; {VOC_LAYOUT}")
+    raise UserError(f"{folder}: no folder {' and no folder '.join(missing)} in it, nor in its VOCdevkit/VOC2012; {VOC_LAYOUT}")
 
 
 def read_lines(file, what) -> list[str]:
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; wanted there: {what}")
+        raise UserError(f"{file}: no such file; wanted there: {what}")
     if not (lines := [line.strip() for line in file.read_text().splitlines() if line.strip()]):
-        raise ValueError(f"{file}: empty; wanted there: {what}")
+        raise UserError(f"{file}: empty; wanted there: {what}")
     return lines
 
 
 @functools.cache
 def check_file(path, layout):
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; {layout}")
+        raise UserError(f"{path}: no such file; {layout}")
 
 
 def check_files(paths, layout):
@@ -764,13 +766,13 @@ def paired_queries(config: Paired, answers: str, read, truth=None) -> list[Query
     layout = f"wanted there: images/NAME.jpg (or .png ...) and, of the same names, {answers}/NAME.png"
     for name in ("images", answers):
         if not (config.data / name).is_dir():
-            raise ValueError(f"{config.data / name}: no such folder; {layout}")
+            raise UserError(f"{config.data / name}: no such folder; {layout}")
     found = [tokenize_data.find_stems(config.data / name, "", []) for name in ("images", answers)]
     if alone := sorted(set(found[0]) ^ set(found[1])):
-        raise ValueError(f"{config.data}: {alone[0]} has only one of its picture and its {answers} ({len(alone)} such names); {layout}")
+        raise UserError(f"{config.data}: {alone[0]} has only one of its picture and its {answers} ({len(alone)} such names); {layout}")
     names, most = list(found[0]), max(config.shots)
     if len(names) <= most:
-        raise ValueError(f"{config.data}: {len(names)} pairs are too few for a query and {most} examples; lower --shots")
+        raise UserError(f"{config.data}: {len(names)} pairs are too few for a query and {most} examples; lower --shots")
     rng, queries = np.random.default_rng(config.seed), []
     for i in np.linspace(0, len(names) - 1, min(config.items, len(names))).astype(int):
         chosen = [names[j + (j >= i)] for j in rng.choice(len(names) - 1, most, replace=False)] + [names[i]]
@@ -811,7 +813,7 @@ class Reconstruction:
 
 def reconstruction(config: Reconstruction):
     if (config.lpips_vgg is None) != (config.lpips_heads is None):
-        raise ValueError("LPIPS needs both --lpips-vgg and --lpips-heads")
+        raise UserError("LPIPS needs both --lpips-vgg and --lpips-heads")
     mesh, batch = share(config.devices, config.batch)
     paths, tokenizer = vqgan.find_images(config.data), vqgan.load(config.tokenizer)
     networks = {"lpips": vqgan.load_lpips(config.lpips_vgg, config.lpips_heads)} if config.lpips_vgg else {}
@@ -904,9 +906,9 @@ LEAST_FOR_KERNEL = 100
 def fid(config: Fid):
     D, where = NETWORKS[config.network]
     if config.weights is None or not config.weights.is_file():
-        raise ValueError(f"--weights: {'missing' if config.weights is None else f'no file {config.weights}'}; the network {config.network} has none of its own: {where}")
+        raise UserError(f"--weights: {'missing' if config.weights is None else f'no file {config.weights}'}; the network {config.network} has none of its own: {where}")
     if (config.generated is None) == (config.tokenizer is None):
-        raise ValueError("name pictures to compare with --generated, or with --tokenizer a tokenizer that reconstructs those of --data, and not both")
+        raise UserError("name pictures to compare with --generated, or with --tokenizer a tokenizer that reconstructs those of --data, and not both")
     check_at_least(1, batch=config.batch, rounds=config.rounds, size=config.size)
     tokenizer = vqgan.load(config.tokenizer) if config.tokenizer else None
     size = tokenizer.config.resolution if tokenizer else config.size
@@ -915,14 +917,14 @@ def fid(config: Fid):
     sides = {"data": config.data, "generated": config.data if tokenizer else config.generated}
     stored = {side: read_features(path, definition) for side, path in sides.items() if path.suffix == ".npz"}
     if tokenizer and stored:
-        raise ValueError(f"{config.data} holds features; --tokenizer needs the pictures")
+        raise UserError(f"{config.data} holds features; --tokenizer needs the pictures")
     paths = {side: vqgan.find_images(path) for side, path in sides.items() if side not in stored}
     counts = {side: len(stored[side] if side in stored else paths[side]) for side in sides}
     least = max((D + 1) * (config.distance != "kernel"), LEAST_FOR_KERNEL * (config.distance != "frechet"))
     for side, count in counts.items():
         if count < least:
             name, hint = ("kernel", "") if config.distance == "kernel" else ("Frechet", f"; --distance kernel needs {LEAST_FOR_KERNEL}")
-            raise ValueError(f"{sides[side]}: {count} pictures, and a {name} distance of {D} features needs {least} or more{hint}")
+            raise UserError(f"{sides[side]}: {count} pictures, and a {name} distance of {D} features needs {least} or more{hint}")
 
     network = (vqgan.load_efficientnet_lite0 if config.network == "efficientnet-lite0" else load_inception)(config.weights)
     mesh, batch = share(config.devices, config.batch)
@@ -974,9 +976,9 @@ def read_features(file, definition) -> np.ndarray:
         with np.load(file) as arrays:
             features_ND, theirs = arrays["features_ND"], str(arrays["definition"])
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{file}: no features of an earlier fid ({error})") from None
+        raise UserError(f"{file}: no features of an earlier fid ({error})") from None
     if theirs != definition:
-        raise ValueError(f"{file} holds features by another definition, which cannot be compared: {theirs}; this call's is {definition}")
+        raise UserError(f"{file} holds features by another definition, which cannot be compared: {theirs}; this call's is {definition}")
     return features_ND
 
 
@@ -1081,12 +1083,12 @@ def load_inception(file: Path) -> Inception:
         convs[name] = vqgan.as_conv(weight_OIHW * scale[:, None, None, None], beta - mean * scale)
     vqgan.none_left(file, tensors)
     if len(convs) != 94:
-        raise ValueError(f"{file}: {len(convs)} convolutions, InceptionV3 has 94; wanted pytorch-fid's pt_inception-2015-12-05-6726825d.pth")
+        raise UserError(f"{file}: {len(convs)} convolutions, InceptionV3 has 94; wanted pytorch-fid's pt_inception-2015-12-05-6726825d.pth")
     network = Inception(convs)
     try:
         eqx.filter_eval_shape(network.pooled, jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: not pytorch-fid's InceptionV3 ({error})") from None
+        raise UserError(f"{file}: not pytorch-fid's InceptionV3 ({error})") from None
     return network
 
 
@@ -1134,15 +1136,15 @@ class Scaling:
 def scaling(config: Scaling):
     check_at_least(1, tokens=config.tokens, batch=config.batch, sentences=config.sentences)
     if len(set(config.sizes)) < 3:
-        raise ValueError(f"--sizes wants three different sizes or more, got {' '.join(config.sizes)}; `python lvm.py sizes` lists them")
+        raise UserError(f"--sizes wants three different sizes or more, got {' '.join(config.sizes)}; `python lvm.py sizes` lists them")
     if len(config.learning_rates) not in (1, len(config.sizes)):
-        raise ValueError(f"--learning-rates wants one value, or one for each of {len(config.sizes)} sizes, got {len(config.learning_rates)}")
+        raise UserError(f"--learning-rates wants one value, or one for each of {len(config.sizes)} sizes, got {len(config.learning_rates)}")
     if bool(config.data) != bool(config.heldout):
-        raise ValueError("name both --data and --heldout, or neither")
+        raise UserError("name both --data and --heldout, or neither")
     context = config.context or lvm.SIZES[config.sizes[0]].context
     steps = config.tokens // (config.batch * context)
     if steps < 10:
-        raise ValueError(f"--tokens {config.tokens} are {steps} updates of {config.batch} x {context}; wanted ten or more")
+        raise UserError(f"--tokens {config.tokens} are {steps} updates of {config.batch} x {context}; wanted ten or more")
     config.out.mkdir(parents=True, exist_ok=True)
     data, heldout = config.data, config.heldout
     if not data:
@@ -1207,7 +1209,7 @@ def start(script, *arguments):
     """Runs one of our scripts to its end; what it prints passes through."""
     done = subprocess.run([sys.executable, str(vqgan.HERE / script), *map(str, arguments)])
     if done.returncode:
-        raise ChildProcessError(f"{script} ended with status {done.returncode}; what it printed stands above")
+        raise RunStopped(f"{script} ended with status {done.returncode}; what it printed stands above")
 
 
 def fit_power_law(N_M, loss_M) -> dict[str, float]:
@@ -1266,7 +1268,7 @@ def measured(out, command, about, names, measure, batch) -> list[dict]:
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     if lines and lines[0] != head:
         if out.parent != REPORTS:
-            raise ValueError(f"{file} is left of an evaluation with other settings; delete it, or choose another --out")
+            raise UserError(f"{file} is left of an evaluation with other settings; delete it, or choose another --out")
         lines = []  # the default folder's files are replaced
     done = [json.loads(line) for line in lines[1:] if line.endswith("\n")]
     if len(done) < len(names):
@@ -1298,7 +1300,7 @@ def share(devices, batch):
     if devices is None:
         devices = max(n for n in range(1, min(batch, jax.device_count()) + 1) if batch % n == 0)
     if devices > jax.device_count() or batch % devices:
-        raise ValueError(f"--devices {devices}: there are {jax.device_count()}, and --batch {batch} must be a multiple of it")
+        raise UserError(f"--devices {devices}: there are {jax.device_count()}, and --batch {batch} must be a multiple of it")
     return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]), batch
 
 
@@ -1336,7 +1338,7 @@ def score(models, sentences, longest) -> list[np.ndarray]:
     nats_NT = by_batches(functools.partial(id_nats, mesh=models.mesh), model, models.mesh, models.batch, ids_NT)
     scored = [nats_T[:bos + len(sentence) - 1].astype(np.float64) for nats_T, sentence in zip(nats_NT, sentences)]
     if not all(np.isfinite(nats_T).all() for nats_T in scored):
-        raise ValueError("the model gives NaN; its weights are damaged or overflow in this dtype")
+        raise UserError("the model gives NaN; its weights are damaged or overflow in this dtype")
     return scored
 
 
@@ -1391,7 +1393,7 @@ def next_picture(model, ids_BT, numbers_B, *, mesh, S, temperature):
 def check_at_least(least, **values):
     for name, value in values.items():
         if value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
 def open_all(config: Common, command):
@@ -1420,14 +1422,14 @@ def open_out(out, default) -> Path:
     if out is None:
         return REPORTS / default
     if out.exists() and not any(out.glob("*.partial.jsonl")):
-        raise ValueError(f"--out {out} exists; choose another folder or delete it")
+        raise UserError(f"--out {out} exists; choose another folder or delete it")
     return out
 
 
 def open_data(folder, tokenizer) -> tokenize_data.Shards:
     shards = tokenize_data.Shards(folder)
     if shards.about["tokenizer"] != vqgan.fingerprint(tokenizer):
-        raise ValueError(f"{folder} was made by tokenizer {shards.about['tokenizer']}, the model's is {vqgan.fingerprint(tokenizer)}")
+        raise UserError(f"{folder} was made by tokenizer {shards.about['tokenizer']}, the model's is {vqgan.fingerprint(tokenizer)}")
     return shards
 
 
@@ -1439,14 +1441,14 @@ def choose(shards, most, leave_out=()):
         at = np.flatnonzero(kinds_N == kind) if name not in leave_out else []
         chosen += [at[i] for i in np.linspace(0, len(at) - 1, min(most, len(at))).astype(int)]
     if not chosen:
-        raise ValueError(f"{shards.folder}: no sentence to measure; kinds: {', '.join(shards.kinds)}")
+        raise UserError(f"{shards.folder}: no sentence to measure; kinds: {', '.join(shards.kinds)}")
     return chosen, [shards.kinds[kinds_N[i]] for i in chosen]
 
 
 def last_pairs(sentences, pairs, S, folder):
     for tokens in sentences:
         if len(tokens) % (2 * S) or len(tokens) < 2 * pairs * S:
-            raise ValueError(f"{folder}: a sentence has {len(tokens) / S:g} pictures, wanted pairs, and {pairs} of them; lower --shots or name other --data")
+            raise UserError(f"{folder}: a sentence has {len(tokens) / S:g} pictures, wanted pairs, and {pairs} of them; lower --shots or name other --data")
     return np.stack([tokens[-2 * pairs * S:].reshape(2 * pairs, S) for tokens in sentences]).astype(np.int32)
 
 
@@ -1470,22 +1472,22 @@ def heldout_demo(config: Shots, tokenizer) -> Path:
 def read_prompts(file) -> list[dict]:
     """Checks every line, and that its files are there, before anything is computed."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
+        raise UserError(f"{file}: no such file")
     examples = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
         try:
             example = json.loads(line)
             paths = {k: example[k] for k in ("input", "target")}
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f'{file}:{number}: wanted {{"input": [paths], "target": [paths]}}') from None
+            raise UserError(f'{file}:{number}: wanted {{"input": [paths], "target": [paths]}}') from None
         if not all(isinstance(p, list) and p and all(isinstance(path, str) for path in p) for p in paths.values()):
-            raise ValueError(f"{file}:{number}: input and target must each be a list of at least one path")
+            raise UserError(f"{file}:{number}: input and target must each be a list of at least one path")
         for path in paths["input"] + paths["target"]:
             if not Path(path).is_file():
-                raise FileNotFoundError(f"{file}:{number}: {path}: no such file")
+                raise UserError(f"{file}:{number}: {path}: no such file")
         examples.append(paths)
     if not examples:
-        raise ValueError(f"{file}: no examples in it")
+        raise UserError(f"{file}: no examples in it")
     return examples
 
 
@@ -1495,7 +1497,7 @@ def encode_prompts(config, models, examples):
     most = sample.pictures_in_context(models.model, S, config.bos)
     for example in examples:
         if len(example["target"]) >= most:
-            raise ValueError(f"{config.prompts}: {len(example['target'])} targets leave no room for an input; the context holds {most} pictures")
+            raise UserError(f"{config.prompts}: {len(example['target'])} targets leave no room for an input; the context holds {most} pictures")
     files = sorted({path for example in examples for path in (example["input"] + example["target"])[-most:]})
     read = lambda path: vqgan.read_image(path, models.tokenizer.config.resolution, config.fit)
     codes = {}
@@ -1663,12 +1665,8 @@ COMMANDS = {"perplexity": (Perplexity, perplexity), "shots": (Shots, shots), "vi
 
 
 def main():
-    try:
-        config = tyro.extras.subcommand_cli_from_dict({name: config for name, (config, _) in COMMANDS.items()}, description=__doc__)
-        next(run for kind, run in COMMANDS.values() if type(config) is kind)(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, ChildProcessError) else 2)
+    config = tyro.extras.subcommand_cli_from_dict({name: config for name, (config, _) in COMMANDS.items()}, description=__doc__)
+    run_command(next(run for kind, run in COMMANDS.values() if type(config) is kind), config)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from common.images import UserError
+from common.runs import run_command
 from flash_attention import cache_slots, decode_attention, flash_attention, join, native_head_dim, ring_attention, zigzag_here
 
 
@@ -70,13 +72,13 @@ class LVMConfig:
     def __post_init__(self):
         for name in ("hidden", "ffn", "layers", "heads", "codes", "specials", "context"):
             if type(getattr(self, name)) is not int or getattr(self, name) < (name != "specials"):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number, at least {int(name != 'specials')}")
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be a whole number, at least {int(name != 'specials')}")
         if self.hidden % self.heads or self.hidden // self.heads % 2:
-            raise ValueError(f"hidden {self.hidden} / heads {self.heads} must be an even whole number (rotary pairs)")
+            raise UserError(f"hidden {self.hidden} / heads {self.heads} must be an even whole number (rotary pairs)")
         for name, value in (("bos", self.bos), ("eos", self.eos), ("pad", self.pad)):
             if not self.codes <= value < self.vocab_size:
                 ids = f"{self.codes} to {self.vocab_size - 1}"
-                raise ValueError(f"{name} id {value} must be a special, {ids}; set {name}_id or specials")
+                raise UserError(f"{name} id {value} must be a special, {ids}; set {name}_id or specials")
 
     @property
     def vocab_size(self) -> int:
@@ -168,7 +170,7 @@ class LVM(eqx.Module):
     ) -> Float[Array, "B T D"]:
         """The residual stream after the last block; `ends` is the gathered, cast model without its blocks."""
         if remat not in REMAT:
-            raise ValueError(f"remat {remat!r} is none of {', '.join(REMAT)}")
+            raise UserError(f"remat {remat!r} is none of {', '.join(REMAT)}")
         B, T = ids_BT.shape
         if not ring:  # there a sentence may have been padded to whole chunks
             _check_length("ids_BT", T, self.config)
@@ -442,7 +444,7 @@ def prefill(
     B, T = ids_BT.shape
     _check_length("length", length, model.config)
     if T > length:
-        raise ValueError(f"the prompt has {T} tokens and the cache room for {length}; pass length={T} or more")
+        raise UserError(f"the prompt has {T} tokens and the cache room for {length}; pass length={T} or more")
     ends = _cast(model.ends, dtype)
     rope_TK = rope_angles(jnp.arange(T), model.config)
 
@@ -522,7 +524,7 @@ def branch(prompt: Cache, rows: int, length: int) -> Cache:
     """
     P = jax.tree.leaves(prompt.k_LBNSK)[0].shape[1]
     if rows % P:
-        raise ValueError(f"{rows} rows do not divide over the {P} rows of the prompt")
+        raise UserError(f"{rows} rows do not divide over the {P} rows of the prompt")
     empty = lambda x: jnp.zeros((x.shape[0], rows, x.shape[2], cache_slots(length), x.shape[4]), x.dtype)
     return Cache(*(jax.tree.map(empty, slots) for slots in (prompt.k_LBNSK, prompt.v_LBNSK)), jnp.int32(0), prompt)
 
@@ -622,7 +624,7 @@ def _cast(weights, dtype):
 
 def _check_length(name, length, config):
     if length > config.context:
-        raise ValueError(
+        raise UserError(
             f"{name} asks for {length} tokens; the model's context is {config.context}: cut the sentence, "
             f"or rebuild the model with dataclasses.replace(config, context={length})"
         )
@@ -670,7 +672,7 @@ def load(path, *, dtype=jnp.float32, heads: int | None = None) -> LVM:
     or takes `heads`, 100 specials and a context of 4096. Its path may carry EasyLM's `params::` or
     `trainstate_params::`.
 
-    Raises FileNotFoundError for what is not there and ValueError for what is not as it should be.
+    Raises UserError for what is not there and for what is not as it should be.
     """
     for prefix in EASYLM_PREFIXES:
         if str(path).startswith(prefix):
@@ -678,27 +680,27 @@ def load(path, *, dtype=jnp.float32, heads: int | None = None) -> LVM:
     path = Path(path)
     if path.is_file():
         if path.suffix in (".safetensors", ".json", ".bin"):
-            raise ValueError(f"{path} is one file of a Hugging Face folder: pass the folder, {path.parent}")
+            raise UserError(f"{path} is one file of a Hugging Face folder: pass the folder, {path.parent}")
         return _load_easylm(path, dtype, heads)
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} does not exist: pass a run folder, a Hugging Face folder or an EasyLM stream")
+        raise UserError(f"{path} does not exist: pass a run folder, a Hugging Face folder or an EasyLM stream")
     config = _read_json(path / "config.json")
     if "model_type" in config:
         return _load_hf(path, config, dtype)
     if isinstance(config.get("model"), dict):
         return _load_run(path, config["model"], dtype)
-    raise ValueError(f"{path / 'config.json'} has neither 'model' (a run) nor 'model_type' (Hugging Face)")
+    raise UserError(f"{path / 'config.json'} has neither 'model' (a run) nor 'model_type' (Hugging Face)")
 
 
 def save(model: LVM, path, *, shard_bytes: float = 5e9, tokenizer: str | None = None):
     """Writes a Hugging Face LlamaForCausalLM folder: config.json and safetensors, cut into files of `shard_bytes`.
 
     `tokenizer` is the fingerprint of the one whose codes the model was trained on, for config.json.
-    The folder appears under its name when it is whole; one that exists with something in it raises ValueError.
+    The folder appears under its name when it is whole; one that exists with something in it raises UserError.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not an empty folder: choose another path or remove it")
+        raise UserError(f"{path} exists and is not an empty folder: choose another path or remove it")
     leaves = {keys[-1].name: np.asarray(leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(model)}
 
     def rows(layer):
@@ -747,21 +749,21 @@ def _load_hf(path, hf, dtype):
     elif index.is_file():
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index} has no 'weight_map' of tensor names to files")
+            raise UserError(f"{index} has no 'weight_map' of tensor names to files")
         files = sorted(set(map(str, weight_map.values())))
     else:
-        raise FileNotFoundError(
+        raise UserError(
             f"{path} has neither model.safetensors nor model.safetensors.index.json; pickled .bin weights are not "
             "read: write them again with transformers' save_pretrained, which writes safetensors"
         )
     readers = {}
     for file in files:
         if Path(file).name != file:
-            raise ValueError(f"{index} names the file {file!r} outside its own folder")
+            raise UserError(f"{index} names the file {file!r} outside its own folder")
         try:
             reader = safetensors.safe_open(path / file, framework="np")
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{path / file} is not a whole safetensors file: {error}") from None
+            raise UserError(f"{path / file} is not a whole safetensors file: {error}") from None
         readers |= dict.fromkeys(reader.keys(), reader)
     # Old exports also carry the rotary frequencies, which follow from the config.
     readers = {name: file for name, file in readers.items() if not name.endswith("rotary_emb.inv_freq")}
@@ -777,7 +779,7 @@ def _load_hf(path, hf, dtype):
 def _load_easylm(path, dtype, heads):
     """EasyLM's StreamingCheckpointer: msgpack (key tuple, flax-serialised tensor) pairs, one after another."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file: pass an EasyLM stream such as params::streaming_params")
+        raise UserError(f"{path} is not a file: pass an EasyLM stream such as params::streaming_params")
     tensors = {}
     try:
         with open(path, "rb") as file:
@@ -787,12 +789,12 @@ def _load_easylm(path, dtype, heads):
                 if key[0] in ("transformer", "lm_head"):  # a train state also holds the optimizer and the step
                     tensors["/".join(key)] = _flax_tensor(value).astype(dtype)
     except (ValueError, TypeError, IndexError, KeyError, msgpack.UnpackException) as error:
-        raise ValueError(f"{path} is not an EasyLM stream of LLaMA weights: {error}") from None
+        raise UserError(f"{path} is not an EasyLM stream of LLaMA weights: {error}") from None
 
     shapes = {name: array.shape for name, array in tensors.items()}
     for name in ("transformer/wte/embedding", "transformer/h/0/feed_forward/w1/kernel"):
         if len(shapes.get(name, ())) != 2:
-            raise ValueError(f"{path} is not an EasyLM stream of LLaMA weights: it has no matrix {name}")
+            raise UserError(f"{path} is not an EasyLM stream of LLaMA weights: it has no matrix {name}")
     vocab, hidden = shapes["transformer/wte/embedding"]
     ffn = shapes["transformer/h/0/feed_forward/w1/kernel"][1]
     layers = len({name.split("/")[2] for name in shapes if name.startswith("transformer/h/")})
@@ -800,7 +802,7 @@ def _load_easylm(path, dtype, heads):
     if heads is None:
         sizes = [c for c in SIZES.values() if found == {field: getattr(c, field) for field in found}]
         if not sizes:
-            raise ValueError(f"{path} has {found}, which is no size of ours: pass its number of heads (--heads)")
+            raise UserError(f"{path} has {found}, which is no size of ours: pass its number of heads (--heads)")
         config = sizes[0]
     else:
         config = LVMConfig(**found, heads=heads)
@@ -821,10 +823,10 @@ def _load_run(path, fields, dtype):
     try:
         config = LVMConfig(**fields)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path / 'config.json'}: 'model' is not an LVM config: {error}") from None
+        raise UserError(f"{path / 'config.json'}: 'model' is not an LVM config: {error}") from None
     folder = (path / "checkpoints").absolute()
     if not steps_of(folder):
-        raise FileNotFoundError(f"{path} has no checkpoint in checkpoints/ yet: train it further, or pass another path")
+        raise UserError(f"{path} has no checkpoint in checkpoints/ yet: train it further, or pass another path")
     here = jnp.zeros(()).sharding  # that of `jax.default_device`
     skeleton = eqx.filter_eval_shape(LVM, config, key=jax.random.key(0))
     skeleton = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=here), skeleton)
@@ -837,12 +839,12 @@ def _load_run(path, fields, dtype):
             shapes = {keys[-1].key: leaf.shape for keys, leaf in stored}
             for name in sorted(shapes.keys() | wanted.keys()):  # orbax would say so too, in a thousand lines
                 if shapes.get(name) != wanted.get(name):
-                    raise ValueError(f"{name} is {shapes.get(name)}, by the config {wanted.get(name)}")
+                    raise UserError(f"{name} is {shapes.get(name)}, by the config {wanted.get(name)}")
             return handler.restore(item, args=ocp.args.StandardRestore(skeleton))
         except Exception as error:  # a broken step fails in as many ways as it can be broken
             reason = str(error).split("\n")[0]
             print(f"{step} does not restore ({reason}); trying the one before", file=sys.stderr)
-    raise ValueError(f"{folder} has no whole step that restores as the config says: {config}")
+    raise UserError(f"{folder} has no whole step that restores as the config says: {config}")
 
 
 DIGESTS = "digests.sha256"
@@ -874,21 +876,21 @@ def write_digests(step: Path):
 
 
 def check_digests(step: Path):
-    """Raises ValueError (or OSError), naming the file, unless a step holds the files that were saved, to the bit, and no others."""
+    """Raises UserError (or OSError), naming the file, unless a step holds the files that were saved, to the bit, and no others."""
     try:
         content = (step / DIGESTS).read_bytes()
     except OSError as error:
-        raise ValueError(f"{step / DIGESTS} cannot be read ({error.strerror}): the step was not saved to its end") from None
+        raise UserError(f"{step / DIGESTS} cannot be read ({error.strerror}): the step was not saved to its end") from None
     listing = content[:content.rfind(b"# ")]
     if content != listing + b"# " + hashlib.sha256(listing).hexdigest().encode() + b"\n":
-        raise ValueError(f"{step / DIGESTS} is damaged")
+        raise UserError(f"{step / DIGESTS} is damaged")
     saved = {line[66:]: line[:64] for line in listing.decode().splitlines()}
     there = {str(path.relative_to(step)) for path in step.rglob("*") if path.is_file()} - {DIGESTS}
     for file in sorted(saved.keys() ^ there):
-        raise ValueError(f"{step / file} " + ("is missing" if file in saved else "was not saved there by the training"))
+        raise UserError(f"{step / file} " + ("is missing" if file in saved else "was not saved there by the training"))
     for file, digest in zip(saved, _digests(step, saved)):
         if digest != saved[file]:
-            raise ValueError(f"{step / file} is damaged: its SHA-256 is not that of what was saved")
+            raise UserError(f"{step / file} is damaged: its SHA-256 is not that of what was saved")
 
 
 def _digests(folder, files):
@@ -903,7 +905,7 @@ def _digests(folder, files):
 def _assemble(config, names, shapes, read, source, dtype):
     """Builds the model from `read(name, field)`, once the names and `shapes` in the file are what config asks for."""
     if config.layers > len(shapes):
-        raise ValueError(f"{source} holds {len(shapes)} tensors; it must hold a LLaMA of {config.layers} layers")
+        raise UserError(f"{source} holds {len(shapes)} tensors; it must hold a LLaMA of {config.layers} layers")
     skeleton = eqx.filter_eval_shape(LVM, config, key=jax.random.key(0))
     wanted = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(skeleton):
@@ -917,10 +919,10 @@ def _assemble(config, names, shapes, read, source, dtype):
     for what, found in (("lacks the tensor", missing), ("has an unknown tensor", unknown)):
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-            raise ValueError(f"{source} {what} {min(found)}{more}; it must hold a LLaMA of {config.layers} layers")
+            raise UserError(f"{source} {what} {min(found)}{more}; it must hold a LLaMA of {config.layers} layers")
     for name, shape in wanted.items():
         if shapes[name] != shape:
-            raise ValueError(f"{source}: {name} has the shape {shapes[name]}, expected {shape}")
+            raise UserError(f"{source}: {name} has the shape {shapes[name]}, expected {shape}")
 
     def build(keys, leaf):
         field = keys[-1].name
@@ -978,10 +980,10 @@ def _config_from_hf(hf, file):
         vocab, heads = hf["vocab_size"], hf["num_attention_heads"]
         hidden, ffn, layers = hf["hidden_size"], hf["intermediate_size"], hf["num_hidden_layers"]
     except KeyError as error:
-        raise ValueError(f"{file} has no {error}") from None
+        raise UserError(f"{file} has no {error}") from None
     for value in (vocab, heads, hidden, ffn, layers):
         if type(value) is not int or value < 1:
-            raise ValueError(f"{file} has a size of {value!r}; vocab_size, hidden_size and their like are counts")
+            raise UserError(f"{file} has a size of {value!r}; vocab_size, hidden_size and their like are counts")
     # transformers 5 keeps rope_theta inside rope_parameters, transformers 4 beside a rope_scaling that may be null.
     rope = (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
     refused = {
@@ -997,10 +999,10 @@ def _config_from_hf(hf, file):
     }
     for what, is_so in refused.items():
         if is_so:
-            raise ValueError(f"{file} asks for {what}; an LVM is a plain LLaMA-1 without it")
+            raise UserError(f"{file} asks for {what}; an LVM is a plain LLaMA-1 without it")
     codes = hf.get("codes", 8192 if vocab == 8292 else None)
     if type(codes) is not int:
-        raise ValueError(f'{file} does not say how many of its {vocab} ids are codes: add "codes": N, "specials": M')
+        raise UserError(f'{file} does not say how many of its {vocab} ids are codes: add "codes": N, "specials": M')
     ids = {}
     if "codes" in hf:  # written here: its special ids mean what they say
         for i, name in enumerate(("bos", "eos", "pad")):
@@ -1013,9 +1015,9 @@ def _config_from_hf(hf, file):
             rope_theta=rope.get("rope_theta", hf.get("rope_theta", 1e4)), **ids,
         )  # fmt: skip
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {error}") from None
     if config.vocab_size != vocab:
-        raise ValueError(f"{file}: codes {codes} + specials {config.specials} is not vocab_size {vocab}")
+        raise UserError(f"{file}: codes {codes} + specials {config.specials} is not vocab_size {vocab}")
     return config
 
 
@@ -1024,7 +1026,7 @@ def _flax_tensor(data):
 
     def array(code, payload):
         if code != 1:
-            raise ValueError(f"msgpack extension {code} is not an array")
+            raise UserError(f"msgpack extension {code} is not an array")
         shape, dtype, buffer = msgpack.unpackb(payload)
         return np.frombuffer(buffer, jnp.dtype(dtype)).reshape(shape)
 
@@ -1033,7 +1035,7 @@ def _flax_tensor(data):
         pieces, shape = ([value[key][str(i)] for i in range(len(value[key]))] for key in ("chunks", "shape"))
         value = np.concatenate(pieces).reshape(shape)
     if not isinstance(value, np.ndarray):
-        raise ValueError(f"expected an array, got a {type(value).__name__}")
+        raise UserError(f"expected an array, got a {type(value).__name__}")
     return value
 
 
@@ -1041,11 +1043,11 @@ def _read_json(file):
     try:
         value = json.loads(file.read_text())
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file} does not exist: pass a run folder or a Hugging Face folder") from None
+        raise UserError(f"{file} does not exist: pass a run folder or a Hugging Face folder") from None
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+        raise UserError(f"{file} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{file} holds a {type(value).__name__}, expected an object")
+        raise UserError(f"{file} holds a {type(value).__name__}, expected an object")
     return value
 
 
@@ -1077,13 +1079,13 @@ def main():
             count = f"{parameter_count(c):,}"
             print(row(name, c.hidden, c.ffn, c.layers, c.heads, c.head_dim, c.vocab_size, c.context, count))
         return
-    try:
-        model = load(args.model, dtype=jnp.dtype(args.dtype), heads=args.heads)
-        config = Path(args.model) / "config.json"
-        save(model, args.out, tokenizer=_read_json(config).get("tokenizer") if config.is_file() else None)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"lvm.py convert: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(convert, args)
+
+
+def convert(args: Convert):
+    model = load(args.model, dtype=jnp.dtype(args.dtype), heads=args.heads)
+    config = Path(args.model) / "config.json"
+    save(model, args.out, tokenizer=_read_json(config).get("tokenizer") if config.is_file() else None)
     print(f"{args.out}: {parameter_count(model.config):,} parameters in {args.dtype}, {model.config}")
 
 

@@ -24,7 +24,6 @@ import math
 import os
 import shlex
 import socket
-import sys
 import tempfile
 import threading
 import zipfile
@@ -42,6 +41,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import lvm
 import vqgan
+from common.images import UserError
+from common.runs import run_command
 
 MINI = vqgan.HERE / "assets" / "mini" / "lvm"
 BOOK = vqgan.HERE / "assets" / "prompts"
@@ -237,12 +238,12 @@ def generate(
 
     Of a prompt that does not fit the context the last pictures are kept. Codes are drawn by temperature, then `top_k`
     (0: all), then `top_p`, then `min_p`; temperature 0 takes the likeliest. `key` and i decide candidate i, whatever N is (up to
-    the rounding of a batched product). Raises ValueError for what these cannot be and for a model and tokenizer that do not fit."""
+    the rounding of a batched product). Raises UserError for what these cannot be and for a model and tokenizer that do not fit."""
     check_drawing(frames, candidates, temperature, top_k, top_p, min_p, guidance, jacobi)
     if tokenizer.config.num_embeddings != model.config.codes:
-        raise ValueError(f"the tokenizer has {tokenizer.config.num_embeddings} codes and the model {model.config.codes}")
+        raise UserError(f"the tokenizer has {tokenizer.config.num_embeddings} codes and the model {model.config.codes}")
     if not len(prompt_THWC):
-        raise ValueError("the prompt is empty; pass at least one picture")
+        raise UserError("the prompt is empty; pass at least one picture")
     codes_TS = vqgan.encode(tokenizer, prompt_THWC)
     codes_NMS, _ = continue_sentences(
         model, codes_TS[None], candidate_keys(key, candidates), frames=frames, temperature=temperature, top_k=top_k, top_p=top_p,
@@ -283,7 +284,7 @@ def join_pieces(pieces: list[Piece], frames: int):
     N = len(codes_NT)
     nats_NM = np.asarray(nats_NT).reshape(N, frames, -1).mean(2)
     if not np.isfinite(nats_NM).all():
-        raise ValueError("the model gives NaN; its weights are damaged or overflow in this dtype")
+        raise UserError("the model gives NaN; its weights are damaged or overflow in this dtype")
     return codes_NT.reshape(N, frames, -1), nats_NM
 
 
@@ -446,10 +447,10 @@ def decode_all(tokenizer, codes_NMS):
 
 
 def pictures_in_context(model, S, bos) -> int:
-    """How many pictures the context holds, the last one drawn: its last code is never read. Raises ValueError below two."""
+    """How many pictures the context holds, the last one drawn: its last code is never read. Raises UserError below two."""
     pictures = (model.config.context + 1 - bos) // S
     if pictures < 2:
-        raise ValueError(f"a picture takes {S} codes and the model's context is {model.config.context}: no room for a prompt; use a tokenizer with fewer")
+        raise UserError(f"a picture takes {S} codes and the model's context is {model.config.context}: no room for a prompt; use a tokenizer with fewer")
     return pictures
 
 
@@ -476,9 +477,9 @@ def split_over_devices(model, devices: int):
     """The same model with heads and feed-forward width on `devices` devices; what is drawn from it runs on all of them."""
     there, c = jax.devices(), model.config
     if devices > len(there):
-        raise ValueError(f"--tensor {devices}: there are {len(there)} devices")
+        raise UserError(f"--tensor {devices}: there are {len(there)} devices")
     if c.heads % devices or c.ffn % devices:
-        raise ValueError(f"--tensor {devices} must divide the model's {c.heads} heads and its feed-forward width {c.ffn}")
+        raise UserError(f"--tensor {devices} must divide the model's {c.heads} heads and its feed-forward width {c.ffn}")
     mesh = Mesh(np.array(there[:devices]), ("tensor",))
     is_spec = lambda leaf: isinstance(leaf, PartitionSpec)
     return jax.device_put(model, jax.tree.map(lambda spec: NamedSharding(mesh, spec), weight_specs(model), is_leaf=is_spec))
@@ -514,32 +515,32 @@ def check_config(config: Config):
     check_drawing(config.frames, config.candidates, config.temperature, config.top_k, config.top_p, config.min_p, config.guidance, config.jacobi)
     for name, value in (("stride", config.stride), ("batch", config.batch), ("tensor", config.tensor)):
         if value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
+            raise UserError(f"--{name} must be at least 1, got {value}")
     if config.context_frames is not None and config.context_frames < 2:
-        raise ValueError(f"--context-frames must be at least 2, one to see and one to draw, got {config.context_frames}")
+        raise UserError(f"--context-frames must be at least 2, one to see and one to draw, got {config.context_frames}")
     if sum((config.serve, config.prompt_book, config.prompts is not None)) > 1:
-        raise ValueError("--serve, --prompt-book and --prompts exclude each other; pass one of them")
+        raise UserError("--serve, --prompt-book and --prompts exclude each other; pass one of them")
     if (config.resize_output or config.include_input) and not config.prompts:
-        raise ValueError("--resize-output and --include-input belong to --prompts FILE")
+        raise UserError("--resize-output and --include-input belong to --prompts FILE")
     if config.resize_output not in (None, "original"):
         sides = config.resize_output.split(",")
         if len(sides) != 2 or not all(side.isascii() and side.isdigit() and 1 <= int(side) <= 8192 for side in sides):
-            raise ValueError(f"--resize-output {config.resize_output}: pass `original` or `w,h` in pixels, such as 256,256")
+            raise UserError(f"--resize-output {config.resize_output}: pass `original` or `w,h` in pixels, such as 256,256")
     if config.prompt_book and config.frames > 1:
-        raise ValueError("--prompt-book shows one new picture; leave out --frames")
+        raise UserError("--prompt-book shows one new picture; leave out --frames")
 
 
 def check_drawing(frames, candidates, temperature, top_k, top_p, min_p=0.0, guidance=1.0, jacobi=0):
     for name, value, least in (("frames", frames, 1), ("candidates", candidates, 1), ("top-k", top_k, 0), ("jacobi", jacobi, 0)):
         if value < least:
-            raise ValueError(f"--{name} must be at least {least}, got {value}")
+            raise UserError(f"--{name} must be at least {least}, got {value}")
     for name, value in (("temperature", temperature), ("guidance", guidance)):
         if not 0 <= value < math.inf:
-            raise ValueError(f"--{name} must be at least 0, got {value}")
+            raise UserError(f"--{name} must be at least 0, got {value}")
     if not 0 < top_p <= 1:
-        raise ValueError(f"--top-p must be above 0 and at most 1, got {top_p}")
+        raise UserError(f"--top-p must be above 0 and at most 1, got {top_p}")
     if not 0 <= min_p <= 1:
-        raise ValueError(f"--min-p must be at least 0 and at most 1, got {min_p}")
+        raise UserError(f"--min-p must be at least 0 and at most 1, got {min_p}")
 
 
 def check_out(config: Config) -> Path:
@@ -547,18 +548,18 @@ def check_out(config: Config) -> Path:
     out = config.out
     if config.prompts:
         if out is None:
-            raise ValueError("--prompts wants a folder for its outputs; name one with --out")
+            raise UserError("--prompts wants a folder for its outputs; name one with --out")
         if out.exists() and not out.is_dir():
-            raise ValueError(f"--out {out} is a file; name a folder")
+            raise UserError(f"--out {out} is a file; name a folder")
         if (out / "answers.jsonl").exists():
-            raise ValueError(f"--out {out} holds answers already; choose another folder or delete it")
+            raise UserError(f"--out {out} holds answers already; choose another folder or delete it")
     elif out is None:
         out = Path("prompt-book.png" if config.prompt_book else "sample.png")
     elif out.suffix not in STILLS + (() if config.prompt_book else (*ANIMATIONS, "")):
-        raise ValueError(f"--out {out}: the name must end in {' '.join(STILLS)} (a picture)"
+        raise UserError(f"--out {out}: the name must end in {' '.join(STILLS)} (a picture)"
                          + ("" if config.prompt_book else ", in .gif or .mp4 (an animation), or in nothing (a folder)"))
     elif out.exists():
-        raise ValueError(f"--out {out} exists; choose another name or delete it")
+        raise UserError(f"--out {out} exists; choose another name or delete it")
     folder = out if config.prompts else out.parent
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
@@ -567,13 +568,13 @@ def check_out(config: Config) -> Path:
 
 
 def inside(root: Path, name: str) -> Path:
-    """`name` as a path in `root`. Raises ValueError for what could lie elsewhere: absolute, with `..` or NUL, or through a link."""
+    """`name` as a path in `root`. Raises UserError for what could lie elsewhere: absolute, with `..` or NUL, or through a link."""
     parts = Path(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
-        raise ValueError(f"{name!r} must be a relative path inside {root}, without ..")
+        raise UserError(f"{name!r} must be a relative path inside {root}, without ..")
     for depth in range(1, len(parts) + 1):
         if (link := root.joinpath(*parts[:depth])).is_symlink():
-            raise ValueError(f"{name!r} leads through the link {link}; outputs must lie inside {root}")
+            raise UserError(f"{name!r} leads through the link {link}; outputs must lie inside {root}")
     return root / name
 
 
@@ -617,7 +618,7 @@ def open_tokenizer(path, model_path) -> vqgan.VQGAN:
     tokenizer = vqgan.load(path)
     trained_on, found = read_config(model_path).get("tokenizer"), vqgan.fingerprint(tokenizer)
     if trained_on not in (None, found):
-        raise ValueError(f"{model_path} was trained on the codes of tokenizer {trained_on}, {path} is {found}; name its own with --tokenizer")
+        raise UserError(f"{model_path} was trained on the codes of tokenizer {trained_on}, {path} is {found}; name its own with --tokenizer")
     return tokenizer
 
 
@@ -628,7 +629,7 @@ def open_model(path, tokenizer, tokenizer_path, dtype="auto", weights="dtype", t
     with contextlib.nullcontext() if whole_fits else jax.default_device(jax.devices("cpu")[0]):
         model = lvm.load(path, dtype=jnp.dtype(dtype))
         if model.config.codes != tokenizer.config.num_embeddings:
-            raise ValueError(f"{path} has {model.config.codes} codes and {tokenizer_path} has {tokenizer.config.num_embeddings}; name another --tokenizer")
+            raise UserError(f"{path} has {model.config.codes} codes and {tokenizer_path} has {tokenizer.config.num_embeddings}; name another --tokenizer")
         model = lvm.quantize(model) if weights == "int8" else model
     if whole_fits:
         return model
@@ -645,7 +646,7 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(config: Config, out: Path) -> list[Prompt]:
-    """Checks every line of --prompts, before any model is opened. Raises ValueError with the file and line."""
+    """Checks every line of --prompts, before any model is opened. Raises UserError with the file and line."""
     prompts = {}
     with open(config.prompts, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -654,34 +655,34 @@ def read_prompts(config: Config, out: Path) -> list[Prompt]:
             try:
                 prompt = read_prompt_line(line, config, out)
                 if prompts.setdefault(inside(out, prompt.output), prompt) is not prompt:
-                    raise ValueError(f"output {prompt.output!r} is another line's too")
+                    raise UserError(f"output {prompt.output!r} is another line's too")
             except (ValueError, OSError, RecursionError) as error:
-                raise ValueError(f"{config.prompts} line {number}: {error}") from None
+                raise UserError(f"{config.prompts} line {number}: {error}") from None
     if not prompts:
-        raise ValueError(f"{config.prompts} holds no prompt; write {{'input': [files], 'output': name}} on each line, as JSON")
+        raise UserError(f"{config.prompts} holds no prompt; write {{'input': [files], 'output': name}} on each line, as JSON")
     return list(prompts.values())
 
 
 def read_prompt_line(line: str, config: Config, out: Path) -> Prompt:
     record = json.loads(line)
     if not isinstance(record, dict):
-        raise ValueError(f"wanted an object with input and output, got a {type(record).__name__}")
+        raise UserError(f"wanted an object with input and output, got a {type(record).__name__}")
     files = {}
     for key in ("input", "target"):
         files[key] = record.get(key, [] if key == "target" else None)
         if not isinstance(files[key], list) or not all(isinstance(file, str) for file in files[key]) or key == "input" and not files[key]:
-            raise ValueError(f"{key} must be a list of files, got {json.dumps(files[key])[:80]}")
+            raise UserError(f"{key} must be a list of files, got {json.dumps(files[key])[:80]}")
     if not isinstance(output := record.get("output"), str):
-        raise ValueError(f"output must be a file name, got {json.dumps(output)[:80]}")
+        raise UserError(f"output must be a file name, got {json.dumps(output)[:80]}")
     path = inside(out, output)
     if path.suffix not in STILLS + ANIMATIONS:
-        raise ValueError(f"output {output!r} must end in {' '.join(STILLS + ANIMATIONS)}")
+        raise UserError(f"output {output!r} must end in {' '.join(STILLS + ANIMATIONS)}")
     if path.exists():
-        raise ValueError(f"output {path} exists; choose another --out or delete it")
+        raise UserError(f"output {path} exists; choose another --out or delete it")
     pictures = list_prompt([Path(file) for file in files["input"]], config.stride)
     target = list_prompt([Path(file) for file in files["target"]]) if files["target"] else []
     if target and len(target) != config.frames:
-        raise ValueError(f"target holds {len(target)} pictures and --frames is {config.frames}")
+        raise UserError(f"target holds {len(target)} pictures and --frames is {config.frames}")
     size = None
     if config.resize_output == "original":
         with Image.open(pictures[-1][0], formats=vqgan.FORMATS) as image:
@@ -698,10 +699,10 @@ def list_prompt(paths, stride: int = 1) -> list[tuple[Path, int]]:
     if len(files) <= MOST_PICTURES:
         pictures = [(file, frame) for file in files for frame in range(count_frames(file))[::-stride][::-1]]
     if len(files) > MOST_PICTURES or len(pictures) > MOST_PICTURES:
-        raise ValueError(f"--prompt holds more than {MOST_PICTURES} pictures; a context holds far fewer: pass the last ones, "
+        raise UserError(f"--prompt holds more than {MOST_PICTURES} pictures; a context holds far fewer: pass the last ones, "
                          "or every eighth frame with --stride 8")
     if not pictures:
-        raise ValueError("--prompt is empty; pass pictures, or a folder of them")
+        raise UserError("--prompt is empty; pass pictures, or a folder of them")
     return pictures
 
 
@@ -711,7 +712,7 @@ def is_video(path) -> bool:
 
 def count_frames(path) -> int:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     if is_video(path):
         import tokenize_data  # takes a second to import, and only videos need it
 
@@ -736,7 +737,7 @@ def read_pictures(pictures, size, fit) -> np.ndarray:
         wanted = sorted(set(frames))
         read, there = tokenize_data.read_frames(path, wanted, size, (fit, None, False, None))
         if there is not None:
-            raise ValueError(f"{path}: promises {wanted[-1] + 1} frames and holds {there}; write it again")
+            raise UserError(f"{path}: promises {wanted[-1] + 1} frames and holds {there}; write it again")
         pixels += [read[wanted.index(frame)] for frame in frames]
     return np.stack(pixels)
 
@@ -748,10 +749,10 @@ def read_picture(path, frame, size, fit):
         with Image.open(path, formats=vqgan.FORMATS) as image:
             image.seek(frame)
             if image.width * image.height > vqgan.MAX_PIXELS:
-                raise ValueError(f"over the limit of {vqgan.MAX_PIXELS:,} pixels")
+                raise UserError(f"over the limit of {vqgan.MAX_PIXELS:,} pixels")
             return vqgan.to_pixels(image, size, fit)
     except Exception as error:
-        raise ValueError(f"{path}: frame {frame}: {error}") from None
+        raise UserError(f"{path}: frame {frame}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- pictures out
@@ -860,7 +861,7 @@ def play(config: Config, model, tokenizer):
     ):
         codes_NT, nats_NT = (np.concatenate([old, new], axis=1) for old, new in zip((codes_NT, nats_NT), piece))
         if not np.isfinite(nats_NT).all():
-            raise ValueError("the model gives NaN; its weights are damaged or overflow in this dtype")
+            raise UserError("the model gives NaN; its weights are damaged or overflow in this dtype")
         m = (codes_NT.shape[1] - 1) // S
         here_NS = codes_NT[:, m * S:]
         rows = here_NS.shape[1] * size // S
@@ -917,11 +918,11 @@ def serve(config: Config):
             import gradio
             import uvicorn
         except ImportError:
-            raise ValueError('the playground wants gradio, which is not installed: pip install "gradio>=6.20"') from None
+            raise UserError('the playground wants gradio, which is not installed: pip install "gradio>=6.20"') from None
         try:
             listener = socket.create_server(("127.0.0.1", config.port))  # found out before the model is read
         except OSError as error:
-            raise ValueError(f"--port {config.port}: {error.strerror}; name another one") from None
+            raise UserError(f"--port {config.port}: {error.strerror}; name another one") from None
         config = dataclasses.replace(config, model=find_models(config.model, config.tokenizer)[0])  # a later run does not change the replay
         tokenizer, _, model = open_all(config, lambda size: None)
         theme = gradio.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # named fonts would be fetched
@@ -994,10 +995,10 @@ def playground(config: Config, model, tokenizer, scratch: Path):
         def draw(files, *values):
             try:
                 if not files:
-                    raise ValueError("the prompt is empty: drop pictures, or pick a bundled prompt")
+                    raise UserError("the prompt is empty: drop pictures, or pick a bundled prompt")
                 changes = {name: type(getattr(Config(), name))(value) for name, value in zip(controls, values)}
                 if not (1 <= changes["candidates"] <= 8 and 1 <= changes["frames"] <= 8 and 0 <= changes["jacobi"] <= 32):
-                    raise ValueError("at most 8 candidates of 8 new pictures, and a draft of 32 codes")
+                    raise UserError("at most 8 candidates of 8 new pictures, and a draft of 32 codes")
                 mine = dataclasses.replace(config, prompt=tuple(Path(file[0]) for file in files), **changes)
                 for image, likelihoods in play(mine, model, tokenizer):
                     yield image, likelihoods, gr.DownloadButton(interactive=False), gr.DownloadButton(interactive=False), ""
@@ -1038,11 +1039,7 @@ def guarded(app, port: int):
     return guard
 
 def main():
-    try:
-        sample(tyro.cli(Config, description=__doc__))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(sample, tyro.cli(Config, description=__doc__))
 
 
 if __name__ == "__main__":

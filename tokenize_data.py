@@ -61,6 +61,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import vqgan
+from common.images import UserError
+from common.runs import RunStopped, run_command
 from vqgan import find_images, read_image  # read_image is public here too: every stage reads pictures the same way
 
 FORMAT = 1
@@ -117,13 +119,13 @@ class Source:
 
     def __post_init__(self):
         if self.out.exists():
-            raise ValueError(f"--out {self.out} exists; choose another folder or delete it")
+            raise UserError(f"--out {self.out} exists; choose another folder or delete it")
         for name in {"epochs", "shots", "frames", "max_stride", "limit", "batch", "context", "pictures"} & {f.name for f in dataclasses.fields(self)}:
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         for name, low, high in (("random_crop", 0.05, 1), ("jitter", 0, 1), ("max_rejected", 0, 1), ("patience", 0.1, math.inf)):
             if not low <= getattr(self, name) <= high:
-                raise ValueError(f"--{name.replace('_', '-')} must lie in [{low}, {high}], got {getattr(self, name)}")
+                raise UserError(f"--{name.replace('_', '-')} must lie in [{low}, {high}], got {getattr(self, name)}")
         split_part(self.part)
 
 
@@ -136,7 +138,7 @@ class Stills(Source):
     def __post_init__(self):
         super().__post_init__()
         if self.duplicates is not None and not 0 <= self.duplicates <= 7:
-            raise ValueError(f"--duplicates must lie in [0, 7], got {self.duplicates}")
+            raise UserError(f"--duplicates must lie in [0, 7], got {self.duplicates}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +161,7 @@ class Pairs(PairSource):
         super().__post_init__()
         object.__setattr__(self, "answers", (self.answers,) if isinstance(self.answers, Path) else self.answers or ())
         if not self.answers:
-            raise ValueError("--answers FOLDER is missing: the annotations, under the same names as --inputs")
+            raise UserError("--answers FOLDER is missing: the annotations, under the same names as --inputs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +191,7 @@ class Multi(Stills):
     def __post_init__(self):
         super().__post_init__()
         if len(self.inputs) < 2:
-            raise ValueError("--inputs wants at least two folders, one for each modality")
+            raise UserError("--inputs wants at least two folders, one for each modality")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +206,7 @@ class Category(Stills):
     def __post_init__(self):
         super().__post_init__()
         if self.pictures % self.per_class:
-            raise ValueError(f"--pictures {self.pictures} is not a multiple of --per-class {self.per_class}")
+            raise UserError(f"--pictures {self.pictures} is not a multiple of --per-class {self.per_class}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +221,7 @@ class Video(Source):
     def __post_init__(self):
         super().__post_init__()
         if not self.strides or min(self.strides) < 1 or len(set(self.strides)) < len(self.strides):
-            raise ValueError(f"--strides {' '.join(map(str, self.strides))}: wanted different numbers of at least 1")
+            raise UserError(f"--strides {' '.join(map(str, self.strides))}: wanted different numbers of at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +253,7 @@ class MultiVideo(Source):
     def __post_init__(self):
         super().__post_init__()
         if len(self.inputs) < 2:
-            raise ValueError("--inputs wants at least two folders, one for each modality")
+            raise UserError("--inputs wants at least two folders, one for each modality")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,7 +275,7 @@ class Tracks(Source):
     def __post_init__(self):
         super().__post_init__()
         if len(self.modalities) < 2 or len(set(self.modalities)) < len(self.modalities):
-            raise ValueError("--modalities wants at least two different names: the images, and what is shown of them")
+            raise UserError("--modalities wants at least two different names: the images, and what is shown of them")
 
 
 class Item(NamedTuple):
@@ -305,7 +307,7 @@ def tokenize_pairs(source: Pairs):
         notes += [{"path": str((found[0] | answers)[stem]), "reason": f"no file of this name in {folders[0 if stem in answers else k]}"}
                   for stem in sorted(found[0].keys() ^ answers.keys())]
         if not found[0].keys() & answers.keys():
-            raise ValueError(f"no file in {source.inputs} has a partner of the same name in {folders[k]}")
+            raise UserError(f"no file in {source.inputs} has a partner of the same name in {folders[k]}")
     names = [folder.name for folder in source.answers]
     kinds = ["pairs"] if len(names) == 1 else [f"pairs-{name}" if names.count(name) == 1 else f"pairs-{k}-{name}" for k, name in enumerate(names)]
     stems = sorted(found[0].keys() & set().union(*found[1:]))[:source.limit]
@@ -344,7 +346,7 @@ def tokenize_multi(source: Multi):
     everywhere = set(found[0]).intersection(*found[1:])
     notes += [{"path": str(path), "reason": "no file of this name in every other folder"} for stems in found for stem, path in stems.items() if stem not in everywhere]
     if not everywhere:
-        raise ValueError(f"no file name is in each of {', '.join(map(str, source.inputs))}")
+        raise UserError(f"no file name is in each of {', '.join(map(str, source.inputs))}")
     stems = without_duplicates(source, {stem: found[0][stem] for stem in sorted(everywhere)[:source.limit]})
     items, at = still_items(source, stems, found)
     K = len(found)
@@ -363,7 +365,7 @@ def tokenize_category(source: Category):
         classes.setdefault(path.parent, []).append(stem)
     wanted = source.pictures // source.per_class
     if len(classes) < wanted:
-        raise ValueError(f"{source.inputs}: {len(classes)} folders hold pictures, a sentence shows {wanted} classes; lower --pictures or raise --per-class")
+        raise UserError(f"{source.inputs}: {len(classes)} folders hold pictures, a sentence shows {wanted} classes; lower --pictures or raise --per-class")
 
     def arrange(good_N):
         """Groups of one class's pictures; then sentences of different classes, those with more groups left being likelier."""
@@ -405,7 +407,7 @@ def tokenize_multi_video(source: MultiVideo):
              for folder, clips in zip(source.inputs, found) for name in sorted(clips) if any(name not in other for other in found)]
     notes += [{"path": str(source.inputs[0] / name), "reason": "a video file in one folder, a folder of frames in another"} for name in mixed]
     if not names:
-        raise ValueError(f"no clip name is in each of {', '.join(map(str, source.inputs))}")
+        raise UserError(f"no clip name is in each of {', '.join(map(str, source.inputs))}")
     K = len(found)
     frames = source.frames or max(1, 16 // (K * source.shots))
     items = [clip_item(source, [clips[name] for clips in found], name, epoch, range(1, source.max_stride + 1), frames)
@@ -426,7 +428,7 @@ def tokenize_multi_video(source: MultiVideo):
 def tokenize_tracks(source: Tracks):
     images, notes, tracks = source.modalities[0], [], {}
     if not source.inputs.is_dir():
-        raise FileNotFoundError(f"{source.inputs}: no such folder")
+        raise UserError(f"{source.inputs}: no such folder")
     for folder in sorted(p.parent for p in source.inputs.rglob(images) if p.is_dir()):
         missing = [name for name in source.modalities if not (folder / name).is_dir()]
         if missing:
@@ -435,7 +437,7 @@ def tokenize_tracks(source: Tracks):
             tracks[name] = [pictures_of(folder / modality) for modality in source.modalities]
     tracks = dict(list(tracks.items())[:source.limit])
     if not tracks:
-        raise ValueError(f"{source.inputs}: no folder below it holds {', '.join(source.modalities)}")
+        raise UserError(f"{source.inputs}: no folder below it holds {', '.join(source.modalities)}")
     F, N = source.frames, len(tracks)
     half = [name in source.half_floats for name in source.modalities]
     items = [clip_item(source, clips, name, epoch, range(1, source.max_stride + 1), F, half) for epoch in range(source.epochs) for name, clips in tracks.items()]
@@ -505,7 +507,7 @@ def find_stems(folder: Path, text: str, notes: list) -> dict[str, Path]:
                 notes.append({"path": str(path), "reason": f"has the name of {stems[stem]}, but for the suffix"})
             stems.setdefault(stem, path)
     if not stems:
-        raise ValueError(f"{folder}: no picture's path holds {text!r}; change --filter or --answer-filter")
+        raise UserError(f"{folder}: no picture's path holds {text!r}; change --filter or --answer-filter")
     return stems
 
 
@@ -514,10 +516,10 @@ VIDEOS = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif"}
 
 def find_videos(folder: Path, text: str) -> list[Path]:
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: no such folder")
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEOS and p.is_file() and text in p.relative_to(folder).as_posix())
     if not files:
-        raise ValueError(f"{folder}: no videos below this folder ({' '.join(sorted(VIDEOS))}){' with ' + repr(text) + ' in their path' if text else ''}")
+        raise UserError(f"{folder}: no videos below this folder ({' '.join(sorted(VIDEOS))}){' with ' + repr(text) + ' in their path' if text else ''}")
     return files
 
 
@@ -525,19 +527,19 @@ def find_clips(folder: Path, text: str, videos: bool) -> dict[str, "Path | tuple
     """{name: video file without its suffix, or the pictures that a folder directly holds}."""
     clips = {}
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: no such folder")
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if videos and path.suffix.lower() in VIDEOS and path.is_file() and text in name:
             if (name := path.relative_to(folder).with_suffix("").as_posix()) in clips:
-                raise ValueError(f"{path}: another clip of this name is beside it; rename one of them")
+                raise UserError(f"{path}: another clip of this name is beside it; rename one of them")
             clips[name] = path
         elif path.is_dir() and text in name and (pictures := pictures_of(path, (".gif",) if videos else ())):
             clips[name] = pictures
     if not videos and text in folder.name and (pictures := pictures_of(folder)):
         clips["."] = pictures
     if not clips:
-        raise ValueError(f"{folder}: no clips below this folder{' with ' + repr(text) + ' in their path' if text else ''}")
+        raise UserError(f"{folder}: no clips below this folder{' with ' + repr(text) + ' in their path' if text else ''}")
     return clips
 
 
@@ -734,7 +736,7 @@ def read_half(path) -> np.ndarray:
     """A 16-bit picture that holds float16 values -> float32 [H, W], infinities and NaN as 0."""
     bits_HW = read_integers(path)
     if bits_HW.max(initial=0) > 65535:
-        raise ValueError(f"{path}: values of more than 16 bits are no float16")
+        raise UserError(f"{path}: values of more than 16 bits are no float16")
     return np.maximum(np.nan_to_num(bits_HW.astype(np.uint16).view(np.float16).astype(np.float32), nan=0, posinf=0, neginf=0), 0)
 
 
@@ -748,14 +750,14 @@ def demuxer(head: bytes) -> str | None:
 def open_video(file, path):
     file.seek(0)
     if (format := demuxer(file.read(12))) is None:
-        raise ValueError(f"{path}: not an MP4, MOV, MKV, WebM, AVI or GIF video")
+        raise UserError(f"{path}: not an MP4, MOV, MKV, WebM, AVI or GIF video")
     file.seek(0)
     container = av.open(file, format=format)
     if not container.streams.video:
-        raise ValueError(f"{path}: no picture stream in it")
+        raise UserError(f"{path}: no picture stream in it")
     stream = container.streams.video[0]
     if stream.codec_context.width * stream.codec_context.height > vqgan.MAX_PIXELS:
-        raise ValueError(f"{path}: {stream.codec_context.width}x{stream.codec_context.height} pixels are over the limit of {vqgan.MAX_PIXELS:,}")
+        raise UserError(f"{path}: {stream.codec_context.width}x{stream.codec_context.height} pixels are over the limit of {vqgan.MAX_PIXELS:,}")
     stream.thread_type = "NONE"  # the workers are many already
     return container
 
@@ -777,7 +779,7 @@ def read_frames(path: Path, wanted, size: int, view):
         if file.read(6) in (b"GIF87a", b"GIF89a"):
             with Image.open(path, formats=("GIF",)) as image:
                 if image.width * image.height > vqgan.MAX_PIXELS:
-                    raise ValueError(f"{image.width}x{image.height} pixels are over the limit of {vqgan.MAX_PIXELS:,}")
+                    raise UserError(f"{image.width}x{image.height} pixels are over the limit of {vqgan.MAX_PIXELS:,}")
                 for number in wanted:
                     image.seek(number)
                     pictures.append(show(image.convert("RGBA")))
@@ -802,22 +804,22 @@ def video_errors(path):
     try:
         yield
     except (av.error.FFmpegError, ValueError, EOFError, IndexError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
 
 
 def read_integers(path) -> np.ndarray:
-    """A grey or palette picture -> its stored integers, [H, W]. Raises ValueError for a colour picture."""
+    """A grey or palette picture -> its stored integers, [H, W]. Raises UserError for a colour picture."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     try:
         with Image.open(path, formats=vqgan.FORMATS) as image:
             if image.width * image.height > vqgan.MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels are over the limit of {vqgan.MAX_PIXELS:,}")
+                raise UserError(f"{image.width}x{image.height} pixels are over the limit of {vqgan.MAX_PIXELS:,}")
             if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
-                raise ValueError(f"a {image.mode} picture, not a map of integers")
+                raise UserError(f"a {image.mode} picture, not a map of integers")
             return np.asarray(image).astype(np.int64)
     except Exception as error:  # as in vqgan.read_image
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 LEVELS = np.arange(256, dtype=np.float32) / 255
@@ -834,7 +836,7 @@ def read_item(read, size: int, compact: bool):
             if np.array_equal(LEVELS.take(levels), pictures):
                 return levels, notes
         if pictures.size and not (pictures.min() >= 0 and pictures.max() <= 1):
-            raise ValueError(f"values in [{pictures.min()}, {pictures.max()}]; wanted [0, 1]")
+            raise UserError(f"values in [{pictures.min()}, {pictures.max()}]; wanted [0, 1]")
     except (ValueError, OSError) as error:
         return np.zeros(0, np.float32), [{"path": None, "reason": str(error), "bad": True}]
     return pictures, notes
@@ -847,7 +849,7 @@ def count_workers(source: Source, pictures: int) -> int:
 def read_ahead(items: list[Item], todo, size: int, workers: int, patience: float):
     """Yields (number of the item, pictures, notes) in the order of `todo`, read by other processes (0: by two threads).
 
-    Raises ChildProcessError where a worker dies, or none gives a sign of life for `patience` seconds, naming the file."""
+    Raises RunStopped where a worker dies, or none gives a sign of life for `patience` seconds, naming the file."""
     if not workers:
         waiting = collections.deque()
         with ThreadPoolExecutor(2) as pool:
@@ -889,13 +891,13 @@ def read_ahead(items: list[Item], todo, size: int, workers: int, patience: float
                             pass  # it died: the answer that does not come says so below
                 for pipe in multiprocessing.connection.wait(list(busy), 0 if wanted in done else patience) or ([] if wanted in done else [None]):
                     if pipe is None:
-                        raise ChildProcessError(f"no worker gave a sign of life for {patience:g} seconds; they were reading {', '.join(map(doing, busy))}. "
+                        raise RunStopped(f"no worker gave a sign of life for {patience:g} seconds; they were reading {', '.join(map(doing, busy))}. "
                                                 "Raise --patience, or take the file away; the same command goes on where this one stopped")
                     try:
                         i, *answer = pipe.recv()
                     except (EOFError, OSError):
                         processes[pipe].join(1)
-                        raise ChildProcessError(f"a worker ended with status {processes[pipe].exitcode} while it read {doing(pipe)} (-9: killed, perhaps for memory); "
+                        raise RunStopped(f"a worker ended with status {processes[pipe].exitcode} while it read {doing(pipe)} (-9: killed, perhaps for memory); "
                                                 "the same command goes on where this one stopped") from None
                     busy[pipe].remove(i)
                     done[i] = answer
@@ -934,7 +936,7 @@ def encode_items(tokenizer, items: list[tuple[str, Callable]], pictures: int, ma
     """Encodes items (name, function from size to a list of `pictures` arrays) in full batches.
 
     Returns uint16 codes [kept, pictures, S], the indices of the kept items, and a list of {"path", "reason"} for the
-    others. Raises ValueError where more than `max_rejected` of the items cannot be read, or none can."""
+    others. Raises UserError where more than `max_rejected` of the items cannot be read, or none can."""
     codes, kept, rejected = [], [], []
     with tqdm(total=len(items) * pictures, unit="picture", dynamic_ncols=True) as bar:
         for index, codes_TS, notes in encode_stream(tokenizer, [Item(*item) for item in items], range(len(items)), batch=batch, devices=1):
@@ -945,7 +947,7 @@ def encode_items(tokenizer, items: list[tuple[str, Callable]], pictures: int, ma
                 codes.append(codes_TS)
             check_rejected(len(rejected), len(items), max_rejected, notes)
     if not kept:
-        raise ValueError("there is nothing to encode")
+        raise UserError("there is nothing to encode")
     return np.stack(codes), kept, [{k: note[k] for k in ("path", "reason")} for note in rejected]
 
 
@@ -994,11 +996,11 @@ def encode_chunks(source: Source, tokenizer, items: list[Item], pictures: int, n
     """Encodes the chunks of this part that are not there yet, each into two files below `OUT.codes`.
 
     Returns (was it readable, for each item; function from an item to its codes [T, S]; notes), or None while chunks of
-    other parts are missing. Raises ValueError where more than `max_rejected` of the files cannot be read."""
+    other parts are missing. Raises UserError where more than `max_rejected` of the files cannot be read."""
     folder, S = Path(f"{source.out}.codes"), tokenizer.config.codes_per_image
     devices = jax.device_count() if source.mesh == -1 else source.mesh
     if not 1 <= devices <= jax.device_count():
-        raise ValueError(f"--mesh {source.mesh}: {jax.device_count()} devices are here; wanted -1 or a number up to that")
+        raise UserError(f"--mesh {source.mesh}: {jax.device_count()} devices are here; wanted -1 or a number up to that")
     batch = -(-source.batch // devices) * devices
     begin_chunks(folder, source, tokenizer, items, batch)
     part, parts = split_part(source.part)
@@ -1043,7 +1045,7 @@ def encode_chunks(source: Source, tokenizer, items: list[Item], pictures: int, n
 
 def check_rejected(bad: int, total: int, most: float, notes):
     if bad > most * total:
-        raise ValueError(f"{bad} of {total} pictures cannot be read, more than --max-rejected {most}; the last: {notes[-1]['reason'] if notes else ''}")
+        raise UserError(f"{bad} of {total} pictures cannot be read, more than --max-rejected {most}; the last: {notes[-1]['reason'] if notes else ''}")
 
 
 def begin_chunks(folder: Path, source: Source, tokenizer, items, batch):
@@ -1056,12 +1058,12 @@ def begin_chunks(folder: Path, source: Source, tokenizer, items, batch):
             **json.loads(json.dumps({k: v for k, v in dataclasses.asdict(source).items() if k not in free}, default=str))}
     file = folder / "plan.json"
     if folder.exists() and not file.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is in the way: it is no unfinished run; choose another --out")
+        raise UserError(f"{folder} is in the way: it is no unfinished run; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     if file.exists():
         before = json.loads(file.read_text())
         if changed := [f"{k}: {before.get(k)} -> {v}" for k, v in plan.items() if before.get(k) != v]:
-            raise ValueError(f"{folder} holds an unfinished run with other settings ({'; '.join(changed)}); repeat them, delete it, or choose another --out")
+            raise UserError(f"{folder} holds an unfinished run with other settings ({'; '.join(changed)}); repeat them, delete it, or choose another --out")
     write_whole(file, (json.dumps(plan, indent=1) + "\n").encode())
 
 
@@ -1079,10 +1081,10 @@ def read_chunk(folder: Path, chunk: int, S: int) -> dict:
         about = json.loads(file.read_text())
         data = (folder / f"{chunk:06d}.codes").read_bytes()
         if len(data) != 2 * S * sum(about["counts"]) or hashlib.sha256(data).hexdigest() != about["sha256"]:
-            raise ValueError("its codes are others than it says")
+            raise UserError("its codes are others than it says")
         return about
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: damaged ({error}); delete it and run the same command again") from None
+        raise UserError(f"{file}: damaged ({error}); delete it and run the same command again") from None
 
 
 def remove_chunks(out: Path):
@@ -1117,7 +1119,7 @@ def report(out: Path, notes):
 def split_part(text: str) -> tuple[int, int]:
     part, slash, parts = text.partition("/")
     if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-        raise ValueError(f"--part {text}: wanted i/n with i from 0 to n - 1, such as 0/4")
+        raise UserError(f"--part {text}: wanted i/n with i from 0 to n - 1, such as 0/4")
     return int(part), int(parts)
 
 
@@ -1143,7 +1145,7 @@ def write_dataset(out: Path, tokenizer, kinds: list[str], sentences: Iterable[tu
             for kind, codes in itertools.chain([first], itertools.islice(sentences, SENTENCES_PER_SHARD - 1)):
                 codes = np.asarray(codes).reshape(-1)
                 if not len(codes) or codes.min() < 0 or codes.max() >= tokenizer.config.num_embeddings:
-                    raise ValueError(f"{out}: a sentence of {len(codes)} codes {f'up to {codes.max()} ' if len(codes) else ''}does not fit the tokenizer's {tokenizer.config.num_embeddings}")
+                    raise UserError(f"{out}: a sentence of {len(codes)} codes {f'up to {codes.max()} ' if len(codes) else ''}does not fit the tokenizer's {tokenizer.config.num_embeddings}")
                 data = codes.astype("<u2").tobytes()
                 file.write(data)
                 digest.update(data)
@@ -1174,43 +1176,43 @@ def write_dataset(out: Path, tokenizer, kinds: list[str], sentences: Iterable[tu
 class Shards:
     """Random access to a dataset folder: `shards[i]` is (kind, uint16 tokens); tokens are memory-mapped.
 
-    Raises FileNotFoundError or ValueError, naming the file, for a folder that is no dataset, of another format
+    Raises UserError, naming the file, for a folder that is no dataset, of another format
     version, truncated, or with codes outside the codebook."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
         if not (self.folder / "dataset.json").is_file():
-            raise FileNotFoundError(f"{folder}: no dataset here (dataset.json is missing); make one with: python tokenize_data.py KIND --out {folder}")
+            raise UserError(f"{folder}: no dataset here (dataset.json is missing); make one with: python tokenize_data.py KIND --out {folder}")
         try:
             self.about = json.loads((self.folder / "dataset.json").read_text())
             names, self.codes = self.about["sha256"], self.about["codes"]
             self.kinds = list(self.about["kinds"])
             if type(self.codes) is not int or not isinstance(names, dict) or not {"tokenizer", "codes_per_image"} <= self.about.keys():
-                raise ValueError("codes, sha256, tokenizer or codes_per_image is missing or of another kind")
+                raise UserError("codes, sha256, tokenizer or codes_per_image is missing or of another kind")
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.folder / 'dataset.json'}: damaged ({error!r})") from None
+            raise UserError(f"{self.folder / 'dataset.json'}: damaged ({error!r})") from None
         if self.about.get("format") != FORMAT:
-            raise ValueError(f"{self.folder / 'dataset.json'}: format {self.about.get('format')}, this program reads {FORMAT}")
+            raise UserError(f"{self.folder / 'dataset.json'}: format {self.about.get('format')}, this program reads {FORMAT}")
         self.shards = []
         for name in sorted(n for n in names if n.endswith(".tokens")):
             if Path(name).name != name:
-                raise ValueError(f"{self.folder / 'dataset.json'}: names the file {name!r} outside its own folder")
+                raise UserError(f"{self.folder / 'dataset.json'}: names the file {name!r} outside its own folder")
             path, index = self.folder / name, self.folder / name.replace(".tokens", ".index.npy")
             try:
                 # Mapped, so that a header that claims more than the file holds takes no memory.
                 index_N3, size = np.array(np.load(index, mmap_mode="r")), path.stat().st_size
             except Exception as error:  # numpy's reader of headers fails in many ways
-                raise ValueError(f"{index}: cannot be read ({error})") from None
+                raise UserError(f"{index}: cannot be read ({error})") from None
             if index_N3.ndim != 2 or index_N3.shape[1] not in (2, 3) or index_N3.dtype != np.int64 or not len(index_N3):
-                raise ValueError(f"{index}: wanted int64 [sentences, 3], got {index_N3.dtype} {list(index_N3.shape)}")
+                raise UserError(f"{index}: wanted int64 [sentences, 3], got {index_N3.dtype} {list(index_N3.shape)}")
             if np.diff(index_N3[:, 0], prepend=0).min() < 1 or not 0 <= index_N3[:, 1].min() <= index_N3[:, 1].max() < len(self.kinds):
-                raise ValueError(f"{index}: damaged, its ends do not rise or it names kinds that dataset.json does not")
+                raise UserError(f"{index}: damaged, its ends do not rise or it names kinds that dataset.json does not")
             if size != 2 * index_N3[-1, 0]:
-                raise ValueError(f"{path}: {size:,} bytes, {index.name} asks for {2 * int(index_N3[-1, 0]):,}; the file is truncated or mixed up")
+                raise UserError(f"{path}: {size:,} bytes, {index.name} asks for {2 * int(index_N3[-1, 0]):,}; the file is truncated or mixed up")
             self.shards.append((np.memmap(path, "<u2", mode="r"), index_N3))
         self.firsts = np.cumsum([0] + [len(index_N3) for _, index_N3 in self.shards])
         if not self.firsts[-1]:
-            raise ValueError(f"{folder}: the dataset holds no sentence")
+            raise UserError(f"{folder}: the dataset holds no sentence")
         self.starts_N = np.concatenate([np.concatenate([[0], index_N3[:-1, 0]]) for _, index_N3 in self.shards])
         self.lengths_N = np.concatenate([np.diff(index_N3[:, 0], prepend=0) for _, index_N3 in self.shards])
         self.longest = int(self.lengths_N.max())
@@ -1222,7 +1224,7 @@ class Shards:
         for n, (tokens, _) in enumerate(self.shards):
             for start in range(0, len(tokens), 1 << 24):
                 if (highest := int(tokens[start:start + (1 << 24)].max())) >= self.codes:
-                    raise ValueError(f"{self.folder} shard {n}: code {highest} is outside the codebook of {self.codes}")
+                    raise UserError(f"{self.folder} shard {n}: code {highest} is outside the codebook of {self.codes}")
 
     def __len__(self):
         return int(self.firsts[-1])
@@ -1243,7 +1245,7 @@ class Shards:
         ids_T = np.empty(len(tokens) + 2, np.int32)
         ids_T[0], ids_T[1:-1], ids_T[-1] = specials[0], tokens, specials[1]
         if not self.checked and tokens.max() >= self.codes:
-            raise ValueError(f"{self.folder}: sentence {i} holds code {tokens.max()}, outside the codebook of {self.codes}")
+            raise UserError(f"{self.folder}: sentence {i} holds code {tokens.max()}, outside the codebook of {self.codes}")
         return ids_T, None
 
     @functools.cached_property
@@ -1263,7 +1265,7 @@ class Jsonl:
 
     `fields` is the mini-language of LVM's trainer, by default BOS, tokens, EOS: a comma list of `{key}` (base64 of int32
     tokens), `<|id|>`, `<|bos|>` and `<|eos|>` (one literal id), each in `[ ]` where the loss shall leave it out.
-    Raises ValueError for other fields, ids outside the `vocabulary`, an empty file, or more than BAD_LINES bad lines."""
+    Raises UserError for other fields, ids outside the `vocabulary`, an empty file, or more than BAD_LINES bad lines."""
 
     def __init__(self, path, codes: int, specials, fields: str | None = None, vocabulary: int | None = None, max_rejected: float = BAD_LINES):
         self.path, self.codes, self.kinds, self.vocabulary = Path(path), codes, ["jsonl"], vocabulary or codes + 100
@@ -1271,7 +1273,7 @@ class Jsonl:
                        for key, counts in split_fields(fields or "<|bos|>,{tokens},<|eos|>", specials[:2], self.vocabulary)]
         self.keys, self.all_count = [key for key, _, _ in self.fields if isinstance(key, str)], all(counts for _, counts, _ in self.fields)
         if not self.path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
+            raise UserError(f"{path}: no such file")
         self.file, self.rejected, self.counts_K = open(self.path, "rb"), [], np.zeros(codes, np.int64)
         places, lengths, hashes = [], [], []
         for number in itertools.count(1):
@@ -1301,9 +1303,9 @@ class Jsonl:
                 pass
             print(f"{path}: {len(self.rejected)} of {len(self.rejected) + len(places)} lines are bad and left out; {last}", file=sys.stderr)
             if len(self.rejected) > max_rejected * (len(places) + len(self.rejected)):
-                raise ValueError(f"{path}: more than {max_rejected:.0%} of its lines are bad; {last}")
+                raise UserError(f"{path}: more than {max_rejected:.0%} of its lines are bad; {last}")
         if not places:
-            raise ValueError(f"{path}: no line in it")
+            raise UserError(f"{path}: no line in it")
         self.places_NK2, self.lengths_N, self.hashes_N = np.array(places), np.array(lengths), np.array(hashes)
         self.row_lengths_N, self.longest = self.lengths_N + len(self.fields) - len(self.keys), int(self.lengths_N.max())
         self.about = {"tokenizer": None, "codes": codes, "codes_per_image": None, "sentences": len(places), "tokens": sum(lengths), "kinds": {"jsonl": len(places)}}
@@ -1311,21 +1313,21 @@ class Jsonl:
     def texts(self, line: bytes) -> list[bytes]:
         """The base64 under each key of the fields."""
         if len(line) == LONGEST_LINE:
-            raise ValueError(f"a line of more than {LONGEST_LINE:,} bytes")
+            raise UserError(f"a line of more than {LONGEST_LINE:,} bytes")
         example = json.loads(line)
         texts = [example.get(key) if isinstance(example, dict) else None for key in self.keys]
         for key, text in zip(self.keys, texts):
             if not isinstance(text, str) or not text.isascii():
-                raise ValueError(f"no base64 text under the key {key!r}")
+                raise UserError(f"no base64 text under the key {key!r}")
         return [text.encode() for text in texts]
 
     def decode(self, text: bytes, key: str) -> np.ndarray:
         try:
             ids_T = np.frombuffer(binascii.a2b_base64(text, strict_mode=True), "<i4")
         except ValueError:
-            raise ValueError(f"{key!r} is no base64 of int32 tokens") from None
+            raise UserError(f"{key!r} is no base64 of int32 tokens") from None
         if not len(ids_T) or ids_T.view("<u4").max() >= self.vocabulary:  # as unsigned ones negative ids are large too
-            raise ValueError(f"{key!r} holds {f'tokens from {ids_T.min()} to {ids_T.max()}' if len(ids_T) else 'no tokens'}; wanted ids below {self.vocabulary}")
+            raise UserError(f"{key!r} holds {f'tokens from {ids_T.min()} to {ids_T.max()}' if len(ids_T) else 'no tokens'}; wanted ids below {self.vocabulary}")
         return ids_T
 
     def __len__(self):
@@ -1339,7 +1341,7 @@ class Jsonl:
             try:
                 found.append(self.decode(text if place >= 0 else self.texts(text)[k], self.keys[k]))
             except ValueError as error:
-                raise ValueError(f"{self.path} has changed since it was opened: {error}") from None
+                raise UserError(f"{self.path} has changed since it was opened: {error}") from None
         return found
 
     def __getitem__(self, i):
@@ -1366,13 +1368,13 @@ def split_fields(text: str, specials, vocabulary: int) -> list[tuple["str | int"
         match = re.fullmatch(r"(\[)?(?:<\|(bos|eos|\d+)\|>|\{([^{}\[\]<>|]+)\})(\])?", field.strip())
         if not match or (match[1] is None) != (match[4] is None):
             lost = "; a page that shows HTML swallows <|8192|>" if not field.strip() else ""
-            raise ValueError(f"--fields {text!r}: {field!r} is neither {{key}} nor <|id|>, nor one of them in [ ]; LVM's are '<|8192|>,{{tokens}},<|8193|>'{lost}")
+            raise UserError(f"--fields {text!r}: {field!r} is neither {{key}} nor <|id|>, nor one of them in [ ]; LVM's are '<|8192|>,{{tokens}},<|8193|>'{lost}")
         key = match[3] or ids.get(match[2]) or int(match[2])
         if isinstance(key, int) and key >= vocabulary:
-            raise ValueError(f"--fields {text!r}: the id {key} is outside the vocabulary of {vocabulary}")
+            raise UserError(f"--fields {text!r}: the id {key} is outside the vocabulary of {vocabulary}")
         fields.append((key, match[1] is None))
     if all(isinstance(key, int) for key, _ in fields):
-        raise ValueError(f"--fields {text!r}: no {{key}} in it, such as {{tokens}}")
+        raise UserError(f"--fields {text!r}: no {{key}} in it, such as {{tokens}}")
     return fields
 
 
@@ -1381,7 +1383,7 @@ def open_sentences(path, codes: int | None = None, specials=None, fields: str | 
     if Path(path).suffix != ".jsonl":
         return Shards(path)
     if codes is None:
-        raise ValueError(f"{path} does not say how many codes its tokenizer has; pass codes=8192 for LVM's")
+        raise UserError(f"{path} does not say how many codes its tokenizer has; pass codes=8192 for LVM's")
     return Jsonl(path, codes, specials or (codes, codes + 1, codes + 2), fields, vocabulary)
 
 
@@ -1409,36 +1411,36 @@ def open_dataset(paths_and_weights, *, context: int, batch: int, seed: int, star
     P equal parts of its rows, so a run may go on with another number of processes. `specials`: ids of BOS, EOS and
     padding (default codebook size + 0, 1, 2). `heldout_fraction` of the sentences, chosen by the hash of their tokens, are
     left out, or with `heldout` are the only ones.
-    Raises ValueError where a sentence does not fit `context`, datasets were made by different tokenizers, `batch` does
+    Raises UserError where a sentence does not fit `context`, datasets were made by different tokenizers, `batch` does
     not divide by `processes`, or the data do not fill a batch."""
     if batch % processes:
-        raise ValueError(f"--batch {batch} is not a multiple of the {processes} processes")
+        raise UserError(f"--batch {batch} is not a multiple of the {processes} processes")
     if packing not in PACKINGS:
-        raise ValueError(f"packing {packing!r} is none of {', '.join(PACKINGS)}")
+        raise UserError(f"packing {packing!r} is none of {', '.join(PACKINGS)}")
     opened, weights = zip(*(p if isinstance(p, tuple) else (p, 1.0) if isinstance(p, (Shards, Jsonl)) else split_weight(p) for p in paths_and_weights))
     opened = [part if isinstance(part, (Shards, Jsonl)) or Path(part).suffix == ".jsonl" else Shards(part) for part in opened]
     codes = codes or next((part.codes for part in opened if not isinstance(part, str)), None)
     opened = [open_sentences(part, codes, specials, fields, vocabulary) if isinstance(part, str) else part for part in opened]
     if fields and not any(isinstance(part, Jsonl) for part in opened):
-        raise ValueError(f"--fields {fields!r} is for .jsonl files, and there is none among {', '.join(map(str, paths_and_weights))}")
+        raise UserError(f"--fields {fields!r} is for .jsonl files, and there is none among {', '.join(map(str, paths_and_weights))}")
     specials = specials or tuple(opened[0].codes + i for i in range(3))
     names = [str(part.folder if isinstance(part, Shards) else part.path) for part in opened]
     for name, part in zip(names, opened):
         for other, first in zip(names, opened):
             if part.codes != first.codes:
-                raise ValueError(f"{name} has codes of {part.codes} entries, {other} of {first.codes}: they were made by different tokenizers")
+                raise UserError(f"{name} has codes of {part.codes} entries, {other} of {first.codes}: they were made by different tokenizers")
             if len({part.about["tokenizer"], first.about["tokenizer"], None}) > 2:
-                raise ValueError(f"{name} was made by another tokenizer than {other}")
+                raise UserError(f"{name} was made by another tokenizer than {other}")
     for name, part in zip(names, opened):
         if packing != "concat" and (longest := int(part.row_lengths_N.max())) > context:
-            raise ValueError(f"{name}: a sentence has {part.longest} codes and needs --context {longest} with BOS and EOS, got {context}")
+            raise UserError(f"{name}: a sentence has {part.longest} codes and needs --context {longest} with BOS and EOS, got {context}")
     chosen = [np.flatnonzero(is_heldout(part, heldout_fraction) == heldout) if heldout_fraction or heldout else np.arange(len(part)) for part in opened]
     for name, members_N in zip(names, chosen):
         if not len(members_N):
-            raise ValueError(f"{name}: a held-out fraction of {heldout_fraction} leaves no sentence {'in' if heldout else 'out of'} it")
+            raise UserError(f"{name}: a held-out fraction of {heldout_fraction} leaves no sentence {'in' if heldout else 'out of'} it")
     sentences, tokens = sum(map(len, chosen)), sum(int(part.row_lengths_N[members_N].sum()) for part, members_N in zip(opened, chosen))
     if (sentences if packing == "sentence" else tokens // (context - 1)) < batch:
-        raise ValueError(f"{', '.join(names)}: {sentences} sentences of {tokens} tokens do not fill a batch of {batch} rows of {context}; lower --batch")
+        raise UserError(f"{', '.join(names)}: {sentences} sentences of {tokens} tokens do not fill a batch of {batch} rows of {context}; lower --batch")
     read = pack(opened, chosen, weights, seed=seed, context=context, packing=packing, specials=specials)
     rows = batch // processes
     steps = grain.MapDataset.source(Steps(lambda step: read(step * batch + process * rows, rows)))
@@ -1465,7 +1467,7 @@ def pack(opened, chosen, weights, *, seed: int, context: int, packing: str, spec
     unit = math.lcm(*(share.denominator for share in shares))
     counts = np.array([int(share * unit) for share in shares]) // math.gcd(*(int(share * unit) for share in shares))
     if counts.sum() > 1 << 24:
-        raise ValueError(f"the weights {' '.join(map(str, weights))} have no common measure of a reasonable size; round them")
+        raise UserError(f"the weights {' '.join(map(str, weights))} have no common measure of a reasonable size; round them")
     # One period of the mixture: dataset i comes counts[i] times, evenly spaced; `rank` numbers its turns.
     turns_P = np.argsort(np.concatenate([(np.arange(n) + 0.5) / n for n in counts]), kind="stable")
     part_P, rank_P = np.repeat(np.arange(len(counts)), counts)[turns_P], np.concatenate([np.arange(n) for n in counts])[turns_P]
@@ -1574,7 +1576,7 @@ def scramble(x_N):
 def is_heldout(part, fraction: float):
     """For each sentence: is it among the held-out fraction? By the hash of its tokens, wherever it is stored."""
     if not 0 < fraction < 1:
-        raise ValueError(f"--heldout-fraction must lie between 0 and 1, got {fraction}")
+        raise UserError(f"--heldout-fraction must lie between 0 and 1, got {fraction}")
     return scramble(part.hashes_N.astype(np.uint64)) < np.uint64(int(fraction * 2**64))
 
 
@@ -1586,7 +1588,7 @@ def split_weight(text) -> tuple[str, float]:
     except ValueError:
         return str(text), 1.0
     if not 0 < weight < math.inf:
-        raise ValueError(f"{text}: a weight must be more than 0")
+        raise UserError(f"{text}: a weight must be more than 0")
     return path, weight
 
 
@@ -1613,7 +1615,7 @@ def show(config: Show):
     tokenizer = vqgan.load(config.tokenizer)
     shards, S = open_sentences(config.data, tokenizer.config.num_embeddings), tokenizer.config.codes_per_image
     if shards.about["tokenizer"] not in (None, vqgan.fingerprint(tokenizer)):
-        raise ValueError(f"{config.data} was made by another tokenizer than {config.tokenizer}")
+        raise UserError(f"{config.data} was made by another tokenizer than {config.tokenizer}")
     kinds_N = np.concatenate([index_N3[:, 1] for _, index_N3 in shards.shards]) if isinstance(shards, Shards) else np.zeros(len(shards), int)
     present = np.unique(kinds_N)
     chosen = [at[i] for kind in present for at in [np.flatnonzero(kinds_N == kind)]
@@ -1622,7 +1624,7 @@ def show(config: Show):
     for i in chosen:
         kind, tokens = shards[i]
         if len(tokens) % S or tokens.max() >= shards.codes:
-            raise ValueError(f"{config.data}: sentence {i} is not a row of pictures of {S} codes below {shards.codes}")
+            raise UserError(f"{config.data}: sentence {i} is not a row of pictures of {S} codes below {shards.codes}")
         pictures = np.asarray(vqgan.decode(tokenizer, tokens.reshape(-1, S).astype(np.int32)))
         caption = Image.new("L", (4000, 14), 255)
         ImageDraw.Draw(caption).text((gap, 1), f"{shards.kinds[kind]}, sentence {i}: {len(pictures)} pictures, {len(tokens)} codes", fill=0)
@@ -1660,10 +1662,10 @@ def inspect(config: Inspect):
         for name, digest in about["sha256"].items():
             with open(shards.folder / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    raise ValueError(f"{shards.folder / name}: its bytes are not those that were written (sha256 differs)")
+                    raise UserError(f"{shards.folder / name}: its bytes are not those that were written (sha256 differs)")
         kinds_N = np.bincount(np.concatenate([index_N3[:, 1] for _, index_N3 in shards.shards]), minlength=len(shards.kinds))
         if len(shards) != about["sentences"] or int(shards.lengths_N.sum()) != about["tokens"] or kinds_N.tolist() != list(about["kinds"].values()):
-            raise ValueError(f"{config.data}: dataset.json counts other sentences, tokens or kinds than there are")
+            raise UserError(f"{config.data}: dataset.json counts other sentences, tokens or kinds than there are")
     p_K = counts_K[counts_K > 0] / counts_K.sum()
     entropy = float(-(p_K * np.log(p_K)).sum())
     lengths_N = shards.lengths_N
@@ -1695,7 +1697,7 @@ class ImportJsonl:
 
     def __post_init__(self):
         if self.out.exists():
-            raise ValueError(f"--out {self.out} exists; choose another folder or delete it")
+            raise UserError(f"--out {self.out} exists; choose another folder or delete it")
 
 
 def import_jsonl(config: ImportJsonl):
@@ -1754,11 +1756,11 @@ class Recolor:
 
     def __post_init__(self):
         if self.out.exists():
-            raise ValueError(f"--out {self.out} exists; choose another folder or delete it")
+            raise UserError(f"--out {self.out} exists; choose another folder or delete it")
         if self.invert and self.palette is None:
-            raise ValueError("--invert wants the --palette that made the colours")
+            raise UserError("--invert wants the --palette that made the colours")
         if not 2 <= self.colours <= 65536:
-            raise ValueError(f"--colours must lie in [2, 65536], got {self.colours}")
+            raise UserError(f"--colours must lie in [2, 65536], got {self.colours}")
 
 
 def recolor(config: Recolor):
@@ -1777,7 +1779,7 @@ def recolor(config: Recolor):
             else:
                 labels_HW = read_integers(path)
                 if not 0 <= labels_HW.min() <= labels_HW.max() < len(palette_K3):
-                    raise ValueError(f"{path}: integers from {labels_HW.min()} to {labels_HW.max()}; the palette has {len(palette_K3)} colours")
+                    raise UserError(f"{path}: integers from {labels_HW.min()} to {labels_HW.max()}; the palette has {len(palette_K3)} colours")
                 image = Image.fromarray(palette_K3[labels_HW])
                 image = image.resize((config.size,) * 2, Image.Resampling.NEAREST) if config.size else image
         except (ValueError, OSError) as error:
@@ -1803,9 +1805,9 @@ def read_colours(path, size: int | None) -> np.ndarray:
             try:
                 image = stack.enter_context(Image.open(path, formats=vqgan.FORMATS))
             except Exception as error:
-                raise ValueError(f"{path}: {error}") from None
+                raise UserError(f"{path}: {error}") from None
             if image.width != image.height:
-                raise ValueError(f"{path}: {image.width}x{image.height} pixels are no square, as a model's answers are; name a --size")
+                raise UserError(f"{path}: {image.width}x{image.height} pixels are no square, as a model's answers are; name a --size")
             size = image.width
     return read_image(path, size)
 
@@ -1825,11 +1827,11 @@ def read_palette(path: Path) -> np.ndarray:
     try:
         palette_K3 = np.array(json.loads(Path(path).read_text()))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file") from None
     except ValueError as error:
-        raise ValueError(f"{path}: no palette ({error})") from None
+        raise UserError(f"{path}: no palette ({error})") from None
     if palette_K3.ndim != 2 or palette_K3.shape[1] != 3 or not np.issubdtype(palette_K3.dtype, np.integer) or palette_K3.min() < 0 or palette_K3.max() > 255:
-        raise ValueError(f"{path}: wanted a list of [R, G, B] from 0 to 255")
+        raise UserError(f"{path}: wanted a list of [R, G, B] from 0 to 255")
     return palette_K3.astype(np.uint8)
 
 
@@ -1878,13 +1880,13 @@ class Demo:
 
     def __post_init__(self):
         if self.out.exists():
-            raise ValueError(f"--out {self.out} exists; choose another one or delete it")
+            raise UserError(f"--out {self.out} exists; choose another one or delete it")
         if self.sentences < 1 or self.pictures < 0:
-            raise ValueError("--sentences must be at least 1 and --pictures at least 0")
+            raise UserError("--sentences must be at least 1 and --pictures at least 0")
         if unknown := set(self.tasks) - TASKS.keys():
-            raise ValueError(f"--tasks {' '.join(unknown)}: unknown; choose from {' '.join(TASKS)}")
+            raise UserError(f"--tasks {' '.join(unknown)}: unknown; choose from {' '.join(TASKS)}")
         if self.pictures and (self.prompts or self.tasks):
-            raise ValueError("--pictures draws from every task; leave out --prompts and --tasks")
+            raise UserError("--pictures draws from every task; leave out --prompts and --tasks")
 
 
 def demo(config: Demo):
@@ -1938,7 +1940,7 @@ class World:
         self.objects = [image for folder in ("fluent", "noto", "clipart") for image in folders[folder].values()]
         self.grounds = [image for folder in ("satellite", "film", "photo") for image in folders[folder].values()]
         if not (self.styles and self.reliefs and self.objects and self.grounds):
-            raise FileNotFoundError(f"{PICTURES}: the embedded pictures are missing or incomplete; take them from the repository")
+            raise UserError(f"{PICTURES}: the embedded pictures are missing or incomplete; take them from the repository")
 
 
 def demo_sentence(world: World, rng, size: int, task: str | None = None):
@@ -2098,12 +2100,8 @@ COMMANDS = {"pairs": (Pairs, tokenize_pairs), "colorize": (Colorize, tokenize_co
 
 
 def main():
-    try:
-        config = tyro.extras.subcommand_cli_from_dict({name: config for name, (config, _) in COMMANDS.items()}, description=__doc__)
-        next(run for kind, run in COMMANDS.values() if type(config) is kind)(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, ChildProcessError) else 2)
+    config = tyro.extras.subcommand_cli_from_dict({name: config for name, (config, _) in COMMANDS.items()}, description=__doc__)
+    run_command(next(run for kind, run in COMMANDS.values() if type(config) is kind), config)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ import shutil
 import sys
 import tempfile
 import time
-import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -50,6 +49,8 @@ from tqdm import tqdm
 import lvm
 import tokenize_data
 import vqgan
+from common.images import UserError
+from common.runs import RunStopped, run_command
 from flash_attention import zigzag
 
 AXES = ("data", "fsdp", "tensor", "seq")
@@ -171,33 +172,33 @@ class Config:
     def __post_init__(self):
         for name in ("steps", "batch", "accumulate", "save_every", "log_every", "demo_sentences", "keep", "patience", "heartbeat"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if (self.evaluate_every or 0) < 0 or (self.milestone_every or 1) < 1:
-            raise ValueError(f"--evaluate-every must be at least 0 and --milestone-every at least 1, got {self.evaluate_every} and {self.milestone_every}")
+            raise UserError(f"--evaluate-every must be at least 0 and --milestone-every at least 1, got {self.evaluate_every} and {self.milestone_every}")
         if (self.processes is None) != (self.process is None) or self.processes and not (self.coordinator and 0 <= self.process < self.processes):
-            raise ValueError(f"wanted --coordinator HOST:PORT --processes N --process I with I from 0 to N - 1, got {self.coordinator}, {self.processes}, {self.process}")
+            raise UserError(f"wanted --coordinator HOST:PORT --processes N --process I with I from 0 to N - 1, got {self.coordinator}, {self.processes}, {self.process}")
         for package in self.log:
             module = {"tensorboard": "tensorboardX"}.get(package, package)
             if importlib.util.find_spec(module) is None:
-                raise ValueError(f"--log {package} needs a package that is not installed here; type: pip install {module}")
+                raise UserError(f"--log {package} needs a package that is not installed here; type: pip install {module}")
         if self.batch % self.accumulate:
-            raise ValueError(f"--batch {self.batch} is not a multiple of --accumulate {self.accumulate}")
+            raise UserError(f"--batch {self.batch} is not a multiple of --accumulate {self.accumulate}")
         if self.warmup >= self.steps and self.steps > 1:
-            raise ValueError(f"--warmup {self.warmup} must be less than --steps {self.steps}")
+            raise UserError(f"--warmup {self.warmup} must be less than --steps {self.steps}")
         if not 0 < self.decay_fraction <= 1 or self.schedule == "wsd" and self.warmup + self.decay_fraction * self.steps > self.steps:
-            raise ValueError(f"--decay-fraction {self.decay_fraction} of {self.steps} steps and --warmup {self.warmup} do not fit one after the other")
+            raise UserError(f"--decay-fraction {self.decay_fraction} of {self.steps} steps and --warmup {self.warmup} do not fit one after the other")
         if not 0 <= self.heldout_fraction < 1:
-            raise ValueError(f"--heldout-fraction must lie in [0, 1), got {self.heldout_fraction}")
+            raise UserError(f"--heldout-fraction must lie in [0, 1), got {self.heldout_fraction}")
         if self.fields and not any(tokenize_data.split_weight(path)[0].endswith(".jsonl") for path in self.data):
-            raise ValueError(f"--fields {self.fields!r} is for .jsonl files, and --data names none")
+            raise UserError(f"--fields {self.fields!r} is for .jsonl files, and --data names none")
         if self.compile_only != bool(self.topology):
-            raise ValueError("--compile-only and --topology NAME go together, such as --compile-only --topology v5p:4x4x8")
+            raise UserError("--compile-only and --topology NAME go together, such as --compile-only --topology v5p:4x4x8")
         try:
             sizes = [1] * 4 if self.mesh == "auto" else [int(n) for n in self.mesh.split(",")]
         except ValueError:
             sizes = []
         if len(sizes) != len(AXES) or sizes.count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
-            raise ValueError(f"--mesh {self.mesh}: wanted auto or four numbers data,fsdp,tensor,seq, one of which may be -1, such as 1,-1,1,1")
+            raise UserError(f"--mesh {self.mesh}: wanted auto or four numbers data,fsdp,tensor,seq, one of which may be -1, such as 1,-1,1,1")
 
 
 # An update of the published 7b is 32 sentences x 4 micro-batches = 524,288 targets; its schedule counts updates. 4097 ids are
@@ -239,7 +240,7 @@ def train(config: Config) -> lvm.LVM:
     mesh = make_mesh(config, model_config)
     check_batch(config, mesh)
     if config.remat == "offload" and "pinned_host" not in (kinds := [memory.kind for memory in jax.devices()[0].addressable_memories()]):
-        raise ValueError(f"--remat offload wants pinned host memory; {jax.devices()[0].device_kind} has {', '.join(kinds)}: take --remat full")
+        raise UserError(f"--remat offload wants pinned host memory; {jax.devices()[0].device_kind} has {', '.join(kinds)}: take --remat full")
     specials = (model_config.bos, model_config.eos, model_config.pad)
     open_sentences = functools.partial(tokenize_data.open_sentences, codes=codes, specials=specials, fields=config.fields, vocabulary=model_config.vocab_size)
     shards = [open_sentences(path) for path in paths]
@@ -328,10 +329,6 @@ def train(config: Config) -> lvm.LVM:
     python sample.py --model {config.out}
     python evaluate.py shots --model {config.out}""")
     return state["model"]
-
-
-class TrainingStopped(Exception):
-    """A run that cannot go on as it is: exit status 1."""
 
 
 def make_loss(mesh, specs, dtype, remat="none", z_loss=0.0, implementation=None):
@@ -490,7 +487,7 @@ def make_state(config: Config, model_config, optimizer, mesh):
         given = lvm.load(config.init)
     ours = {name: getattr(model_config, name) for name in ("context", "bos_id", "eos_id", "pad_id")}  # no weight's shape or meaning depends on these
     if dataclasses.replace(given.config, **ours) != model_config:
-        raise ValueError(f"--init {config.init} holds {given.config}, --size {config.size} and the data ask for {model_config}")
+        raise UserError(f"--init {config.init} holds {given.config}, --size {config.size} and the data ask for {model_config}")
 
     def place(weight, sharding):  # each device takes its part
         return jax.make_array_from_callback(weight.shape, sharding, lambda index: weight[index])
@@ -511,7 +508,7 @@ def abstract_state(config: Config, model_config, optimizer, mesh):
             if size % (n := mesh.shape[axis]):
                 fit = [m for m in range(1, size + 1) if all(other % m == 0 for other in sizes.values())]
                 near = sorted({max(m for m in fit if m < n), min([m for m in fit if m > n], default=fit[-1])})
-                raise ValueError(f"--mesh: {axis} {n} does not divide the {name} of {config.size}, {size}; the nearest that do: {' and '.join(map(str, near))}")
+                raise UserError(f"--mesh: {axis} {n} does not divide the {name} of {config.size}, {size}; the nearest that do: {' and '.join(map(str, near))}")
 
     abstract = eqx.filter_eval_shape(lambda: new_state(lvm.LVM(model_config, key=jax.random.key(config.seed)), optimizer))
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), lvm.partition_specs(abstract), is_leaf=lambda x: isinstance(x, P))
@@ -533,9 +530,9 @@ def make_mesh(config: Config, model_config, devices=None, memory=None):
         known = math.prod(n for n in sizes if n != -1)
         sizes = [len(devices) // known if n == -1 else n for n in sizes]
         if math.prod(sizes) != len(devices):
-            raise ValueError(f"--mesh {config.mesh} does not make use of exactly the {len(devices)} devices that are here")
+            raise UserError(f"--mesh {config.mesh} does not make use of exactly the {len(devices)} devices that are here")
     if sizes[0] % slices:
-        raise ValueError(f"--mesh: data {sizes[0]} is no multiple of the {slices} slices; fsdp, tensor and seq stay within one")
+        raise UserError(f"--mesh: data {sizes[0]} is no multiple of the {slices} slices; fsdp, tensor and seq stay within one")
     print(f"mesh {','.join(map(str, sizes))} ({','.join(AXES)}): {reason}")
     if slices > 1:
         array = mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
@@ -549,7 +546,7 @@ def make_mesh(config: Config, model_config, devices=None, memory=None):
 def check_batch(config: Config, mesh):
     share = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.batch % (config.accumulate * share):
-        raise ValueError(f"--batch {config.batch} over {config.accumulate} micro-batches does not divide by the {share} devices of data x fsdp")
+        raise UserError(f"--batch {config.batch} over {config.accumulate} micro-batches does not divide by the {share} devices of data x fsdp")
 
 
 def choose_mesh(config: Config, model_config, devices: int, group: int, memory, slices=1):
@@ -605,7 +602,8 @@ def start_processes(config: Config):
 def facts_of(config: Config) -> dict[str, str]:
     """What all hosts must have alike before they compute together: flags, program, libraries, devices."""
     flags = {f"--{k.replace('_', '-')}": str(v) for k, v in dataclasses.asdict(config).items() if k not in ("process", "profile")}
-    sources = [Path(sys.modules[name].__file__) for name in (__name__, "lvm", "flash_attention", "tokenize_data", "vqgan")]
+    here = Path(__file__).resolve().parent
+    sources = sorted([Path(__file__), *here.glob("common/*.py"), *(here / f"{name}.py" for name in ("lvm", "flash_attention", "tokenize_data", "vqgan"))])
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     return flags | {"code": code, "versions": f"jax {jax.__version__}, numpy {np.__version__}", "devices of a host": str(jax.local_device_count())}
 
@@ -617,7 +615,7 @@ def data_digest(part) -> str:
 
 
 def check_hosts_agree(facts: dict[str, str]):
-    """Raises ValueError, on all processes, where their facts differ, naming which."""
+    """Raises UserError, on all processes, where their facts differ, naming which."""
     if jax.process_count() == 1:
         return
     text = json.dumps({name: value if len(value) < 200 else hashlib.sha256(value.encode()).hexdigest() for name, value in facts.items()})
@@ -626,7 +624,7 @@ def check_hosts_agree(facts: dict[str, str]):
     differ = [f"{name} ({first.get(name)} on process 0, {other.get(name)} on process {i})" for i, other in enumerate(others, 1)
               for name in first | other if first.get(name) != other.get(name)]
     if differ:
-        raise ValueError(f"the hosts differ in {'; '.join(differ[:4])}: start the same command with the same code and data on all of them")
+        raise UserError(f"the hosts differ in {'; '.join(differ[:4])}: start the same command with the same code and data on all of them")
 
 
 def agreed(value: int) -> int:
@@ -673,7 +671,7 @@ class Checkpoints:
                     path.rename(path.with_name(f"{path.name}.damaged-{time.time():.0f}"))
         self.newest = agreed(self.newest)
         if self.newest < 0:
-            raise ValueError(f"{self.folder} has no checkpoint that is whole; restore one from a copy, or begin again with another --out")
+            raise UserError(f"{self.folder} has no checkpoint that is whole; restore one from a copy, or begin again with another --out")
 
     def restore(self, state):
         """The state of the newest step, on the devices of the given one, whose memory it takes over."""
@@ -687,7 +685,7 @@ class Checkpoints:
         """Begins to write a step. What cannot be written is reported at once, and the next save tries again."""
         self.wait()
         if not all_finite(state):
-            raise TrainingStopped(f"at step {step} weights or moments are no finite numbers, and are not saved; the last checkpoint is that of step {self.newest}")
+            raise RunStopped(f"at step {step} weights or moments are no finite numbers, and are not saved; the last checkpoint is that of step {self.newest}")
         needed, self.failure = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), None
         try:
             if not agreed(shutil.disk_usage(self.folder).free > needed):
@@ -735,7 +733,7 @@ class Checkpoints:
         self.wait()
         self._clear_failed()  # once more: some of their threads may have written on
         if self.failure:
-            raise TrainingStopped(self.failure)
+            raise RunStopped(self.failure)
 
     def _clear_failed(self):
         for step in self.failed if jax.process_index() == 0 else ():
@@ -769,7 +767,7 @@ def check_writable(out: Path):
         with tempfile.TemporaryFile(dir=out) as probe:
             probe.write(b"-")
     except OSError as error:
-        raise ValueError(f"--out {out} cannot be written to ({error}); choose another folder") from None
+        raise UserError(f"--out {out} cannot be written to ({error}); choose another folder") from None
 
 
 def begin_run(config: Config, model_config, fingerprints):
@@ -784,7 +782,7 @@ def begin_run(config: Config, model_config, fingerprints):
         changed = [f"{k}: {was[k]} -> {v}" for k, v in settings["train"].items() if was[k] != v and k not in MAY_CHANGE]
         changed += [f"{k} is another one" for k in ("model", "tokenizer") if before[k] != settings[k] and not changed]
         if changed:
-            raise ValueError(f"{config.out} holds a run with other settings ({'; '.join(changed)}); choose another --out, or repeat its settings")
+            raise UserError(f"{config.out} holds a run with other settings ({'; '.join(changed)}); choose another --out, or repeat its settings")
     if jax.process_index() == 0:
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(settings, indent=1) + "\n")
@@ -796,7 +794,7 @@ def check_init(init: Path, fingerprint: str | None):
     file = init / "config.json"
     known = lvm._read_json(file).get("tokenizer") if file.is_file() else None
     if None not in (known, fingerprint) and known != fingerprint:
-        raise ValueError(f"--init {init} was trained on the codes of tokenizer {known}, and the data are codes of {fingerprint}: tokenize them with the first one")
+        raise UserError(f"--init {init} was trained on the codes of tokenizer {known}, and the data are codes of {fingerprint}: tokenize them with the first one")
 
 
 def keep_log_until(log: Path, step: int):
@@ -947,14 +945,14 @@ def find_topology(name: str):
     """(chip, devices) of a --topology; to be called before any backend has started."""
     match = re.fullmatch(r"(v4|v5e|v5p|v6e):(\d+(?:x\d+)+)(?:\*(\d+))?|h200:(\d+)", name)
     if not match:
-        raise ValueError(f"--topology {name}: wanted one of {', '.join(CHIPS)} and a shape, such as v5p:4x4x8, v5e:16x16*2 (two slices) or h200:16")
+        raise UserError(f"--topology {name}: wanted one of {', '.join(CHIPS)} and a shape, such as v5p:4x4x8, v5e:16x16*2 (two slices) or h200:16")
     kind, shape, slices, gpus = match.groups()
     n = int(gpus or 0)
     if n > 8 and n % 8:
-        raise ValueError(f"--topology {name}: more than 8 GPUs come in nodes of 8")
+        raise UserError(f"--topology {name}: more than 8 GPUs come in nodes of 8")
     package = "jax_cuda13_plugin" if gpus else "libtpu"
     if importlib.util.find_spec(package) is None:
-        raise ValueError(f"--topology {name} needs the compiler of {package}, which is not installed; type: pip install -r tests/compilers.txt")
+        raise UserError(f"--topology {name} needs the compiler of {package}, which is not installed; type: pip install -r tests/compilers.txt")
     chip = CHIPS[kind or "h200"]
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")  # libtpu shall not look for chips
     tell_xla("cuda" if gpus else "tpu")
@@ -964,7 +962,7 @@ def find_topology(name: str):
         more = {"num_slices": int(slices)} if slices else {}
         return chip, topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **more, **chip.topology).devices
     except Exception as error:  # the compiler's own refusal, such as of a shape that no pod has
-        raise ValueError(f"--topology {name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--topology {name}: {str(error).splitlines()[0]}") from None
 
 
 def compile_step(config: Config, chip: Chip, devices):
@@ -1213,7 +1211,7 @@ def append(file: Path, content: bytes) -> bool:
 def check_health(config: Config, step: int, metrics, last_saved: int):
     """Stops a run that leaves out one step after another."""
     if metrics["in_a_row"] >= config.patience:
-        raise TrainingStopped(
+        raise RunStopped(
             f"{metrics['in_a_row']} steps in a row were left out, the last, {step}, for a loss of {metrics['loss']} and a gradient norm of "
             f"{metrics['grad_norm']}; the last checkpoint is that of step {last_saved}; try a lower --learning-rate, or look for bad data")
 
@@ -1270,24 +1268,18 @@ def peak_rates(dtype) -> dict[str, float]:
 
 
 def main():
-    try:
-        config = tyro.cli(Config, description=__doc__, default=preset(sys.argv[1:]))
-        if config.compile_only:
-            jax.config.update("jax_platforms", "cpu")
-            sys.exit(0 if compile_only(config)["fits"] else 1)
-        tell_xla()
-        keep_compiled(config.compilation_cache)
-        train(config)
-    except Exception as error:
-        expected, together = isinstance(error, (ValueError, OSError, TrainingStopped)), jax.distributed.is_initialized()
-        if not (expected or together):
-            raise
-        print(f"error: {error}" if expected else traceback.format_exc(), file=sys.stderr, flush=True)
-        status = 2 if isinstance(error, (ValueError, OSError)) else 1
-        if together:  # an orderly exit would first wait minutes for the other processes, which wait for this one
-            sys.stdout.flush()
-            os._exit(status)
-        sys.exit(status)
+    # An orderly exit would first wait minutes for the other processes, which wait for this one.
+    leave = lambda status: os._exit(status) if jax.distributed.is_initialized() else sys.exit(status)
+    run_command(main_of, tyro.cli(Config, description=__doc__, default=preset(sys.argv[1:])), leave=leave)
+
+
+def main_of(config: Config):
+    if config.compile_only:
+        jax.config.update("jax_platforms", "cpu")
+        sys.exit(0 if compile_only(config)["fits"] else 1)
+    tell_xla()
+    keep_compiled(config.compilation_cache)
+    train(config)
 
 
 if __name__ == "__main__":

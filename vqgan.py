@@ -47,6 +47,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from common.images import UserError
+from common.runs import RunStopped, run_command
+
 HERE = Path(__file__).parent
 MINI = HERE / "assets" / "mini" / "tokenizer"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -84,20 +87,20 @@ class VQGANConfig:
     def __post_init__(self):
         for name in FLAGS:
             if type(getattr(self, name)) is not bool:
-                raise ValueError(f"{name} wants true or false, got {getattr(self, name)!r}")
+                raise UserError(f"{name} wants true or false, got {getattr(self, name)!r}")
         for name in ("channel_mult", "attn_resolutions"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         counts = {name: getattr(self, name) for name in ("resolution", "num_channels", "hidden_channels", "num_res_blocks", "z_channels",
                                                          "num_embeddings", "quantized_embed_dim")}
         for name, count in [*counts.items(), *(("channel_mult", m) for m in self.channel_mult or [None])]:
             if type(count) is not int or count < 1:
-                raise ValueError(f"{name} wants positive integers, got {getattr(self, name)!r}")
+                raise UserError(f"{name} wants positive integers, got {getattr(self, name)!r}")
         if self.resolution % self.factor:
-            raise ValueError(f"resolution {self.resolution} is not a multiple of {self.factor}, the downsampling of {len(self.channel_mult)} levels")
+            raise UserError(f"resolution {self.resolution} is not a multiple of {self.factor}, the downsampling of {len(self.channel_mult)} levels")
         if self.hidden_channels % self.norm_groups:
-            raise ValueError(f"hidden_channels {self.hidden_channels} is not a multiple of the {self.norm_groups} groups of GroupNorm")
+            raise UserError(f"hidden_channels {self.hidden_channels} is not a multiple of the {self.norm_groups} groups of GroupNorm")
         if self.maskgit and self.z_channels != self.quantized_embed_dim:
-            raise ValueError(f"MaskGIT's latents are the codes: z_channels {self.z_channels} must equal quantized_embed_dim {self.quantized_embed_dim}")
+            raise UserError(f"MaskGIT's latents are the codes: z_channels {self.z_channels} must equal quantized_embed_dim {self.quantized_embed_dim}")
 
     @property
     def factor(self) -> int:
@@ -167,28 +170,28 @@ class VQGAN(eqx.Module):
 def encode(model: VQGAN, pixels_BHWC) -> jax.Array:
     """float [B, H, W, 3] in [0, 1], square, sides a multiple of `config.factor` -> int32 codes [B, S] in raster order.
 
-    The network computes in the pixels' dtype; in float32 the codes of a picture do not depend on the rest of its batch. Raises ValueError for another shape or dtype, and, where the values are at hand (a numpy array), for values out of range."""
+    The network computes in the pixels' dtype; in float32 the codes of a picture do not depend on the rest of its batch. Raises UserError for another shape or dtype, and, where the values are at hand (a numpy array), for values out of range."""
     shape, factor = np.shape(pixels_BHWC), model.config.factor
     if len(shape) != 4 or shape[3] != model.config.num_channels or shape[1] != shape[2] or shape[1] % factor or not shape[1]:
-        raise ValueError(f"encode wants pixels [B, H, W, {model.config.num_channels}] with H = W a multiple of {factor}, got {list(shape)}")
+        raise UserError(f"encode wants pixels [B, H, W, {model.config.num_channels}] with H = W a multiple of {factor}, got {list(shape)}")
     if not jnp.issubdtype(pixels_BHWC.dtype, jnp.floating):
-        raise ValueError(f"encode wants float pixels in [0, 1], got {pixels_BHWC.dtype}; divide 8-bit pixels by 255")
+        raise UserError(f"encode wants float pixels in [0, 1], got {pixels_BHWC.dtype}; divide 8-bit pixels by 255")
     if isinstance(pixels_BHWC, np.ndarray) and pixels_BHWC.size and not (pixels_BHWC.min() >= 0 and pixels_BHWC.max() <= 1):
-        raise ValueError(f"encode wants pixels in [0, 1], got values in [{pixels_BHWC.min()}, {pixels_BHWC.max()}]")
+        raise UserError(f"encode wants pixels in [0, 1], got values in [{pixels_BHWC.min()}, {pixels_BHWC.max()}]")
     return _encode(model, pixels_BHWC)
 
 
 def decode(model: VQGAN, codes_BS, dtype=jnp.float32) -> jax.Array:
     """int codes [B, S], S a square number -> float32 pixels [B, H, W, 3] clamped to [0, 1]. The network computes in `dtype`.
 
-    Raises ValueError for another shape and, where the values are at hand, for codes outside the codebook."""
+    Raises UserError for another shape and, where the values are at hand, for codes outside the codebook."""
     shape, entries = np.shape(codes_BS), model.config.num_embeddings
     if len(shape) != 2 or math.isqrt(shape[1]) ** 2 != shape[1] or not shape[1]:
-        raise ValueError(f"decode wants codes [B, S] with S a square number, got {list(shape)}")
+        raise UserError(f"decode wants codes [B, S] with S a square number, got {list(shape)}")
     if not jnp.issubdtype(codes_BS.dtype, jnp.integer):
-        raise ValueError(f"decode wants integer codes, got {codes_BS.dtype}")
+        raise UserError(f"decode wants integer codes, got {codes_BS.dtype}")
     if isinstance(codes_BS, np.ndarray) and codes_BS.size and not (codes_BS.min() >= 0 and codes_BS.max() < entries):
-        raise ValueError(f"decode wants codes below {entries}, got values in [{codes_BS.min()}, {codes_BS.max()}]")
+        raise UserError(f"decode wants codes below {entries}, got values in [{codes_BS.min()}, {codes_BS.max()}]")
     return _decode(model, codes_BS, dtype)
 
 
@@ -551,19 +554,19 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "batch", "accumulate", "save_every", "log_every", "patience", "gan_channels"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.max_rejected <= 1:
-            raise ValueError(f"--max-rejected must be in [0, 1], got {self.max_rejected}")
+            raise UserError(f"--max-rejected must be in [0, 1], got {self.max_rejected}")
         if not 0 < self.crop <= 1:
-            raise ValueError(f"--crop must be over 0 and at most 1, got {self.crop}")
+            raise UserError(f"--crop must be over 0 and at most 1, got {self.crop}")
         if (self.lpips_vgg is None) != (self.lpips_heads is None):
-            raise ValueError("LPIPS needs both --lpips-vgg and --lpips-heads")
+            raise UserError("LPIPS needs both --lpips-vgg and --lpips-heads")
         if self.freeze_encoder and self.init is None:
-            raise ValueError("--freeze-encoder needs the encoder that shall stay: --init PATH")
+            raise UserError("--freeze-encoder needs the encoder that shall stay: --init PATH")
         if self.init is not None and self.l2_codes:
-            raise ValueError("--init brings its own kind of codes: leave out --l2-codes")
+            raise UserError("--init brings its own kind of codes: leave out --l2-codes")
         if self.gan_weight and self.init is None and self.gan_from < self.quantize_from:
-            raise ValueError(f"--gan-from {self.gan_from} must not come before --quantize-from {self.quantize_from}")
+            raise UserError(f"--gan-from {self.gan_from} must not come before --quantize-from {self.quantize_from}")
 
     @property
     def first_quantized(self) -> int:
@@ -575,12 +578,12 @@ def train(config: TrainConfig) -> VQGAN:
     returns the averaged model, which at the end is also saved."""
     mesh = make_mesh(config.mesh)
     if config.batch % (mesh.size * config.accumulate):
-        raise ValueError(f"--batch {config.batch} is not a multiple of the {mesh.size} devices times --accumulate {config.accumulate}")
+        raise UserError(f"--batch {config.batch} is not a multiple of the {mesh.size} devices times --accumulate {config.accumulate}")
     started_from = load(config.init) if config.init else None
     model_config = network_config(config, started_from)
     read_picture, count = open_pictures(config.data, model_config.resolution, config.crop)
     if count < config.batch:
-        raise ValueError(f"{config.data}: {count} pictures do not fill a batch of {config.batch}; lower --batch")
+        raise UserError(f"{config.data}: {count} pictures do not fill a batch of {config.batch}; lower --batch")
     read_picture = leave_out_unreadable(read_picture, count, config.out / "rejected.jsonl", config.max_rejected)
     read_picture(0, np.zeros(3))  # data of which nothing can be read are found before anything is compiled
     begin_run(config.out, {k: str(v) for k, v in dataclasses.asdict(config).items()}, may_change={"out", "save_every", "log_every", "mesh", "patience", "max_rejected"})
@@ -640,7 +643,7 @@ def train(config: TrainConfig) -> VQGAN:
                 check_health(config, step + 1, metrics, manager.latest_step())
             if saving:
                 if not all_finite({name: part for name, part in state.items() if name != "guard"}):
-                    raise FloatingPointError(f"at step {step + 1} weights or moments are no finite numbers, and are not saved; the last checkpoint is at step "
+                    raise RunStopped(f"at step {step + 1} weights or moments are no finite numbers, and are not saved; the last checkpoint is at step "
                                              f"{manager.latest_step()}; lower --learning-rate or --gan-weight")
                 manager.save(step + 1, args=ocp.args.StandardSave(state))
                 manager.wait_until_finished()
@@ -667,7 +670,7 @@ def network_config(config: TrainConfig, started_from: VQGAN | None) -> VQGANConf
         network = dataclasses.replace(network, l2_codes=True, quantized_embed_dim=config.l2_codes)
     network = dataclasses.replace(network, resolution=config.resolution or network.resolution)
     if config.gan_weight and network.resolution < 24:
-        raise ValueError(f"the discriminator needs pictures of at least 24 pixels, --resolution is {network.resolution}")
+        raise UserError(f"the discriminator needs pictures of at least 24 pixels, --resolution is {network.resolution}")
     return network
 
 
@@ -676,9 +679,9 @@ def make_mesh(mesh: str):
         data, fsdp = (int(n) for n in mesh.split(","))
         data, fsdp = (jax.device_count() // fsdp, fsdp) if data == -1 else (data, jax.device_count() // data) if fsdp == -1 else (data, fsdp)
     except (ValueError, ZeroDivisionError):
-        raise ValueError(f"--mesh {mesh}: wanted two numbers data,fsdp, such as -1,1") from None
+        raise UserError(f"--mesh {mesh}: wanted two numbers data,fsdp, such as -1,1") from None
     if data * fsdp != jax.device_count() or data < 1:
-        raise ValueError(f"--mesh {mesh} does not make use of exactly the {jax.device_count()} devices that are here")
+        raise UserError(f"--mesh {mesh} does not make use of exactly the {jax.device_count()} devices that are here")
     return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
@@ -884,14 +887,14 @@ def compute_dtype(config):
 
 
 def check_health(config, step, metrics, last_saved):
-    """Raises FloatingPointError where the run cannot recover; the newest checkpoint holds the last state that was saved before."""
+    """Raises RunStopped where the run cannot recover; the newest checkpoint holds the last state that was saved before."""
     advice = f"the last checkpoint is at step {last_saved}; lower --learning-rate or --gan-weight"
     if not config.guard and not math.isfinite(metrics["loss"]):
-        raise FloatingPointError(f"the loss became {metrics['loss']} at step {step}; {advice}")
+        raise RunStopped(f"the loss became {metrics['loss']} at step {step}; {advice}")
     if metrics["in_a_row"] >= config.patience:
-        raise FloatingPointError(f"{metrics['in_a_row']:.0f} steps in a row were skipped, the last at step {step} with loss {metrics['loss']} and gradient norm {metrics['grad_norm']}; {advice}")
+        raise RunStopped(f"{metrics['in_a_row']:.0f} steps in a row were skipped, the last at step {step} with loss {metrics['loss']} and gradient norm {metrics['grad_norm']}; {advice}")
     if config.guard and step > config.first_quantized + 500 and metrics["perplexity"] < 1.5:
-        raise FloatingPointError(f"the codebook has collapsed: perplexity {metrics['perplexity']:.2f} at step {step}; {advice}, or train with --revive")
+        raise RunStopped(f"the codebook has collapsed: perplexity {metrics['perplexity']:.2f} at step {step}; {advice}, or train with --revive")
 
 
 @jax.jit
@@ -932,12 +935,12 @@ def open_pictures(data: Path, resolution: int, crop: float = 1.0):
     """Folder or `.npy` -> (function from index and three numbers in [0, 1) to float32 [resolution, resolution, 3] in [0, 1],
     number of pictures). With `crop` below 1 the three numbers place a square whose side is at least that share of the largest.
 
-    Raises ValueError where there is nothing to read; the function raises it for an unreadable picture, naming the file."""
+    Raises UserError where there is nothing to read; the function raises it for an unreadable picture, naming the file."""
     box = lambda u_3: None if crop == 1 else (u_3[0], u_3[1], crop + (1 - crop) * u_3[2])
     if data.suffix == ".npy":
         array = np.load(data, mmap_mode="r")
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or not len(array) or crop == 1 and array.shape[1:3] != (resolution, resolution):
-            raise ValueError(f"{data}: wanted uint8 pictures [N, {resolution}, {resolution}, 3] (of any size with --crop), got {array.dtype} {list(array.shape)}")
+            raise UserError(f"{data}: wanted uint8 pictures [N, {resolution}, {resolution}, 3] (of any size with --crop), got {array.dtype} {list(array.shape)}")
         if crop == 1:
             return lambda i, _: array[i].astype(np.float32) / 255, len(array)
         return lambda i, u_3: to_pixels(Image.fromarray(array[i]), resolution, "crop", box(u_3)), len(array)
@@ -947,7 +950,7 @@ def open_pictures(data: Path, resolution: int, crop: float = 1.0):
 
 def leave_out_unreadable(read_picture, count: int, report: Path, most: float):
     """The same function, but the next picture stands in the place of one that cannot be read, which is printed and listed in `report`
-    ({"reason"} a line). Raises ValueError when they are more than `most` of all."""
+    ({"reason"} a line). Raises UserError when they are more than `most` of all."""
     reasons, lock = {}, threading.Lock()
 
     def read(i, place_3):
@@ -963,8 +966,8 @@ def leave_out_unreadable(read_picture, count: int, report: Path, most: float):
                         report.parent.mkdir(parents=True, exist_ok=True)
                         report.write_text("".join(json.dumps({"reason": reason}) + "\n" for reason in reasons.values()))
                 if len(reasons) > most * count:
-                    raise ValueError(f"{len(reasons)} of {count} pictures cannot be read, more than --max-rejected {most}; the last: {error}") from None
-        raise ValueError(f"none of {count} pictures can be read")
+                    raise UserError(f"{len(reasons)} of {count} pictures cannot be read, more than --max-rejected {most}; the last: {error}") from None
+        raise UserError(f"none of {count} pictures can be read")
 
     return read
 
@@ -993,7 +996,7 @@ def begin_run(out: Path, settings: dict, may_change: set[str]):
         before = json.loads(file.read_text())
         changed = [f"{k}: {before.get(k)} -> {v}" for k, v in settings.items() if before.get(k) != v and k not in may_change]
         if changed:
-            raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}); choose another --out or repeat its settings")
+            raise UserError(f"{out} holds a run with other settings ({'; '.join(changed)}); choose another --out or repeat its settings")
     file.write_text(json.dumps(settings, indent=1))
 
 
@@ -1026,7 +1029,7 @@ def newest_whole(checkpoints: Path) -> int:
         print(f"checkpoint passed over: {reason}", file=sys.stderr)
         damaged.append(step)
     if steps and not newest and not first_save_was_killed:
-        raise ValueError(f"{checkpoints} has no checkpoint that is whole; restore one from a copy, or begin again with another --out")
+        raise UserError(f"{checkpoints} has no checkpoint that is whole; restore one from a copy, or begin again with another --out")
     for step in damaged:
         step.rename(checkpoints.parent / f"damaged-{step.name}-{time.time():.0f}")
     return newest
@@ -1153,7 +1156,7 @@ def load_lpips(vgg: Path, heads: Path) -> LPIPS:
     none_left(heads, tensors)
     for head_C, last in zip(weights, (1, 3, 6, 9, 12)):
         if head_C.shape != convs[last].bias.shape:
-            raise ValueError(f"{heads}: a head of {len(head_C)} weights does not fit VGG16's {len(convs[last].bias)} channels; the heads for vgg are wanted")
+            raise UserError(f"{heads}: a head of {len(head_C)} weights does not fit VGG16's {len(convs[last].bias)} channels; the heads for vgg are wanted")
     return LPIPS(convs, weights)
 
 
@@ -1163,13 +1166,13 @@ def read_weights(file: Path) -> dict[str, np.ndarray]:
 
 def take(file, tensors, name) -> np.ndarray:
     if name not in tensors:
-        raise ValueError(f"{file}: no tensor {name}")
+        raise UserError(f"{file}: no tensor {name}")
     return np.asarray(tensors.pop(name), np.float32)
 
 
 def none_left(file, tensors):
     if tensors:
-        raise ValueError(f"{file}: unexpected tensor {min(tensors)}")
+        raise UserError(f"{file}: unexpected tensor {min(tensors)}")
 
 
 def as_conv(weight_OIHW, bias_O) -> Conv:
@@ -1188,19 +1191,19 @@ def read_image(path, size: int, fit: Literal["stretch", "crop"] = "stretch", box
     above it; by default (0.5, 0.5, 1), the largest in the middle.
     EXIF rotation is applied, transparency is laid over white, of an animation the first frame is taken, and 16-bit and
     float greys are scaled by their full range (65535; float must lie in [0, 1]) instead of saturating.
-    Raises ValueError, naming the file, for what is no JPEG, PNG, WebP, GIF, BMP or TIFF, is damaged, or is over
-    64 Mpx; FileNotFoundError where there is none."""
+    Raises UserError, naming the file, for what is no JPEG, PNG, WebP, GIF, BMP or TIFF, is damaged, or is over
+    64 Mpx; and where there is none."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     try:
         with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels are over the limit of {MAX_PIXELS:,}")
+                raise UserError(f"{image.width}x{image.height} pixels are over the limit of {MAX_PIXELS:,}")
             image = ImageOps.exif_transpose(image)
             return to_pixels(image, size, fit, box)
     except Exception as error:  # Pillow raises many kinds; whatever it is, the user wants the file's name and the reason
         reason = "not a JPEG, PNG, WebP, GIF, BMP or TIFF picture" if type(error).__name__ == "UnidentifiedImageError" else error
-        raise ValueError(f"{path}: {reason}") from None
+        raise UserError(f"{path}: {reason}") from None
 
 
 def to_pixels(image: Image.Image, size: int, fit: str = "stretch", box=None, resample=Image.Resampling.BICUBIC) -> np.ndarray:
@@ -1208,7 +1211,7 @@ def to_pixels(image: Image.Image, size: int, fit: str = "stretch", box=None, res
     if image.mode.startswith("I") or image.mode == "F":
         grey_HW = np.asarray(image, np.float32) / (1.0 if image.mode == "F" else 65535.0)
         if grey_HW.min() < 0 or grey_HW.max() > 1:
-            raise ValueError(f"{image.mode} values lie in [{grey_HW.min():g}, {grey_HW.max():g}] of full scale; wanted [0, 1]")
+            raise UserError(f"{image.mode} values lie in [{grey_HW.min():g}, {grey_HW.max():g}] of full scale; wanted [0, 1]")
         image = Image.fromarray(grey_HW)
     else:
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -1228,10 +1231,10 @@ def to_pixels(image: Image.Image, size: int, fit: str = "stretch", box=None, res
 def find_images(folder: Path) -> list[Path]:
     """Picture files below a folder, sorted by path. Raises where there is no folder, or nothing in it."""
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder")
+        raise UserError(f"{folder}: no such folder")
     paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not paths:
-        raise ValueError(f"{folder}: no pictures below this folder ({' '.join(sorted(SUFFIXES))})")
+        raise UserError(f"{folder}: no pictures below this folder ({' '.join(sorted(SUFFIXES))})")
     return paths
 
 
@@ -1274,7 +1277,7 @@ def load(path) -> VQGAN:
     (`VQModel`), a checkpoint of taming-transformers or LlamaGen (`.ckpt`, `.pt`, or a folder that holds one), or ours.
 
     Every tensor is used exactly once; of a training checkpoint the loss's own networks are left out. Raises
-    FileNotFoundError or ValueError, naming the file and the tensor, where anything is missing, left over, misshapen or
+    UserError, naming the file and the tensor, where anything is missing, left over, misshapen or
     damaged. A pickle that holds anything but containers and tensors is refused before it can run."""
     file, fields = find_weights(Path(path))
     tensors = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
@@ -1285,7 +1288,7 @@ def load(path) -> VQGAN:
     tensors = {name: array for name, array in tensors.items() if not name.startswith(LEFT_OUT.get(layout, ()))}
     names = {their_name(layout, name, config): (name, leaf) for name, leaf in named_arrays(model)}
     if difference := sorted(names.keys() ^ tensors.keys()):
-        raise ValueError(f"{file}: {'no tensor' if difference[0] in names else 'unexpected tensor'} {difference[0]} "
+        raise UserError(f"{file}: {'no tensor' if difference[0] in names else 'unexpected tensor'} {difference[0]} "
                          f"({len(difference)} names differ from the network of {'config.json' if fields else layout})")
     arrays = []
     for theirs, (name, leaf) in names.items():
@@ -1294,9 +1297,9 @@ def load(path) -> VQGAN:
             tensor = tensor[:, :, None, None]
         tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor
         if tensor.shape != leaf.shape:
-            raise ValueError(f"{file}: tensor {theirs} has shape {list(tensor.shape)}, config.json asks for {list(leaf.shape)} (convolutions as HWIO)")
+            raise UserError(f"{file}: tensor {theirs} has shape {list(tensor.shape)}, config.json asks for {list(leaf.shape)} (convolutions as HWIO)")
         if not np.isfinite(tensor := np.asarray(tensor, np.float32)).all():
-            raise ValueError(f"{file}: tensor {theirs} holds NaN or infinity")
+            raise UserError(f"{file}: tensor {theirs} holds NaN or infinity")
         arrays.append(jnp.asarray(tensor))
     return jax.tree.unflatten(jax.tree.structure(model), arrays)
 
@@ -1305,7 +1308,7 @@ def save(model: VQGAN, path, overwrite: bool = False, layout: str = "open-muse")
     """Writes a folder that others load: `open-muse` (ours; config.json and model.safetensors), `diffusers`, `taming` or
     `llamagen`. Refuses to replace weights unless told to, and a layout whose network is another one."""
     if misfits := [what for what, differs in differences(layout, model.config).items() if differs]:
-        raise ValueError(f"{layout} has no such network: this one has {', '.join(misfits)}")
+        raise UserError(f"{layout} has no such network: this one has {', '.join(misfits)}")
     folder = Path(path)
     file = folder / {"open-muse": "model.safetensors", "diffusers": "diffusion_pytorch_model.safetensors", "taming": "last.ckpt", "llamagen": "vq.pt"}[layout]
     if file.exists() and not overwrite:
@@ -1345,17 +1348,17 @@ def find_weights(path: Path) -> tuple[Path, dict | None]:
         if len(checkpoints) == 1:
             return checkpoints[0], None
         found = f"; of its checkpoints name one: {', '.join(map(str, checkpoints))}" if checkpoints else ""
-        raise FileNotFoundError(f"{path}: no tokenizer here (wanted config.json beside {', '.join(WEIGHTS)}, or one .ckpt or .pt){found}")
+        raise UserError(f"{path}: no tokenizer here (wanted config.json beside {', '.join(WEIGHTS)}, or one .ckpt or .pt){found}")
     try:
         fields = json.loads((folder / "config.json").read_text())
         if not isinstance(fields, dict):
-            raise ValueError(f"wanted an object, got {type(fields).__name__}")
+            raise UserError(f"wanted an object, got {type(fields).__name__}")
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
     for name in [path.name] if path.is_file() else WEIGHTS:
         if (folder / name).is_file():
             return folder / name, fields
-    raise FileNotFoundError(f"{folder}: no weights here (wanted {' or '.join(WEIGHTS)})")
+    raise UserError(f"{folder}: no weights here (wanted {' or '.join(WEIGHTS)})")
 
 
 def read_config(file: Path, fields: dict, tensors: int):
@@ -1368,17 +1371,17 @@ def read_config(file: Path, fields: dict, tensors: int):
         if layout == "diffusers":
             ours = from_diffusers(fields) | ours
         elif missing:
-            raise ValueError(f"no {', '.join(sorted(missing))}; is this a VQGAN?")
+            raise UserError(f"no {', '.join(sorted(missing))}; is this a VQGAN?")
         if fields.get("_class_name") == "MaskGitVQGAN":
             ours["maskgit"] = True
         config = VQGANConfig(**ours)
         if len(config.channel_mult) * config.num_res_blocks > tensors:  # before hours go by in building them
-            raise ValueError(f"num_res_blocks {config.num_res_blocks} at {len(config.channel_mult)} levels, but the weights are {tensors} tensors")
+            raise UserError(f"num_res_blocks {config.num_res_blocks} at {len(config.channel_mult)} levels, but the weights are {tensors} tensors")
         return layout, config, eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
     except KeyError as error:
-        raise ValueError(f"{file}: no {error.args[0]}; is this a VQGAN?") from None
+        raise UserError(f"{file}: no {error.args[0]}; is this a VQGAN?") from None
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, IndexError) as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {error}") from None
 
 
 def recognise(file: Path, tensors):
@@ -1387,7 +1390,7 @@ def recognise(file: Path, tensors):
         ("taming", "encoder.down.{}.block.{}", "encoder.mid.attn_1"), ("llamagen", "encoder.conv_blocks.{}.res.{}", "encoder.mid.1"))
         if known[1].format(0, 0) + ".conv1.weight" in tensors), (None, None, None))
     if layout is None:
-        raise ValueError(f"{file}: neither a checkpoint of taming-transformers nor of LlamaGen; its first tensor is {min(tensors, default='missing')}")
+        raise UserError(f"{file}: neither a checkpoint of taming-transformers nor of LlamaGen; its first tensor is {min(tensors, default='missing')}")
     count = lambda pattern: next(n for n in range(len(tensors) + 1) if pattern.format(n) not in tensors)
     levels, blocks = count(block.format("{}", 0) + ".conv1.weight"), count(block.format(0, "{}") + ".conv1.weight")
     try:
@@ -1403,9 +1406,9 @@ def recognise(file: Path, tensors):
             l2_codes=layout == "llamagen", attend_single_blocks=blocks == 1 and bool(attended))
         return layout, config, eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
     except KeyError as error:
-        raise ValueError(f"{file}: no tensor {error.args[0]}") from None
+        raise UserError(f"{file}: no tensor {error.args[0]}") from None
     except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{file}: no network has these shapes ({error})") from None
+        raise UserError(f"{file}: no network has these shapes ({error})") from None
 
 
 def their_name(layout, name, config) -> str:
@@ -1467,13 +1470,13 @@ def from_diffusers(fields) -> dict:
     """Fields of VQGANConfig from a config.json of diffusers' VQModel."""
     for name, wanted in {"norm_type": "group", "act_fn": "silu", "out_channels": fields["in_channels"]}.items():
         if fields.get(name, wanted) != wanted:
-            raise ValueError(f"{name} {fields[name]!r} is another network; {wanted!r} is known")
+            raise UserError(f"{name} {fields[name]!r} is another network; {wanted!r} is known")
     widths, kinds = fields["block_out_channels"], {"": ("DownEncoderBlock2D", "UpDecoderBlock2D"), "Attn": ("AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D")}
     down, up = fields["down_block_types"], fields["up_block_types"][::-1]
     if any(pair not in kinds.values() for pair in zip(down, up)) or not len(down) == len(up) == len(widths):
-        raise ValueError(f"down_block_types {down} and up_block_types {up[::-1]} are no levels with or without attention, the same on the way up")
+        raise UserError(f"down_block_types {down} and up_block_types {up[::-1]} are no levels with or without attention, the same on the way up")
     if any(width % widths[0] for width in widths):
-        raise ValueError(f"block_out_channels {widths} are no multiples of the first")
+        raise UserError(f"block_out_channels {widths} are no multiples of the first")
     resolution = diffusers_resolution(fields.get("sample_size", 32), len(widths))
     return {"resolution": resolution, "num_channels": fields["in_channels"], "hidden_channels": widths[0], "channel_mult": [w // widths[0] for w in widths],
             "num_res_blocks": fields["layers_per_block"], "attn_resolutions": [resolution >> i for i, k in enumerate(down) if k.startswith("Attn")],
@@ -1537,7 +1540,7 @@ def read_safetensors(file: Path) -> dict[str, np.ndarray]:
         with safe_open(file, framework="flax") as tensors:  # flax: numpy has no bfloat16
             return {name: np.asarray(tensors.get_tensor(name)) for name in tensors.keys()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: damaged safetensors file ({error})") from None
+        raise UserError(f"{file}: damaged safetensors file ({error})") from None
 
 
 STORAGES = {"FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16, "BFloat16Storage": ml_dtypes.bfloat16,
@@ -1553,14 +1556,14 @@ def read_pickle(file: Path) -> dict[str, np.ndarray]:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
                 if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                    raise ValueError("a compressed entry, which PyTorch never writes")
+                    raise UserError("a compressed entry, which PyTorch never writes")
                 (pickled,) = [n for n in archive.namelist() if n.endswith("/data.pkl")]
                 root = pickled.removesuffix("data.pkl")
                 content = TensorUnpickler(io.BytesIO(archive.read(pickled))).load()
                 return views(content, lambda storage: archive.read(f"{root}data/{storage.key}"))
         with open(file, "rb") as stream:
             if TensorUnpickler(stream).load() != 0x1950A86A20F9469CFC6C:
-                raise ValueError("no PyTorch checkpoint")
+                raise UserError("no PyTorch checkpoint")
             for _ in ("protocol version", "machine"):
                 TensorUnpickler(stream).load()
             unpickler = TensorUnpickler(stream)
@@ -1570,7 +1573,7 @@ def read_pickle(file: Path) -> dict[str, np.ndarray]:
                 blobs[key] = stream.read(count * np.dtype(unpickler.storages[key].dtype).itemsize)
             return views(content, lambda storage: blobs[storage.key])
     except Exception as error:  # a damaged program fails in as many ways as there are words
-        raise ValueError(f"{file}: refused ({error or type(error).__name__})") from None
+        raise UserError(f"{file}: refused ({error or type(error).__name__})") from None
 
 
 def write_pickle(file: Path, key: str, tensors: dict[str, np.ndarray]):
@@ -1635,13 +1638,13 @@ def views(content, read) -> dict[str, np.ndarray]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             tensors = content[key]
     if not isinstance(tensors, dict) or not all(isinstance(t, TensorReference) for t in tensors.values()):
-        raise ValueError("not a dictionary of tensors")
+        raise UserError("not a dictionary of tensors")
     arrays = {}
     for name, tensor in tensors.items():
         flat = np.frombuffer(read(tensor.storage), tensor.storage.dtype)
         extent = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride, strict=True)) + 1
         if min((tensor.offset, *tensor.shape, *tensor.stride)) < 0 or max(extent, math.prod(tensor.shape)) > len(flat):
-            raise ValueError(f"tensor {name} of shape {list(tensor.shape)} does not fit its {len(flat)} stored values")
+            raise UserError(f"tensor {name} of shape {list(tensor.shape)} does not fit its {len(flat)} stored values")
         strides = [s * flat.itemsize for s in tensor.stride]
         arrays[name] = np.lib.stride_tricks.as_strided(flat[tensor.offset:], tensor.shape, strides).copy()
     return arrays
@@ -1666,15 +1669,15 @@ def reconstruct(images: tuple[Path, ...], model: Path = MINI, out: Path | None =
     """
     paths = [p for path in images for p in (find_images(path) if path.is_dir() else [path])]
     if not paths:
-        raise ValueError("no pictures; type: python vqgan.py reconstruct --images FILE ...")
+        raise UserError("no pictures; type: python vqgan.py reconstruct --images FILE ...")
     if (lpips_vgg is None) != (lpips_heads is None):
-        raise ValueError("LPIPS needs both --lpips-vgg and --lpips-heads")
+        raise UserError("LPIPS needs both --lpips-vgg and --lpips-heads")
     if out is None:
         out = Path("reconstruction.png")
     elif out.suffix not in (".png", ".webp", ".jpg"):
-        raise ValueError(f"--out {out}: the name must end in .png .webp .jpg (a picture)")
+        raise UserError(f"--out {out}: the name must end in .png .webp .jpg (a picture)")
     elif taken := [path for path in (out, out.with_suffix(".json")) if path.exists()]:
-        raise ValueError(f"--out: {taken[0]} exists; choose another name or delete it")
+        raise UserError(f"--out: {taken[0]} exists; choose another name or delete it")
     vqgan, networks = load(model), {"lpips": load_lpips(lpips_vgg, lpips_heads)} if lpips_vgg else {}
     report, sheet = measure_reconstruction(vqgan, paths, fit, networks, seed)
     for example in report["examples"]:
@@ -1766,11 +1769,8 @@ def with_config(model: VQGAN, **changes) -> VQGAN:
 
 
 def main():
-    try:
-        tyro.extras.subcommand_cli_from_dict({"train": train_command, "reconstruct": reconstruct, "convert": convert}, description=__doc__)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+    run_command(lambda: tyro.extras.subcommand_cli_from_dict(
+        {"train": train_command, "reconstruct": reconstruct, "convert": convert}, description=__doc__))
 
 
 def train_command(config: tyro.conf.OmitArgPrefixes[TrainConfig]):

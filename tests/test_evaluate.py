@@ -21,6 +21,7 @@ import sample
 import tokenize_data
 import train
 import vqgan
+from common.images import UserError
 from weights_rule import efficientnet_weights, measured_pictures
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
@@ -716,7 +717,7 @@ def test_inception_equals_pytorch_fid_and_its_file_is_used_whole(tmp_path):
     save_file({name: array for name, array in weights.items() if "Mixed_7c" not in name}, tmp_path / "less.safetensors")
     save_file(weights | {"AuxLogits.fc.weight": np.zeros(1, np.float32)}, tmp_path / "more.safetensors")
     for name, reason in (("less", "InceptionV3 has 94"), ("more", "unexpected tensor AuxLogits")):
-        with pytest.raises(ValueError, match=reason):
+        with pytest.raises(UserError, match=reason):
             evaluate.load_inception(tmp_path / f"{name}.safetensors")
 
 

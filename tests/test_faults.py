@@ -39,6 +39,8 @@ import sample
 import tokenize_data
 import train
 import vqgan
+from common.images import UserError
+from common.runs import RunStopped
 from conftest import ROOT, command, free_port, launch, log_of, post
 
 
@@ -380,7 +382,7 @@ def test_fault_06_a_save_that_the_disk_has_no_room_for_is_not_begun(tmp_path, mo
         patch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=3999))
         checkpoints.save(2, state)
         assert "it needs 4,000 bytes, and 3,999 are free" in capsys.readouterr().err
-        with pytest.raises(train.TrainingStopped):
+        with pytest.raises(RunStopped):
             checkpoints.close()
     checkpoints.save(3, state)
     checkpoints.close()
@@ -629,7 +631,7 @@ def test_fault_14_tokenising_killed_and_run_again_gives_the_bytes_of_a_clean_run
     process.wait()
     assert_no_orphans(process)
     assert not (tmp_path / "killed").exists() and 2 <= len(list(chunks.glob("??????.json"))) < 5
-    with pytest.raises(ValueError, match="other settings.*seed: 0 -> 1"):
+    with pytest.raises(UserError, match="other settings.*seed: 0 -> 1"):
         tokenize_data.tokenize_inpaint(tokenize_data.Inpaint(inputs=folder, out=tmp_path / "killed", tokenizer=dataset[1], shots=4, batch=8, seed=1))
     done = {path: path.stat().st_mtime_ns for path in chunks.glob("??????.json")}
     process = launch(command("killed", then, 0.5))

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from flash_attention import reference
 import lvm
+from common.images import UserError
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = np.load(Path(__file__).parent / "fixtures" / "lvm.npz")
@@ -257,7 +258,7 @@ def test_rows_that_share_a_prompt_decode_as_if_each_had_read_it(model, implement
     for t in range(13, 24):
         logits_BV, cache = step(model, ids_BT[:, t], cache)
         np.testing.assert_allclose(logits_BV, logits_BTV[:, t], atol=2e-5)
-    with pytest.raises(ValueError, match="7 rows do not divide over the 2 rows of the prompt"):
+    with pytest.raises(UserError, match="7 rows do not divide over the 2 rows of the prompt"):
         lvm.branch(prompt, 7, slots)
 
 
@@ -445,7 +446,7 @@ def test_a_run_folder_gives_its_newest_step_that_restores(model, run_folder, cap
 def test_a_run_whose_config_is_not_that_of_its_weights_is_refused(run_folder, capfd):
     config = dataclasses.asdict(dataclasses.replace(CONFIG, ffn=96))
     (run_folder / "config.json").write_text(json.dumps({"model": config}))
-    with pytest.raises(ValueError, match="no whole step that restores as the config says"):
+    with pytest.raises(UserError, match="no whole step that restores as the config says"):
         lvm.load(run_folder)
     assert "down_FD is (3, 80, 48), by the config (3, 96, 48)" in capfd.readouterr().err
 
@@ -480,15 +481,15 @@ def test_the_sizes_command_prints_the_table(monkeypatch, capsys):
     ],
 )
 def test_a_bad_config_says_which_number_is_wrong(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         dataclasses.replace(CONFIG, **change)
 
 
 def test_a_sentence_longer_than_the_context_says_so(model):
     for call in (lambda: model(jnp.zeros((1, 33), int)), lambda: lvm.prefill(model, IDS, 33)):
-        with pytest.raises(ValueError, match="33 tokens; the model's context is 32"):
+        with pytest.raises(UserError, match="33 tokens; the model's context is 32"):
             call()
-    with pytest.raises(ValueError, match="24 tokens and the cache room for 20"):
+    with pytest.raises(UserError, match="24 tokens and the cache room for 20"):
         lvm.prefill(model, IDS, 20)
 
 
@@ -517,7 +518,7 @@ def test_a_folder_that_is_no_lvm_is_refused_with_its_reason(change, message, tmp
     config = weights_rule.LLAMAS["head32"]
     changed = {key: value for key, value in (config | change).items() if value is not None}
     folder = hf_folder(tmp_path / "hf", changed, weights_rule.llama(config))
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         lvm.load(folder)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
@@ -527,39 +528,39 @@ def test_broken_files_are_refused_by_name(easylm_model, model, tmp_path):
     folder = hf_folder(tmp_path / "hf", config, weights_rule.llama(config))
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
+    with pytest.raises(UserError, match="model.safetensors is not a whole safetensors file"):
         lvm.load(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="neither model.safetensors nor"):
+    with pytest.raises(UserError, match="neither model.safetensors nor"):
         lvm.load(folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "../x"}}))
-    with pytest.raises(ValueError, match="'../x' outside its own folder"):
+    with pytest.raises(UserError, match="'../x' outside its own folder"):
         lvm.load(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is not JSON"):
+    with pytest.raises(UserError, match="config.json is not JSON"):
         lvm.load(folder)
     (folder / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="neither 'model' .* nor 'model_type'"):
+    with pytest.raises(UserError, match="neither 'model' .* nor 'model_type'"):
         lvm.load(folder)
     (folder / "config.json").write_text(json.dumps({"model": dataclasses.asdict(CONFIG)}))
-    with pytest.raises(FileNotFoundError, match="has no checkpoint"):
+    with pytest.raises(UserError, match="has no checkpoint"):
         lvm.load(folder)
 
     stream = easylm_stream(tmp_path / "stream", easylm_model, ("params",))
-    with pytest.raises(ValueError, match="pass its number of heads"):
+    with pytest.raises(UserError, match="pass its number of heads"):
         lvm.load(stream)
     stream.write_bytes(stream.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="lacks the tensor transformer/h/1"):
+    with pytest.raises(UserError, match="lacks the tensor transformer/h/1"):
         lvm.load(stream, heads=4)
     for rubbish in (b"", b"rubbish", bytes(range(256)), b"\xc1" * 9):
         stream.write_bytes(rubbish)
-        with pytest.raises(ValueError, match="stream is not an EasyLM stream"):
+        with pytest.raises(UserError, match="stream is not an EasyLM stream"):
             lvm.load(stream)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(UserError, match="nowhere"):
         lvm.load(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(UserError, match="nowhere"):
         lvm.load("params::nowhere")
-    with pytest.raises(ValueError, match="pass the folder"):
+    with pytest.raises(UserError, match="pass the folder"):
         lvm.load(folder / "config.json")
 
 

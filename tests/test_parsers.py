@@ -23,6 +23,7 @@ import lvm
 import tokenize_data
 import train
 import vqgan
+from common.images import UserError
 
 
 MODEL = lvm.LVMConfig(hidden=8, ffn=8, layers=1, heads=2, codes=16, specials=4, context=16)
@@ -137,7 +138,7 @@ def test_a_tokenizer_config_of_other_values_is_refused_or_read(tokenizer, tmp_pa
 @pytest.mark.parametrize("field, value", [("num_res_blocks", 10**9), ("channel_mult", [1] * 10**6), ("hidden_channels", 2**70), ("num_embeddings", 10**15)])
 def test_a_tokenizer_of_absurd_size_is_refused(tokenizer, tmp_path, field, value):
     fields = json.loads((tokenizer / "config.json").read_text())
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError):
         vqgan.load(copies(tokenizer, tmp_path, "config.json", fields | {field: value}))
 
 

@@ -27,6 +27,7 @@ from PIL import Image
 import lvm
 import sample
 import vqgan
+from common.images import UserError
 from conftest import free_port, post
 
 ROOT = Path(__file__).parent.parent
@@ -491,7 +492,7 @@ def test_damaged_weights_are_not_drawn_from(folder, monkeypatch, capsys, model):
 
 @pytest.mark.parametrize("bad", [dict(candidates=0), dict(frames=0), dict(temperature=-0.1), dict(top_p=0.0), dict(top_k=-1)])
 def test_generate_refuses_what_cannot_be(model, tokenizer, bad):
-    with pytest.raises(ValueError, match=next(iter(bad)).replace("_", ".")):
+    with pytest.raises(UserError, match=next(iter(bad)).replace("_", ".")):
         sample.generate(model, tokenizer, pictures(1), key=jax.random.key(0), **bad)
 
 

@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import lvm
 import train
+from common.images import UserError
 
 TINY = lvm.LVMConfig(hidden=64, ffn=96, layers=2, heads=8, codes=32, context=34)
 RNG = np.random.default_rng(0)
@@ -130,9 +131,9 @@ def test_the_mesh_by_default_splits_weights_only_as_far_as_memory_asks():
 def test_a_mesh_that_does_not_divide_the_model_names_the_nearest_that_do():
     config = train.Config(size="7b", mesh="1,1,8,1")
     optimizer, _ = train.make_optimizer(config)
-    with pytest.raises(ValueError, match="fsdp 3 does not divide the hidden of 7b, 64; the nearest that do: 2 and 4"):
+    with pytest.raises(UserError, match="fsdp 3 does not divide the hidden of 7b, 64; the nearest that do: 2 and 4"):
         train.abstract_state(config, TINY, optimizer, mesh_of(1, 3, 1, 1))
-    with pytest.raises(ValueError, match="tensor 5 does not divide the heads of 7b, 8; the nearest that do: 4 and 8"):
+    with pytest.raises(UserError, match="tensor 5 does not divide the heads of 7b, 8; the nearest that do: 4 and 8"):
         train.abstract_state(config, TINY, optimizer, mesh_of(1, 1, 5, 1))
 
 
@@ -259,13 +260,13 @@ def test_the_users_own_xla_flags_win(monkeypatch, capsys):
 @pytest.mark.parametrize("name, words", [("v9:2x2", "wanted one of"), ("h200:12", "nodes of 8"), ("v5e:3x5", "v5e:3x5")])
 def test_a_topology_that_is_none_says_so(name, words, monkeypatch):
     monkeypatch.setattr(train, "tell_xla", lambda platform: None)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=words):
         train.find_topology(name)
 
 
 def test_without_the_compiler_the_error_says_what_to_type(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install -r tests/compilers.txt"):
+    with pytest.raises(UserError, match="pip install -r tests/compilers.txt"):
         train.find_topology("v5p:2x2x1")
 
 

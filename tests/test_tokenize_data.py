@@ -19,6 +19,7 @@ import lvm
 import tokenize_data
 import train
 import vqgan
+from common.images import UserError
 
 SIZE = 16
 
@@ -115,18 +116,18 @@ def test_what_is_no_whole_picture_is_refused_by_name(tmp_path, name, content):
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
         content = path.read_bytes()[:3000]
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(UserError, match=name):
         tokenize_data.read_image(path, 8)
 
 
 def test_a_picture_over_the_pixel_cap_is_refused_before_it_is_decoded(tmp_path):
     Image.new("1", (9000, 8000)).save(tmp_path / "bomb.png")
-    with pytest.raises(ValueError, match="bomb.png.*limit"):
+    with pytest.raises(UserError, match="bomb.png.*limit"):
         tokenize_data.read_image(tmp_path / "bomb.png", 8)
 
 
 def test_a_missing_file_is_a_file_not_found_error():
-    with pytest.raises(FileNotFoundError, match="nowhere.png"):
+    with pytest.raises(UserError, match="nowhere.png"):
         tokenize_data.read_image("nowhere.png", 8)
 
 
@@ -156,7 +157,7 @@ def test_a_bad_picture_is_left_out_and_the_rest_is_as_without_it(tmp_path, token
 def test_too_many_bad_pictures_stop_the_run(tmp_path, tokenizer):
     folder = write_pictures(tmp_path / "in", 4)
     (folder / "bad.png").write_text("no picture")
-    with pytest.raises(ValueError, match="max-rejected"):
+    with pytest.raises(UserError, match="max-rejected"):
         tokenize_data.tokenize_colorize(tokenize_data.Colorize(inputs=folder, out=tmp_path / "d", tokenizer=tokenizer, shots=2))
     assert not (tmp_path / "d").exists()
 
@@ -296,16 +297,16 @@ def test_a_damaged_dataset_is_refused_before_it_is_read(tmp_path, dataset, damag
     for file in dataset[0].iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     damage(folder)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(UserError, match=message):
         tokenize_data.open_dataset([folder], context=34, batch=2, seed=0)
 
 
 def test_a_sentence_longer_than_the_context_and_other_tokenizers_are_refused(dataset, tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="--context 34"):
+    with pytest.raises(UserError, match="--context 34"):
         tokenize_data.open_dataset([dataset[0]], context=33, batch=2, seed=0)
     other = vqgan.VQGAN(vqgan.load(tokenizer).config, key=jax.random.key(1))
     tokenize_data.write_dataset(tmp_path / "other", other, ["c"], [(0, np.zeros(32, np.uint16))])
-    with pytest.raises(ValueError, match="another tokenizer"):
+    with pytest.raises(UserError, match="another tokenizer"):
         tokenize_data.open_dataset([dataset[0], tmp_path / "other"], context=34, batch=2, seed=0)
 
 
@@ -573,7 +574,7 @@ def test_labels_survive_the_way_through_colours_and_back(tmp_path):
 def test_a_label_without_a_colour_is_refused(tmp_path):
     (tmp_path / "in").mkdir()
     Image.fromarray(np.full((4, 4), 300, np.uint16)).save(tmp_path / "in" / "a.png")
-    with pytest.raises(ValueError, match="300.*256 colours"):
+    with pytest.raises(UserError, match="300.*256 colours"):
         tokenize_data.recolor(tokenize_data.Recolor(inputs=tmp_path / "in", out=tmp_path / "d"))
 
 
@@ -667,7 +668,7 @@ def test_devices_that_share_a_batch_give_the_codes_of_one(tmp_path, tokenizer):
 ])
 def test_empty_all_bad_and_too_few_inputs_are_errors(tmp_path, tokenizer, make, message):
     make(tmp_path)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         run(tokenize_data.Colorize(inputs=tmp_path / "empty", out=tmp_path / "d", tokenizer=tokenizer))
 
 
@@ -691,7 +692,7 @@ def test_inspect_counts_and_finds_a_changed_byte(tmp_path, dataset, capsys):
     data = bytearray((tmp_path / "d" / "00000.tokens").read_bytes())
     data[100] ^= 1
     (tmp_path / "d" / "00000.tokens").write_bytes(data)
-    with pytest.raises(ValueError, match="00000.tokens.*sha256"):
+    with pytest.raises(UserError, match="00000.tokens.*sha256"):
         tokenize_data.inspect(tokenize_data.Inspect(data=tmp_path / "d"))
 
 
@@ -732,7 +733,7 @@ def test_bad_lines_are_counted_listed_and_left_out(tmp_path, dataset, capsys):
     assert len(source) == 20 and (source[3][1] == dataset[1][3]).all()
     lines = [r["path"].rpartition(":")[2] for r in map(json.loads, pathlib.Path(f"{file}.rejected.jsonl").read_text().splitlines())]
     assert lines == ["21", "22", "23", "25", "26", "27", "28", "29"] and "8 of 28 lines" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="lines are bad"):
+    with pytest.raises(UserError, match="lines are bad"):
         tokenize_data.Jsonl(file, 32, (32, 33))
 
 
@@ -747,15 +748,15 @@ def test_fields_place_literal_ids_and_keep_the_loss_from_what_is_in_brackets(tmp
     batch = next(iter(tokenize_data.open_dataset([file], context=8, batch=1, seed=0, codes=32, fields="[{context}],{target}")))
     assert batch["mask_BT"].tolist() == [[0, 0, 1, 1, 0, 0, 0, 0]]
     for fields, message in ((",{tokens},", "swallows"), ("{a", "neither"), ("[{a}", "neither"), ("text", "neither"), ("<|999|>,{target}", "vocabulary"), ("<|1|>", "no {key}")):
-        with pytest.raises(ValueError, match=re.escape(message)):
+        with pytest.raises(UserError, match=re.escape(message)):
             tokenize_data.Jsonl(file, 32, (32, 33), fields)
 
 
 def test_fields_without_a_jsonl_and_an_empty_jsonl_are_refused(tmp_path, dataset):
-    with pytest.raises(ValueError, match="--fields"):
+    with pytest.raises(UserError, match="--fields"):
         tokenize_data.open_dataset([dataset[0]], context=34, batch=2, seed=0, fields="{tokens}")
     (tmp_path / "a.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="no line"):
+    with pytest.raises(UserError, match="no line"):
         tokenize_data.open_dataset([tmp_path / "a.jsonl"], context=34, batch=2, seed=0, codes=32)
 
 
@@ -843,13 +844,13 @@ def test_the_held_out_fraction_is_the_same_sentences_wherever_they_are_stored(tm
     assert not train & heldout and 3 <= len(heldout) <= 15 and train | heldout == {tuple(row.tolist()) for row in uneven[1]}
     tokenize_data.write_dataset(tmp_path / "d", vqgan.load(tokenizer), ["b"], ((0, row) for row in reversed(uneven[1])))
     assert of(tmp_path / "d", True) == heldout
-    with pytest.raises(ValueError, match="leaves no sentence in"):
+    with pytest.raises(UserError, match="leaves no sentence in"):
         batches([uneven[0]], 1, heldout_fraction=1e-9, heldout=True)
 
 
 @pytest.mark.parametrize("packing", tokenize_data.PACKINGS)
 def test_data_that_do_not_fill_a_batch_are_an_error(dataset, packing):
-    with pytest.raises(ValueError, match="do not fill a batch"):
+    with pytest.raises(UserError, match="do not fill a batch"):
         tokenize_data.open_dataset([dataset[0]], context=34, batch=64, seed=0, packing=packing)
 
 
@@ -857,13 +858,13 @@ def test_ids_of_a_dataset_too_large_to_check_at_once_are_checked_as_they_are_rea
     monkeypatch.setattr(tokenize_data, "CHECKED_WHOLE", 0)
     shutil.copytree(dataset[0], tmp_path / "d")
     (tmp_path / "d" / "00000.tokens").write_bytes(b"\xff\xff" * 640)
-    with pytest.raises(ValueError, match="outside the codebook"):
+    with pytest.raises(UserError, match="outside the codebook"):
         next(iter(tokenize_data.open_dataset([tmp_path / "d"], context=34, batch=2, seed=0)))
 
 
 def test_weights_without_a_measure_are_refused(dataset):
     for weight in ("0", "-1"):
-        with pytest.raises(ValueError, match="more than 0"):
+        with pytest.raises(UserError, match="more than 0"):
             tokenize_data.open_dataset([f"{dataset[0]}:{weight}"], context=34, batch=2, seed=0)
 
 

@@ -14,6 +14,7 @@ import lvm
 import tokenize_data
 import train
 import vqgan
+from common.images import UserError
 from conftest import ROOT, command, launch, log_of
 from test_lvm import easylm_stream
 
@@ -152,7 +153,7 @@ def test_training_starts_from_given_weights_at_another_context_with_other_specia
     assert state["model"].config == asked
     for a, b in zip(jax.tree.leaves(state["model"]), jax.tree.leaves(given), strict=True):
         np.testing.assert_array_equal(a, b)
-    with pytest.raises(ValueError, match="--init"):
+    with pytest.raises(UserError, match="--init"):
         train.make_state(config, dataclasses.replace(asked, ffn=300), train.make_optimizer(config)[0], mesh)
 
 

@@ -46,6 +46,8 @@ from weights_rule import (
 )
 
 import vqgan
+from common.images import UserError
+from common.runs import RunStopped
 from benchmarks import tokenizer as benchmark
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
@@ -165,7 +167,7 @@ def test_the_defaults_are_the_published_class_defaults():
     ],
 )
 def test_encode_refuses_what_is_no_batch_of_square_pictures_in_0_1(tiny, pixels_BHWC, reason):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(UserError, match=reason):
         vqgan.encode(tiny, pixels_BHWC)
 
 
@@ -182,7 +184,7 @@ def test_encode_refuses_what_is_no_batch_of_square_pictures_in_0_1(tiny, pixels_
     ],
 )
 def test_decode_refuses_what_is_no_square_of_codes_of_the_codebook(tiny, codes_BS, reason):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(UserError, match=reason):
         vqgan.decode(tiny, codes_BS)
 
 
@@ -332,7 +334,7 @@ def test_a_checkpoint_of_another_project_gives_its_codes_and_pixels_and_comes_ba
     shared = {"t": ("open-muse", "diffusers", "taming"), "l": vqgan.LAYOUTS, "m": ("open-muse",)}[name[0]]
     for layout in vqgan.LAYOUTS:
         if layout not in shared:
-            with pytest.raises(ValueError, match=f"{layout} has no such network"):
+            with pytest.raises(UserError, match=f"{layout} has no such network"):
                 vqgan.save(model, tmp_path / layout, layout=layout)
             assert not (tmp_path / layout).exists()
             continue
@@ -365,11 +367,11 @@ def test_a_checkpoint_is_written_back_under_its_own_names_shapes_and_numbers(nam
 def test_every_tensor_of_a_checkpoint_is_used_once_or_named(name, tmp_path):
     weights = peer_weights(name)
     missing = "decoder.conv_in.bias"
-    with pytest.raises(ValueError, match=r"no tensor decoder\.conv_in\.bias"):
+    with pytest.raises(UserError, match=r"no tensor decoder\.conv_in\.bias"):
         vqgan.load(write_peer(tmp_path / "less", name, {k: v for k, v in weights.items() if k != missing}))
-    with pytest.raises(ValueError, match=r"unexpected tensor encoder\.extra\.weight"):
+    with pytest.raises(UserError, match=r"unexpected tensor encoder\.extra\.weight"):
         vqgan.load(write_peer(tmp_path / "more", name, weights | {"encoder.extra.weight": np.zeros(4, np.float32)}))
-    with pytest.raises(ValueError, match=r"encoder\.conv_out\.weight"):
+    with pytest.raises(UserError, match=r"encoder\.conv_out\.weight"):
         vqgan.load(write_peer(tmp_path / "other", name, weights | {"encoder.conv_out.weight": np.zeros((8, 8, 3, 3), np.float32)}))
 
 
@@ -396,7 +398,7 @@ def test_a_class_of_lightning_is_a_mere_word_and_calling_it_is_refused(tmp_path)
     harmless = word("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint")
     for name, body in {"call": call(harmless, text("x")), "build": harmless + dictionary((text("x"), number(1))) + b"b"}.items():
         write_zip(tmp_path / f"{name}.ckpt", program(dictionary((text("callbacks"), body))), {})
-        with pytest.raises(ValueError, match=f"{name}.ckpt: refused"):
+        with pytest.raises(UserError, match=f"{name}.ckpt: refused"):
             vqgan.load(tmp_path / f"{name}.ckpt")
 
 
@@ -412,7 +414,7 @@ def test_diffusers_own_folder_returns_from_our_export_and_its_other_networks_are
     assert all(n == 2 for name, n in ndim.items() if ".to_" in name and name.endswith("weight"))
     for field, value in {"norm_type": "spatial", "act_fn": "mish", "up_block_types": ["UpDecoderBlock2D"] * 2}.items():
         (tmp_path / "diffusers" / "config.json").write_text(json.dumps(written | {field: value}))
-        with pytest.raises(ValueError, match=rf"config\.json.*{field}"):
+        with pytest.raises(UserError, match=rf"config\.json.*{field}"):
             vqgan.load(tmp_path / "diffusers")
 
 
@@ -521,7 +523,7 @@ def test_a_pickle_that_would_run_something_is_refused_and_does_not_run(tmp_path,
         write_zip(
             file, program(dictionary((text("state_dict"), body)) if "state_dict" in container else body), {"0": b"0000"}
         )
-    with pytest.raises(ValueError) as refusal:
+    with pytest.raises(UserError) as refusal:
         vqgan.load(tmp_path)
     assert not canary.exists()
     assert str(file) in str(refusal.value) and "refused" in str(refusal.value) and "\n" not in str(refusal.value)
@@ -565,7 +567,7 @@ def one_tensor(kind="FloatStorage", key="0", count=4, offset=0, shape=(4,), stri
 def test_a_pickle_whose_tensors_lie_is_refused(tmp_path, body):
     write_config(tmp_path)
     write_zip(tmp_path / "pytorch_model.bin", program(body), {"0": np.arange(4, dtype=np.float32).tobytes()})
-    with pytest.raises(ValueError, match="pytorch_model.bin: refused"):
+    with pytest.raises(UserError, match="pytorch_model.bin: refused"):
         vqgan.load(tmp_path)
 
 
@@ -584,7 +586,7 @@ def test_a_pickle_whose_tensors_lie_is_refused(tmp_path, body):
 def test_a_damaged_torch_file_is_refused_by_name(tmp_path, content):
     write_config(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(content)
-    with pytest.raises(ValueError, match="pytorch_model.bin"):
+    with pytest.raises(UserError, match="pytorch_model.bin"):
         vqgan.load(tmp_path)
 
 
@@ -597,7 +599,7 @@ def test_a_compressed_bomb_in_a_torch_file_is_refused_before_it_is_unpacked(tmp_
                 entry.write(bytes(2**20))
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match="pytorch_model.bin"):
+        with pytest.raises(UserError, match="pytorch_model.bin"):
             vqgan.load(tmp_path)
         assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
     finally:
@@ -666,7 +668,7 @@ def safetensors(header, data=b"") -> bytes:
 def test_a_malformed_safetensors_file_is_refused_by_name(tmp_path, content):
     write_config(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="model.safetensors"):
+    with pytest.raises(UserError, match="model.safetensors"):
         vqgan.load(tmp_path)
 
 
@@ -674,7 +676,7 @@ def test_a_malformed_safetensors_file_is_refused_by_name(tmp_path, content):
 def test_a_truncated_safetensors_file_is_refused_by_name(tmp_path, part):
     file = write_folder(tmp_path, VQGAN_TINY, tiny_weights()) / "model.safetensors"
     os.truncate(file, part if part > 0 else file.stat().st_size + part)
-    with pytest.raises(ValueError, match="model.safetensors"):
+    with pytest.raises(UserError, match="model.safetensors"):
         vqgan.load(tmp_path)
 
 
@@ -682,12 +684,12 @@ def test_a_truncated_safetensors_file_is_refused_by_name(tmp_path, part):
 
 
 def test_a_folder_without_its_parts_is_refused_with_what_is_wanted(tmp_path):
-    with pytest.raises(FileNotFoundError, match="config.json"):
+    with pytest.raises(UserError, match="config.json"):
         vqgan.load(tmp_path)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(UserError, match="nowhere"):
         vqgan.load(tmp_path / "nowhere")
     write_config(tmp_path)
-    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+    with pytest.raises(UserError, match="model.safetensors"):
         vqgan.load(tmp_path)
 
 
@@ -721,7 +723,7 @@ def test_a_folder_without_its_parts_is_refused_with_what_is_wanted(tmp_path):
 def test_a_config_that_describes_no_network_is_refused(tmp_path, config, reason):
     write_folder(tmp_path, VQGAN_TINY, tiny_weights())
     (tmp_path / "config.json").write_text(config)
-    with pytest.raises(ValueError, match=reason) as refusal:
+    with pytest.raises(UserError, match=reason) as refusal:
         vqgan.load(tmp_path)
     assert "config.json" in str(refusal.value)
 
@@ -734,18 +736,18 @@ def test_weights_unlike_their_config_are_refused_by_the_tensors_name(tmp_path):
         "flat": weights | {name: weights[name].reshape(32, -1)},
     }
     for case, changed in cases.items():
-        with pytest.raises(ValueError, match=name.replace(".", r"\.")) as refusal:
+        with pytest.raises(UserError, match=name.replace(".", r"\.")) as refusal:
             vqgan.load(write_folder(tmp_path / case, VQGAN_TINY, changed))
         assert "model.safetensors" in str(refusal.value)
-    with pytest.raises(ValueError, match=r"loss\.logvar"):
+    with pytest.raises(UserError, match=r"loss\.logvar"):
         vqgan.load(write_folder(tmp_path / "more", VQGAN_TINY, weights | {"loss.logvar": np.zeros(1, np.float32)}))
-    with pytest.raises(ValueError, match=r"quantize\.embedding\.weight"):
+    with pytest.raises(UserError, match=r"quantize\.embedding\.weight"):
         vqgan.load(write_folder(tmp_path / "codes", VQGAN_TINY | {"num_embeddings": 128}, weights))
 
 
 def test_a_weight_that_is_not_a_number_is_refused_by_its_name(tmp_path):
     weights = tiny_weights() | {"quant_conv.bias": np.full(8, np.nan, np.float32)}
-    with pytest.raises(ValueError, match=r"quant_conv\.bias"):
+    with pytest.raises(UserError, match=r"quant_conv\.bias"):
         vqgan.load(write_folder(tmp_path, VQGAN_TINY, weights))
 
 
@@ -799,7 +801,7 @@ def test_the_next_picture_stands_in_the_place_of_one_that_cannot_be_read_which_i
     assert [reason.split(": ")[0] for reason in reasons] == [str(tmp_path / f"{i}.png") for i in (3, 4, 9)]
     assert [line for line in capsys.readouterr().err.splitlines()] == [f"left out: {reason}" for reason in reasons]
     strict = vqgan.leave_out_unreadable(read, count, tmp_path / "out" / "rejected.jsonl", 0.1)
-    with pytest.raises(ValueError, match="2 of 10 pictures cannot be read, more than --max-rejected 0.1; the last: .*4.png"):
+    with pytest.raises(UserError, match="2 of 10 pictures cannot be read, more than --max-rejected 0.1; the last: .*4.png"):
         strict(3, None)
 
 
@@ -841,9 +843,9 @@ def test_a_step_with_nan_changes_neither_weights_nor_moments_and_is_counted_and_
     assert metrics["gate"] == 0 and metrics["gan_weight"] == 0
 
     bad = {"in_a_row": 20.0, "loss": float("nan"), "grad_norm": 1.0, "perplexity": 9.0}
-    with pytest.raises(FloatingPointError, match="20 steps in a row.*step 7.*checkpoint is at step 6"):
+    with pytest.raises(RunStopped, match="20 steps in a row.*step 7.*checkpoint is at step 6"):
         vqgan.check_health(config, 7, bad, 6)
-    with pytest.raises(FloatingPointError, match="codebook has collapsed: perplexity 1.20"):
+    with pytest.raises(RunStopped, match="codebook has collapsed: perplexity 1.20"):
         vqgan.check_health(config, 600, bad | {"in_a_row": 0, "perplexity": 1.2}, 500)
 
 
@@ -919,13 +921,13 @@ def test_codes_of_length_1_train_in_bfloat16(pictures, tmp_path):
     ],
 )
 def test_training_flags_that_contradict_each_other_are_refused(flags, reason):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(UserError, match=reason):
         vqgan.TrainConfig(data=pathlib.Path("x"), **flags)
 
 
 @pytest.mark.parametrize("mesh", ["8", "3,1", "a,b", "0,8", "16,1"])
 def test_a_mesh_unlike_the_devices_is_refused(mesh):
-    with pytest.raises(ValueError, match="--mesh"):
+    with pytest.raises(UserError, match="--mesh"):
         vqgan.make_mesh(mesh)
 
 
@@ -952,10 +954,10 @@ def test_lpips_equals_the_lpips_package_and_its_files_are_used_whole(tmp_path):
     np.testing.assert_allclose(distance(network, a, b), MEASURES["lpips_B"], rtol=1e-4)
     assert (distance(network, a, a) < 1e-12).all()
     save_file(heads | {"lin5.model.1.weight": np.zeros((1, 4, 1, 1), np.float32)}, tmp_path / "more.safetensors")
-    with pytest.raises(ValueError, match=r"more\.safetensors: unexpected tensor lin5"):
+    with pytest.raises(UserError, match=r"more\.safetensors: unexpected tensor lin5"):
         vqgan.load_lpips(tmp_path / "vgg.safetensors", tmp_path / "more.safetensors")
     save_file({k: v for k, v in vgg.items() if "28.bias" not in k}, tmp_path / "less.safetensors")
-    with pytest.raises(ValueError, match=r"less\.safetensors: no tensor features\.28\.bias"):
+    with pytest.raises(UserError, match=r"less\.safetensors: no tensor features\.28\.bias"):
         vqgan.load_lpips(tmp_path / "less.safetensors", tmp_path / "heads.safetensors")
 
 
@@ -968,7 +970,7 @@ def test_efficientnet_lite0_equals_its_pytorch_package_and_tells_pictures_apart(
     np.testing.assert_allclose(logits_BK[:, ::4], MEASURES["logits_BK"], rtol=0, atol=1e-4)
     assert (distance_B > 0.01).all() and (none_B < 1e-9).all()
     save_file(weights | {"extra": np.zeros(1, np.float32)}, tmp_path / "more.safetensors")
-    with pytest.raises(ValueError, match="unexpected tensor extra"):
+    with pytest.raises(UserError, match="unexpected tensor extra"):
         vqgan.load_efficientnet_lite0(tmp_path / "more.safetensors")
 
 

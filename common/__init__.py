@@ -1,0 +1,1 @@
+"""What two stages share: pictures and videos (images), tensors in files (weights), run folders (runs), measures (metrics)."""
