@@ -1,7 +1,9 @@
 """How commands start and end, and what a run folder is."""
 
+import dataclasses
 import sys
 import traceback
+import typing
 
 from common.images import UserError
 
@@ -34,3 +36,26 @@ def run_command(command, *arguments, leave=sys.exit):
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     leave(status)
+
+
+def check_numbers(config, intervals: dict[str, str], called=lambda field: "--" + field.replace("_", "-")):
+    """Raises UserError, naming the flag, where a number of the dataclass `config` makes no sense.
+
+    `intervals` holds the names of all its fields of numbers, by the interval in which they must lie:
+    {"[1, inf)": "steps batch", "[0, 1)": "ema"}. Integers lie below 2**31 and floats in the range of float32 in any
+    case; None passes where the field may be None; every entry of a tuple is checked. A message calls a field
+    `called(field)`. Raises KeyError for a field of numbers that has no interval."""
+    interval_of = {field: interval for interval, fields in intervals.items() for field in fields.split()}
+    for field in dataclasses.fields(config):
+        kinds = (field.type, *typing.get_args(field.type))
+        value = getattr(config, field.name)
+        if int not in kinds and float not in kinds or value is None and type(None) in kinds:
+            continue
+        interval = interval_of[field.name]
+        low, high = map(float, interval[1:-1].split(","))
+        most = 2**31 - 1 if float not in kinds else 3.4e38
+        for number in value if isinstance(value, tuple) else [value]:
+            fits = type(number) in (int, *kinds) and abs(number) <= most and low <= number <= high
+            if not fits or (number == low and interval[0] == "(") or (number == high and interval[-1] == ")"):
+                kind = "an integer" if float not in kinds else "a number"
+                raise UserError(f"{called(field.name)} must be {kind} in {interval}, got {number!r}")
