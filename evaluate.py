@@ -54,7 +54,7 @@ import sample
 import tokenize_data
 import vqgan
 from common import metrics
-from common.images import UserError
+from common.images import UserError, count_frames, find_videos, read_clip, read_depth, read_integers
 from common.runs import RunStopped, run_command
 from common.weights import strict_json, write_whole
 
@@ -341,13 +341,13 @@ class Video(Prompted):
 def video(config: Video):
     check_at_least(1, frames=config.frames, stride=config.stride, limit=config.limit or 1)
     queries, too_short = [], []
-    for path in tokenize_data.find_videos(config.data, "")[:config.limit]:
+    for path in find_videos(config.data, "")[:config.limit]:
         name, span = path.relative_to(config.data).as_posix(), config.frames * config.stride + 1
-        if (count := tokenize_data.count_frames(path)) < span:
+        if (count := count_frames(path)) < span:
             too_short.append({"path": name, "frames": count})
             continue
         start = int(np.random.default_rng((config.seed, zlib.crc32(name.encode()))).integers(count - span + 1))
-        queries.append(Query(name, "video", functools.partial(read_clip, path, range(start, start + span, config.stride), config.fit)))
+        queries.append(Query(name, "video", functools.partial(read_clip, path, range(start, start + span, config.stride), fit=config.fit)))
     if not queries:
         raise UserError(f"{config.data}: no video has the {config.frames * config.stride + 1} frames that {config.frames} and one more at stride "
                          f"{config.stride} take; lower --frames or --stride")
@@ -357,13 +357,6 @@ def video(config: Video):
         config, "video", queries, {f"{config.frames} frames": config.frames}, lambda answer, truth, *_: {"mse": float(np.square(answer - truth).mean())},
         f"exp(mean NLL of the codes of the frame after {config.frames} frames, at stride {config.stride}) of each clip, arithmetic mean over clips; one clip a "
         f"video, its start drawn by the seed and the path; bilinear {config.fit}", {"data": str(config.data), "too_short": too_short})
-
-
-def read_clip(path, wanted, fit, size):
-    pictures, there = tokenize_data.read_frames(path, wanted, size, (fit, None, False, None))
-    if there is not None:
-        raise UserError(f"{path}: {there} frames can be decoded, its container promises more; take it away or mend it")
-    return pictures
 
 
 # ---------------------------------------------------------------------------------------------------- the visual-prompting benchmark
@@ -425,7 +418,7 @@ def segmentation(config: Segmentation):
 def read_masked(root, names, number, size):
     pictures = []
     for name in names:
-        mask_HW = tokenize_data.read_integers(root / "SegmentationClassAug" / f"{name}.png") == number
+        mask_HW = read_integers(root / "SegmentationClassAug" / f"{name}.png") == number
         mask = Image.fromarray(mask_HW.astype(np.uint8) * 255)
         pictures += [vqgan.read_image(root / "JPEGImages" / f"{name}.jpg", size), vqgan.to_pixels(mask, size)]
     return pictures
@@ -593,13 +586,6 @@ def depth(config: Depth):
                  "inverse depth drawn near = white, scaled to each picture's range; scale and shift fitted in inverse depth by least squares (as MiDaS), "
                  "depth at most the picture's largest; absolute relative error, share of pixels under a factor 1.25; plain means over pictures. All of it "
                  "is ours: the paper measures no depth", {"data": str(config.data)})
-
-
-def read_depth(path, size) -> np.ndarray:
-    """-> float64 [size, size], the nearest pixels, 0 where unknown."""
-    depth_HW = tokenize_data.read_integers(path).astype(np.float64)
-    y, x = (np.minimum(((np.arange(size) + 0.5) * side / size).astype(int), side - 1) for side in depth_HW.shape)
-    return depth_HW[y][:, x]
 
 
 def read_depths(image_paths, answer_paths, size):

@@ -51,7 +51,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Callable, Iterable, Literal, NamedTuple
 
-import av
 import grain
 import jax
 import numpy as np
@@ -61,9 +60,10 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import vqgan
-from common.images import UserError
+from common.images import (
+    UserError, count_frames, find_clips, find_stems, find_videos, pictures_of, read_frames, read_half, read_image, read_integers,
+    to_pixels)
 from common.runs import RunStopped, run_command
-from vqgan import find_images, read_image  # read_image is public here too: every stage reads pictures the same way
 
 FORMAT = 1
 PICTURES = vqgan.HERE / "assets" / "pictures"
@@ -456,7 +456,7 @@ def write_sentences(source: Source, kinds, items: list[Item], series, notes=(), 
     def too_few(readable, notes):
         report(source.out, notes)
         shots = f"one sentence of {series[0].shots}" if not callable(series) and series[0].shots > 1 else "one sentence"
-        return ValueError(f"{source.inputs if isinstance(source.inputs, Path) else source.inputs[0]}: {readable} readable items do not fill {shots}; "
+        return UserError(f"{source.inputs if isinstance(source.inputs, Path) else source.inputs[0]}: {readable} readable items do not fill {shots}; "
                           f"lower --shots, --frames, --strides or --per-class, or see {source.out}.rejected.jsonl")
 
     if not callable(series) and all(len(some.units) < some.shots for some in series):  # however many of them can be read
@@ -494,59 +494,6 @@ def write_sentences(source: Source, kinds, items: list[Item], series, notes=(), 
 
 
 # ---------------------------------------------------------------------------------------------------- finding files
-
-
-def find_stems(folder: Path, text: str, notes: list) -> dict[str, Path]:
-    """{path below the folder without its suffix: path}, sorted; a second file of the same name goes into the notes."""
-    stems = {}
-    for path in find_images(folder):
-        name = path.relative_to(folder)
-        if text in name.as_posix():
-            stem = name.with_suffix("").as_posix()
-            if stem in stems:
-                notes.append({"path": str(path), "reason": f"has the name of {stems[stem]}, but for the suffix"})
-            stems.setdefault(stem, path)
-    if not stems:
-        raise UserError(f"{folder}: no picture's path holds {text!r}; change --filter or --answer-filter")
-    return stems
-
-
-VIDEOS = {".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif"}
-
-
-def find_videos(folder: Path, text: str) -> list[Path]:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEOS and p.is_file() and text in p.relative_to(folder).as_posix())
-    if not files:
-        raise UserError(f"{folder}: no videos below this folder ({' '.join(sorted(VIDEOS))}){' with ' + repr(text) + ' in their path' if text else ''}")
-    return files
-
-
-def find_clips(folder: Path, text: str, videos: bool) -> dict[str, "Path | tuple[Path, ...]"]:
-    """{name: video file without its suffix, or the pictures that a folder directly holds}."""
-    clips = {}
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if videos and path.suffix.lower() in VIDEOS and path.is_file() and text in name:
-            if (name := path.relative_to(folder).with_suffix("").as_posix()) in clips:
-                raise UserError(f"{path}: another clip of this name is beside it; rename one of them")
-            clips[name] = path
-        elif path.is_dir() and text in name and (pictures := pictures_of(path, (".gif",) if videos else ())):
-            clips[name] = pictures
-    if not videos and text in folder.name and (pictures := pictures_of(folder)):
-        clips["."] = pictures
-    if not clips:
-        raise UserError(f"{folder}: no clips below this folder{' with ' + repr(text) + ' in their path' if text else ''}")
-    return clips
-
-
-def pictures_of(folder: Path, no=()) -> tuple[Path, ...]:
-    """The pictures that a folder directly holds, in natural order: frame 2 before frame 10."""
-    natural = lambda path: [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", path.name)]
-    return tuple(sorted((p for p in folder.iterdir() if p.suffix.lower() in vqgan.SUFFIXES.difference(no) and p.is_file()), key=natural))
 
 
 def without_duplicates(source: Stills, stems: dict[str, Path]) -> dict[str, Path]:
@@ -689,9 +636,9 @@ def read_clip(size, tracks, name, strides, frames, half, view, seed):
         count = min(map(count_frames, tracks))
         while (stride := fitting(count)) is not None:
             start = int(np.random.default_rng((*seed, stride)).integers(count - stride * (frames - 1)))
-            read = [read_frames(track, range(start, start + stride * (frames - 1) + 1, stride), size, view) for track in tracks]
+            read = [read_frames(track, range(start, start + stride * (frames - 1) + 1, stride), size, *view[:2]) for track in tracks]
             if all(there is None for _, there in read):
-                return [picture for pictures, _ in read for picture in pictures], []
+                return [adjust(picture, view) for pictures, _ in read for picture in pictures], []
             count = min(there for _, there in read if there is not None)  # the container promised more than there are
         return [], [short(count)]
 
@@ -726,100 +673,10 @@ def read_clip(size, tracks, name, strides, frames, half, view, seed):
             shots = [tried[k, key, True] for key in chosen]
             if half[k]:
                 scale = np.float32(max(1e-9, max(float(shot.max()) for shot in shots)))
-                shots = [adjust(vqgan.to_pixels(Image.fromarray(shot / scale), size, *view[:2]), view) for shot in shots]
+                shots = [adjust(to_pixels(Image.fromarray(shot / scale), size, *view[:2]), view) for shot in shots]
             pictures += shots
         return pictures, notes
     return [], [*notes, short(len(left))]
-
-
-def read_half(path) -> np.ndarray:
-    """A 16-bit picture that holds float16 values -> float32 [H, W], infinities and NaN as 0."""
-    bits_HW = read_integers(path)
-    if bits_HW.max(initial=0) > 65535:
-        raise UserError(f"{path}: values of more than 16 bits are no float16")
-    return np.maximum(np.nan_to_num(bits_HW.astype(np.uint16).view(np.float16).astype(np.float32), nan=0, posinf=0, neginf=0), 0)
-
-
-# The demuxer is named, never guessed: guessing would also try playlists, which open what they name.
-def demuxer(head: bytes) -> str | None:
-    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
-        return "mov"  # mp4 too
-    return {b"\x1aE\xdf\xa3": "matroska", b"RIFF": "avi"}.get(head[:4])  # matroska: webm too
-
-
-def open_video(file, path):
-    file.seek(0)
-    if (format := demuxer(file.read(12))) is None:
-        raise UserError(f"{path}: not an MP4, MOV, MKV, WebM, AVI or GIF video")
-    file.seek(0)
-    container = av.open(file, format=format)
-    if not container.streams.video:
-        raise UserError(f"{path}: no picture stream in it")
-    stream = container.streams.video[0]
-    if stream.codec_context.width * stream.codec_context.height > vqgan.MAX_PIXELS:
-        raise UserError(f"{path}: {stream.codec_context.width}x{stream.codec_context.height} pixels are over the limit of {vqgan.MAX_PIXELS:,}")
-    stream.thread_type = "NONE"  # the workers are many already
-    return container
-
-
-def count_frames(path: Path) -> int:
-    """Frames of a video by its packets (nothing is decoded), or of a GIF."""
-    with video_errors(path), open(path, "rb") as file:
-        if file.read(6) in (b"GIF87a", b"GIF89a"):
-            with Image.open(path, formats=("GIF",)) as image:
-                return image.n_frames
-        with open_video(file, path) as container:
-            return sum(packet.size > 0 for packet in container.demux(video=0))
-
-
-def read_frames(path: Path, wanted, size: int, view):
-    """-> (the wanted frames, resized bilinearly as the published script does; None, or how many there are if fewer)."""
-    pictures, show = [], lambda image: adjust(vqgan.to_pixels(image, size, *view[:2], Image.Resampling.BILINEAR), view)
-    with video_errors(path), open(path, "rb") as file:
-        if file.read(6) in (b"GIF87a", b"GIF89a"):
-            with Image.open(path, formats=("GIF",)) as image:
-                if image.width * image.height > vqgan.MAX_PIXELS:
-                    raise UserError(f"{image.width}x{image.height} pixels are over the limit of {vqgan.MAX_PIXELS:,}")
-                for number in wanted:
-                    image.seek(number)
-                    pictures.append(show(image.convert("RGBA")))
-            return pictures, None
-        with open_video(file, path) as container:
-            left, number = collections.deque(wanted), -1
-            for number, frame in enumerate(container.decode(video=0)):
-                if number == left[0]:
-                    image = frame.to_image()
-                    if turned := round(getattr(frame, "rotation", 0)) % 360:
-                        image = image.rotate(turned, expand=True)
-                    pictures.append(show(image))
-                    left.popleft()
-                    if not left:
-                        return pictures, None
-    return [], number + 1
-
-
-@contextlib.contextmanager
-def video_errors(path):
-    """Whatever a decoder raises becomes a ValueError that names the file."""
-    try:
-        yield
-    except (av.error.FFmpegError, ValueError, EOFError, IndexError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-
-
-def read_integers(path) -> np.ndarray:
-    """A grey or palette picture -> its stored integers, [H, W]. Raises UserError for a colour picture."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file")
-    try:
-        with Image.open(path, formats=vqgan.FORMATS) as image:
-            if image.width * image.height > vqgan.MAX_PIXELS:
-                raise UserError(f"{image.width}x{image.height} pixels are over the limit of {vqgan.MAX_PIXELS:,}")
-            if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
-                raise UserError(f"a {image.mode} picture, not a map of integers")
-            return np.asarray(image).astype(np.int64)
-    except Exception as error:  # as in vqgan.read_image
-        raise UserError(f"{path}: {error}") from None
 
 
 LEVELS = np.arange(256, dtype=np.float32) / 255

@@ -42,20 +42,16 @@ import orbax.checkpoint as ocp
 import tyro
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from common.images import UserError
+from common.images import FORMATS, MAX_PIXELS, SUFFIXES, UserError, find_images, read_image, to_pixels
 from common.runs import RunStopped, run_command
 
 HERE = Path(__file__).parent
 MINI = HERE / "assets" / "mini" / "tokenizer"
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-MAX_PIXELS = 64_000_000
-
 
 FLAGS = ("symmetric_pixels", "l2_codes", "attend_single_blocks", "maskgit")
 
@@ -1181,61 +1177,6 @@ def as_conv(weight_OIHW, bias_O) -> Conv:
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
-
-
-def read_image(path, size: int, fit: Literal["stretch", "crop"] = "stretch", box=None) -> np.ndarray:
-    """One picture file -> float32 [size, size, 3] in [0, 1].
-
-    `stretch` resizes by bicubic without keeping the aspect ratio, as LVM does; `crop` cuts a square. `box` = (x, y, side) is
-    the part to show: side as a share of the largest, x and y the shares of what is left over that lie left of it and
-    above it; by default (0.5, 0.5, 1), the largest in the middle.
-    EXIF rotation is applied, transparency is laid over white, of an animation the first frame is taken, and 16-bit and
-    float greys are scaled by their full range (65535; float must lie in [0, 1]) instead of saturating.
-    Raises UserError, naming the file, for what is no JPEG, PNG, WebP, GIF, BMP or TIFF, is damaged, or is over
-    64 Mpx; and where there is none."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file")
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"{image.width}x{image.height} pixels are over the limit of {MAX_PIXELS:,}")
-            image = ImageOps.exif_transpose(image)
-            return to_pixels(image, size, fit, box)
-    except Exception as error:  # Pillow raises many kinds; whatever it is, the user wants the file's name and the reason
-        reason = "not a JPEG, PNG, WebP, GIF, BMP or TIFF picture" if type(error).__name__ == "UnidentifiedImageError" else error
-        raise UserError(f"{path}: {reason}") from None
-
-
-def to_pixels(image: Image.Image, size: int, fit: str = "stretch", box=None, resample=Image.Resampling.BICUBIC) -> np.ndarray:
-    """Pillow image of any mode -> float32 [size, size, 3] in [0, 1]; see `read_image`."""
-    if image.mode.startswith("I") or image.mode == "F":
-        grey_HW = np.asarray(image, np.float32) / (1.0 if image.mode == "F" else 65535.0)
-        if grey_HW.min() < 0 or grey_HW.max() > 1:
-            raise UserError(f"{image.mode} values lie in [{grey_HW.min():g}, {grey_HW.max():g}] of full scale; wanted [0, 1]")
-        image = Image.fromarray(grey_HW)
-    else:
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-    x, y, side = box or (0.5, 0.5, 1.0)
-    width, height = (side * n for n in (image.size if fit == "stretch" else (min(image.size),) * 2))
-    left, top = x * (image.width - width), y * (image.height - height)
-    image = image.resize((size, size), resample, (left, top, min(left + width, image.width), min(top + height, image.height)))
-    pixels = np.asarray(image, np.float32)
-    if pixels.ndim == 2:
-        return np.repeat(np.clip(pixels, 0, 1)[:, :, None], 3, axis=2)
-    return pixels / 255
-
-
-def find_images(folder: Path) -> list[Path]:
-    """Picture files below a folder, sorted by path. Raises where there is no folder, or nothing in it."""
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such folder")
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not paths:
-        raise UserError(f"{folder}: no pictures below this folder ({' '.join(sorted(SUFFIXES))})")
-    return paths
 
 
 def save_rows(rows, path: Path, gap: int = 2):

@@ -606,7 +606,7 @@ def test_a_sideways_video_is_turned_upright(tmp_path):
     at = data.index(b"tkhd") + 4 + 40
     data[at:at + 36] = np.array(turn, ">i4").tobytes()
     path.write_bytes(data)
-    [shown], _ = tokenize_data.read_frames(path, [1], SIZE, ("stretch", None, False, None))
+    [shown], _ = tokenize_data.read_frames(path, [1], SIZE)
     np.testing.assert_allclose(shown, np.rot90(upright[1], -1), atol=0.02)  # clockwise, as players show it
 
 
