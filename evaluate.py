@@ -54,7 +54,7 @@ import sample
 import tokenize_data
 import vqgan
 from common import metrics
-from common.images import UserError, count_frames, find_videos, read_clip, read_depth, read_integers
+from common.images import UserError, count_frames, find_videos, read_clip, read_depth, read_edges, read_integers
 from common.runs import RunStopped, run_command
 from common.weights import strict_json, write_whole
 
@@ -606,7 +606,7 @@ def read_depths(image_paths, answer_paths, size):
 class Edges(Paired):
     """Edges of a picture. The paper shows edges and measures none, so all of this is ours, after the Berkeley benchmark:
 
-    edges/NAME.png is brighter than half where there is an edge; at the tokenizer's resolution a pixel is an edge where any
+    edges/NAME.png is brighter than half of its full scale where there is an edge (8 or 16 bits, 1 bit, float or palette); at the tokenizer's resolution a pixel is an edge where any
     of those that it covers is. Drawn pixels nearer to white than to black are edges. Precision is the share of drawn edge
     pixels within 0.0075 of the diagonal of a true one, recall the share of true ones within it of a drawn one (Berkeley's
     matches them one to one instead), F their harmonic mean for each picture; two pictures without edges agree."""
@@ -623,8 +623,7 @@ def edges(config: Edges):
 def read_edge_pictures(image_paths, answer_paths, size):
     pictures = []
     for image, answer in zip(image_paths, answer_paths):
-        with Image.open(answer, formats=vqgan.FORMATS) as opened:
-            edge_HW = np.asarray(opened.convert("L")) > 127
+        edge_HW = read_edges(answer)
         small_HW = np.zeros((size, size), np.float32)
         y, x = np.nonzero(edge_HW)
         small_HW[y * size // edge_HW.shape[0], x * size // edge_HW.shape[1]] = 1
