@@ -35,7 +35,7 @@ import vqgan
 from common.images import FORMATS, MAX_PIXELS, UserError, read_pictures
 
 MOST_UPLOAD = 16 << 20  # bytes of one request that brings pictures
-MOST_MESSAGE = 1 << 20  # of any other request
+MOST_MESSAGE = 1 << 19  # of any other request
 MOST_SCRATCH = 256 << 20  # of all uploads and drawn pictures on disk; the oldest go first
 OLDEST = 3600  # seconds that they are kept at most
 MOST_REQUESTS = 64  # at once; more are answered with 503
@@ -368,7 +368,9 @@ class Guard:
             return await answer(send, 404, "no such page")
         most = MOST_UPLOAD if upload else MOST_MESSAGE
         if b"transfer-encoding" in headers or not (length.isascii() and length.isdigit()) or int(length[:20]) > most:
-            return await answer(send, 413, f"more than {most >> 20} MiB in one request")
+            return await answer(send, 413, f"more than {most >> 10} KiB in one request")
+        if not upload:
+            receive = await self.read_request(receive)
         if self.running >= MOST_REQUESTS or upload and self.files.coming + int(length) > MOST_SCRATCH // 2:
             return await answer(send, 503, "busy; try again")
         self.running += 1
@@ -378,8 +380,6 @@ class Guard:
                 if upload:
                     await asyncio.to_thread(self.files.sweep, 2 * self.files.coming)  # gradio copies them
                     receive = in_time(receive)
-                else:
-                    receive = await self.read_request(receive)
                 scope = scope | {"headers": [(name, self.shown_to_real(value)) for name, value in scope["headers"] if name != b"accept-encoding"],
                                  "path": self.shown_to_real(scope["path"].encode()).decode(), "raw_path": self.shown_to_real(scope.get("raw_path", b""))}
                 await self.app(scope, receive, self.hiding(send))

@@ -6,6 +6,7 @@ time goes to compiling programs that run a few times.
 """
 
 import contextlib
+import http.client
 import json
 import os
 import pathlib
@@ -126,10 +127,12 @@ def served(dataset, tmp_path_factory):
 
 
 def post(url, data, headers, timeout=120):
-    """-> (HTTP status, body); 0 where the connection is closed on us."""
+    """-> (HTTP status, body); 0 where the connection is closed on us before the end."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=timeout) as answer:
-            return answer.status, answer.read().decode()
+            return answer.status, answer.read().decode(errors="replace")
+    except http.client.IncompleteRead as error:
+        return 0, error.partial.decode(errors="replace")
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode(errors="replace")
     except OSError:
