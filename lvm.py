@@ -36,7 +36,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from common.images import UserError
-from common.runs import DIGESTS, check_digests, run_command, steps_of, whole_steps, write_digests
+from common.runs import run_command, steps_of, whole_steps
 from flash_attention import cache_slots, decode_attention, flash_attention, join, native_head_dim, ring_attention, zigzag_here
 
 

@@ -15,7 +15,7 @@ each other; elsewhere add --coordinator HOST:PORT --processes N --process I. All
 Dimension key: A accumulated micro-batches, B sentences, T tokens of a sentence, V vocabulary, S codes of a picture.
 """
 
-import common  # first, so that Ctrl-C while the others load is one line
+import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
 
 import collections
 import contextlib

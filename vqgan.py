@@ -12,7 +12,7 @@ Dimension key: B batch, H height, W width, C channels, S codes of a picture (ras
 D width of a code, I/O channels in and out of a convolution.
 """
 
-import common  # first, so that Ctrl-C while the others load is one line
+import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
 
 import collections
 import dataclasses

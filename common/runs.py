@@ -289,8 +289,7 @@ def begin_run(file: Path, flags: dict, defaults: dict, may_change: set[str], abo
             if changed:
                 raise UserError(f"{file.parent} holds a run with other settings ({'; '.join(changed)}); choose another --out, or repeat its settings")
     if leads():
-        write_whole(file, json.dumps({**about, "train": flags} if about else flags, indent=1) + "
-")
+        write_whole(file, json.dumps({**about, "train": flags} if about else flags, indent=1) + "\n")
 
 
 def _same(before, now) -> bool:
@@ -312,13 +311,11 @@ def keep_log_until(log: Path, step: int):
     for n, line in enumerate(lines, 1):
         try:
             fields = json.loads(line, parse_constant=lambda name: None)  # older runs wrote NaN
-            whole = isinstance(fields, dict) and type(fields.get("step")) is int and line.endswith(b"
-")
+            whole = isinstance(fields, dict) and type(fields.get("step")) is int and line.endswith(b"\n")
         except (ValueError, RecursionError):
             whole = False
         if whole and fields["step"] <= step:
-            kept[fields["step"]] = strict_json(fields) + "
-"
+            kept[fields["step"]] = strict_json(fields) + "\n"
         elif not whole and n < len(lines):
             damaged.append(n)
     if damaged:
@@ -343,8 +340,7 @@ def open_log(out: Path, packages=(), settings={}, first: int = 0):
 
     def write(*lines):
         failed_before = bool(unwritten)
-        unwritten.extend(strict_json(line) + "
-" for line in lines)
+        unwritten.extend(strict_json(line) + "\n" for line in lines)
         try:
             _append(file, "".join(unwritten).encode())
             unwritten.clear()
@@ -461,7 +457,7 @@ class Checkpoints:
         self.told = False
         if leads():
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in (*self.folder.glob("*.partial*"), *self.folder.glob("*.orbax-checkpoint-tmp*")):
+            for leftover in {*self.folder.glob("*.partial*"), *self.folder.glob("*.orbax-checkpoint-tmp*")}:
                 shutil.rmtree(leftover)
             steps, whole = steps_of(self.folder), next(whole_steps(self.folder), None)
             # Before runs.py the tokenizer's training gave a step its name before its digests: its first save may have been killed between.

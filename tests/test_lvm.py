@@ -21,6 +21,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from flash_attention import reference
 import lvm
+from common import runs
 from common.images import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -430,7 +431,7 @@ def run_folder(model, tmp_path):
             state = ocp.args.Composite(model=ocp.args.StandardSave(weights), step=ocp.args.JsonSave(step))
             manager.save(step, args=state)
     for step in (8, 16, 32):
-        lvm.write_digests(path / "checkpoints" / str(step))
+        runs.write_digests(path / "checkpoints" / str(step))
     return path
 
 
