@@ -479,8 +479,8 @@ class Checkpoints:
         try:
             if (step / "default").is_dir():  # of the tokenizer's training before runs.py
                 return self.writer.restore(step, args=args.Composite(default=args.StandardRestore(like)))["default"]
-            restored = self.writer.restore(step, args=args.Composite(**{k: args.StandardRestore(v) for k, v in like.items()}))
-            return {k: restored[k] for k in like}
+            restored = self.writer.restore(step, args=args.Composite(**{k: args.StandardRestore(_item(v)) for k, v in like.items()}))
+            return {k: restored[k] if _item(v) is v else restored[k]["array"] for k, v in like.items()}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{step} is whole, but does not hold the state of this training, perhaps because another version of the code wrote it "
                             f"({str(error).strip().splitlines()[0][:200]}); begin again with another --out") from None
@@ -494,7 +494,7 @@ class Checkpoints:
         try:
             if not agreed(shutil.disk_usage(self.folder).free > needed):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            items = self.ocp.args.Composite(**{k: self.ocp.args.StandardSave(v) for k, v in state.items()})
+            items = self.ocp.args.Composite(**{k: self.ocp.args.StandardSave(_item(v)) for k, v in state.items()})
             self.writer.save(self.folder / f"{step}.partial", args=items, force=True)
             self.commit = self.thread.submit(self._commit, step, needed)
         except Exception as error:
@@ -554,6 +554,11 @@ class Checkpoints:
         for step in self.failed if leads() else ():
             for partial in self.folder.glob(f"{step}.partial*"):
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+def _item(part):
+    """Orbax takes no array that is alone."""
+    return {"array": part} if jax.tree_util.treedef_is_leaf(jax.tree.structure(part)) else part
 
 
 @jax.jit
