@@ -41,7 +41,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import lvm
 import vqgan
-from common.images import UserError
+from common.images import FORMATS, UserError, count_pictures, find_images, read_pictures
 from common.runs import run_command
 
 MINI = vqgan.HERE / "assets" / "mini" / "lvm"
@@ -563,7 +563,7 @@ def check_out(config: Config) -> Path:
     folder = out if config.prompts else out.parent
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
-        raise PermissionError(f"--out {out}: the folder cannot be written to")
+        raise UserError(f"--out {out}: the folder cannot be written to")
     return out
 
 
@@ -685,7 +685,7 @@ def read_prompt_line(line: str, config: Config, out: Path) -> Prompt:
         raise UserError(f"target holds {len(target)} pictures and --frames is {config.frames}")
     size = None
     if config.resize_output == "original":
-        with Image.open(pictures[-1][0], formats=vqgan.FORMATS) as image:
+        with Image.open(pictures[-1][0], formats=FORMATS) as image:
             size = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size  # turned by 90 degrees when read
     elif config.resize_output:
         width, height = config.resize_output.split(",")
@@ -695,64 +695,15 @@ def read_prompt_line(line: str, config: Config, out: Path) -> Prompt:
 
 def list_prompt(paths, stride: int = 1) -> list[tuple[Path, int]]:
     """Files, folders, animations and videos -> (file, frame) of every picture. Raises for none, too many, or what is not there."""
-    files = [file for path in paths for file in (vqgan.find_images(path) if path.is_dir() else [path])]
+    files = [file for path in paths for file in (find_images(path) if path.is_dir() else [path])]
     if len(files) <= MOST_PICTURES:
-        pictures = [(file, frame) for file in files for frame in range(count_frames(file))[::-stride][::-1]]
+        pictures = [(file, frame) for file in files for frame in range(count_pictures(file))[::-stride][::-1]]
     if len(files) > MOST_PICTURES or len(pictures) > MOST_PICTURES:
         raise UserError(f"--prompt holds more than {MOST_PICTURES} pictures; a context holds far fewer: pass the last ones, "
                          "or every eighth frame with --stride 8")
     if not pictures:
         raise UserError("--prompt is empty; pass pictures, or a folder of them")
     return pictures
-
-
-def is_video(path) -> bool:
-    return path.suffix.lower() in (".mp4", ".mov", ".mkv", ".webm", ".avi")
-
-
-def count_frames(path) -> int:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if is_video(path):
-        import tokenize_data  # takes a second to import, and only videos need it
-
-        return tokenize_data.count_frames(path)
-    try:
-        with Image.open(path, formats=vqgan.FORMATS) as image:
-            return getattr(image, "n_frames", 1)
-    except Exception:  # read_image says what is wrong with it
-        return 1
-
-
-def read_pictures(pictures, size, fit) -> np.ndarray:
-    """(file, frame) of every picture -> float32 [T, size, size, 3] in [0, 1]; a file's frames are read in one go."""
-    pixels = []
-    for path, group in itertools.groupby(pictures, lambda picture: picture[0]):
-        frames = [frame for _, frame in group]
-        if not is_video(path):
-            pixels += [read_picture(path, frame, size, fit) for frame in frames]
-            continue
-        import tokenize_data
-
-        wanted = sorted(set(frames))
-        read, there = tokenize_data.read_frames(path, wanted, size, (fit, None, False, None))
-        if there is not None:
-            raise UserError(f"{path}: promises {wanted[-1] + 1} frames and holds {there}; write it again")
-        pixels += [read[wanted.index(frame)] for frame in frames]
-    return np.stack(pixels)
-
-
-def read_picture(path, frame, size, fit):
-    if frame == 0:
-        return vqgan.read_image(path, size, fit)
-    try:
-        with Image.open(path, formats=vqgan.FORMATS) as image:
-            image.seek(frame)
-            if image.width * image.height > vqgan.MAX_PIXELS:
-                raise UserError(f"over the limit of {vqgan.MAX_PIXELS:,} pixels")
-            return vqgan.to_pixels(image, size, fit)
-    except Exception as error:
-        raise UserError(f"{path}: frame {frame}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- pictures out

@@ -37,7 +37,6 @@ from PIL import Image
 import lvm
 import sample
 import tokenize_data
-import train
 import vqgan
 from common import runs
 from common.images import UserError
