@@ -35,6 +35,7 @@ import pytest
 from PIL import Image
 
 import lvm
+import playground
 import sample
 import tokenize_data
 import vqgan
@@ -901,8 +902,8 @@ def red_png():
 
 
 @needs_gradio
-def test_fault_19_the_playground_refuses_what_is_no_picture_too_large_not_uploaded_or_from_another_page(tmp_path, playground):
-    process, address = playground
+def test_fault_19_the_playground_refuses_what_is_no_picture_too_large_not_uploaded_or_from_another_page(tmp_path, served):
+    process, address = served
     status, paths = upload(address, "red.png", red_png())
     assert status == 200
     status, said = ask(address, json.loads(paths)[0], "good")
@@ -911,8 +912,8 @@ def test_fault_19_the_playground_refuses_what_is_no_picture_too_large_not_upload
     assert "not a JPEG" in ask(address, json.loads(paths)[0], "text")[1]
     _, paths = upload(address, "text.txt", b"no picture")
     assert "Invalid file type" in ask(address, json.loads(paths)[0], "name")[1]
-    assert upload(address, "large.png", bytes(sample.MOST_UPLOAD + 1))[0] in (0, 413)
-    assert post(f"{address}/gradio_api/queue/join", bytes(sample.MOST_UPLOAD + 1), {"Content-Type": "application/json"})[0] in (0, 413)
+    assert upload(address, "large.png", bytes(playground.MOST_UPLOAD + 1))[0] in (0, 413)
+    assert post(f"{address}/gradio_api/queue/join", bytes(playground.MOST_UPLOAD + 1), {"Content-Type": "application/json"})[0] in (0, 413)
     (tmp_path / "private.png").write_bytes(red_png())
     for path in ("/etc/passwd", str(tmp_path / "private.png"), "../../../etc/passwd"):
         status, said = ask(address, path, "stranger")
@@ -926,8 +927,8 @@ def test_fault_19_the_playground_refuses_what_is_no_picture_too_large_not_upload
 
 
 @needs_gradio
-def test_fault_19_the_playground_answers_or_refuses_64_requests_at_once_in_bounded_memory(playground):
-    process, address = playground
+def test_fault_19_the_playground_answers_or_refuses_64_requests_at_once_in_bounded_memory(served):
+    process, address = served
     path = json.loads(upload(address, "red.png", red_png())[1])[0]
     ask(address, path, "warm")
     before = peak_mb(process)
