@@ -41,7 +41,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from common.images import FORMATS, MAX_PIXELS, SUFFIXES, UserError, find_images, read_image, to_pixels
+from common.images import FORMATS, UserError, find_images, read_image, to_pixels
 from common.runs import RunStopped, run_command
 from common.weights import open_tensors, write_pickle
 
@@ -1244,7 +1244,7 @@ def save(model: VQGAN, path, overwrite: bool = False, layout: str = "open-muse")
     folder = Path(path)
     file = folder / {"open-muse": "model.safetensors", "diffusers": "diffusion_pytorch_model.safetensors", "taming": "last.ckpt", "llamagen": "vq.pt"}[layout]
     if file.exists() and not overwrite:
-        raise FileExistsError(f"{file} exists; choose another folder")
+        raise UserError(f"{file} exists; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, array in named_arrays(model):
