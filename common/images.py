@@ -234,8 +234,8 @@ def open_image(path):
             image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
             suffix = Path(path).suffix.lower()
-            known = "MP4, MOV, MKV, WebM or AVI video" if suffix in VIDEOS - SUFFIXES else f"{', '.join(FORMATS)} picture"
-            raise UserError(f"not a {known}" + (f" ({OTHER_PICTURES[suffix]})" if suffix in OTHER_PICTURES else "")) from None
+            known = "n MP4, MOV, MKV, WebM or AVI video" if suffix in VIDEOS - SUFFIXES else f" {', '.join(FORMATS)} picture"
+            raise UserError(f"not a{known}" + (f" ({OTHER_PICTURES[suffix]})" if suffix in OTHER_PICTURES else "")) from None
         with image:
             check_size(*image.size)
             yield image
@@ -318,7 +318,7 @@ def check_grey(grey_HW):
 
 def stored_as(image: Image.Image) -> str:
     """Pillow's name for how the pixels of an image that is not loaded yet are stored, such as L;4 for greys of 4 bits."""
-    layout = image.tile[0].args if image.tile else ""
+    layout = image.tile[0].args if getattr(image, "tile", []) else ""
     return str(layout if isinstance(layout, str) or not layout else layout[0])
 
 
