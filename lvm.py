@@ -14,13 +14,11 @@ Weights under `blocks` are stacked: `q_DNK` there has the shape (L, D, N, K), an
 
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import os
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -36,7 +34,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from common.images import UserError
-from common.runs import run_command
+from common.runs import run_command, steps_of, whole_steps
 from common.weights import FLOATS, open_tensors, read_json, read_stream
 from flash_attention import cache_slots, decode_attention, flash_attention, join, native_head_dim, ring_attention, zigzag_here
 
@@ -852,61 +850,6 @@ def _load_run(path, fields, dtype):
             reason = str(error).split("\n")[0]
             print(f"{step} does not restore ({reason}); trying the one before", file=sys.stderr)
     raise UserError(f"{folder} has no whole step that restores as the config says: {config}")
-
-
-DIGESTS = "digests.sha256"
-
-
-def steps_of(folder: Path) -> list[Path]:
-    """What has the name of a step in a run's checkpoints; names of steps that are not whole yet, or put aside, go on after the number."""
-    return [path for path in folder.glob("*") if path.name.isascii() and path.name.isdigit()]
-
-
-def whole_steps(folder: Path):
-    """Yields the steps whose files are all as they were saved, the newest first, and says in one line why one is passed over."""
-    for step in sorted(steps_of(folder), key=lambda path: int(path.name), reverse=True):
-        try:
-            check_digests(step)
-        except (ValueError, OSError) as error:
-            print(f"checkpoint passed over: {error}", file=sys.stderr)
-        else:
-            yield step
-
-
-def write_digests(step: Path):
-    """Lists every file of a step with its SHA-256, as `sha256sum -c` reads it, and at last the digest of that list."""
-    files = sorted(str(path.relative_to(step)) for path in step.rglob("*") if path.is_file())
-    listing = "".join(f"{digest}  {file}\n" for file, digest in zip(files, _digests(step, files))).encode()
-    with open(step / DIGESTS, "wb") as file:
-        file.write(listing + b"# " + hashlib.sha256(listing).hexdigest().encode() + b"\n")
-        os.fsync(file.fileno())
-
-
-def check_digests(step: Path):
-    """Raises UserError (or OSError), naming the file, unless a step holds the files that were saved, to the bit, and no others."""
-    try:
-        content = (step / DIGESTS).read_bytes()
-    except OSError as error:
-        raise UserError(f"{step / DIGESTS} cannot be read ({error.strerror}): the step was not saved to its end") from None
-    listing = content[:content.rfind(b"# ")]
-    if content != listing + b"# " + hashlib.sha256(listing).hexdigest().encode() + b"\n":
-        raise UserError(f"{step / DIGESTS} is damaged")
-    saved = {line[66:]: line[:64] for line in listing.decode().splitlines()}
-    there = {str(path.relative_to(step)) for path in step.rglob("*") if path.is_file()} - {DIGESTS}
-    for file in sorted(saved.keys() ^ there):
-        raise UserError(f"{step / file} " + ("is missing" if file in saved else "was not saved there by the training"))
-    for file, digest in zip(saved, _digests(step, saved)):
-        if digest != saved[file]:
-            raise UserError(f"{step / file} is damaged: its SHA-256 is not that of what was saved")
-
-
-def _digests(folder, files):
-    def digest(file):
-        with open(folder / file, "rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
-
-    with ThreadPoolExecutor(8) as pool:
-        yield from pool.map(digest, files)
 
 
 def _assemble(config, names, shapes, read, source, dtype):

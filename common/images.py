@@ -10,6 +10,7 @@ Dimension key: N packets of a video, H W C a picture.
 import collections
 import contextlib
 import functools
+import io
 import itertools
 import os
 import re
@@ -641,3 +642,15 @@ def frame_image(frame: av.VideoFrame) -> Image.Image:
             if turn := TURNS.get(MATRICES.get(signs)):
                 return Image.fromarray(np.ascontiguousarray(turn(np.asarray(image))))
     return image
+
+
+# -------------------------------------------------------------------------------------------------- pictures out
+
+
+def encode_image(image, path, **options) -> bytes:
+    """A PIL image in the format that the suffix of `path` names, to be written whole. Raises UserError for an unknown suffix."""
+    if (suffix := Path(path).suffix.lower()) not in Image.registered_extensions():
+        raise UserError(f"{path}: no picture has the suffix {suffix!r}; take .png")
+    content = io.BytesIO()
+    image.save(content, Image.registered_extensions()[suffix], **options)
+    return content.getvalue()

@@ -1,13 +1,16 @@
 """Tensors in files of any project, read without running anything; JSON and arrays read strictly; files written whole or not at all."""
 
 import collections
+import contextlib
 import dataclasses
+import errno
 import io
 import json
 import math
 import os
 import pickle
 import reprlib
+import shutil
 import struct
 import types
 import typing
@@ -415,18 +418,42 @@ def strict_json(value, **options) -> str:
 
 
 def write_whole(file, content):
-    """Writes bytes or text under a temporary name beside `file`, then renames: a reader sees the old file or the new one."""
-    file = Path(file)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    """Writes bytes or text under a temporary name beside `file`, then renames: a reader sees the old file or the new one.
+
+    Raises OSError with the path, and where the disk is full with the bytes that are needed and free."""
+    write_together({file: content})
+
+
+def write_together(contents: dict):
+    """{file: bytes or text}: writes them all under temporary names, and renames them only when every one is on the disk."""
+    partials = {}
     try:
-        with open(partial, "wb") as out:
-            out.write(content.encode() if isinstance(content, str) else content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, file)
+        for file, content in contents.items():
+            file, content = Path(file), content.encode() if isinstance(content, str) else content
+            partials[file] = file.with_name(f".{file.name[:40]}.{os.getpid()}.partial")
+            try:
+                with open(partials[file], "wb") as out:
+                    out.write(content)
+                    out.flush()
+                    os.fsync(out.fileno())
+            except OSError as error:
+                raise no_room(error, file, len(content)) from None
+        for file, partial in partials.items():
+            os.replace(partial, file)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        for partial in partials.values():
+            with contextlib.suppress(OSError):
+                partial.unlink()
         raise
+
+
+def no_room(error: OSError, file, needed: int) -> OSError:
+    """The same error with its path, and for a full disk or quota with the bytes that `file` needs and that are free."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        free = shutil.disk_usage(next(path for path in Path(file).absolute().parents if path.exists())).free
+        reason = f"{reason}: it needs {needed:,} bytes, and {free:,} are free there"
+    return OSError(error.errno, reason, str(file))
 
 
 def _refuse_constant(name):
