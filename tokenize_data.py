@@ -968,13 +968,6 @@ def remove_chunks(out: Path):
     folder.rmdir()
 
 
-def write_whole(path, data: bytes):
-    """The file appears under its name with all of its bytes, or not at all."""
-    partial = Path(f"{path}.{os.uname().nodename.lower() if hasattr(os, 'uname') else 'here'}-{os.getpid()}")
-    partial.write_bytes(data)
-    os.replace(partial, path)
-
-
 def write_lines(path, records):
     write_whole(path, "".join(json.dumps(record) + "\n" for record in records).encode())
 

@@ -434,7 +434,7 @@ def write_together(contents: dict):
     try:
         for file, content in contents.items():
             file, content = Path(file), content.encode() if isinstance(content, str) else content
-            partials[file] = file.with_name(f".{file.name[:40]}.{os.getpid()}.partial")
+            partials[file] = _partial(file)
             try:
                 with open(partials[file], "wb") as out:
                     out.write(content)
@@ -449,6 +449,11 @@ def write_together(contents: dict):
             with contextlib.suppress(OSError):
                 partial.unlink()
         raise
+
+
+def _partial(path: Path) -> Path:
+    """A name beside `path` that no other process takes, on this host or another; `.NAME.*.partial` finds it."""
+    return path.with_name(f".{path.name[:40]}.{os.uname().nodename[:40]}-{os.getpid()}.partial")
 
 
 def write_safetensors(tensors: dict, file, metadata={"format": "pt"}):
@@ -474,7 +479,7 @@ def write_folder(out):
     for leftover in out.parent.glob(f".{glob.escape(out.name[:40])}.*.partial"):
         with contextlib.suppress(OSError), _locked(leftover):  # its writer is dead: the lock is free
             shutil.rmtree(leftover)
-    partial = out.with_name(f".{out.name[:40]}.{os.getpid()}.partial")
+    partial = _partial(out)
     partial.mkdir()
     try:
         with _locked(partial):
