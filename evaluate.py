@@ -22,6 +22,8 @@ Dimension key: N examples, K example pairs, T pictures of a sentence or its ids,
 D features, H W C a picture, M measures.
 """
 
+import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
+
 import base64
 import collections
 import dataclasses

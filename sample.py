@@ -15,6 +15,8 @@ Dimension key: P prompts, N candidates (of all prompts together), R rows of the 
 T pictures of a prompt, S codes of a picture, C of them in one piece, V vocabulary (of codes only, where they are drawn), H W C a picture.
 """
 
+import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
+
 import contextlib
 import dataclasses
 import functools

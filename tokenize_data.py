@@ -26,6 +26,8 @@ Dimension key: N pictures or sentences, T pictures of a sentence or its tokens, 
 K colours of a palette, B rows of a batch.
 """
 
+import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
+
 import base64
 import binascii
 import bisect
@@ -34,6 +36,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -62,10 +65,10 @@ from tqdm import tqdm
 
 import vqgan
 from common.images import (
-    UserError, count_frames, find_clips, find_stems, find_tracks, find_videos, natural, read_frames, read_half, read_image, read_integers,
-    to_pixels)
+    FORMATS, UserError, count_frames, encode_image, find_clips, find_stems, find_tracks, find_videos, natural, read_frames,
+    read_half, read_image, read_integers, to_pixels)
 from common.runs import RunStopped, check_numbers, run_command
-from common.weights import MOST_JSON, check_fields, parse_json, read_array, read_json
+from common.weights import MOST_JSON, check_fields, parse_json, read_array, read_json, write_folder, write_whole
 
 FORMAT = 1
 PICTURES = vqgan.HERE / "assets" / "pictures"
@@ -962,13 +965,6 @@ def remove_chunks(out: Path):
     folder.rmdir()
 
 
-def write_whole(path, data: bytes):
-    """The file appears under its name with all of its bytes, or not at all."""
-    partial = Path(f"{path}.{os.uname().nodename.lower() if hasattr(os, 'uname') else 'here'}-{os.getpid()}")
-    partial.write_bytes(data)
-    os.replace(partial, path)
-
-
 def write_lines(path, records):
     write_whole(path, "".join(json.dumps(record) + "\n" for record in records).encode())
 
@@ -1650,37 +1646,33 @@ class Recolor:
 
 
 def recolor(config: Recolor):
-    palette_K3, partial, notes = read_palette(config.palette) if config.palette else draw_palette(config.colours, config.seed), Path(f"{config.out}.partial"), []
-    if partial.exists():
-        raise UserError(f"{partial} is in the way, perhaps from a run that was stopped; delete it")
+    palette_K3, notes, bad = read_palette(config.palette) if config.palette else draw_palette(config.colours, config.seed), [], 0
     stems = find_stems(config.inputs, "", notes)
-    partial.mkdir(parents=True)
-    bad = 0
-    for stem, path in tqdm(stems.items(), unit="picture", dynamic_ncols=True):
-        try:
-            if config.invert:
-                pixels_HWC = read_colours(path, config.size)
-                labels_HW = labels_of_colours(pixels_HWC, palette_K3)
-                image = Image.fromarray(labels_HW.astype(np.uint8 if len(palette_K3) <= 256 else np.uint16))
-            else:
-                labels_HW = read_integers(path)
-                if not 0 <= labels_HW.min() <= labels_HW.max() < len(palette_K3):
-                    raise UserError(f"{path}: integers from {labels_HW.min()} to {labels_HW.max()}; the palette has {len(palette_K3)} colours")
-                image = Image.fromarray(palette_K3[labels_HW])
-                image = image.resize((config.size,) * 2, Image.Resampling.NEAREST) if config.size else image
-        except (UserError, OSError) as error:
-            notes.append({"path": str(path), "reason": str(error)})
-            bad += 1
-            if bad > config.max_rejected * len(stems):
-                report(config.out, notes)
-                shutil.rmtree(partial)
-                check_rejected(bad, len(stems), config.max_rejected, notes)
-            continue
-        (partial / stem).parent.mkdir(parents=True, exist_ok=True)
-        image.save(f"{partial / stem}.png")
-    (partial / "palette.json").write_text(json.dumps(palette_K3.tolist()) + "\n")
-    report(config.out, notes)
-    partial.rename(config.out)
+    with write_folder(config.out) as folder:
+        for stem, path in tqdm(stems.items(), unit="picture", dynamic_ncols=True):
+            try:
+                if config.invert:
+                    pixels_HWC = read_colours(path, config.size)
+                    labels_HW = labels_of_colours(pixels_HWC, palette_K3)
+                    image = Image.fromarray(labels_HW.astype(np.uint8 if len(palette_K3) <= 256 else np.uint16))
+                else:
+                    labels_HW = read_integers(path)
+                    if not 0 <= labels_HW.min() <= labels_HW.max() < len(palette_K3):
+                        raise UserError(f"{path}: integers from {labels_HW.min()} to {labels_HW.max()}; the palette has {len(palette_K3)} colours")
+                    image = Image.fromarray(palette_K3[labels_HW])
+                    image = image.resize((config.size,) * 2, Image.Resampling.NEAREST) if config.size else image
+            except (UserError, OSError) as error:
+                notes.append({"path": str(path), "reason": str(error)})
+                bad += 1
+                if bad > config.max_rejected * len(stems):
+                    report(config.out, notes)
+                    check_rejected(bad, len(stems), config.max_rejected, notes)
+                continue
+            file = folder / f"{stem}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, encode_image(image, file))
+        write_whole(folder / "palette.json", json.dumps(palette_K3.tolist()) + "\n")
+        report(config.out, notes)
     print(f"wrote {len(stems) - bad} pictures and palette.json to {config.out}")
 
 
@@ -1689,7 +1681,7 @@ def read_colours(path, size: int | None) -> np.ndarray:
     with contextlib.ExitStack() as stack:
         if size is None:
             try:
-                image = stack.enter_context(Image.open(path, formats=vqgan.FORMATS))
+                image = stack.enter_context(Image.open(path, formats=FORMATS))
             except Exception as error:
                 raise UserError(f"{path}: {error}") from None
             if image.width != image.height:
@@ -1779,8 +1771,10 @@ def demo(config: Demo):
             _, pixels = demo_sentence(world, rng, size)
             array[i:i + 4] = (pixels[rng.permutation(16)[:len(array[i:i + 4])]] * 255 + 0.5).astype(np.uint8)
         config.out.parent.mkdir(parents=True, exist_ok=True)
-        np.save(config.out, array)
-        print(f"wrote {config.pictures} pictures to {config.out}")
+        np.save(content := io.BytesIO(), array)
+        file = config.out if config.out.suffix == ".npy" else Path(f"{config.out}.npy")
+        write_whole(file, content.getbuffer())
+        print(f"wrote {config.pictures} pictures to {file}")
         return
     tokenizer, kinds, labels = open_tokenizer(config.tokenizer), list(TASKS), {}
 
@@ -1790,12 +1784,14 @@ def demo(config: Demo):
         return list(pixels)
 
     if config.prompts:
-        for i in range(config.sentences):
-            pixels = compose(i, tokenizer.config.resolution)
-            folder = config.out / (f"{labels[i]}-{i}" if config.sentences > 1 else "")
-            folder.mkdir(parents=True)
-            for t, pixels_HWC in enumerate(pixels[:-1]):
-                Image.fromarray((pixels_HWC * 255 + 0.5).astype(np.uint8)).save(folder / f"{t:02d}.png")
+        with write_folder(config.out) as out:
+            for i in range(config.sentences):
+                pixels = compose(i, tokenizer.config.resolution)
+                folder = out / (f"{labels[i]}-{i}" if config.sentences > 1 else "")
+                folder.mkdir(exist_ok=True)
+                for t, pixels_HWC in enumerate(pixels[:-1]):
+                    file = folder / f"{t:02d}.png"
+                    write_whole(file, encode_image(Image.fromarray((pixels_HWC * 255 + 0.5).astype(np.uint8)), file))
         print(f"wrote {config.sentences} prompts to {config.out}")
         return
     items = [(f"sentence {i}", lambda size, i=i: compose(i, size)) for i in range(config.sentences)]
