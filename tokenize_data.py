@@ -997,13 +997,13 @@ def split_part(text: str) -> tuple[int, int]:
 
 
 def write_dataset(out: Path, tokenizer, kinds: list[str], sentences: Iterable[tuple[int, np.ndarray]], rejected=(), context: int | None = None, suffix: str = ""):
-    """Writes (kind, uint16 tokens) sentences as a dataset folder, whole or not at all. Raises FileExistsError for an old one."""
+    """Writes (kind, uint16 tokens) sentences as a dataset folder, whole or not at all. Raises UserError for an old one."""
     out, partial = Path(out), Path(f"{out}.partial{suffix}")
     if out.exists():
-        raise FileExistsError(f"{out} exists; choose another --out or delete it")
+        raise UserError(f"{out} exists; choose another --out or delete it")
     if partial.exists():  # what a killed run left behind
         if any(not re.fullmatch(r"\d{5}\.(tokens|index\.npy)|dataset\.json", file.name) for file in partial.iterdir()):
-            raise FileExistsError(f"{partial} is in the way, and holds files that no run left there; choose another --out")
+            raise UserError(f"{partial} is in the way, and holds files that no run left there; choose another --out")
         for file in partial.iterdir():
             file.unlink()
     partial.mkdir(parents=True, exist_ok=True)
@@ -1612,7 +1612,7 @@ class ExportJsonl:
 
 def export_jsonl(config: ExportJsonl):
     if config.out.exists():
-        raise FileExistsError(f"--out {config.out} exists; choose another file or delete it")
+        raise UserError(f"--out {config.out} exists; choose another file or delete it")
     shards, partial = Shards(config.data), Path(f"{config.out}.partial")
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with open(partial, "w") as file:
@@ -1655,7 +1655,7 @@ class Recolor:
 def recolor(config: Recolor):
     palette_K3, partial, notes = read_palette(config.palette) if config.palette else draw_palette(config.colours, config.seed), Path(f"{config.out}.partial"), []
     if partial.exists():
-        raise FileExistsError(f"{partial} is in the way, perhaps from a run that was stopped; delete it")
+        raise UserError(f"{partial} is in the way, perhaps from a run that was stopped; delete it")
     stems = find_stems(config.inputs, "", notes)
     partial.mkdir(parents=True)
     bad = 0
