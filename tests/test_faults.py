@@ -35,10 +35,11 @@ import pytest
 from PIL import Image
 
 import lvm
+import playground
 import sample
 import tokenize_data
-import train
 import vqgan
+from common import runs
 from common.images import UserError
 from common.runs import RunStopped
 from conftest import ROOT, command, free_port, launch, log_of, post
@@ -64,12 +65,12 @@ def logged(out, steps):
 
 
 def steps_in(out):
-    return sorted(int(path.name) for path in lvm.steps_of(out / "checkpoints"))
+    return sorted(int(path.name) for path in runs.steps_of(out / "checkpoints"))
 
 
 def state_of(out, step=12):
     folder = out / "checkpoints" / str(step)
-    lvm.check_digests(folder)
+    runs.check_digests(folder)
     return [ocp.StandardCheckpointHandler().restore(folder / item) for item in ("model", "optimizer", "guard")]
 
 
@@ -139,8 +140,8 @@ def test_fault_01_the_tokenizers_training_too(undisturbed_tokenizer, tmp_path, s
 
 def assert_equal_tokenizer_runs(disturbed, whole):
     assert (disturbed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    states = [ocp.StandardCheckpointHandler().restore(out / "checkpoints/12/default") for out in (whole, disturbed)]
-    assert states[0].keys() == states[1].keys() >= {"model", "ema", "optimizer", "critic", "critic_optimizer"}
+    items = ("model", "ema", "optimizer", "usage_K", "guard", "critic", "critic_optimizer")
+    states = [[ocp.StandardCheckpointHandler().restore(out / "checkpoints/12" / item) for item in items] for out in (whole, disturbed)]
     for x, y in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_array_equal(x, y)
     pick = lambda out: [{k: v for k, v in line.items() if k != "seconds"} for line in log_of(out)]
@@ -284,10 +285,10 @@ def test_fault_04_every_flipped_bit_is_found_and_its_file_named(copy, flips, cap
         file = files[n % len(files)]
         whole = file.read_bytes()
         flip_a_bit(file, rng)
-        assert [path.name for path in lvm.whole_steps(copy / "checkpoints")] == ["8"]
+        assert [path.name for path in runs.whole_steps(copy / "checkpoints")] == ["8"]
         assert str(file) in capsys.readouterr().err
         file.write_bytes(whole)
-    lvm.check_digests(step)
+    runs.check_digests(step)
 
 
 def test_fault_04_training_and_loading_fall_back_to_the_newest_whole_step_or_refuse(dataset, uninterrupted, copy):
@@ -315,8 +316,8 @@ def test_fault_04_a_tokenizers_training_goes_on_from_the_newest_whole_step_or_re
         shutil.copytree(undisturbed_tokenizer, tmp_path / "run")
         files = sorted(path for path in (checkpoints / "12").rglob("*") if path.is_file() and path.stat().st_size)
         flip_a_bit(file := files[n % len(files)], rng)
-        assert vqgan.newest_whole(checkpoints) == 10
-        assert str(file if file.name != vqgan.DIGESTS else file.parent) in capsys.readouterr().err
+        assert [path.name for path in runs.whole_steps(checkpoints)] == ["10"]
+        assert str(file) in capsys.readouterr().err
     (tmp_path / "run/model.safetensors").unlink()
     finish(launch(arguments))
     assert (tmp_path / "run/model.safetensors").read_bytes() == (undisturbed_tokenizer / "model.safetensors").read_bytes()
@@ -334,7 +335,7 @@ def damage(step, how):
     elif how == "missing":
         array.unlink()
     elif how == "no marker":
-        (step / lvm.DIGESTS).unlink()
+        (step / runs.DIGESTS).unlink()
     elif how == "garbage":
         array.write_bytes(random.Random(0).randbytes(10_000))
     elif how == "stray folder":
@@ -355,7 +356,7 @@ def test_fault_05_a_step_that_is_not_whole_is_passed_over_with_one_line(dataset,
 @pytest.mark.parametrize("how", ["truncated", "empty", "missing", "no marker", "garbage", "stray folder", "stray file"])
 def test_fault_05_loading_passes_over_a_step_that_is_not_whole(copy, how, capsys):
     damage(copy / "checkpoints" / "12", how)
-    assert [path.name for path in lvm.whole_steps(copy / "checkpoints")] == (["12", "8"] if "stray" in how else ["8"])
+    assert [path.name for path in runs.whole_steps(copy / "checkpoints")] == (["12", "8"] if "stray" in how else ["8"])
     assert capsys.readouterr().err.count("passed over") == 1
 
 
@@ -367,15 +368,15 @@ def test_fault_06_a_full_disk_leaves_earlier_checkpoints_whole_and_a_later_save_
         lines.append(line)
         if "could not be saved" in line:
             assert str(copy / "checkpoints" / "16") in line and "bytes" in line
-            lvm.check_digests(copy / "checkpoints" / "12")
+            runs.check_digests(copy / "checkpoints" / "12")
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert process.wait() == 0 and sum("could not be saved" in line for line in lines) == 1, lines
     assert steps_in(copy) == [12, 20] and not list((copy / "checkpoints").glob("*.partial*"))
-    lvm.check_digests(copy / "checkpoints" / "20")
+    runs.check_digests(copy / "checkpoints" / "20")
 
 
 def test_fault_06_a_save_that_the_disk_has_no_room_for_is_not_begun(tmp_path, monkeypatch, capsys):
-    checkpoints, state = train.Checkpoints(tmp_path, 2, None), {"model": {"w": jax.numpy.arange(1000.0)}}
+    checkpoints, state = runs.Checkpoints(tmp_path, 2, None), {"model": {"w": jax.numpy.arange(1000.0)}}
     checkpoints.save(1, state)
     checkpoints.wait()
     with monkeypatch.context() as patch:
@@ -383,10 +384,10 @@ def test_fault_06_a_save_that_the_disk_has_no_room_for_is_not_begun(tmp_path, mo
         checkpoints.save(2, state)
         assert "it needs 4,000 bytes, and 3,999 are free" in capsys.readouterr().err
         with pytest.raises(RunStopped):
-            checkpoints.close()
+            checkpoints.finish(2, state, patience=0)
     checkpoints.save(3, state)
-    checkpoints.close()
-    assert [path.name for path in lvm.whole_steps(tmp_path)] == ["3", "1"]
+    checkpoints.finish(3, state, patience=0)
+    assert [path.name for path in runs.whole_steps(tmp_path)] == ["3", "1"]
 
 
 @pytest.mark.parametrize("where", variants(["read-only"], "vanished", "read-only, of a tokenizer"))
@@ -901,8 +902,8 @@ def red_png():
 
 
 @needs_gradio
-def test_fault_19_the_playground_refuses_what_is_no_picture_too_large_not_uploaded_or_from_another_page(tmp_path, playground):
-    process, address = playground
+def test_fault_19_the_playground_refuses_what_is_no_picture_too_large_not_uploaded_or_from_another_page(tmp_path, served):
+    process, address = served
     status, paths = upload(address, "red.png", red_png())
     assert status == 200
     status, said = ask(address, json.loads(paths)[0], "good")
@@ -911,8 +912,8 @@ def test_fault_19_the_playground_refuses_what_is_no_picture_too_large_not_upload
     assert "not a JPEG" in ask(address, json.loads(paths)[0], "text")[1]
     _, paths = upload(address, "text.txt", b"no picture")
     assert "Invalid file type" in ask(address, json.loads(paths)[0], "name")[1]
-    assert upload(address, "large.png", bytes(sample.MOST_UPLOAD + 1))[0] in (0, 413)
-    assert post(f"{address}/gradio_api/queue/join", bytes(sample.MOST_UPLOAD + 1), {"Content-Type": "application/json"})[0] in (0, 413)
+    assert upload(address, "large.png", bytes(playground.MOST_UPLOAD + 1))[0] in (0, 413)
+    assert post(f"{address}/gradio_api/queue/join", bytes(playground.MOST_UPLOAD + 1), {"Content-Type": "application/json"})[0] in (0, 413)
     (tmp_path / "private.png").write_bytes(red_png())
     for path in ("/etc/passwd", str(tmp_path / "private.png"), "../../../etc/passwd"):
         status, said = ask(address, path, "stranger")
@@ -926,8 +927,8 @@ def test_fault_19_the_playground_refuses_what_is_no_picture_too_large_not_upload
 
 
 @needs_gradio
-def test_fault_19_the_playground_answers_or_refuses_64_requests_at_once_in_bounded_memory(playground):
-    process, address = playground
+def test_fault_19_the_playground_answers_or_refuses_64_requests_at_once_in_bounded_memory(served):
+    process, address = served
     path = json.loads(upload(address, "red.png", red_png())[1])[0]
     ask(address, path, "warm")
     before = peak_mb(process)
