@@ -990,7 +990,7 @@ def split_part(text: str) -> tuple[int, int]:
 
 
 def write_dataset(out: Path, tokenizer, kinds: list[str], sentences: Iterable[tuple[int, np.ndarray]], rejected=(), context: int | None = None, suffix: str = ""):
-    """Writes (kind, uint16 tokens) sentences as a dataset folder, whole or not at all. Raises FileExistsError for an old one."""
+    """Writes (kind, uint16 tokens) sentences as a dataset folder, whole or not at all. Raises UserError for an old one."""
     out, partial = Path(out), Path(f"{out}.partial{suffix}")
     if out.exists():
         raise UserError(f"{out} exists; choose another --out or delete it")
