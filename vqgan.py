@@ -403,7 +403,8 @@ class Conv(eqx.Module):
         # Highest precision costs nothing in bf16 and keeps float32 codes the same on every chip (no TF32, no bf16 passes).
         y_BHWO = lax.conv_general_dilated(x_BHWI, self.weight.astype(x_BHWI.dtype), (stride, stride), padding,
                                           dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups, precision="highest")
-        return y_BHWO if self.bias is None else y_BHWO + self.bias.astype(x_BHWI.dtype)
+        # Added in float32, so that the gradient of the bias is the float32 sum over all places.
+        return y_BHWO if self.bias is None else (y_BHWO.astype(jnp.float32) + self.bias).astype(x_BHWI.dtype)
 
 
 class GroupNorm(eqx.Module):
@@ -613,14 +614,14 @@ def train(config: TrainConfig) -> VQGAN:
         with open(config.out / "metrics.jsonl", "a") as log:
             for step, metrics in lines:
                 metrics = {k: round(float(v), 8) for k, v in metrics.items()}
-                log.write(json.dumps({"step": step, **metrics, "images": step * config.batch, "seconds": round(time.time() - began, 1)}) + "\n")
+                log.write(json.dumps({"step": step, **metrics, "images": step * config.batch, "seconds": round(time.monotonic() - began, 1)}) + "\n")
         return metrics  # of the last step
 
     (config.out / "samples").mkdir(exist_ok=True)
     readers, ahead = ThreadPoolExecutor(min(8, os.cpu_count() or 1)), ThreadPoolExecutor(1)
     coming, waiting, signals = ahead.submit(read_batch, first), [], contextlib.ExitStack()
     asked = signals.enter_context(asked_to_stop())
-    bar, began = tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True), time.time()
+    bar, began = tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True), time.monotonic()
     try:
         for step in range(first, config.steps):
             pixels_BHWC, coming = jax.device_put(coming.result(), batches), ahead.submit(read_batch, step + 1)
