@@ -399,7 +399,8 @@ class Conv(eqx.Module):
         # Highest precision costs nothing in bf16 and keeps float32 codes the same on every chip (no TF32, no bf16 passes).
         y_BHWO = lax.conv_general_dilated(x_BHWI, self.weight.astype(x_BHWI.dtype), (stride, stride), padding,
                                           dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups, precision="highest")
-        return y_BHWO if self.bias is None else y_BHWO + self.bias.astype(x_BHWI.dtype)
+        # Added in float32, so that the gradient of the bias is the float32 sum over all places.
+        return y_BHWO if self.bias is None else (y_BHWO.astype(jnp.float32) + self.bias).astype(x_BHWI.dtype)
 
 
 class GroupNorm(eqx.Module):
