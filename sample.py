@@ -15,12 +15,15 @@ Dimension key: P prompts, N candidates (of all prompts together), R rows of the 
 T pictures of a prompt, S codes of a picture, C of them in one piece, V vocabulary (of codes only, where they are drawn), H W C a picture.
 """
 
+import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
+
 import contextlib
 import dataclasses
 import functools
 import json
 import math
 import os
+import re
 import threading
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -36,8 +39,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 import lvm
 import vqgan
-from common.images import FORMATS, UserError, count_pictures, find_images, read_pictures
-from common.runs import run_command
+from common.images import UserError, count_frames, find_images, read_pictures, shown_size
+from common.runs import check_numbers, run_command
+from common.weights import check_fields, parse_json, read_json, read_text
 
 MINI = vqgan.HERE / "assets" / "mini" / "lvm"
 BOOK = vqgan.HERE / "assets" / "prompts"
@@ -116,6 +120,14 @@ class Config:
     """Of the keys and values of what was read; int8 has one scale a head and token."""
     tensor: int = 1
     """Devices over which heads and feed-forward width are split, for models bigger than one device."""
+
+    def __post_init__(self):
+        check_numbers(self, {
+            "[1, 65535]": "port", "[1, 10000]": "candidates frames batch", "[1, inf)": "stride", "[2, inf)": "context_frames",
+            "[0, 1000]": "temperature guidance", "[0, inf)": "top_k seed", "(0, 1]": "top_p", "[0, 1]": "min_p",
+            "[0, 10000]": "jacobi", "[1, 4096]": "tensor"})
+        if 0 < self.temperature < 1e-4:
+            raise UserError(f"--temperature {self.temperature} is too small to divide by; 0 takes the likeliest code every time")
 
 
 def sample(config: Config):
@@ -236,7 +248,8 @@ def generate(
     Of a prompt that does not fit the context the last pictures are kept. Codes are drawn by temperature, then `top_k`
     (0: all), then `top_p`, then `min_p`; temperature 0 takes the likeliest. `key` and i decide candidate i, whatever N is (up to
     the rounding of a batched product). Raises UserError for what these cannot be and for a model and tokenizer that do not fit."""
-    check_drawing(frames, candidates, temperature, top_k, top_p, min_p, guidance, jacobi)
+    Config(frames=frames, candidates=candidates, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, guidance=guidance,
+           jacobi=jacobi)  # checks them
     if tokenizer.config.num_embeddings != model.config.codes:
         raise UserError(f"the tokenizer has {tokenizer.config.num_embeddings} codes and the model {model.config.codes}")
     if not len(prompt_THWC):
@@ -509,35 +522,16 @@ def add_up(mesh):
 
 
 def check_config(config: Config):
-    check_drawing(config.frames, config.candidates, config.temperature, config.top_k, config.top_p, config.min_p, config.guidance, config.jacobi)
-    for name, value in (("stride", config.stride), ("batch", config.batch), ("tensor", config.tensor)):
-        if value < 1:
-            raise UserError(f"--{name} must be at least 1, got {value}")
-    if config.context_frames is not None and config.context_frames < 2:
-        raise UserError(f"--context-frames must be at least 2, one to see and one to draw, got {config.context_frames}")
     if sum((config.serve, config.prompt_book, config.prompts is not None)) > 1:
         raise UserError("--serve, --prompt-book and --prompts exclude each other; pass one of them")
     if (config.resize_output or config.include_input) and not config.prompts:
         raise UserError("--resize-output and --include-input belong to --prompts FILE")
     if config.resize_output not in (None, "original"):
-        sides = config.resize_output.split(",")
-        if len(sides) != 2 or not all(side.isascii() and side.isdigit() and 1 <= int(side) <= 8192 for side in sides):
+        sides = re.fullmatch("([0-9]{1,4}),([0-9]{1,4})", config.resize_output)
+        if not sides or not all(1 <= int(side) <= 8192 for side in sides.groups()):
             raise UserError(f"--resize-output {config.resize_output}: pass `original` or `w,h` in pixels, such as 256,256")
     if config.prompt_book and config.frames > 1:
         raise UserError("--prompt-book shows one new picture; leave out --frames")
-
-
-def check_drawing(frames, candidates, temperature, top_k, top_p, min_p=0.0, guidance=1.0, jacobi=0):
-    for name, value, least in (("frames", frames, 1), ("candidates", candidates, 1), ("top-k", top_k, 0), ("jacobi", jacobi, 0)):
-        if value < least:
-            raise UserError(f"--{name} must be at least {least}, got {value}")
-    for name, value in (("temperature", temperature), ("guidance", guidance)):
-        if not 0 <= value < math.inf:
-            raise UserError(f"--{name} must be at least 0, got {value}")
-    if not 0 < top_p <= 1:
-        raise UserError(f"--top-p must be above 0 and at most 1, got {top_p}")
-    if not 0 <= min_p <= 1:
-        raise UserError(f"--min-p must be at least 0 and at most 1, got {min_p}")
 
 
 def check_out(config: Config) -> Path:
@@ -596,24 +590,26 @@ def find_models(model, tokenizer) -> tuple[str, Path]:
         steps = [step for step in Path("runs").glob("*/checkpoints/*") if step.name.isdigit() and "model" in read_config(step.parents[1])]
         model = max(steps, key=os.path.getmtime).parents[1] if steps else MINI
     if tokenizer is None:
-        named = read_config(model).get("train", {}).get("tokenizer")
-        tokenizer = named if named and Path(named).exists() else vqgan.MINI
+        trained = read_config(model).get("train")
+        named = trained.get("tokenizer") if isinstance(trained, dict) else None
+        tokenizer = named if isinstance(named, str) and named and os.path.exists(named) else vqgan.MINI
     return str(model), Path(tokenizer)
 
 
 def read_config(folder) -> dict:
     """A model folder's config.json, or nothing: `lvm.load` says what is wrong with it."""
     try:
-        config = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError):
+        return read_json(Path(folder) / "config.json")
+    except UserError:
         return {}
-    return config if isinstance(config, dict) else {}
 
 
 def open_tokenizer(path, model_path) -> vqgan.VQGAN:
     """Reads a tokenizer; where the model's config.json says whose codes it was trained on, it must be that one."""
     tokenizer = vqgan.load(path)
-    trained_on, found = read_config(model_path).get("tokenizer"), vqgan.fingerprint(tokenizer)
+    config, found = read_config(model_path), vqgan.fingerprint(tokenizer)
+    check_fields(config, {"tokenizer": str | None}, Path(model_path) / "config.json")
+    trained_on = config.get("tokenizer")
     if trained_on not in (None, found):
         raise UserError(f"{model_path} was trained on the codes of tokenizer {trained_on}, {path} is {found}; name its own with --tokenizer")
     return tokenizer
@@ -645,45 +641,37 @@ class Prompt(NamedTuple):
 def read_prompts(config: Config, out: Path) -> list[Prompt]:
     """Checks every line of --prompts, before any model is opened. Raises UserError with the file and line."""
     prompts = {}
-    with open(config.prompts, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                prompt = read_prompt_line(line, config, out)
-                if prompts.setdefault(inside(out, prompt.output), prompt) is not prompt:
-                    raise UserError(f"output {prompt.output!r} is another line's too")
-            except (ValueError, OSError, RecursionError) as error:
-                raise UserError(f"{config.prompts} line {number}: {error}") from None
+    for number, line in enumerate(read_text(config.prompts).split("\n"), 1):
+        if not line.strip():
+            continue
+        source = f"{config.prompts} line {number}"
+        record = parse_json(line, source)
+        check_fields(record, {"input": list[str], "output": str, "target": list[str] | None}, source)
+        try:
+            prompt = read_prompt(record, config, out)
+            if prompts.setdefault(inside(out, prompt.output), prompt) is not prompt:
+                raise UserError(f"output {prompt.output!r} is another line's too")
+        except (UserError, OSError) as error:
+            raise UserError(f"{source}: {error}") from None
     if not prompts:
         raise UserError(f"{config.prompts} holds no prompt; write {{'input': [files], 'output': name}} on each line, as JSON")
     return list(prompts.values())
 
 
-def read_prompt_line(line: str, config: Config, out: Path) -> Prompt:
-    record = json.loads(line)
-    if not isinstance(record, dict):
-        raise UserError(f"wanted an object with input and output, got a {type(record).__name__}")
-    files = {}
-    for key in ("input", "target"):
-        files[key] = record.get(key, [] if key == "target" else None)
-        if not isinstance(files[key], list) or not all(isinstance(file, str) for file in files[key]) or key == "input" and not files[key]:
-            raise UserError(f"{key} must be a list of files, got {json.dumps(files[key])[:80]}")
-    if not isinstance(output := record.get("output"), str):
-        raise UserError(f"output must be a file name, got {json.dumps(output)[:80]}")
+def read_prompt(record: dict, config: Config, out: Path) -> Prompt:
+    output = record["output"]
     path = inside(out, output)
     if path.suffix not in STILLS + ANIMATIONS:
         raise UserError(f"output {output!r} must end in {' '.join(STILLS + ANIMATIONS)}")
     if path.exists():
         raise UserError(f"output {path} exists; choose another --out or delete it")
-    pictures = list_prompt([Path(file) for file in files["input"]], config.stride)
-    target = list_prompt([Path(file) for file in files["target"]]) if files["target"] else []
+    pictures = list_prompt([Path(file) for file in record["input"]], config.stride)
+    target = list_prompt([Path(file) for file in record["target"]]) if record.get("target") else []
     if target and len(target) != config.frames:
         raise UserError(f"target holds {len(target)} pictures and --frames is {config.frames}")
     size = None
     if config.resize_output == "original":
-        with Image.open(pictures[-1][0], formats=FORMATS) as image:
-            size = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size  # turned by 90 degrees when read
+        size = shown_size(pictures[-1][0])
     elif config.resize_output:
         width, height = config.resize_output.split(",")
         size = int(width), int(height)
@@ -694,12 +682,12 @@ def list_prompt(paths, stride: int = 1) -> list[tuple[Path, int]]:
     """Files, folders, animations and videos -> (file, frame) of every picture. Raises for none, too many, or what is not there."""
     files = [file for path in paths for file in (find_images(path) if path.is_dir() else [path])]
     if len(files) <= MOST_PICTURES:
-        pictures = [(file, frame) for file in files for frame in range(count_pictures(file))[::-stride][::-1]]
+        pictures = [(file, frame) for file in files for frame in range(count_frames(file))[::-stride][::-1]]
     if len(files) > MOST_PICTURES or len(pictures) > MOST_PICTURES:
         raise UserError(f"--prompt holds more than {MOST_PICTURES} pictures; a context holds far fewer: pass the last ones, "
                          "or every eighth frame with --stride 8")
     if not pictures:
-        raise UserError("--prompt is empty; pass pictures, or a folder of them")
+        raise UserError("the prompt is empty; pass pictures, or a folder of them")
     return pictures
 
 
