@@ -309,7 +309,7 @@ def memory_for(image: Image.Image, path: Path) -> int:
         return pixels * 4 // scale**2 + pixels * 2 * len(image.getbands()) * several
     if image.mode.startswith("I") or image.mode == "F" or image.format == "WEBP":
         return pixels * 24
-    return pixels * (4 if image.format in ("PNG", "BMP") and image.mode in ("L", "RGB", "RGBA") and not image.info.get("transparency") else 8)
+    return pixels * (4 if image.format in ("PNG", "BMP") and image.mode in ("L", "RGB") and not image.info.get("transparency") else 8)
 
 
 class Scratch:
