@@ -22,6 +22,8 @@ Dimension key: N examples, K example pairs, T pictures of a sentence or its ids,
 D features, H W C a picture, M measures.
 """
 
+import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
+
 import base64
 import collections
 import dataclasses
@@ -30,6 +32,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -37,7 +40,6 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Literal, NamedTuple
-from xml.etree import ElementTree
 
 import equinox as eqx
 import jax
@@ -53,8 +55,10 @@ import lvm
 import sample
 import tokenize_data
 import vqgan
-from common.images import UserError
+from common import metrics
+from common.images import UserError, count_frames, find_stems, find_videos, read_clip, read_depth, read_edges, read_frames, read_integers
 from common.runs import RunStopped, run_command
+from common.weights import check_fields, parse_json, read_npz, read_text, read_xml, strict_json, write_whole
 
 REPORTS = Path("runs") / "evaluate"
 SEQUENCES = {"motion", "frames", "video"}  # kinds that are no pairs
@@ -148,7 +152,7 @@ def perplexity(config: Perplexity):
         member = lambda kind, e: kind == label(e["kind"]) or kind == POOLED and e["kind"] not in NEVER_TRAINED
         of_kind = {kind: [e["perplexity of each picture"] for e in report["examples"] if member(kind, e)]
                    for kind in dict.fromkeys(row["kind"] for row in report["rows"])}
-        lines = {kind: [(t + 1, *summary(np.array(values), config.seed).values()) for t, values in enumerate(zip(*pictures))] for kind, pictures in of_kind.items()}
+        lines = {kind: [(t + 1, *metrics.bootstrap(np.array(values), config.seed).values()) for t, values in enumerate(zip(*pictures))] for kind, pictures in of_kind.items()}
         line_chart(out / "perplexity.png", lines, "Perplexity of each picture of a sentence", "picture")
     print(f"wrote {out}/perplexity.json and perplexity.png")
 
@@ -297,7 +301,7 @@ def shots(config: Shots):
         config, "shots", queries, prompts, judge_sentence,
         "exp(mean NLL of the last answer's codes) given the query and the last k example pairs before it; the same answers for every k; "
         "arithmetic mean over sentences; drawn answers are compared with the true one as the tokenizer shows it, two colours by the nearer "
-        f"one, edges within {EDGE_TOLERANCE} of the diagonal", {"data": str(shards.folder)})
+        f"one, edges within {metrics.EDGE_TOLERANCE} of the diagonal", {"data": str(shards.folder)})
     print_beside(report["rows"], list(prompts))
     curves = {}
     for row in report["rows"]:
@@ -310,27 +314,11 @@ def shots(config: Shots):
 def judge_sentence(answer_HWC, truth_HWC, pictures_THWC, kind) -> dict:
     values = {"mse": float(np.square(answer_HWC - truth_HWC).mean())}
     if kind in ("segmentation", "edges"):
-        rare_3, common_3 = two_colours(pictures_THWC[1::2])
+        rare_3, common_3 = metrics.two_colours(pictures_THWC[1::2])
         is_rare = lambda p_HWC: np.square(p_HWC - rare_3).sum(-1) < np.square(p_HWC - common_3).sum(-1)
         ours, theirs = is_rare(answer_HWC), is_rare(truth_HWC)
-        values |= {"iou": (iou(ours, theirs) + iou(~ours, ~theirs)) / 2} if kind == "segmentation" else {"f_score": edge_scores(ours, theirs)["f_score"]}
+        values |= {"iou": (metrics.iou(ours, theirs) + metrics.iou(~ours, ~theirs)) / 2} if kind == "segmentation" else {"f_score": metrics.edge_scores(ours, theirs)["f_score"]}
     return values
-
-
-def two_colours(pictures_THWC) -> tuple[np.ndarray, np.ndarray]:
-    """The two colours that the pictures are made of, the rarer first: 2-means, begun along the direction of most variance."""
-    colours_N3 = pictures_THWC.reshape(-1, 3).astype(np.float64)
-    centred_N3 = colours_N3 - colours_N3.mean(0)
-    along_N = centred_N3 @ np.linalg.eigh(centred_N3.T @ centred_N3)[1][:, -1]
-    second_N = along_N > (along_N.min() + along_N.max()) / 2
-    for _ in range(10):
-        if second_N.all() or not second_N.any():
-            break
-        centres_23 = np.stack([colours_N3[~second_N].mean(0), colours_N3[second_N].mean(0)])
-        second_N = np.square(colours_N3 - centres_23[1]).sum(1) < np.square(colours_N3 - centres_23[0]).sum(1)
-    else:
-        return (centres_23[1], centres_23[0]) if second_N.mean() < 0.5 else (centres_23[0], centres_23[1])
-    return colours_N3.mean(0), colours_N3.mean(0)  # one colour only
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -338,7 +326,7 @@ class Video(Prompted):
     """The next frame after some frames of a video: 15 in the prompt, 1 measured, at stride 8, as published.
 
     The paper does not say which frames: ours is one clip of each video, from a start drawn by the seed and the video's
-    path. Videos that are too short are left out and named in the JSON."""
+    path. Videos that are too short or cannot be read are left out and named in the JSON."""
 
     data: Path
     """Folder of videos (mp4, webm, mkv, avi, mov, gif), searched in depth."""
@@ -354,30 +342,44 @@ class Video(Prompted):
 
 def video(config: Video):
     check_at_least(1, frames=config.frames, stride=config.stride, limit=config.limit or 1)
-    queries, too_short = [], []
-    for path in tokenize_data.find_videos(config.data, "")[:config.limit]:
-        name, span = path.relative_to(config.data).as_posix(), config.frames * config.stride + 1
-        if (count := tokenize_data.count_frames(path)) < span:
-            too_short.append({"path": name, "frames": count})
-            continue
-        start = int(np.random.default_rng((config.seed, zlib.crc32(name.encode()))).integers(count - span + 1))
-        queries.append(Query(name, "video", functools.partial(read_clip, path, range(start, start + span, config.stride), config.fit)))
+    queries, too_short, unreadable = [], [], []
+    paths = find_videos(config.data)[:config.limit]
+    with ThreadPoolExecutor(8) as readers:
+        for path, (frames, count, reason) in zip(paths, readers.map(functools.partial(draw_clip, config), paths)):
+            name = path.relative_to(config.data).as_posix()
+            if reason:
+                unreadable.append({"path": name, "reason": reason})
+            elif frames is None:
+                too_short.append({"path": name, "frames": count})
+            else:
+                queries.append(Query(name, "video", functools.partial(read_clip, path, frames, fit=config.fit)))
     if not queries:
         raise UserError(f"{config.data}: no video has the {config.frames * config.stride + 1} frames that {config.frames} and one more at stride "
                          f"{config.stride} take; lower --frames or --stride")
-    if too_short:
-        print(f"{len(too_short)} of {len(too_short) + len(queries)} videos are too short and are left out")
+    for left, why in ((too_short, "are too short"), (unreadable, f"cannot be read ({unreadable[0]['reason'] if unreadable else ''})")):
+        if left:
+            print(f"{len(left)} of {len(paths)} videos {why} and are left out")
     run_prompted(
         config, "video", queries, {f"{config.frames} frames": config.frames}, lambda answer, truth, *_: {"mse": float(np.square(answer - truth).mean())},
         f"exp(mean NLL of the codes of the frame after {config.frames} frames, at stride {config.stride}) of each clip, arithmetic mean over clips; one clip a "
-        f"video, its start drawn by the seed and the path; bilinear {config.fit}", {"data": str(config.data), "too_short": too_short})
+        f"video, its start drawn by the seed and the path; bilinear {config.fit}", {"data": str(config.data), "too_short": too_short, "unreadable": unreadable})
 
 
-def read_clip(path, wanted, fit, size):
-    pictures, there = tokenize_data.read_frames(path, wanted, size, (fit, None, False, None))
-    if there is not None:
-        raise UserError(f"{path}: {there} frames can be decoded, its container promises more; take it away or mend it")
-    return pictures
+def draw_clip(config: Video, path: Path):
+    """-> (the frames to show or None, how many there are, why the video cannot be read or None); the frames can be decoded."""
+    name, span = path.relative_to(config.data).as_posix(), config.frames * config.stride + 1
+    try:
+        count = count_frames(path)
+        while count >= span:
+            start = int(np.random.default_rng((config.seed, zlib.crc32(os.fsencode(name)))).integers(count - span + 1))
+            frames = range(start, start + span, config.stride)
+            _, there = read_frames(path, frames, 8)
+            if there is None:
+                return frames, count, None
+            count = there  # its container promises more than can be decoded
+        return None, count, None
+    except UserError as error:
+        return None, 0, str(error)
 
 
 # ---------------------------------------------------------------------------------------------------- the visual-prompting benchmark
@@ -409,11 +411,7 @@ def segmentation(config: Segmentation):
     check_at_least(1, items=config.items)
     prompts, root, queries = check_shots(config.shots), voc_root(config.data, ("JPEGImages", "SegmentationClassAug")), []
     for fold in config.fold:
-        lines = read_lines(config.folds / f"fold{fold}.txt", "the list of a fold of Pascal-5i, with lines NAME__CC such as 2007_000033__01")
-        try:
-            listed = [(name, int(number)) for name, number in (line.split("__") for line in lines)]
-        except ValueError:
-            raise UserError(f"{config.folds}/fold{fold}.txt: wanted lines NAME__CC such as 2007_000033__01") from None
+        listed = read_fold(config.folds / f"fold{fold}.txt")
         rng = np.random.RandomState(config.seed)  # as published: one pair gets the very examples that theirs gets
         of_class = {number: [name for name, other in listed if other == number] for _, number in listed}
         for item in range(config.items):
@@ -436,28 +434,27 @@ def segmentation(config: Segmentation):
                  {"data": str(root), "folds": str(config.folds)})
 
 
+def read_fold(file) -> list[tuple[str, int]]:
+    """The names and classes of a list of Pascal-5i."""
+    lines = read_lines(file, "the list of a fold of Pascal-5i, with lines NAME__CC such as 2007_000033__01")
+    matches = [re.fullmatch(r"([\w.-]+)__([0-9]{1,3})", line) for line in lines]
+    if None in matches:
+        raise UserError(f"{file}: line {lines[matches.index(None)]!r:.80}: wanted NAME__CC such as 2007_000033__01")
+    return [(match[1], int(match[2])) for match in matches]
+
+
 def read_masked(root, names, number, size):
     pictures = []
     for name in names:
-        mask_HW = tokenize_data.read_integers(root / "SegmentationClassAug" / f"{name}.png") == number
+        mask_HW = read_integers(root / "SegmentationClassAug" / f"{name}.png") == number
         mask = Image.fromarray(mask_HW.astype(np.uint8) * 255)
         pictures += [vqgan.read_image(root / "JPEGImages" / f"{name}.jpg", size), vqgan.to_pixels(mask, size)]
     return pictures
 
 
 def judge_mask(answer_HWC, truth_HWC, pictures_THWC=None, kind=None) -> dict:
-    ours, theirs = is_white(answer_HWC), is_white(truth_HWC)
-    return {"iou": iou(ours, theirs), "accuracy": float((ours == theirs).mean())}
-
-
-def is_white(pixels_HWC) -> np.ndarray:
-    """Nearer to white than to black by squared distance in 8-bit RGB, where it is a tie too."""
-    return 2 * np.floor(np.asarray(pixels_HWC) * 255 + 0.5).sum(-1) >= 3 * 255
-
-
-def iou(a_HW, b_HW) -> float:
-    union = (a_HW | b_HW).sum()
-    return float((a_HW & b_HW).sum() / union) if union else 1.0
+    ours, theirs = metrics.is_white(answer_HWC), metrics.is_white(truth_HWC)
+    return {"iou": metrics.iou(ours, theirs), "accuracy": float((ours == theirs).mean())}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -507,17 +504,28 @@ def detection(config: Detection):
 def single_object(file) -> tuple[str, tuple[float, ...]] | None:
     """-> (class, box as fractions: left, top, right, bottom), or None unless there is exactly one object under 20%."""
     check_files([file], VOC_LAYOUT)
-    try:
-        tree = ElementTree.parse(file)
-        width, height = (float(tree.findtext(f"size/{side}")) for side in ("width", "height"))
-        objects = tree.findall("object")
-        boxes = [[float(o.findtext(f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
-        category = objects[0].findtext("name") if objects else None
-    except (ElementTree.ParseError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: no VOC annotation ({error})") from None
+    root = read_xml(file)
+
+    def number(node, path):
+        text = node.findtext(path)
+        try:
+            value = float(text)
+        except (ValueError, TypeError):
+            value = math.nan
+        if not 0 <= value <= 1e6:
+            raise UserError(f"{file}: {path} must be a number from 0 to a million, got {text!r:.40}")
+        return value
+
+    width, height = number(root, "size/width"), number(root, "size/height")
+    objects = root.findall("object")
+    boxes = [[number(o, f"bndbox/{edge}") for edge in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
     if len(boxes) != 1:
         return None
     (left, top, right, bottom), = boxes  # pixels are counted from 1, and the last one is inside
+    if not (left < right and top < bottom and left <= width and top <= height):
+        raise UserError(f"{file}: the box {left:g} {top:g} {right:g} {bottom:g} does not lie in the picture of {width:g} x {height:g}")
+    if not (category := objects[0].findtext("name")):
+        raise UserError(f"{file}: the object has no name")
     box = ((left - 1) / width, (top - 1) / height, right / width, bottom / height)
     return (category, box) if (box[2] - box[0]) * (box[3] - box[1]) < 0.2 else None
 
@@ -533,24 +541,7 @@ def read_boxed(root, names, boxes, size):
 
 
 def judge_box(answer_HWC, truth_HWC, pictures_THWC=None, kind=None) -> dict:
-    return {"iou": iou(box_of_largest(is_white(answer_HWC)), is_white(truth_HWC))}
-
-
-def box_of_largest(mask_HW) -> np.ndarray:
-    """True in the box around the largest component of True pixels (8 neighbours); all False where there is none."""
-    left = set(map(tuple, np.argwhere(mask_HW).tolist()))
-    largest, box_HW = [], np.zeros_like(mask_HW)
-    while left:
-        component = [left.pop()]
-        for y, x in component:  # grows as it is read
-            near = [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (y + dy, x + dx) in left]
-            left.difference_update(near)
-            component += near
-        largest = max(largest, component, key=len)
-    if largest:
-        (top, left_), (bottom, right) = np.min(largest, 0), np.max(largest, 0)
-        box_HW[top:bottom + 1, left_:right + 1] = True
-    return box_HW
+    return {"iou": metrics.iou(metrics.box_of_largest(metrics.is_white(answer_HWC)), metrics.is_white(truth_HWC))}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -578,9 +569,6 @@ class Colorization(Prompted):
     """weights/v0.1/vgg.pth of PyPI's lpips."""
 
 
-IMAGENET_DEVIATION = np.array([0.229, 0.224, 0.225])  # the mean falls out of a difference
-
-
 def colorization(config: Colorization):
     check_at_least(1, items=config.items)
     if (config.lpips_vgg is None) != (config.lpips_heads is None):
@@ -597,7 +585,7 @@ def colorization(config: Colorization):
         queries.append(Query(str(paths[i].relative_to(config.data)), "colorization", functools.partial(read_coloured, chosen, config.fit)))
 
     def judge(answer_HWC, truth_HWC, pictures_THWC, kind):
-        values = colour_errors(answer_HWC, truth_HWC)
+        values = metrics.colour_errors(answer_HWC, truth_HWC)
         return values | ({"lpips": float(distance(network, answer_HWC[None], truth_HWC[None])[0])} if network else {})
 
     run_prompted(config, "colorization", queries, prompts, judge,
@@ -609,11 +597,6 @@ def colorization(config: Colorization):
 def read_coloured(paths, fit, size):
     colours = [vqgan.read_image(path, size, fit) for path in paths]
     return [picture for colour_HWC in colours for picture in (tokenize_data.to_grey(colour_HWC), colour_HWC)]
-
-
-def colour_errors(answer_HWC, truth_HWC) -> dict:
-    error_HWC = np.asarray(answer_HWC, np.float64) - truth_HWC
-    return {"normalised_mse": float(np.square(error_HWC / IMAGENET_DEVIATION).mean()), "mse": float(np.square(error_HWC).mean())}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -638,17 +621,10 @@ class Depth(Paired):
 
 def depth(config: Depth):
     queries = paired_queries(config, "depths", read_depths, read_depth)
-    run_prompted(config, "depth", queries, check_shots(config.shots), lambda answer, truth, *_: depth_errors(answer.mean(-1), truth),
+    run_prompted(config, "depth", queries, check_shots(config.shots), lambda answer, truth, *_: metrics.depth_errors(answer.mean(-1), truth),
                  "inverse depth drawn near = white, scaled to each picture's range; scale and shift fitted in inverse depth by least squares (as MiDaS), "
                  "depth at most the picture's largest; absolute relative error, share of pixels under a factor 1.25; plain means over pictures. All of it "
                  "is ours: the paper measures no depth", {"data": str(config.data)})
-
-
-def read_depth(path, size) -> np.ndarray:
-    """-> float64 [size, size], the nearest pixels, 0 where unknown."""
-    depth_HW = tokenize_data.read_integers(path).astype(np.float64)
-    y, x = (np.minimum(((np.arange(size) + 0.5) * side / size).astype(int), side - 1) for side in depth_HW.shape)
-    return depth_HW[y][:, x]
 
 
 def read_depths(image_paths, answer_paths, size):
@@ -665,24 +641,11 @@ def read_depths(image_paths, answer_paths, size):
     return pictures
 
 
-def depth_errors(near_HW, depth_HW) -> dict:
-    known_HW = depth_HW > 0
-    drawn_N, true_N = near_HW[known_HW].astype(np.float64), depth_HW[known_HW]
-    design_N2 = np.stack([drawn_N, np.ones_like(drawn_N)], axis=1)
-    scale, shift = np.linalg.lstsq(design_N2, 1 / true_N, rcond=None)[0]
-    found_N = 1 / np.maximum(scale * drawn_N + shift, 1 / true_N.max())
-    ratio_N = np.maximum(found_N / true_N, true_N / found_N)
-    return {"abs_rel": float((np.abs(found_N - true_N) / true_N).mean()), "delta_1.25": float((ratio_N < 1.25).mean())}
-
-
-EDGE_TOLERANCE = 0.0075  # of the diagonal, as in the Berkeley benchmark
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Edges(Paired):
     """Edges of a picture. The paper shows edges and measures none, so all of this is ours, after the Berkeley benchmark:
 
-    edges/NAME.png is brighter than half where there is an edge; at the tokenizer's resolution a pixel is an edge where any
+    edges/NAME.png is brighter than half of its full scale where there is an edge (8 or 16 bits, 1 bit, float or palette); at the tokenizer's resolution a pixel is an edge where any
     of those that it covers is. Drawn pixels nearer to white than to black are edges. Precision is the share of drawn edge
     pixels within 0.0075 of the diagonal of a true one, recall the share of true ones within it of a drawn one (Berkeley's
     matches them one to one instead), F their harmonic mean for each picture; two pictures without edges agree."""
@@ -690,8 +653,8 @@ class Edges(Paired):
 
 def edges(config: Edges):
     queries = paired_queries(config, "edges", read_edge_pictures)
-    run_prompted(config, "edges", queries, check_shots(config.shots), lambda answer, truth, *_: edge_scores(is_white(answer), is_white(truth)),
-                 f"white edges on black, drawn ones at the nearer of both; precision and recall of edge pixels within {EDGE_TOLERANCE} of the diagonal of one "
+    run_prompted(config, "edges", queries, check_shots(config.shots), lambda answer, truth, *_: metrics.edge_scores(metrics.is_white(answer), metrics.is_white(truth)),
+                 f"white edges on black, drawn ones at the nearer of both; precision and recall of edge pixels within {metrics.EDGE_TOLERANCE} of the diagonal of one "
                  "of the other picture, F their harmonic mean of each picture, plain mean over pictures. All of it is ours: the paper measures no edges",
                  {"data": str(config.data)})
 
@@ -699,33 +662,12 @@ def edges(config: Edges):
 def read_edge_pictures(image_paths, answer_paths, size):
     pictures = []
     for image, answer in zip(image_paths, answer_paths):
-        with Image.open(answer, formats=vqgan.FORMATS) as opened:
-            edge_HW = np.asarray(opened.convert("L")) > 127
+        edge_HW = read_edges(answer)
         small_HW = np.zeros((size, size), np.float32)
         y, x = np.nonzero(edge_HW)
         small_HW[y * size // edge_HW.shape[0], x * size // edge_HW.shape[1]] = 1
         pictures += [vqgan.read_image(image, size), np.repeat(small_HW[..., None], 3, axis=-1)]
     return pictures
-
-
-def edge_scores(drawn_HW, true_HW) -> dict:
-    reach = EDGE_TOLERANCE * math.hypot(*true_HW.shape)
-    if not drawn_HW.any() and not true_HW.any():
-        return {"f_score": 1.0, "precision": 1.0, "recall": 1.0}
-    precision = float((drawn_HW & within(true_HW, reach)).sum() / max(drawn_HW.sum(), 1))
-    recall = float((true_HW & within(drawn_HW, reach)).sum() / max(true_HW.sum(), 1))
-    return {"f_score": 2 * precision * recall / max(precision + recall, 1e-12), "precision": precision, "recall": recall}
-
-
-def within(mask_HW, reach) -> np.ndarray:
-    """True where a True pixel of the mask is at most `reach` pixels away."""
-    R, near_HW = int(reach), np.zeros_like(mask_HW)
-    padded, (H, W) = np.pad(mask_HW, R), mask_HW.shape
-    for dy in range(-R, R + 1):
-        for dx in range(-R, R + 1):
-            if dy * dy + dx * dx <= reach * reach:
-                near_HW |= padded[R + dy:R + dy + H, R + dx:R + dx + W]
-    return near_HW
 
 
 # ---------------------------------------------------------------------------------------------------- folder layouts
@@ -744,7 +686,7 @@ def voc_root(folder, wanted) -> Path:
 def read_lines(file, what) -> list[str]:
     if not file.is_file():
         raise UserError(f"{file}: no such file; wanted there: {what}")
-    if not (lines := [line.strip() for line in file.read_text().splitlines() if line.strip()]):
+    if not (lines := [line.strip() for line in read_text(file).splitlines() if line.strip()]):
         raise UserError(f"{file}: empty; wanted there: {what}")
     return lines
 
@@ -767,7 +709,7 @@ def paired_queries(config: Paired, answers: str, read, truth=None) -> list[Query
     for name in ("images", answers):
         if not (config.data / name).is_dir():
             raise UserError(f"{config.data / name}: no such folder; {layout}")
-    found = [tokenize_data.find_stems(config.data / name, "", []) for name in ("images", answers)]
+    found = [find_stems(config.data / name, "") for name in ("images", answers)]
     if alone := sorted(set(found[0]) ^ set(found[1])):
         raise UserError(f"{config.data}: {alone[0]} has only one of its picture and its {answers} ({len(alone)} such names); {layout}")
     names, most = list(found[0]), max(config.shots)
@@ -915,7 +857,7 @@ def fid(config: Fid):
     digest = hashlib.sha256(config.weights.read_bytes()).hexdigest()[:16]
     definition = f"{config.network} (weights sha256 {digest}), {D} pooled features, squares of {size} pixels"
     sides = {"data": config.data, "generated": config.data if tokenizer else config.generated}
-    stored = {side: read_features(path, definition) for side, path in sides.items() if path.suffix == ".npz"}
+    stored = {side: read_features(path, definition, D) for side, path in sides.items() if path.suffix == ".npz"}
     if tokenizer and stored:
         raise UserError(f"{config.data} holds features; --tokenizer needs the pictures")
     paths = {side: vqgan.find_images(path) for side, path in sides.items() if side not in stored}
@@ -957,9 +899,9 @@ def fid(config: Fid):
     a_ND, b_ND = (features[side].astype(np.float64) for side in sides)
     distances = {}
     if config.distance != "kernel":
-        distances["frechet"] = frechet_interval(a_ND, b_ND, config.seed, config.rounds)
+        distances["frechet"] = metrics.frechet_interval(a_ND, b_ND, config.seed, config.rounds)
     if config.distance != "frechet":
-        distances["kernel"] = kernel_interval(a_ND, b_ND, config.seed)
+        distances["kernel"] = metrics.kernel_interval(a_ND, b_ND, config.seed)
     print_table(["distance", "definition", "pictures", "value", "95% interval"], [
         [name, definition, f"{counts['data']} and {counts['generated']}", f"{d['mean']:.6g}", f"{d['low']:.6g} - {d['high']:.6g}"] for name, d in distances.items()])
     write_report(out, "fid", about | {"distances": distances, "examples": {side: [str(p) for p in paths[side]] for side in paths}})
@@ -971,51 +913,14 @@ def fid(config: Fid):
     print(f"wrote {out}/fid.json, fid.png and the features; never compare figures of different definitions")
 
 
-def read_features(file, definition) -> np.ndarray:
-    try:
-        with np.load(file) as arrays:
-            features_ND, theirs = arrays["features_ND"], str(arrays["definition"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file}: no features of an earlier fid ({error})") from None
+def read_features(file, definition, D: int) -> np.ndarray:
+    features_ND, theirs = read_npz(file, {"features_ND": (np.float32, (None, D)), "definition": (np.str_, ())})
+    theirs = str(theirs)
+    if not np.isfinite(features_ND).all():
+        raise UserError(f"{file}: features_ND holds NaN or infinity")
     if theirs != definition:
-        raise UserError(f"{file} holds features by another definition, which cannot be compared: {theirs}; this call's is {definition}")
+        raise UserError(f"{file} holds features by another definition, which cannot be compared: {theirs[:200]}; this call's is {definition}")
     return features_ND
-
-
-def frechet(a_ND, b_ND) -> float:
-    """The squared Frechet distance of the normal distributions with the two sets' means and covariances, in float64."""
-    a_ND, b_ND = np.asarray(a_ND, np.float64), np.asarray(b_ND, np.float64)
-    a_DD, b_DD = (np.atleast_2d(np.cov(x_ND, rowvar=False)) for x_ND in (a_ND, b_ND))
-    values_D, vectors_DD = np.linalg.eigh(a_DD)
-    root_DD = (vectors_DD * np.sqrt(np.maximum(values_D, 0))) @ vectors_DD.T
-    # tr (A B)^1/2 = tr (A^1/2 B A^1/2)^1/2, which is symmetric: no complex roots to throw away.
-    overlap = np.sqrt(np.maximum(np.linalg.eigvalsh(root_DD @ b_DD @ root_DD), 0)).sum()
-    return float(np.square(a_ND.mean(0) - b_ND.mean(0)).sum() + np.trace(a_DD) + np.trace(b_DD) - 2 * overlap)
-
-
-def frechet_interval(a_ND, b_ND, seed, rounds) -> dict:
-    rng, value = np.random.default_rng(seed), frechet(a_ND, b_ND)
-    resample = lambda x_ND: x_ND[rng.integers(len(x_ND), size=len(x_ND))]
-    values = [frechet(resample(a_ND), resample(b_ND)) for _ in tqdm(range(rounds), unit="resample", dynamic_ncols=True)]
-    low, high = (value + np.mean(values) - np.percentile(values, q) for q in (97.5, 2.5))
-    return {"mean": value, "low": float(max(low, 0)), "high": float(high)}
-
-
-def kernel_distance(a_ND, b_ND) -> float:
-    """Unbiased squared maximum mean discrepancy with the kernel (x y / D + 1)^3 of KID."""
-    N, M, D = len(a_ND), len(b_ND), a_ND.shape[1]
-    kernel = lambda x_ND, y_ND: (x_ND @ y_ND.T / D + 1) ** 3
-    a_NN, b_MM = kernel(a_ND, a_ND), kernel(b_ND, b_ND)
-    same = (a_NN.sum() - np.trace(a_NN)) / (N * (N - 1)) + (b_MM.sum() - np.trace(b_MM)) / (M * (M - 1))
-    return float(same - 2 * kernel(a_ND, b_ND).mean())
-
-
-def kernel_interval(a_ND, b_ND, seed) -> dict:
-    """Mean over disjoint blocks, ten of them or as many as hold 1,000 pictures each, which are independent."""
-    rng = np.random.default_rng(seed)
-    blocks = max(10, math.ceil(min(len(a_ND), len(b_ND)) / 1000))
-    parts = [np.array_split(rng.permutation(len(x_ND)), blocks) for x_ND in (a_ND, b_ND)]
-    return summary(np.array([kernel_distance(a_ND[i], b_ND[j]) for i, j in zip(*parts)]), seed)
 
 
 def efficientnet_pooled(network, pixels_BHWC) -> jax.Array:
@@ -1074,7 +979,7 @@ class Inception(eqx.Module):
 
 def load_inception(file: Path) -> Inception:
     """Reads pytorch-fid's pt_inception-2015-12-05-6726825d.pth by the reader that runs nothing; every tensor is used once."""
-    tensors = {name: array for name, array in vqgan.read_weights(file).items() if not name.endswith("num_batches_tracked") and not name.startswith("fc.")}
+    tensors = {name: array for name, array in vqgan.open_tensors(file).items() if not name.endswith("num_batches_tracked") and not name.startswith("fc.")}
     convs = {}
     for name in [n.removesuffix(".conv.weight") for n in tensors if n.endswith(".conv.weight")]:
         weight_OIHW = vqgan.take(file, tensors, f"{name}.conv.weight")
@@ -1180,15 +1085,15 @@ def scaling(config: Scaling):
     print_tables(rows, config.sizes[-1])
 
     N_M, loss_NM = np.array([parameters[s] for s in config.sizes], float), np.array([[v[s]["loss"] for s in config.sizes] for v in values])
-    fitted, rng = fit_power_law(N_M, loss_NM.mean(0)), np.random.default_rng(config.seed)
-    resampled = [fit_power_law(N_M, loss_NM[rng.integers(len(loss_NM), size=len(loss_NM))].mean(0)) for _ in range(200)]
+    fitted, rng = metrics.fit_power_law(N_M, loss_NM.mean(0)), np.random.default_rng(config.seed)
+    resampled = [metrics.fit_power_law(N_M, loss_NM[rng.integers(len(loss_NM), size=len(loss_NM))].mean(0)) for _ in range(200)]
     between = {name: np.percentile([r[name] for r in resampled], [2.5, 97.5]) for name in ("E", "A", "a")}
     fit = {name: {"value": fitted[name], "low": float(low), "high": float(high)} for name, (low, high) in between.items()}
     print(f"loss = {fitted['E']:.3f} + {fitted['A']:.3g} / N^{fitted['a']:.3f}, largest residual {fitted['residual']:.2g} nats"
           + ("; three sizes fix three parameters: this is no test of the law" if len(N_M) == 3 else ""))
     ticks = {math.log(n): f"{size} {n / 1e6:.3g} M" for size, n in parameters.items()}
     law = lambda n: fitted["E"] + fitted["A"] * n ** -fitted["a"]
-    losses = [(math.log(parameters[size]), *summary(loss_NM[:, m], config.seed).values()) for m, size in enumerate(config.sizes)]
+    losses = [(math.log(parameters[size]), *metrics.bootstrap(loss_NM[:, m], config.seed).values()) for m, size in enumerate(config.sizes)]
     curve = [(x, law(math.exp(x))) for x in np.linspace(min(ticks), max(ticks), 50)]
     name = f"{fitted['E']:.3g} + {fitted['A']:.3g} / N^{fitted['a']:.2g}"
     line_chart(config.out / "loss.png", {name: curve, "held-out loss": losses}, "Held-out loss in nats a code", "parameters", ticks, alone=["held-out loss"])
@@ -1210,29 +1115,6 @@ def start(script, *arguments):
     done = subprocess.run([sys.executable, str(vqgan.HERE / script), *map(str, arguments)])
     if done.returncode:
         raise RunStopped(f"{script} ended with status {done.returncode}; what it printed stands above")
-
-
-def fit_power_law(N_M, loss_M) -> dict[str, float]:
-    """Least squares of loss = E + A / N^a: E and A are linear once a is given, and a is searched for, finer and finer."""
-    N_M, loss_M = np.asarray(N_M, np.float64), np.asarray(loss_M, np.float64)
-    scale = np.exp(np.log(N_M).mean())
-
-    def solve(a):
-        basis_M = (N_M / scale) ** -a
-        free = np.linalg.lstsq(np.stack([np.ones_like(basis_M), basis_M], 1), loss_M, rcond=None)[0]
-        candidates = [free, (0.0, (basis_M @ loss_M) / (basis_M @ basis_M)), (loss_M.mean(), 0.0)]
-        fits = [(np.square(E + A * basis_M - loss_M).sum(), float(E), float(A)) for E, A in candidates if E >= 0 and A >= 0]
-        return (*min(fits), a)
-
-    low, high = 0.01, 3.0
-    for _ in range(12):
-        grid = np.linspace(low, high, 41)
-        best = min(solve(a) for a in grid)
-        step = grid[1] - grid[0]
-        low, high = max(best[3] - step, 1e-3), best[3] + step
-    _, E, A, a = best
-    residual = np.abs(E + A * (N_M / scale) ** -a - loss_M).max()
-    return {"E": E, "A": float(A * scale**a), "a": float(a), "residual": float(residual)}
 
 
 # ---------------------------------------------------------------------------------------------------- the engine
@@ -1471,19 +1353,16 @@ def heldout_demo(config: Shots, tokenizer) -> Path:
 
 def read_prompts(file) -> list[dict]:
     """Checks every line, and that its files are there, before anything is computed."""
-    if not file.is_file():
-        raise UserError(f"{file}: no such file")
     examples = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        try:
-            example = json.loads(line)
-            paths = {k: example[k] for k in ("input", "target")}
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'{file}:{number}: wanted {{"input": [paths], "target": [paths]}}') from None
-        if not all(isinstance(p, list) and p and all(isinstance(path, str) for path in p) for p in paths.values()):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        paths = parse_json(line, f"{file}:{number}")
+        check_fields(paths, {"input": list[str], "target": list[str]}, f"{file}:{number}")
+        if not (paths["input"] and paths["target"]):
             raise UserError(f"{file}:{number}: input and target must each be a list of at least one path")
         for path in paths["input"] + paths["target"]:
-            if not Path(path).is_file():
+            if not os.path.isfile(path):
                 raise UserError(f"{file}:{number}: {path}: no such file")
         examples.append(paths)
     if not examples:
@@ -1535,21 +1414,12 @@ def summarise(examples, seed) -> list[dict]:
                 if len(values_N) < len(values):
                     continue  # kinds that are measured otherwise are not pooled
                 if name == "nats":  # pooled: every code counts alike
-                    nats = summary(values_N, seed, np.array([v["codes"] for v in values]))
+                    nats = metrics.bootstrap(values_N, seed, np.array([v["codes"] for v in values]))
                     measures |= {"pooled perplexity": {k: math.exp(v) for k, v in nats.items()}, "bits a code": {k: v / math.log(2) for k, v in nats.items()}}
                 else:
-                    measures[name] = summary(values_N, seed)
+                    measures[name] = metrics.bootstrap(values_N, seed)
             rows.append({"kind": kind, "line": line, "examples": len(values), "measures": measures})
     return rows
-
-
-def summary(values_N, seed, weights_N=None, rounds=2000) -> dict:
-    """The (weighted) mean, and the 2.5th and 97.5th percentiles of the means of resamples."""
-    picks_RN = np.random.default_rng(seed).integers(len(values_N), size=(rounds, len(values_N)))
-    weights_N = np.ones(len(values_N)) if weights_N is None else weights_N
-    means_R = (values_N * weights_N)[picks_RN].sum(1) / weights_N[picks_RN].sum(1)
-    low, high = np.percentile(means_R, [2.5, 97.5])
-    return {"mean": float((values_N * weights_N).sum() / weights_N.sum()), "low": float(low), "high": float(high)}
 
 
 def show(value) -> str:

