@@ -337,7 +337,7 @@ def test_held_out_sentences_that_are_trained_on_are_left_out_or_refused(dataset,
 
 def test_shares_and_rates_stay_right_when_the_clock_of_the_machine_is_set_back(monkeypatch):
     monkeypatch.setattr(train.time, "time", lambda: -train.time.monotonic())
-    meter = train.Meter(0, 0, 1.0, {"mfu": 1e6})
+    meter = train.Meter(0, 1.0, {"mfu": 1e6})
     with meter.clock("checkpoint"):
         train.time.sleep(0.2)
     train.time.sleep(0.2)
