@@ -43,6 +43,7 @@ import lvm
 import vqgan
 from common.images import FORMATS, UserError, count_pictures, find_images, read_pictures
 from common.runs import run_command
+from common.weights import strict_json
 
 MINI = vqgan.HERE / "assets" / "mini" / "lvm"
 BOOK = vqgan.HERE / "assets" / "prompts"
@@ -166,7 +167,7 @@ def answer_file(config: Config, out: Path):
                     errors.append(line["mse"])
                 rows = [[*(prompt_THWC if config.include_input else ()), *pixels_MHWC] for pixels_MHWC in answer.pixels_NMHWC]
                 write_grid(inside(out, prompt.output), rows, prompt.size)
-                print(json.dumps(line), file=log, flush=True)
+                print(strict_json(line), file=log, flush=True)
             print(f"{min(i + config.batch, len(prompts))} of {len(prompts)} prompts answered in {out}")
     if errors:
         print(f"MSE        {np.mean(errors):.5f} over {len(errors)} prompts, summed over the channels")
@@ -854,7 +855,7 @@ def save_replay(config: Config, size: int, path: Path) -> str:
                 to_image(pixels_HWC).save(file, format="PNG")
         again = dataclasses.replace(config, prompt=(PROMPT,), prompts=Path("prompts.jsonl"), out=Path("answers"), serve=False, stride=1,
                                     port=Config.port, kind="analogy" if is_analogy(config, pictures) else "sequence")
-        archive.writestr("prompts.jsonl", json.dumps({"input": names, "output": "answer.png"}) + "\n")
+        archive.writestr("prompts.jsonl", strict_json({"input": names, "output": "answer.png"}) + "\n")
         archive.writestr("command.txt", command_line(again) + "\n")
     return command_line(again)
 
