@@ -959,7 +959,7 @@ class Inception(eqx.Module):
 
 def load_inception(file: Path) -> Inception:
     """Reads pytorch-fid's pt_inception-2015-12-05-6726825d.pth by the reader that runs nothing; every tensor is used once."""
-    tensors = {name: array for name, array in vqgan.read_weights(file).items() if not name.endswith("num_batches_tracked") and not name.startswith("fc.")}
+    tensors = {name: array for name, array in vqgan.open_tensors(file).items() if not name.endswith("num_batches_tracked") and not name.startswith("fc.")}
     convs = {}
     for name in [n.removesuffix(".conv.weight") for n in tensors if n.endswith(".conv.weight")]:
         weight_OIHW = vqgan.take(file, tensors, f"{name}.conv.weight")
