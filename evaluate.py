@@ -151,7 +151,7 @@ def perplexity(config: Perplexity):
             if frequency_V is not None:
                 values["unigram"] = likelihood(-np.log(frequency_V[sentences[n][-targets[n]:]]))
             # The first picture may lack its first code, so pictures are cut from the end.
-            yield {"kind": kinds[n], "values": values, "perplexity of each picture": np.exp(pictures[::-1]).tolist()}
+            yield {"kind": kinds[n], "values": values, "perplexity of each picture": list(map(exp, pictures[::-1]))}
 
     plot = can_draw("perplexity.png")
     report = run(config, "perplexity", out, about, names, measure, "model")
@@ -167,7 +167,12 @@ def perplexity(config: Perplexity):
 
 
 def likelihood(nats_T) -> dict:
-    return {"perplexity": float(np.exp(nats_T.mean())), "nats": float(nats_T.mean()), "codes": len(nats_T)}
+    return {"perplexity": exp(nats_T.mean()), "nats": float(nats_T.mean()), "codes": len(nats_T)}
+
+
+def exp(nats) -> float:
+    """Infinity where it overflows, which a report shows as null."""
+    return math.exp(nats) if nats < 709 else math.inf
 
 
 # ---------------------------------------------------------------------------------------------------- prompts with one answer
@@ -239,7 +244,7 @@ def run_prompted(config: Prompted, command, queries: list[Query], prompts: dict[
             truth = query.truth(models.tokenizer.config.resolution) if query.truth else pictures_BTHWC[b, -1]
             values = {line: judge(answer_BHWC[b], truth, pictures_BTHWC[b], query.kind) for line, answer_BHWC in answers.items()}
             for line in prompts:
-                values[line] = {"perplexity": float(np.exp(nats[line][b][-S:].mean()))} | values[line]
+                values[line] = {"perplexity": exp(nats[line][b][-S:].mean())} | values[line]
             yield {"kind": query.kind, "values": values}
 
     report = run(config, command, out, about, [q.name for q in queries], measure, main=list(prompts)[-1])
@@ -1054,7 +1059,7 @@ def scaling(config: Scaling):
 
         def measure(at, models=models):
             for nats_T in score(models, [sentences[n] for n in at], max(map(len, sentences))):
-                yield {"loss": float(nats_T.mean()), "perplexity": float(np.exp(nats_T[-S:].mean()))}
+                yield {"loss": float(nats_T.mean()), "perplexity": exp(nats_T[-S:].mean())}
 
         measured_by_size[size] = measured(config.out, f"scaling-{size}", about, [int(i) for i in chosen], measure, batch)
     values = [{size: {name: measured_by_size[size][n][name] for name in ("loss", "perplexity")} for size in config.sizes} for n in range(len(chosen))]
@@ -1398,7 +1403,7 @@ def summarise(examples, seed) -> list[dict]:
                 if name == "nats":  # pooled: every code counts alike
                     nats = metrics.bootstrap(values_N, seed, weights=[v["codes"] for v in values])
                     change = lambda f: {k: f(v) if isinstance(v, float) else v for k, v in nats.items()}
-                    measures |= {"pooled perplexity": change(lambda v: float(np.exp(v))), "bits a code": change(lambda v: v / math.log(2))}
+                    measures |= {"pooled perplexity": change(exp), "bits a code": change(lambda v: v / math.log(2))}
                 else:
                     measures[name] = metrics.bootstrap(values_N, seed)
             rows.append({"kind": kind, "line": line, "examples": len(values), "measures": measures})

@@ -15,7 +15,6 @@ Weights under `blocks` are stacked: `q_DNK` there has the shape (L, D, N, K), an
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import os
 import shutil

@@ -41,7 +41,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from common.images import FORMATS, MAX_PIXELS, SUFFIXES, UserError, find_images, read_image, to_pixels
+from common.images import UserError, find_images, read_image, to_pixels
 from common.metrics import bootstrap, psnr, reconstruction_values, ssim  # noqa: F401 (psnr and ssim are promised here)
 from common.runs import RunStopped, run_command
 from common.weights import open_tensors, strict_json, write_pickle, write_whole
