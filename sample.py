@@ -564,7 +564,7 @@ def check_out(config: Config) -> Path:
     folder = out if config.prompts else out.parent
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
-        raise PermissionError(f"--out {out}: the folder cannot be written to")
+        raise UserError(f"--out {out}: the folder cannot be written to")
     return out
 
 

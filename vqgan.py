@@ -41,7 +41,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from common.images import UserError, find_images, read_image, to_pixels
+from common.images import FORMATS, UserError, find_images, read_image, to_pixels
 from common.metrics import bootstrap, psnr, reconstruction_values, ssim  # noqa: F401 (psnr and ssim are promised here)
 from common.runs import RunStopped, run_command
 from common.weights import open_tensors, strict_json, write_pickle, write_whole
@@ -1222,7 +1222,7 @@ def save(model: VQGAN, path, overwrite: bool = False, layout: str = "open-muse")
     folder = Path(path)
     file = folder / {"open-muse": "model.safetensors", "diffusers": "diffusion_pytorch_model.safetensors", "taming": "last.ckpt", "llamagen": "vq.pt"}[layout]
     if file.exists() and not overwrite:
-        raise FileExistsError(f"{file} exists; choose another folder")
+        raise UserError(f"{file} exists; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, array in named_arrays(model):
