@@ -10,8 +10,11 @@
     python evaluate.py fid --data PICTURES --generated OTHERS --weights FILE    # Frechet and kernel distances
     python evaluate.py scaling                                # trains a ladder of sizes, fits loss = E + A / N^a
 
+Plots need matplotlib (pip install matplotlib); without it, one line at the start says so, and tables and JSON are the same.
+
 Perplexity is LVM's: exp of the mean negative log-likelihood of an example's codes, then the arithmetic mean over
-examples. Probabilities are over the whole vocabulary. Intervals are 95% bootstrap intervals over examples. Each batch is
+examples. Probabilities are over the whole vocabulary. Intervals are 95% bootstrap intervals over examples (of the Frechet
+distance: its normal limit's); a value that does not exist is null in the JSON, with a reason beside it. Each batch is
 split over the devices, and a killed evaluation that is started again goes on where it was.
 
 The published evaluation code of LVM's benchmarks does not exist, so each command's docstring states a protocol, and the
@@ -788,6 +791,9 @@ def reconstruction(config: Reconstruction):
 class Fid(Checked):
     """Frechet and kernel distance of two sets of pictures: --data against --generated, or against their own reconstructions
     by --tokenizer.
+
+    The Frechet distance's 95% interval is that of its normal limit over pictures (Rippl, Munk and Sturm 2016), in closed form;
+    it tells how other pictures of the same numbers would scatter, and not how much too few of them raise the distance.
 
     A figure belongs to its definition: the network, its weights, the size of the pictures and the numbers of them are in its
     name and in the JSON, and figures of different definitions cannot be compared. `inception` is the network of the usual FID
