@@ -607,7 +607,17 @@ def train(config: TrainConfig) -> VQGAN:
         with open(config.out / "metrics.jsonl", "a") as log:
             for step, metrics in lines:
                 metrics = {k: round(float(v), 8) for k, v in metrics.items()}
-                log.write(strict_json({"step": step, **metrics, "images": step * config.batch, "seconds": round(time.time() - began, 1)}) + "\n")
+                log.write(
+                    strict_json(
+                        {
+                            "step": step,
+                            **metrics,
+                            "images": step * config.batch,
+                            "seconds": round(time.time() - began, 1),
+                        }
+                    )
+                    + "\n"
+                )
         return metrics  # of the last step
 
     (config.out / "samples").mkdir(exist_ok=True)
@@ -625,8 +635,15 @@ def train(config: TrainConfig) -> VQGAN:
                                                    state, (codebook_KD, codebook_KD.copy())), sharding)
             revive = config.revive and not config.freeze_encoder and step > config.first_quantized and step % 50 == 0 and step < 0.8 * config.steps
             adversarial = bool(config.gan_weight) and step >= config.gan_from
-            state, metrics = train_step((optimizers, config, sharding, adversarial, networks), state, pixels_BHWC, jax.random.fold_in(jax.random.key(config.seed), step),
-                                        jnp.array(step >= config.first_quantized), jnp.array(revive), jnp.array(step))
+            state, metrics = train_step(
+                (optimizers, config, sharding, adversarial, networks),
+                state,
+                pixels_BHWC,
+                jax.random.fold_in(jax.random.key(config.seed), step),
+                jnp.array(step >= config.first_quantized),
+                jnp.array(revive),
+                jnp.array(step),
+            )
             waiting.append((step + 1, metrics))
             bar.update()
             stopping = bool(asked) and step + 1 < config.steps
@@ -958,7 +975,9 @@ def leave_out_unreadable(read_picture, count: int, report: Path, most: float):
                         reasons[j % count] = str(error)
                         print(f"left out: {error}", file=sys.stderr)
                         report.parent.mkdir(parents=True, exist_ok=True)
-                        report.write_text("".join(strict_json({"reason": reason}) + "\n" for reason in reasons.values()))
+                        report.write_text(
+                            "".join(strict_json({"reason": reason}) + "\n" for reason in reasons.values())
+                        )
                 if len(reasons) > most * count:
                     raise UserError(f"{len(reasons)} of {count} pictures cannot be read, more than --max-rejected {most}; the last: {error}") from None
         raise UserError(f"none of {count} pictures can be read")
@@ -1497,8 +1516,14 @@ def measure_reconstruction(model: VQGAN, paths, fit="stretch", networks={}, seed
         output_BHWC = np.asarray(decode(model, codes_BS))
         counts_K += np.bincount(codes_BS.ravel(), minlength=len(counts_K))
         values_B = reconstruction_values(pixels_BHWC, output_BHWC)
-        values = {name: np.asarray(distance(network, pixels_BHWC, output_BHWC)) for name, network in networks.items()}
-        examples += [{"path": str(path)} | values_B[i] | {name: float(v[i]) for name, v in values.items()} for i, path in enumerate(chosen)]
+        values = {
+            name: np.asarray(distance(network, pixels_BHWC, output_BHWC))
+            for name, network in networks.items()
+        }
+        examples += [
+            {"path": str(path)} | values_B[i] | {name: float(v[i]) for name, v in values.items()}
+            for i, path in enumerate(chosen)
+        ]
         shown += list(zip(pixels_BHWC, output_BHWC))[:32 - len(shown)]
     return summarise_reconstruction(examples, counts_K, seed), reconstruction_rows(*map(np.stack, zip(*shown)))
 
@@ -1506,13 +1531,20 @@ def measure_reconstruction(model: VQGAN, paths, fit="stretch", networks={}, seed
 def summarise_reconstruction(examples, counts_K, seed) -> dict:
     """The report of some pictures {"path", measure: value, ...}, from how often each code stands in all of them.
 
-    A picture without a value of some measure (None: an identical picture has no PSNR) is left out of that mean, which says so."""
+    A picture without a value of some measure (None: an identical picture has no PSNR) is left out of that mean,
+    which says so."""
     p_K = counts_K / counts_K.sum()
     entropy = float(-(p_K[p_K > 0] * np.log(p_K[p_K > 0])).sum())
     mean = {}
-    for name in dict.fromkeys(name for example in examples for name in example if name not in ("path", "reason")):
+    for name in dict.fromkeys(
+        name for example in examples for name in example if name not in ("path", "reason")
+    ):
         values = [example[name] for example in examples if example[name] is not None]
-        mean[name] = bootstrap(values, seed) if values else {"mean": None, "low": None, "high": None, "reason": "no picture has a value"}
+        mean[name] = (
+            bootstrap(values, seed)
+            if values
+            else {"mean": None, "low": None, "high": None, "reason": "no picture has a value"}
+        )
         if left_out := len(examples) - len(values):
             mean[name] |= {"left_out": left_out}
     return {"pictures": len(examples), "codes": int(counts_K.sum()), "mean": mean, "codebook": {
@@ -1529,7 +1561,10 @@ def describe(report) -> list[str]:
     names = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "efficientnet_lite0": "EfficientNet-Lite0 distance"}
     rows = []
     for name, v in report["mean"].items():
-        value, interval = (" - ".join("" if v[k] is None else f"{v[k]:.3f}" for k in keys).strip(" -") for keys in (["mean"], ["low", "high"]))
+        value, interval = (
+            " - ".join("" if v[k] is None else f"{v[k]:.3f}" for k in keys).strip(" -")
+            for keys in (["mean"], ["low", "high"])
+        )
         without = f" ({v['left_out']} without a value left out)" if "left_out" in v else ""
         rows.append(f"| {names[name]}{without} | {value or 'none'} | {interval} |")
     book = report["codebook"]
