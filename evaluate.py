@@ -13,10 +13,11 @@
 Plots need matplotlib (pip install matplotlib); without it, one line at the start says so, and tables and JSON
 are the same.
 
-Perplexity is LVM's: exp of the mean negative log-likelihood of an example's codes, then the arithmetic mean over
-examples. Probabilities are over the whole vocabulary. Intervals are 95% bootstrap intervals over examples (of
-the Frechet distance: its normal limit's); a value that does not exist is null in the JSON, with a reason beside
-it. Each batch is split over the devices, and a killed evaluation that is started again goes on where it was.
+Perplexity is LVM's: exp of the mean negative log-likelihood of an example's codes, then the arithmetic mean
+over examples. Probabilities are over the whole vocabulary. Intervals are 95% bootstrap intervals over
+examples (of the Frechet distance: its normal limit's); a value that does not exist is null in the JSON, with
+a reason beside it. Each batch is split over the devices, and a killed evaluation that is started again goes
+on where it was.
 
 The published evaluation code of LVM's benchmarks does not exist, so each command's docstring states a protocol, and the
 JSON repeats it. A figure means little beside `copy the query`, `mean of the answers` and `nearest example's answer`, which
@@ -375,7 +376,7 @@ def shots(config: Shots):
                 for line in prompts
             }
             none_N, last_N = values["0 pairs"], values[list(prompts)[-1]]
-            # A ratio of means is the mean of ratios weighed by what they divide by: so the bootstrap draws pairs.
+            # A ratio of means is the mean of ratios weighed by what divides: so the bootstrap draws pairs.
             curves[kind] = [
                 {"x": k} | metrics.bootstrap(values_N / none_N, config.seed, weights=none_N)
                 for k, values_N in enumerate(values.values())
@@ -860,9 +861,9 @@ class Fid(Checked):
     """Frechet and kernel distance of two sets of pictures: --data against --generated, or against their own reconstructions
     by --tokenizer.
 
-    The Frechet distance's 95% interval is that of its normal limit over pictures (Rippl, Munk and Sturm 2016), in
-    closed form; it tells how other pictures of the same numbers would scatter, and not how much too few of them
-    raise the distance.
+    The Frechet distance's 95% interval is that of its normal limit over pictures (Rippl, Munk and Sturm
+    2016), in closed form; it tells how other pictures of the same numbers would scatter, and not how much
+    too few of them raise the distance.
 
     A figure belongs to its definition: the network, its weights, the size of the pictures and the numbers of them are in its
     name and in the JSON, and figures of different definitions cannot be compared. `inception` is the network of the usual FID
@@ -941,9 +942,9 @@ def fid(config: Fid):
         "pictures": counts,
         "seed": config.seed,
         "device": jax.devices()[0].device_kind,
-        "protocol": "statistics in float64; Frechet: |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2), covariances "
-        "over n - 1, interval: of its normal limit, value +- 1.96 standard errors over pictures (Rippl, Munk and "
-        "Sturm 2016), the bias of few pictures not in it; "
+        "protocol": "statistics in float64; Frechet: |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2), "
+        "covariances over n - 1, interval: of its normal limit, value +- 1.96 standard errors over pictures "
+        "(Rippl, Munk and Sturm 2016), the bias of few pictures not in it; "
         "kernel: unbiased MMD^2 of disjoint blocks of at most 1,000 pictures, mean, bootstrap over blocks",
     }
     names, plot = [(side, path) for side in paths for path in paths[side]], can_draw("fid.png")
@@ -966,7 +967,8 @@ def fid(config: Fid):
     a_ND, b_ND = (features[side].astype(np.float64) for side in sides)
     if not (np.isfinite(a_ND).all() and np.isfinite(b_ND).all()):
         raise UserError(
-            f"features of {config.network} are not finite; the weights {config.weights} or stored features are damaged"
+            f"features of {config.network} are not finite; the weights {config.weights} or stored features "
+            "are damaged"
         )
     distances = {}
     if config.distance != "kernel":
@@ -987,7 +989,8 @@ def fid(config: Fid):
     for side in paths:
         partial_file(out, f"fid-{side}").unlink()
     print(
-        f"wrote {out}/fid.json{', fid.png' * plot} and the features; never compare figures of different definitions"
+        f"wrote {out}/fid.json{', fid.png' * plot} and the features; never compare figures of different "
+        "definitions"
     )
 
 
@@ -1120,7 +1123,8 @@ class Scaling(Checked):
 def scaling(config: Scaling):
     if not 3 <= len(config.sizes) == len(set(config.sizes)):
         raise UserError(
-            f"--sizes wants three or more sizes, each once, got {' '.join(config.sizes)}; `python lvm.py sizes` lists them"
+            f"--sizes wants three or more sizes, each once, got {' '.join(config.sizes)}; "
+            "`python lvm.py sizes` lists them"
         )
     if len(config.learning_rates) not in (1, len(config.sizes)):
         raise UserError(f"--learning-rates wants one value, or one for each of {len(config.sizes)} sizes, got {len(config.learning_rates)}")
@@ -1346,8 +1350,8 @@ def id_nats(model, ids_BT, *, mesh):
 
 
 def draw_answers(models, prompts_BTS, numbers, temperature, seed) -> np.ndarray:
-    """The codes of the next picture of each prompt, [B, S]; what is drawn of an example depends on the seed and its
-    number, not on the others."""
+    """The codes of the next picture of each prompt, [B, S]; what is drawn of an example depends on the seed
+    and its number, not on the others."""
     B, T, S = prompts_BTS.shape
     ids_BT = np.pad(prompts_BTS.reshape(B, T * S).astype(np.int32), ((0, 0), (int(models.bos), 0)), constant_values=models.model.config.bos)
     draw = functools.partial(next_picture, mesh=models.mesh, S=S, temperature=temperature)
@@ -1369,7 +1373,7 @@ def next_picture(model, ids_BT, key_data_B2, *, mesh, S, temperature):
             logits_BV, cache = carry
             logits_BV = logits_BV[:, :model.config.codes]  # special ids are never drawn
             if temperature:
-                # The largest logit is made 0: divided by a small temperature, others overflow downwards alone.
+                # The largest logit is made 0: divided by a small temperature, all overflow downwards alone.
                 logits_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / temperature
                 code_B = jax.vmap(
                     lambda key, logits_V: jax.random.categorical(jax.random.fold_in(key, s), logits_V)
@@ -1628,7 +1632,8 @@ def can_draw(*names) -> bool:
 
 
 def new_figure(rows, columns, width, height, **options):
-    """-> (matplotlib figure, its axes [rows, columns]). `width` and `height` in inches; no window is opened."""
+    """-> (matplotlib figure, its axes [rows, columns]). `width` and `height` in inches; no window is
+    opened."""
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), dpi=110, layout="constrained")
@@ -1651,9 +1656,9 @@ def plain_numbers(axis):
 def draw_panels(
     path, curves: dict[str, list[dict]], title, x_label, y_label, log=False, level=None, ticks=None, titles={}
 ):
-    """One small chart for each name, all on the same axes: points {"x", "mean", "low", "high"} joined by a line,
-    their 95% interval as a band. `ticks` {x: text} are the marks of a logarithmic x axis. A dashed line marks the y
-    of `level`; pooled is grey in each. `titles` {name: text} stand in for names."""
+    """One small chart for each name, all on the same axes: points {"x", "mean", "low", "high"} joined by a
+    line, their 95% interval as a band. `ticks` {x: text} are the marks of a logarithmic x axis. A dashed
+    line marks the y of `level`; pooled is grey in each. `titles` {name: text} stand in for names."""
     columns = min(4, len(curves))
     rows = -(-len(curves) // columns)
     wide, high = (4, 2.6) if len(curves) > 1 else (7, 4.5)
@@ -1710,8 +1715,8 @@ def set_x_ticks(ax, places, ticks):
 
 
 def draw_ranks(path, values: dict[str, float], title, y_label, log=False, mean=None):
-    """A dot for each name's value, from the smallest to the largest, with the outermost named; a line and a band at
-    `mean` {"mean", "low", "high"}."""
+    """A dot for each name's value, from the smallest to the largest, with the outermost named; a line and a
+    band at `mean` {"mean", "low", "high"}."""
     figure, ((ax,),) = new_figure(1, 1, 7.5, 4.5)
     names = sorted(values, key=values.get)
     ax.set_title(title)
@@ -1764,7 +1769,8 @@ def draw_shares(path, values: dict[str, np.ndarray], title, x_label):
 
 
 def draw_law(path, points: list[dict], law, name, ticks):
-    """Losses against numbers of parameters with their 95% intervals, and the curve that was fitted to them."""
+    """Losses against numbers of parameters with their 95% intervals, and the curve that was fitted to
+    them."""
     figure, ((ax,),) = new_figure(1, 1, 7.5, 4.8)
     xs, means = [p["x"] for p in points], [p["mean"] for p in points]
     curve = np.geomspace(min(xs), max(xs), 100)

@@ -1617,7 +1617,8 @@ def export_jsonl(config: ExportJsonl):
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with open(partial, "w") as file:
         for i in tqdm(range(len(shards)), unit="sentence", dynamic_ncols=True):
-            file.write(strict_json({"tokens": base64.b64encode(shards[i][1].astype("<i4").tobytes()).decode()}) + "\n")
+            tokens = base64.b64encode(shards[i][1].astype("<i4").tobytes()).decode()
+            file.write(strict_json({"tokens": tokens}) + "\n")
     partial.rename(config.out)
     print(f"wrote {len(shards):,} sentences to {config.out}")
 

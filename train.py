@@ -1179,7 +1179,7 @@ def open_log(config: Config, first: int):
 
     def write(line):
         unwritten.append(strict_json(line) + "\n")
-        line = {k: v if math.isfinite(v) else None for k, v in line.items()}  # the other logs, too, want no NaN
+        line = {k: v if math.isfinite(v) else None for k, v in line.items()}  # for other logs
         if append(config.out / "metrics.jsonl", "".join(unwritten).encode()):
             unwritten.clear()
         for sink in sinks:

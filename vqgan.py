@@ -42,7 +42,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from common.images import FORMATS, UserError, find_images, read_image, to_pixels
-from common.metrics import bootstrap, psnr, reconstruction_values, ssim  # noqa: F401 (psnr and ssim are promised here)
+from common.metrics import bootstrap, psnr, reconstruction_values, ssim  # noqa: F401 (promised here)
 from common.runs import RunStopped, run_command
 from common.weights import open_tensors, strict_json, write_pickle, write_whole
 
@@ -1529,10 +1529,11 @@ def measure_reconstruction(model: VQGAN, paths, fit="stretch", networks={}, seed
 
 
 def summarise_reconstruction(examples, counts_K, seed) -> dict:
-    """The report of some pictures {"path", measure: value, ...}, from how often each code stands in all of them.
+    """The report of some pictures {"path", measure: value, ...}, from how often each code stands in all of
+    them.
 
-    A picture without a value of some measure (None: an identical picture has no PSNR) is left out of that mean,
-    which says so."""
+    A picture without a value of some measure (None: an identical picture has no PSNR) is left out of that
+    mean, which says so."""
     p_K = counts_K / counts_K.sum()
     entropy = float(-(p_K[p_K > 0] * np.log(p_K[p_K > 0])).sum())
     mean = {}
