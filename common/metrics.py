@@ -208,6 +208,8 @@ def bootstrap(values, seed, weights=None, rounds=2000) -> dict:
     interval where there is but one value."""
     values_N = np.array([np.nan if value is None else value for value in values], np.float64)
     N, missing = len(values_N), int((~np.isfinite(values_N)).sum())
+    if not N:
+        return {"mean": None, "low": None, "high": None, "reason": "there is no value"}
     if missing:
         return {"mean": None, "low": None, "high": None, "reason": f"{missing} of {N} values are not finite"}
     weights_N = np.ones(N) if weights is None else np.asarray(weights, np.float64)

@@ -21,7 +21,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from flash_attention import reference
 import lvm
-from common import weights
+from common import runs, weights
 from common.images import UserError
 from common.weights import write_pickle
 
@@ -517,7 +517,7 @@ def run_folder(model, tmp_path):
             state = ocp.args.Composite(model=ocp.args.StandardSave(weights), step=ocp.args.JsonSave(step))
             manager.save(step, args=state)
     for step in (8, 16, 32):
-        lvm.write_digests(path / "checkpoints" / str(step))
+        runs.write_digests(path / "checkpoints" / str(step))
     return path
 
 
