@@ -1166,6 +1166,8 @@ def scaling(config: Scaling):
         )
     if len(config.learning_rates) not in (1, len(config.sizes)):
         raise UserError(f"--learning-rates wants one value, or one for each of {len(config.sizes)} sizes, got {len(config.learning_rates)}")
+    if odd := [flag for flag in config.train if "=" not in flag or flag.startswith("-")]:
+        raise UserError(f"--train wants flags of train.py as NAME=VALUE, such as optimizer=muon, got {odd[0]}")
     if bool(config.data) != bool(config.heldout):
         raise UserError("name both --data and --heldout, or neither")
     context = config.context or lvm.SIZES[config.sizes[0]].context

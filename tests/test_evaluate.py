@@ -390,6 +390,7 @@ def test_flags_that_contradict_themselves_are_refused_before_anything_is_opened(
         ("shots", "--seed", "-1"): "--seed",
         ("scaling", "--sizes", "nano", "nano", "micro", "mini"): "--sizes",
         ("scaling", "--learning-rates", "nan"): "--learning-rates",
+        ("scaling", "--train", "optimizer"): "--train",
     }
     for arguments, flag in cases.items():
         assert command(monkeypatch, *arguments) == 2
