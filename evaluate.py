@@ -22,6 +22,8 @@ Dimension key: N examples, K example pairs, T pictures of a sentence or its ids,
 D features, H W C a picture, M measures.
 """
 
+import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
+
 import base64
 import collections
 import dataclasses
@@ -54,7 +56,7 @@ import sample
 import tokenize_data
 import vqgan
 from common import metrics
-from common.images import UserError, count_frames, find_videos, read_clip, read_depth, read_edges, read_integers
+from common.images import UserError, count_frames, find_stems, find_videos, read_clip, read_depth, read_edges, read_frames, read_integers
 from common.runs import RunStopped, run_command
 from common.weights import check_fields, parse_json, read_npz, read_text, read_xml, strict_json, write_whole
 
@@ -324,7 +326,7 @@ class Video(Prompted):
     """The next frame after some frames of a video: 15 in the prompt, 1 measured, at stride 8, as published.
 
     The paper does not say which frames: ours is one clip of each video, from a start drawn by the seed and the video's
-    path. Videos that are too short are left out and named in the JSON."""
+    path. Videos that are too short or cannot be read are left out and named in the JSON."""
 
     data: Path
     """Folder of videos (mp4, webm, mkv, avi, mov, gif), searched in depth."""
@@ -340,23 +342,44 @@ class Video(Prompted):
 
 def video(config: Video):
     check_at_least(1, frames=config.frames, stride=config.stride, limit=config.limit or 1)
-    queries, too_short = [], []
-    for path in find_videos(config.data, "")[:config.limit]:
-        name, span = path.relative_to(config.data).as_posix(), config.frames * config.stride + 1
-        if (count := count_frames(path)) < span:
-            too_short.append({"path": name, "frames": count})
-            continue
-        start = int(np.random.default_rng((config.seed, zlib.crc32(name.encode()))).integers(count - span + 1))
-        queries.append(Query(name, "video", functools.partial(read_clip, path, range(start, start + span, config.stride), fit=config.fit)))
+    queries, too_short, unreadable = [], [], []
+    paths = find_videos(config.data)[:config.limit]
+    with ThreadPoolExecutor(8) as readers:
+        for path, (frames, count, reason) in zip(paths, readers.map(functools.partial(draw_clip, config), paths)):
+            name = path.relative_to(config.data).as_posix()
+            if reason:
+                unreadable.append({"path": name, "reason": reason})
+            elif frames is None:
+                too_short.append({"path": name, "frames": count})
+            else:
+                queries.append(Query(name, "video", functools.partial(read_clip, path, frames, fit=config.fit)))
     if not queries:
         raise UserError(f"{config.data}: no video has the {config.frames * config.stride + 1} frames that {config.frames} and one more at stride "
                          f"{config.stride} take; lower --frames or --stride")
-    if too_short:
-        print(f"{len(too_short)} of {len(too_short) + len(queries)} videos are too short and are left out")
+    for left, why in ((too_short, "are too short"), (unreadable, f"cannot be read ({unreadable[0]['reason'] if unreadable else ''})")):
+        if left:
+            print(f"{len(left)} of {len(paths)} videos {why} and are left out")
     run_prompted(
         config, "video", queries, {f"{config.frames} frames": config.frames}, lambda answer, truth, *_: {"mse": float(np.square(answer - truth).mean())},
         f"exp(mean NLL of the codes of the frame after {config.frames} frames, at stride {config.stride}) of each clip, arithmetic mean over clips; one clip a "
-        f"video, its start drawn by the seed and the path; bilinear {config.fit}", {"data": str(config.data), "too_short": too_short})
+        f"video, its start drawn by the seed and the path; bilinear {config.fit}", {"data": str(config.data), "too_short": too_short, "unreadable": unreadable})
+
+
+def draw_clip(config: Video, path: Path):
+    """-> (the frames to show or None, how many there are, why the video cannot be read or None); the frames can be decoded."""
+    name, span = path.relative_to(config.data).as_posix(), config.frames * config.stride + 1
+    try:
+        count = count_frames(path)
+        while count >= span:
+            start = int(np.random.default_rng((config.seed, zlib.crc32(os.fsencode(name)))).integers(count - span + 1))
+            frames = range(start, start + span, config.stride)
+            _, there = read_frames(path, frames, 8)
+            if there is None:
+                return frames, count, None
+            count = there  # its container promises more than can be decoded
+        return None, count, None
+    except UserError as error:
+        return None, 0, str(error)
 
 
 # ---------------------------------------------------------------------------------------------------- the visual-prompting benchmark
@@ -686,7 +709,7 @@ def paired_queries(config: Paired, answers: str, read, truth=None) -> list[Query
     for name in ("images", answers):
         if not (config.data / name).is_dir():
             raise UserError(f"{config.data / name}: no such folder; {layout}")
-    found = [tokenize_data.find_stems(config.data / name, "", []) for name in ("images", answers)]
+    found = [find_stems(config.data / name, "") for name in ("images", answers)]
     if alone := sorted(set(found[0]) ^ set(found[1])):
         raise UserError(f"{config.data}: {alone[0]} has only one of its picture and its {answers} ({len(alone)} such names); {layout}")
     names, most = list(found[0]), max(config.shots)

@@ -12,12 +12,12 @@ Dimensions: B batch, T tokens, D hidden, N heads, K head_dim, F feed-forward, V 
 Weights under `blocks` are stacked: `q_DNK` there has the shape (L, D, N, K), and (D, N, K) inside the scan.
 """
 
+import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
+
 import dataclasses
 import functools
 import json
 import math
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -26,7 +26,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 import tyro
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -35,7 +34,8 @@ from jaxtyping import Array, Float, Int
 
 from common.images import UserError
 from common.runs import check_numbers, run_command, steps_of, whole_steps
-from common.weights import FLOATS, check_fields, open_tensors, read_json, read_stream
+from common.weights import (
+    FLOATS, check_fields, open_tensors, read_json, read_stream, write_folder, write_safetensors, write_whole)
 from flash_attention import cache_slots, decode_attention, flash_attention, join, native_head_dim, ring_attention, zigzag_here
 
 
@@ -719,28 +719,19 @@ def save(model: LVM, path, *, shard_bytes: float = 5e9, tokenizer: str | None = 
         shards[-1].append(tensor)
         room -= tensor[2].nbytes
 
-    partial = path.with_name(path.name + f".partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+    with write_folder(path) as folder:
         weight_map = {}
         for i, shard in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
             arrays = {name: _to_hf(field, array) for name, field, array in shard}
-            safetensors.numpy.save_file(arrays, partial / file, metadata={"format": "pt"})
+            write_safetensors(arrays, folder / file)
             weight_map |= dict.fromkeys(arrays, file)
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(array.nbytes for _, _, array in tensors)}, "weight_map": weight_map}
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
         config = _hf_config(model.config) | {"torch_dtype": leaves["head_DV"].dtype.name}
         config |= {"tokenizer": tokenizer} if tokenizer else {}
-        (partial / "config.json").write_text(json.dumps(config, indent=2))
-        for file in partial.glob("*.safetensors"):
-            shutil.copymode(partial / "config.json", file)  # safetensors 0.8 makes files that their owner alone can read
-        if path.exists():
-            path.rmdir()
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_whole(folder / "config.json", json.dumps(config, indent=2))
 
 
 def _load_hf(path, hf, dtype):

@@ -15,6 +15,8 @@ Dimension key: P prompts, N candidates (of all prompts together), R rows of the 
 T pictures of a prompt, S codes of a picture, C of them in one piece, V vocabulary (of codes only, where they are drawn), H W C a picture.
 """
 
+import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
+
 import contextlib
 import dataclasses
 import functools
@@ -37,7 +39,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import lvm
 import vqgan
-from common.images import FORMATS, UserError, count_pictures, find_images, read_pictures
+from common.images import UserError, count_frames, find_images, read_pictures, shown_size
 from common.runs import check_numbers, run_command
 from common.weights import check_fields, parse_json, read_json, read_text
 
@@ -669,8 +671,7 @@ def read_prompt(record: dict, config: Config, out: Path) -> Prompt:
         raise UserError(f"target holds {len(target)} pictures and --frames is {config.frames}")
     size = None
     if config.resize_output == "original":
-        with Image.open(pictures[-1][0], formats=FORMATS) as image:
-            size = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size  # turned by 90 degrees when read
+        size = shown_size(pictures[-1][0])
     elif config.resize_output:
         width, height = config.resize_output.split(",")
         size = int(width), int(height)
@@ -681,7 +682,7 @@ def list_prompt(paths, stride: int = 1) -> list[tuple[Path, int]]:
     """Files, folders, animations and videos -> (file, frame) of every picture. Raises for none, too many, or what is not there."""
     files = [file for path in paths for file in (find_images(path) if path.is_dir() else [path])]
     if len(files) <= MOST_PICTURES:
-        pictures = [(file, frame) for file in files for frame in range(count_pictures(file))[::-stride][::-1]]
+        pictures = [(file, frame) for file in files for frame in range(count_frames(file))[::-stride][::-1]]
     if len(files) > MOST_PICTURES or len(pictures) > MOST_PICTURES:
         raise UserError(f"--prompt holds more than {MOST_PICTURES} pictures; a context holds far fewer: pass the last ones, "
                          "or every eighth frame with --stride 8")

@@ -586,10 +586,11 @@ def train_in_own_folder(config: TrainConfig) -> VQGAN:
         raise UserError(f"--batch {config.batch} is not a multiple of the {mesh.size} devices times --accumulate {config.accumulate}")
     started_from = load(config.init) if config.init else None
     model_config = network_config(config, started_from)
-    read_picture, count = open_pictures(config.data, model_config.resolution, config.crop)
+    notes = []
+    read_picture, count = open_pictures(config.data, model_config.resolution, config.crop, notes)
     if count < config.batch:
         raise UserError(f"{config.data}: {count} pictures do not fill a batch of {config.batch}; lower --batch")
-    read_picture = leave_out_unreadable(read_picture, count, config.out / "rejected.jsonl", config.max_rejected)
+    read_picture = leave_out_unreadable(read_picture, count, config.out / "rejected.jsonl", config.max_rejected, notes)
     read_picture(0, np.zeros(3))  # data of which nothing can be read are found before anything is compiled
     flags, defaults = ({k: str(v) for k, v in dataclasses.asdict(c).items()} for c in (config, TrainConfig(config.data)))
     begin_run(config.out / "train.json", flags, defaults, MAY_CHANGE)
@@ -926,11 +927,12 @@ def k_means(points_ND, clusters, rng, rounds=10):
     return centres_KD
 
 
-def open_pictures(data: Path, resolution: int, crop: float = 1.0):
+def open_pictures(data: Path, resolution: int, crop: float = 1.0, notes: list | None = None):
     """Folder or `.npy` -> (function from index and three numbers in [0, 1) to float32 [resolution, resolution, 3] in [0, 1],
     number of pictures). With `crop` below 1 the three numbers place a square whose side is at least that share of the largest.
 
-    Raises UserError where there is nothing to read; the function raises it for an unreadable picture, naming the file."""
+    Files that look like pictures and are left out are added to `notes`, or printed. Raises UserError where there is nothing
+    to read; the function raises it for an unreadable picture, naming the file."""
     box = lambda u_3: None if crop == 1 else (u_3[0], u_3[1], crop + (1 - crop) * u_3[2])
     if data.suffix == ".npy":
         array = read_array(data, np.uint8, (None, None, None, 3))
@@ -939,14 +941,23 @@ def open_pictures(data: Path, resolution: int, crop: float = 1.0):
         if crop == 1:
             return lambda i, _: array[i].astype(np.float32) / 255, len(array)
         return lambda i, u_3: to_pixels(Image.fromarray(array[i]), resolution, "crop", box(u_3)), len(array)
-    paths = find_images(data)
+    paths = find_images(data, notes)
     return lambda i, u_3: read_image(paths[i], resolution, "crop", box(u_3)), len(paths)
 
 
-def leave_out_unreadable(read_picture, count: int, report: Path, most: float):
-    """The same function, but the next picture stands in the place of one that cannot be read, which is printed and listed in `report`
-    ({"reason"} a line). Raises UserError when they are more than `most` of all."""
+def leave_out_unreadable(read_picture, count: int, report: Path, most: float, notes=()):
+    """The same function, but the next picture stands in the place of one that cannot be read, which is printed and listed in
+    `report` ({"reason"} a line, after the `notes`). Raises UserError when they are more than `most` of all."""
     reasons, lock = {}, threading.Lock()
+
+    def write_report():
+        with side_work(str(report)):
+            lines = (*notes, *({"reason": reason} for reason in reasons.values()))
+            write_whole(report, "".join(json.dumps(line) + "\n" for line in lines))
+
+    if notes:
+        write_report()
+        print(f"{len(notes)} files are left out; {report} says why")
 
     def read(i, place_3):
         for j in range(i, i + count):
@@ -958,8 +969,7 @@ def leave_out_unreadable(read_picture, count: int, report: Path, most: float):
                     if j % count not in reasons:
                         reasons[j % count] = str(error)
                         print(f"left out: {error}", file=sys.stderr)
-                        with side_work(str(report)):
-                            write_whole(report, "".join(json.dumps({"reason": reason}) + "\n" for reason in reasons.values()))
+                        write_report()
                 if len(reasons) > most * count:
                     raise UserError(f"{len(reasons)} of {count} pictures cannot be read, more than --max-rejected {most}; the last: {error}") from None
         raise UserError(f"none of {count} pictures can be read")

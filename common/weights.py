@@ -4,11 +4,14 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import fcntl
+import glob
 import io
 import json
 import math
 import os
 import pickle
+import re
 import reprlib
 import shutil
 import struct
@@ -24,6 +27,7 @@ from xml.parsers import expat
 import ml_dtypes
 import msgpack
 import numpy as np
+import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from common.images import UserError
@@ -430,7 +434,7 @@ def write_together(contents: dict):
     try:
         for file, content in contents.items():
             file, content = Path(file), content.encode() if isinstance(content, str) else content
-            partials[file] = file.with_name(f".{file.name[:40]}.{os.getpid()}.partial")
+            partials[file] = _partial(file)
             try:
                 with open(partials[file], "wb") as out:
                     out.write(content)
@@ -445,6 +449,54 @@ def write_together(contents: dict):
             with contextlib.suppress(OSError):
                 partial.unlink()
         raise
+
+
+def _partial(path: Path) -> Path:
+    """A name beside `path` that no other process takes, on this host or another; `.NAME.*.partial` finds it."""
+    return path.with_name(f".{path.name[:40]}.{os.uname().nodename[:40]}-{os.getpid()}.partial")
+
+
+def write_safetensors(tensors: dict, file, metadata={"format": "pt"}):
+    """Writes a file of tensors without a second copy in memory, readable for all whom the umask allows. Raises OSError as `write_whole` does."""
+    write_whole(file, b"")
+    mode = Path(file).stat().st_mode
+    try:
+        safetensors.numpy.save_file(tensors, file, metadata=metadata)
+    except SafetensorError as error:  # the operating system's, in words
+        if not (number := re.search(r"os error (\d+)", str(error))):
+            raise
+        raise no_room(OSError(int(number[1]), os.strerror(int(number[1]))), file, sum(array.nbytes for array in tensors.values())) from None
+    os.chmod(file, mode)  # safetensors 0.8 makes files that their owner alone can read
+
+
+@contextlib.contextmanager
+def write_folder(out):
+    """Yields a temporary folder beside `out`, which bears that name once the block has ended, and is removed where it fails.
+
+    What a killed process left there is removed. Raises OSError where `out` is there and not an empty folder."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in out.parent.glob(f".{glob.escape(out.name[:40])}.*.partial"):
+        with contextlib.suppress(OSError), _locked(leftover):  # its writer is dead: the lock is free
+            shutil.rmtree(leftover)
+    partial = _partial(out)
+    partial.mkdir()
+    try:
+        with _locked(partial):
+            yield partial
+            partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path):
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def no_room(error: OSError, file, needed: int) -> OSError:

@@ -6,6 +6,7 @@ Two runs are equal when every array of weights and optimizer state is, to the bi
 
 import concurrent.futures
 import contextlib
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -18,8 +19,11 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import struct
+import subprocess
 import sys
+import tempfile
 import time
 import types
 import urllib.request
@@ -1039,3 +1043,348 @@ def test_fault_20_greedy_decoding_with_a_cache_equals_greedy_decoding_without(ti
             codes += (int(p_33[codes].reshape(CODES, -1).sum(1).argmax()),)
         [found] = which(greedy[prompt], pixels_WHWC)
         assert np.unravel_index(found, p_33.shape) == codes
+
+
+# ------------------------------------------------------------------------------------------------ run folders
+
+
+@contextlib.contextmanager
+def small_disk(folder, megabytes):
+    """Mounts a file system of so many megabytes in the memory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(disk):
+    """Leaves no byte free."""
+    with open(disk / "ballast", "ab", buffering=0) as ballast, contextlib.suppress(OSError):
+        while True:
+            ballast.write(bytes(1 << 16))
+    with open(disk / "ballast", "ab", buffering=0) as ballast, contextlib.suppress(OSError):
+        while True:
+            ballast.write(bytes(512))
+
+
+@pytest.mark.parametrize("script", variants(["train"], "vqgan"))
+def test_fault_21_a_second_training_in_a_run_folder_ends_at_once_and_the_first_is_as_undisturbed(dataset, uninterrupted, undisturbed_tokenizer, tmp_path, script):
+    out = tmp_path / "run"
+    arguments = command(dataset, out, *SLOW) if script == "train" else tokenizer_command(tmp_path, out)
+    first = launch(arguments)
+    wait_for(logged(out, 1), first)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    output = finish(launch(arguments), status=2)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert f"{out} is in use: process {first.pid} on {socket.gethostname()}" in output and "Traceback" not in output
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+    finish(first)
+    if script == "train":
+        assert_equal_runs(out, uninterrupted[0])
+        converted = finish(launch([sys.executable, "lvm.py", "convert", "--model", str(out), "--out", str(tmp_path / "hf")]))
+        assert "error" not in converted and json.loads((out / "lock").read_text())["pid"] == first.pid  # readers take no lock, and that of the dead does not count:
+        finish(launch(arguments))
+    else:
+        assert_equal_tokenizer_runs(out, undisturbed_tokenizer)
+
+
+def test_fault_22_an_out_that_is_not_one_disk_is_found_at_the_start(dataset, tmp_path):
+    port, processes, began = free_port(), [], time.time()
+    for i in range(2):
+        (tmp_path / str(i)).mkdir()
+        processes.append(launch(command(dataset, "run", "--coordinator", f"127.0.0.1:{port}", "--processes", 2, "--process", i), cwd=tmp_path / str(i)))
+    outputs = [finish(process, status=2) for process in processes]
+    assert time.time() - began < 30 + 60  # on a busy machine the start alone takes long
+    assert all("process 1" in output and "does not see in --out run" in output and "Traceback" not in output for output in outputs), outputs
+
+
+def test_fault_23_a_disk_that_is_full_for_a_while_costs_neither_the_run_nor_what_it_saved(dataset, uninterrupted, tmp_path):
+    """Pictures, log, checkpoints, compiled programs and the profile are all on it."""
+    with small_disk(tmp_path / "disk", 40) as disk:
+        out = disk / "run"
+        process = launch(command(dataset, out, *SLOW, "--save-every", 2, "--profile", disk / "profile", "--compilation-cache", disk / "cache"))
+        wait_for(logged(out, 2), process)
+        wait_for(lambda: 2 in steps_in(out), process)
+        fill(disk)
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "could not be saved" in line:
+                runs.check_digests(out / "checkpoints/2")
+                (disk / "ballast").unlink()
+        assert process.wait() == 0, lines
+        output = "".join(lines)
+        assert "Traceback" not in output and re.search(rf"{out}/checkpoints/\d+ could not be saved .*: it needs [\d,]+ bytes, and [\d,]+ are free", output), output
+        assert re.search(rf"warning: .*{out}/(samples|metrics).*: it needs [\d,]+ bytes", output), output
+        assert max(steps_in(out)) == 12 and not list((out / "checkpoints").glob("*.partial*"))
+        assert_equal_runs(out, uninterrupted[0])
+
+
+@pytest.mark.all_faults
+def test_fault_23_the_tokenizers_training_waits_for_room_at_its_end(undisturbed_tokenizer, tmp_path):
+    with small_disk(tmp_path / "disk", 8) as disk:
+        process, lines = launch(tokenizer_command(tmp_path, disk / "run", "--save-patience", 300)), []
+        wait_for(logged(disk / "run", 2), process)
+        fill(disk)
+        for line in process.stdout:
+            lines.append(line)
+            if "trying again for 300 seconds" in line:
+                (disk / "ballast").unlink()
+        assert process.wait() == 0 and "Traceback" not in "".join(lines), lines
+        assert_equal_tokenizer_runs(disk / "run", undisturbed_tokenizer)
+
+
+def test_fault_23_a_save_that_fails_at_the_end_is_an_error_after_the_patience(copy, tmp_path, dataset):
+    with small_disk(tmp_path / "disk", 12) as disk:
+        shutil.copytree(copy, disk / "run", ignore=lambda folder, names: ["8"] if folder.endswith("checkpoints") else [])
+        fill(disk)
+        with open(disk / "ballast", "ab") as ballast:
+            ballast.truncate((disk / "ballast").stat().st_size - 200_000)
+        output = finish(launch(command(dataset, disk / "run", "--steps", 13, "--learning-rate", 1e-3, "--save-patience", 1)), status=1)
+        assert re.search(r"error: .*/checkpoints/13 could not be saved .*bytes", output) and "Traceback" not in output
+        assert steps_in(disk / "run") == [12]
+        runs.check_digests(disk / "run/checkpoints/12")
+
+
+WRITER = """
+import itertools, sys
+from common.weights import write_folder, write_together, write_whole
+import pathlib
+out = pathlib.Path(sys.argv[1])
+for n in itertools.count():
+    write_whole(out / "whole", f"{n % 10}" * 300_000)
+    print(n, flush=True)
+"""
+
+
+def test_fault_24_a_file_of_state_is_old_or_new_after_kill_9(tmp_path):
+    (tmp_path / "whole").write_text("x" * 300_000)
+    for seed in range(10):
+        process = launch([sys.executable, "-c", WRITER, str(tmp_path)])
+        process.stdout.readline()
+        time.sleep(random.Random(seed).uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+        content = (tmp_path / "whole").read_text()
+        assert len(content) == 300_000 and len(set(content)) == 1
+
+
+@pytest.mark.parametrize("script", ["train", "vqgan"])
+def test_fault_24_a_run_started_on_a_full_disk_ends_with_one_line_and_keeps_its_files(dataset, copy, undisturbed_tokenizer, tmp_path, script):
+    with small_disk(tmp_path / "disk", 64) as disk:
+        out = disk / "run"
+        shutil.copytree(copy if script == "train" else undisturbed_tokenizer, out)
+        with open(out / "metrics.jsonl", "a") as log:
+            log.write('{"step": 13, "loss": 1.0}\n')  # to be dropped: the file must be written anew
+        before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.name != "lock"}
+        fill(disk)
+        arguments = command(dataset, out) if script == "train" else tokenizer_command(tmp_path, out)
+        output = finish(launch(arguments), status=2)
+        assert re.search(rf"error: .*{out}.* bytes", output) and "Traceback" not in output
+        assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.name != "lock"} == before
+        (disk / "ballast").unlink()
+        finish(launch(arguments))
+        assert [line["step"] for line in log_of(out)] == list(range(1, 13))
+
+
+def test_fault_24_recolor_and_demo_go_on_after_kill_9_and_leave_nothing_half(tmp_path):
+    (tmp_path / "maps").mkdir()
+    for i in range(400):
+        Image.fromarray(np.full((64, 64), i % 200, np.uint8)).save(tmp_path / f"maps/{i}.png")
+    arguments = [sys.executable, "tokenize_data.py", "recolor", "--inputs", str(tmp_path / "maps"), "--out", str(tmp_path / "colours")]
+    process = launch(arguments)
+    wait_for(lambda: list(tmp_path.glob(".colours.*.partial/*.png")), process)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "colours").exists()
+    finish(launch(arguments))
+    assert len(list((tmp_path / "colours").glob("*.png"))) == 400 and sorted(path.name for path in tmp_path.iterdir()) == ["colours", "maps"]
+    with small_disk(tmp_path / "disk", 1) as disk:
+        (disk / "pictures.npy").write_bytes(b"old")
+        (disk / "pictures.npy").rename(disk / "kept.npy")
+        arguments = [sys.executable, "tokenize_data.py", "demo", "--pictures", "400", "--out", str(disk / "pictures.npy")]
+        assert f"{disk / 'pictures.npy'}: No space left on device: it needs 2,764,928 bytes" in finish(launch(arguments), status=2)
+        assert [path.name for path in disk.iterdir()] == ["kept.npy"]
+
+
+def test_fault_24_exported_weights_are_the_old_ones_where_the_disk_is_full(tmp_path):
+    old, new = (vqgan.VQGAN(SMALL, key=jax.random.key(i)) for i in range(2))
+    with small_disk(tmp_path / "disk", 1) as disk:
+        vqgan.save(old, disk / "model")
+        fill(disk)
+        with pytest.raises(OSError, match="it needs [0-9,]+ bytes"):
+            vqgan.save(new, disk / "model", overwrite=True)
+        assert vqgan.fingerprint(vqgan.load(disk / "model")) == vqgan.fingerprint(old)
+        assert sorted(path.name for path in (disk / "model").iterdir()) == ["config.json", "model.safetensors"]
+        with pytest.raises(OSError, match="it needs [0-9,]+ bytes"):
+            lvm.save(lvm.LVM(lvm.LVMConfig(hidden=16, ffn=24, layers=2, heads=2, codes=32, context=80), key=jax.random.key(0)), disk / "hf")
+        assert not (disk / "hf").exists() and not list(disk.glob(".*"))
+
+
+@pytest.mark.parametrize("script", variants(["train", "sample"], "vqgan", "lvm", "tokenize_data", "evaluate"))
+def test_fault_28_ctrl_c_within_the_first_seconds_is_one_line(dataset, tmp_path, script):
+    arguments = {"train": command(dataset, tmp_path / "run"), "vqgan": tokenizer_command(tmp_path, tmp_path / "run"),
+                 "sample": [sys.executable, "sample.py", "--out", str(tmp_path / "out.png")], "lvm": [sys.executable, "lvm.py", "sizes"],
+                 "evaluate": [sys.executable, "evaluate.py", "reconstruction", "--data", str(tmp_path)],
+                 "tokenize_data": [sys.executable, "tokenize_data.py", "demo", "--out", str(tmp_path / "demo")]}[script]
+    for after in (0.3, 0.8, 1.5):
+        process = launch(arguments)
+        wait_for(lambda: any("/common/" in line or "libjax" in line or "numpy" in line for line in (pathlib.Path(f"/proc/{process.pid}/maps")).read_text().splitlines()), process)
+        time.sleep(after)
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            output = finish(process, status=130)
+            assert "Traceback" not in output and len([line for line in output.splitlines() if "stopped by" in line]) == 1, output
+
+
+CLOCK = """
+import os, time
+real = time.time
+time.time = lambda: real() - 40 * os.path.exists(os.environ["SET_BACK"])
+"""
+
+
+def test_fault_28_a_lost_terminal_a_pause_and_a_clock_set_back_cost_no_step_and_no_true_number(dataset, uninterrupted, tmp_path):
+    out, site = tmp_path / "run", tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(CLOCK)
+    process = launch(command(dataset, out, *SLOW), environment={"PYTHONPATH": str(site), "SET_BACK": str(tmp_path / "set back")})
+    wait_for(logged(out, 2), process)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1)
+    process.send_signal(signal.SIGCONT)
+    (tmp_path / "set back").touch()
+    wait_for(logged(out, 5), process)
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+        process.send_signal(number)
+        time.sleep(0.02)
+    output = finish(process)
+    stopped = log_of(out)[-1]["step"]
+    assert 5 <= stopped < 12 and max(steps_in(out)) == stopped and f"stopped at step {stopped} of 12" in output
+    for line in log_of(out):
+        assert 0 <= line["seconds"] < 600 and 0 < line["tokens_per_second"] < 1e6, line
+        assert all(0 <= value <= 1 for name, value in line.items() if name.startswith("share_")), line
+    process = launch(command(dataset, out, *SLOW), preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))  # as nohup does
+    wait_for(logged(out, stopped + 1), process)
+    process.send_signal(signal.SIGHUP)
+    finish(process)
+    assert_equal_runs(out, uninterrupted[0])
+
+
+def test_fault_29_without_a_home_a_name_or_a_writable_clone_a_run_goes_as_ever(dataset, uninterrupted):
+    place = pathlib.Path(tempfile.mkdtemp())
+    try:
+        place.chmod(0o777)
+        for i, name in enumerate(("data", "tokenizer")):
+            shutil.copytree(dataset[i], place / name)
+        user = {"user": 12345, "group": 12345, "extra_groups": []}
+        if os.getuid() or subprocess.run([sys.executable, "-c", f"open({str(ROOT / 'train.py')!r})"], cwd=place, capture_output=True, **user).returncode:
+            user = {}  # another user cannot read this clone or its Python
+        environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "USER", "LOGNAME", "JAX_COMPILATION_CACHE_DIR")}
+        environment |= {"XDG_CACHE_HOME": "/proc/none", "TMPDIR": "/proc/none", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        process = subprocess.Popen(command(("data", "tokenizer"), "run"), cwd=place, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **user)
+        output = finish(process)
+        assert output.count("compiled programs are not kept") == 1 and "Traceback" not in output
+        assert_equal_runs(place / "run", uninterrupted[0])
+    finally:
+        shutil.rmtree(place)
+
+
+LOGGERS = {"tensorboardX": "class SummaryWriter:\n    def __init__(self, *_, **__): {init}\n    def add_scalar(self, *_): {log}\n    def close(self): {finish}\n",
+           "wandb": "def init(**_): {init}\ndef log(*_, **__): {log}\ndef finish(): {finish}\n", "trackio": "def init(**_): {init}\ndef log(*_, **__): {log}\ndef finish(): {finish}\n"}
+
+
+@pytest.mark.parametrize("how", variants(["raise RuntimeError('out of order')", "import time; time.sleep(1000)"], "raise SystemExit(3)"))
+def test_fault_30_loggers_that_raise_or_hang_cost_one_warning_each_and_not_the_run(dataset, uninterrupted, tmp_path, how):
+    (tmp_path / "packages").mkdir()
+    for (package, code), where in zip(LOGGERS.items(), ("init", "log", "finish")):
+        (tmp_path / f"packages/{package}.py").write_text(code.format(**{"init": "pass", "log": "pass", "finish": "pass", where: how}))
+    began = time.time()
+    output = finish(launch(command(dataset, tmp_path / "run", "--log", "tensorboard", "wandb", "trackio"), environment={"PYTHONPATH": str(tmp_path / "packages")}))
+    for package in ("tensorboard", "wandb", "trackio"):
+        assert output.count(f"warning: --log {package} ") == 1, output
+    assert "Traceback" not in output and time.time() - began < 300
+    assert_equal_runs(tmp_path / "run", uninterrupted[0])
+
+
+def test_fault_30_a_logger_that_raises_at_import_too(dataset, copy, tmp_path):
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages/wandb.py").write_text("raise ImportError('a part is missing')")
+    output = finish(launch(command(dataset, copy, "--log", "wandb"), environment={"PYTHONPATH": str(tmp_path / "packages")}))
+    assert output.count("warning: --log wandb failed (ImportError: a part is missing)") == 1
+
+
+@pytest.mark.parametrize("content", variants([b"\0" * 500, b'{"model": {"hidden"'], b"", b"[]", b'{"model": 3, "tokenizer": null, "train": [1]}'))
+def test_fault_32_damaged_settings_are_named_with_what_to_do(dataset, copy, content):
+    (copy / "config.json").write_bytes(content)
+    output = finish(launch(command(dataset, copy)), status=2)
+    assert f"{copy / 'config.json'}" in output and "put a copy of the file back, or delete it" in output and "Traceback" not in output
+    (copy / "config.json").unlink()
+    assert f"{copy / 'config.json'} is missing" in finish(launch(command(dataset, copy)))
+    assert json.loads((copy / "config.json").read_text())["train"]["batch"] == 2
+
+
+def test_fault_32_damaged_settings_of_a_tokenizers_training_are_named_too(undisturbed_tokenizer, tmp_path):
+    shutil.copytree(undisturbed_tokenizer, tmp_path / "run")
+    (tmp_path / "run/train.json").write_bytes(b"\0" * 100)
+    output = finish(launch(tokenizer_command(undisturbed_tokenizer.parent, tmp_path / "run")), status=2)
+    assert f"{tmp_path / 'run/train.json'}" in output and "put a copy of the file back, or delete it" in output and "Traceback" not in output
+
+
+def test_fault_32_damaged_lines_of_the_log_are_left_out_by_name_and_kept_aside(dataset, copy):
+    file = copy / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    bad = [b"\0" * 40 + b"\n", lines[3][:20] + b"\n", b'{"loss": 1.0}\n', b'{"step": "4"}\n', b"[" * 100_000 + b"\n"]
+    damaged = b"".join([*lines[:3], *bad, lines[3].replace(b'"loss": ', b'"loss": NaN, "was": ', 1), *lines[4:], lines[0][:30]])
+    file.write_bytes(damaged)
+    output = finish(launch(command(dataset, copy)))
+    assert f"{file}: line 4, 5, 6, 7, 8 is damaged" in output and "Traceback" not in output
+    [kept] = copy.glob("metrics.jsonl.damaged-*")
+    assert kept.read_bytes() == damaged and str(kept) in output
+    strict = lambda name: pytest.fail(name)
+    found = [json.loads(line, parse_constant=strict) for line in file.read_text().splitlines()]
+    assert [line["step"] for line in found] == list(range(1, 13)) and found[3]["loss"] is None
+
+
+def test_a_run_of_an_older_version_without_the_newer_flags_is_resumed(dataset, uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    finish(launch(command(dataset, out, "--steps", 12, "--save-every", 8, *SLOW)))
+    shutil.rmtree(out / "checkpoints/12")
+    settings = json.loads((out / "config.json").read_text())
+    for flag in ("save_patience", "z_loss", "moments", "packing"):
+        del settings["train"][flag]
+    settings["train"]["a_flag_of_old"] = 3
+    del settings["model"]["rope_period"]
+    (out / "config.json").write_text(json.dumps(settings))
+    assert "at step 8" in finish(launch(command(dataset, out)))
+    assert_equal_runs(out, uninterrupted[0])
+
+
+def test_a_tokenizers_run_folder_of_the_older_layout_is_resumed(undisturbed_tokenizer, tmp_path):
+    """Its checkpoints are one item called default, its digests have no digest of their own, and train.json knows fewer flags."""
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed_tokenizer, out, ignore=shutil.ignore_patterns("checkpoints", "model.safetensors"))
+    step, state = undisturbed_tokenizer / "checkpoints/10", {}
+    for item in ("model", "ema", "optimizer", "usage_K", "guard", "critic", "critic_optimizer"):
+        state[item] = ocp.StandardCheckpointHandler().restore(step / item)
+    state["usage_K"] = state["usage_K"]["array"]
+    with ocp.CheckpointManager(out / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
+        manager.save(10, args=ocp.args.StandardSave(state))
+    files = sorted(path for path in (out / "checkpoints/10").rglob("*") if path.is_file())
+    (out / "checkpoints/10" / runs.DIGESTS).write_text("".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(out / 'checkpoints/10')}\n" for path in files))
+    settings = json.loads((out / "train.json").read_text())
+    for flag in ("save_patience", "gan_penalty", "legacy_loss"):
+        del settings[flag]
+    (out / "train.json").write_text(json.dumps(settings))
+    assert "resuming" in finish(launch(tokenizer_command(undisturbed_tokenizer.parent, out)))
+    assert_equal_tokenizer_runs(out, undisturbed_tokenizer)
+
+
+def test_fault_37_a_run_needs_no_more_than_64_open_files(dataset, uninterrupted, tmp_path):
+    output = finish(launch(command(dataset, tmp_path / "run", *SLOW), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))))
+    assert "Traceback" not in output
+    assert_equal_runs(tmp_path / "run", uninterrupted[0])
