@@ -9,7 +9,6 @@ Dimension key: as in sample.py.
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import os
 import shlex
@@ -26,6 +25,7 @@ import lvm
 import sample
 import vqgan
 from common.images import UserError, read_pictures
+from common.weights import strict_json
 
 MOST_UPLOAD = 16 << 20  # bytes of one request to the playground
 CSS = "#prompt .grid-container {grid-template-columns: repeat(8, minmax(0, 1fr)); gap: 4px} #picture {min-height: 320px} #picture img {width: 100%}"
@@ -91,7 +91,7 @@ def save_replay(config: sample.Config, size: int, path: Path) -> str:
                 sample.to_image(pixels_HWC).save(file, format="PNG")
         again = dataclasses.replace(config, prompt=(sample.PROMPT,), prompts=Path("prompts.jsonl"), out=Path("answers"), serve=False, stride=1,
                                     port=sample.Config.port, kind="analogy" if sample.is_analogy(config, pictures) else "sequence")
-        archive.writestr("prompts.jsonl", json.dumps({"input": names, "output": "answer.png"}) + "\n")
+        archive.writestr("prompts.jsonl", strict_json({"input": names, "output": "answer.png"}) + "\n")
         archive.writestr("command.txt", command_line(again) + "\n")
     return command_line(again)
 
