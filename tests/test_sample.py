@@ -508,7 +508,7 @@ def test_from_a_shell_a_bad_input_is_one_line_too(folder):
 
 def test_damaged_weights_are_not_drawn_from(folder, monkeypatch, capsys, model):
     for name, factor, words in (("nan", jnp.nan, "tensor model.norm.weight holds NaN"), ("large", 1e38, "the model gives NaN")):
-        lvm.save(eqx.tree_at(lambda m: m.norm_D, model, model.norm_D * factor), name)
+        lvm.save(eqx.tree_at(lambda m: (m.norm_D, m.head_DV), model, (model.norm_D * factor, model.head_DV * 1e5)), name)
         status, _, errors = command(monkeypatch, capsys, *BASE, "--model", name)
         assert status == 2 and len(errors) == 1 and words in errors[0], errors
 
