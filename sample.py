@@ -594,7 +594,7 @@ def find_models(model, tokenizer) -> tuple[str, Path]:
     """The paths that the flags name, or else the newest run (by its last checkpoint) and its tokenizer, or the bundled ones."""
     if model is None:
         steps = [step for step in Path("runs").glob("*/checkpoints/*") if step.name.isdigit() and "model" in read_config(step.parents[1])]
-        model = max(steps, key=os.path.getmtime).parents[1] if steps else MINI
+        model = max(sorted(steps), key=os.path.getmtime).parents[1] if steps else MINI
     if tokenizer is None:
         trained = read_config(model).get("train")
         named = trained.get("tokenizer") if isinstance(trained, dict) else None
@@ -687,14 +687,13 @@ def read_prompt(record: dict, config: Config, out: Path) -> Prompt:
 def list_prompt(paths, stride: int = 1) -> list[tuple[Path, int]]:
     """Files, folders, animations and videos -> (file, frame) of every picture. Raises for none, too many, or what is not there."""
     files = [file for path in paths for file in (find_images(path) if path.is_dir() else [path])]
-    if len(files) <= MOST_PICTURES:
-        pictures = [(file, frame) for file in files for frame in range(count_frames(file))[::-stride][::-1]]
-    if len(files) > MOST_PICTURES or len(pictures) > MOST_PICTURES:
+    frames = [range(count_frames(file))[::-stride][::-1] for file in files[:MOST_PICTURES]]
+    if max(len(files), sum(map(len, frames))) > MOST_PICTURES:  # a file can promise 2^31 frames
         raise UserError(f"--prompt holds more than {MOST_PICTURES} pictures; a context holds far fewer: pass the last ones, "
                          "or every eighth frame with --stride 8")
-    if not pictures:
+    if not any(frames):
         raise UserError("the prompt is empty; pass pictures, or a folder of them")
-    return pictures
+    return [(file, frame) for file, numbers in zip(files, frames) for frame in numbers]
 
 
 # ---------------------------------------------------------------------------------------------------- pictures out
