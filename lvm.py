@@ -16,7 +16,6 @@ import common  # noqa: F401  first, so that Ctrl-C while the others load is one 
 
 import dataclasses
 import functools
-import json
 import math
 import sys
 from pathlib import Path
@@ -35,7 +34,8 @@ from jaxtyping import Array, Float, Int
 from common.images import UserError
 from common.runs import check_numbers, run_command, steps_of, whole_steps
 from common.weights import (
-    FLOATS, check_fields, open_tensors, read_json, read_stream, write_folder, write_safetensors, write_whole)
+from common.runs import run_command, steps_of, whole_steps
+from common.weights import FLOATS, open_tensors, read_json, read_stream
 from flash_attention import cache_slots, decode_attention, flash_attention, join, native_head_dim, ring_attention, zigzag_here
 
 
@@ -70,7 +70,8 @@ class LVMConfig:
         # What no model is beyond: a damaged config is refused by it before anything of that size is made.
         check_numbers(self, {
             "[1, 1048576]": "hidden ffn codes", "[0, 1048576]": "specials", "[1, 4096]": "layers", "[1, 16384]": "heads",
-            "[1, 16777216]": "context", "[0, inf)": "bos_id eos_id pad_id", "(0, inf)": "rope_theta rms_eps"}, called=str)
+            "[2, 16777216]": "context",  # one token predicts nothing
+            "[0, inf)": "bos_id eos_id pad_id", "(0, inf)": "rope_theta rms_eps"}, called=str)  # fmt: skip
         if self.hidden % self.heads or self.hidden // self.heads % 2:
             raise UserError(f"hidden {self.hidden} / heads {self.heads} must be an even whole number (rotary pairs)")
         for name, value in (("bos", self.bos), ("eos", self.eos), ("pad", self.pad)):
@@ -172,7 +173,7 @@ class LVM(eqx.Module):
         B, T = ids_BT.shape
         if not ring:  # there a sentence may have been padded to whole chunks
             _check_length("ids_BT", T, self.config)
-        x_BTD, N, K = ends.embed(ids_BT), self.config.heads, self.config.head_dim
+        x_BTD, N, K = ends.embed(ids_BT, dtype), self.config.heads, self.config.head_dim
         width = native_head_dim((B, T, N, K), x_BTD.dtype, segment_ids_BT is not None, implementation)
         rope_TK = rope_angles(zigzag_here(T, ring) if ring else jnp.arange(T), self.config, width)
         attend = functools.partial(ring_attention, axis=ring) if ring else flash_attention
@@ -191,8 +192,11 @@ class LVM(eqx.Module):
         """The model without its blocks: embedding, last norm, head."""
         return eqx.tree_at(lambda model: model.blocks, self, None)
 
-    def embed(self, ids):
-        return self.embedding_VD.at[ids].get(mode="fill", fill_value=jnp.nan)
+    def embed(self, ids, dtype=None):
+        """Rows of the embedding in `dtype`. They are cast after the lookup, so that the gradient of a row is the float32 sum
+        over all its uses: a bfloat16 sum stops growing after a few hundred."""
+        rows = self.embedding_VD.at[ids].get(mode="fill", fill_value=jnp.nan)
+        return rows if dtype is None else rows.astype(dtype)
 
     def logits(self, x):
         x = rms_norm(x, self.norm_D, self.config.rms_eps)
@@ -454,7 +458,7 @@ def prefill(
         slots = [to_int8(x, -1) if cache_dtype == jnp.int8 else x.astype(cache_dtype or x.dtype) for x in slots]
         return block.merge(x_BTD, a_BTNK, reduce), slots
 
-    x_BTD, (k_LBNSK, v_LBNSK) = lax.scan(run, ends.embed(ids_BT), model.blocks)
+    x_BTD, (k_LBNSK, v_LBNSK) = lax.scan(run, ends.embed(ids_BT, dtype), model.blocks)
     return ends.logits(x_BTD[:, -1]), Cache(k_LBNSK, v_LBNSK, jnp.int32(T))
 
 
@@ -500,7 +504,7 @@ def decode_draft(
         a_BCNK = jnp.swapaxes(o_BNCK, 1, 2).astype(q_BCNK.dtype)
         return block.merge(x_BCD, a_BCNK, reduce), slots
 
-    x_BCD, slots = ends.embed(ids_BC), [cache.k_LBNSK, cache.v_LBNSK]
+    x_BCD, slots = ends.embed(ids_BC, dtype), [cache.k_LBNSK, cache.v_LBNSK]
     prompt = [cache.prompt.k_LBNSK, cache.prompt.v_LBNSK] if cache.prompt else []
     if isinstance(model.blocks, tuple):  # `unstack`
         written = []
@@ -611,13 +615,13 @@ def _normal(key, *shape):
 
 
 def _cast(weights, dtype):
-    """Matrices in the compute dtype, unpacked; norm scales stay as they are stored."""
+    """Matrices in the compute dtype, unpacked; norm scales and the embedding (see `embed`) stay as they are stored."""
 
-    def cast(w):
+    def cast(path, w):
         w = from_int8(w) if isinstance(w, Int8) else w
-        return w if dtype is None or w.ndim < 2 else w.astype(dtype)
+        return w if dtype is None or w.ndim < 2 or path[-1].name == "embedding_VD" else w.astype(dtype)
 
-    return jax.tree.map(cast, weights, is_leaf=lambda w: isinstance(w, Int8))
+    return jax.tree_util.tree_map_with_path(cast, weights, is_leaf=lambda w: isinstance(w, Int8))
 
 
 def _check_length(name, length, config):
@@ -728,10 +732,10 @@ def save(model: LVM, path, *, shard_bytes: float = 5e9, tokenizer: str | None = 
             weight_map |= dict.fromkeys(arrays, file)
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(array.nbytes for _, _, array in tensors)}, "weight_map": weight_map}
-            write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
+            write_whole(folder / "model.safetensors.index.json", strict_json(index, indent=2))
         config = _hf_config(model.config) | {"torch_dtype": leaves["head_DV"].dtype.name}
         config |= {"tokenizer": tokenizer} if tokenizer else {}
-        write_whole(folder / "config.json", json.dumps(config, indent=2))
+        write_whole(folder / "config.json", strict_json(config, indent=2))
 
 
 def _load_hf(path, hf, dtype):
