@@ -63,7 +63,7 @@ def is_read(read, *arguments) -> bool:
         read(*arguments)
         return True
     except UserError as error:
-        assert str(error).strip() and len(str(error)) < 20_000
+        assert str(error).strip() and len(str(error)) <= 4000
         return False
 
 
