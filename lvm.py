@@ -34,8 +34,7 @@ from jaxtyping import Array, Float, Int
 from common.images import UserError
 from common.runs import check_numbers, run_command, steps_of, whole_steps
 from common.weights import (
-from common.runs import run_command, steps_of, whole_steps
-from common.weights import FLOATS, open_tensors, read_json, read_stream
+    FLOATS, check_fields, open_tensors, read_json, read_stream, strict_json, write_folder, write_safetensors, write_whole)
 from flash_attention import cache_slots, decode_attention, flash_attention, join, native_head_dim, ring_attention, zigzag_here
 
 

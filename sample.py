@@ -40,11 +40,7 @@ import lvm
 import vqgan
 from common.images import UserError, count_frames, find_images, read_pictures, shown_size
 from common.runs import check_numbers, run_command
-<<<<<<< HEAD
 from common.weights import check_fields, parse_json, read_json, read_text, strict_json
-=======
-from common.weights import check_fields, parse_json, read_json, read_text
->>>>>>> a0b5f8445b0d063447ef0d6fda66c35aea3964a8
 
 MINI = vqgan.HERE / "assets" / "mini" / "lvm"
 BOOK = vqgan.HERE / "assets" / "prompts"
