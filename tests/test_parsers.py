@@ -536,6 +536,8 @@ def test_a_number_that_makes_no_sense_is_refused_by_the_name_of_its_flag(config,
               for f in dataclasses.fields(config) if f.default is f.default_factory is dataclasses.MISSING} | NEEDED.get(config, {})  # fmt: skip
     config(**needed)
     for value in [-2, 2**31, 10**30] if float not in kinds else [math.nan, math.inf, -math.inf, -1.5, 1e300]:
+        if (config, field.name, value) == (evaluate.Scaling, "tokens", 2**31):
+            continue  # a run of so many tokens is not absurd
         with pytest.raises(UserError, match=rf"^(--)?{field.name}\b|^--{field.name.replace('_', '-')}\b"):
             config(**needed | {field.name: (value,) if isinstance(field.default, tuple) else value})
 
