@@ -1334,7 +1334,7 @@ def pack(opened, chosen, weights, *, seed: int, context: int, packing: str, spec
     pad = specials[2]
     shares = [Fraction(str(weight)).limit_denominator(1_000_000) for weight in weights]
     for part, share, weight in zip(opened, shares, weights):
-        if share * LEAST_SHARE < sum(shares):
+        if not share or share * LEAST_SHARE < sum(shares):
             raise UserError(f"{part.folder if isinstance(part, Shards) else part.path}:{weight}: a weight below a millionth of all, by "
                             f"which a run of {LEAST_SHARE:,} sentences sees none of this dataset; raise it, or leave the dataset out")
     unit = math.lcm(*(share.denominator for share in shares))
