@@ -81,6 +81,8 @@ class Config:
     heldout_fraction: float = 0.0
     """Keep this fraction of the sentences, chosen by the hash of their tokens, out of the training; where --heldout is not
     given, the held-out loss and the sample pictures come from it."""
+    accept_new_data: bool = False
+    """Go on with a run though the data under the same paths are others than they were, such as tokenized anew."""
     out: Path = Path("runs/mini")
     """Run folder; a run that it already holds is resumed."""
     init: Path | None = None
@@ -221,7 +223,7 @@ def preset(arguments) -> Config:
 # These may differ when a run is resumed; everything else must be as it was.
 MAY_CHANGE = {"preset", "out", "steps", "save_every", "keep", "milestone_every", "evaluate_every", "log_every", "log", "profile", "patience", "mesh",
               "remat", "compile_only", "topology", "compilation_cache", "learning_rate", "final_learning_rate", "warmup", "tokenizer", "heldout",
-              "coordinator", "processes", "process", "heartbeat"}
+              "coordinator", "processes", "process", "heartbeat", "accept_new_data"}
 
 
 def train(config: Config) -> lvm.LVM:
@@ -245,13 +247,14 @@ def train(config: Config) -> lvm.LVM:
     open_sentences = functools.partial(tokenize_data.open_sentences, codes=codes, specials=specials, fields=config.fields, vocabulary=model_config.vocab_size)
     shards = [open_sentences(path) for path in paths]
     heldout = open_sentences(heldout) if heldout else shards[0]
-    check_hosts_agree({f"data {path}": data_digest(part) for path, part in zip(paths, shards)})
+    check_hosts_agree({f"data {path}": part.digest for path, part in zip(paths, shards)})
     auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     dtype = jnp.dtype(auto if config.dtype == "auto" else config.dtype)
     context = config.context or model_config.context
     if config.init:
         check_init(config.init, shards[0].about["tokenizer"])
-    begin_run(config, model_config, [s.about["tokenizer"] for s in shards])
+    begin_run(config, model_config, [s.about["tokenizer"] for s in shards], [
+        {"path": path, "digest": part.digest, **{k: part.about[k] for k in ("tokenizer", "sentences", "tokens", "kinds")}} for path, part in zip(paths, shards)])
 
     # The state: the newest whole checkpoint, or else random weights or those of --init. What is wrong with the data is said before.
     checkpoints = Checkpoints(config.out / "checkpoints", config.keep, config.milestone_every)
@@ -608,10 +611,12 @@ def facts_of(config: Config) -> dict[str, str]:
     return flags | {"code": code, "versions": f"jax {jax.__version__}, numpy {np.__version__}", "devices of a host": str(jax.local_device_count())}
 
 
-def data_digest(part) -> str:
-    """Names what a dataset holds; dataset.json names the digest of every file of its folder."""
-    is_folder = isinstance(part, tokenize_data.Shards)
-    return hashlib.sha256((part.folder / "dataset.json").read_bytes() if is_folder else part.hashes_N.tobytes()).hexdigest()[:16]
+def check_same_data(before: list[dict], now: list[dict]):
+    """Raises UserError where a dataset of a run that goes on is not what it was, with the difference."""
+    differ = [f"{new['path']}: " + ", ".join(f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v and k != "path")
+              for old, new in zip(before, now) if {**old, "path": ""} != {**new, "path": ""}]
+    if differ:
+        raise UserError(f"the data were changed since this run began ({'; '.join(differ)}): put them back, or go on with the new ones by --accept-new-data")
 
 
 def check_hosts_agree(facts: dict[str, str]):
@@ -770,10 +775,10 @@ def check_writable(out: Path):
         raise UserError(f"--out {out} cannot be written to ({error}); choose another folder") from None
 
 
-def begin_run(config: Config, model_config, fingerprints):
+def begin_run(config: Config, model_config, fingerprints, data):
     """Writes config.json, or refuses a run folder whose settings are others, naming them."""
     settings = {"model": dataclasses.asdict(model_config), "tokenizer": fingerprints[0],
-                "train": json.loads(json.dumps(dataclasses.asdict(config), default=str))}
+                "train": json.loads(json.dumps(dataclasses.asdict(config), default=str)), "data": data}
     file = config.out / "config.json"
     if file.exists() and lvm.steps_of(config.out / "checkpoints"):  # before the first checkpoint there is nothing to resume
         before = json.loads(file.read_text())
@@ -783,6 +788,8 @@ def begin_run(config: Config, model_config, fingerprints):
         changed += [f"{k} is another one" for k in ("model", "tokenizer") if before[k] != settings[k] and not changed]
         if changed:
             raise UserError(f"{config.out} holds a run with other settings ({'; '.join(changed)}); choose another --out, or repeat its settings")
+        if not config.accept_new_data:
+            check_same_data(before.get("data", data), data)  # older runs do not say
     if jax.process_index() == 0:
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(settings, indent=1) + "\n")

@@ -41,7 +41,7 @@ import train
 import vqgan
 from common.images import UserError
 from common.runs import RunStopped
-from conftest import ROOT, command, free_port, launch, log_of, post
+from conftest import ROOT, command, free_port, launch, log_of, post, seal
 
 
 def finish(process, status=0, timeout=600):
@@ -545,11 +545,11 @@ def damage_shard(folder, how):
         os.truncate(tokens, tokens.stat().st_size - 2)
     elif how == "an id outside the codebook":
         tokens.write_bytes(struct.pack("<H", 32) + tokens.read_bytes()[2:])
+        seal(folder)
     elif how == "another dtype":
         tokens.write_bytes(np.fromfile(tokens, "<u2").astype("<i4").tobytes())
     else:
-        about = json.loads((folder / "dataset.json").read_text())
-        (folder / "dataset.json").write_text(json.dumps(about | {"tokenizer": "0123456789abcdef"}))
+        seal(folder, tokenizer="0123456789abcdef")
 
 
 @pytest.mark.parametrize("how", variants(["another tokenizer, finetuning"], "an id outside the codebook", "truncated", "another dtype", "another tokenizer, resuming", "another tokenizer, mixed"))
@@ -560,7 +560,7 @@ def test_fault_12_a_bad_shard_is_refused_before_it_reaches_the_model(dataset, un
     if "resuming" in how:
         finish(launch(command((data, dataset[1]), out, "--steps", 4)))
     damage_shard(data, how)
-    words = {"an id outside the codebook": f"{data} shard 0: code 32 is outside the codebook of 32", "another tokenizer, finetuning": "0123456789abcdef",
+    words = {"an id outside the codebook": f"{data / '00000.tokens'}: code 32 is outside the codebook of 32", "another tokenizer, finetuning": "0123456789abcdef",
              "another tokenizer, mixed": f"{dataset[0]} was made by another tokenizer than {data}", "another tokenizer, resuming": "tokenizer is another one"}
     output = finish(launch(command((data, dataset[1]), out, *flags)), status=2)
     assert words.get(how, f"{data / '00000.tokens'}: ") in output and "Traceback" not in output
@@ -614,7 +614,7 @@ import sys, time
 import tokenize_data
 
 tokenize_data.CHUNK, slow, write = 16, float(sys.argv.pop(1)), tokenize_data.write_chunk
-tokenize_data.write_chunk = lambda *chunk: (write(*chunk), time.sleep(slow))
+tokenize_data.write_chunk = lambda *chunk: (write(*chunk), time.sleep(slow))[0]
 tokenize_data.main()
 """
 
