@@ -1,11 +1,14 @@
 """How commands start and end, and what a run folder is."""
 
 import dataclasses
+import json
 import sys
 import traceback
 import typing
+from pathlib import Path
 
 from common.images import UserError
+from common.weights import naming, parse_json, strict_json, write_whole
 
 
 class RunStopped(Exception):
@@ -59,3 +62,39 @@ def check_numbers(config, intervals: dict[str, str], called=lambda field: "--" +
             if not fits or (number == low and interval[0] == "(") or (number == high and interval[-1] == ")"):
                 kind = "an integer" if float not in kinds else "a number"
                 raise UserError(f"{called(field.name)} must be {kind} in {interval}, got {number!r}")
+
+
+# ---------------------------------------------------------------------------------------------------- records of finished work
+
+
+class Record:
+    """JSON lines beside the results of a command, one for each piece of work that is finished; the first holds the settings.
+
+    `lines` are those of an earlier call, which a kill or a full disk may have stopped at any point; what stands after a
+    damaged line does not count. Raises UserError, naming what differs, where the file is of other settings, unless such a
+    file is `replaced`."""
+
+    def __init__(self, file: Path, settings: dict, replaced: bool = False):
+        self.file, self.lines = file, []
+        self.head = strict_json({"settings": settings}, default=str) + "\n"
+        head, *lines = file.read_bytes().splitlines(keepends=True) if file.exists() else [b""]
+        if head and head != self.head.encode():
+            before, now = parse_json(head, f"{file} line 1").get("settings"), json.loads(self.head)["settings"]
+            before = before if isinstance(before, dict) else {}
+            if not replaced:
+                changed = [f"{k}: {str(before.get(k))[:60]} -> {str(now.get(k))[:60]}" for k in before | now if before.get(k) != now.get(k)]
+                raise UserError(f"{file} is of work with other settings ({'; '.join(changed)}); repeat them, delete it, or choose another --out")
+            lines = []
+        for line in lines:
+            try:
+                self.lines.append(parse_json(line if line.endswith(b"\n") else b"", file))
+            except UserError:
+                break
+
+    def write(self, lines: list[dict]):
+        """Replaces all lines, whole or not at all."""
+        write_whole(self.file, self.head + "".join(strict_json(line) + "\n" for line in lines))
+
+    def append(self, lines: list[dict]):
+        with naming(self.file), open(self.file, "a") as out:
+            out.write("".join(strict_json(line) + "\n" for line in lines))
