@@ -53,8 +53,10 @@ import lvm
 import sample
 import tokenize_data
 import vqgan
-from common.images import UserError, count_frames, find_videos, read_clip, read_depth, read_integers
+from common import metrics
+from common.images import UserError, count_frames, find_videos, read_clip, read_depth, read_edges, read_integers
 from common.runs import RunStopped, run_command
+from common.weights import strict_json, write_whole
 
 REPORTS = Path("runs") / "evaluate"
 SEQUENCES = {"motion", "frames", "video"}  # kinds that are no pairs
@@ -148,7 +150,7 @@ def perplexity(config: Perplexity):
         member = lambda kind, e: kind == label(e["kind"]) or kind == POOLED and e["kind"] not in NEVER_TRAINED
         of_kind = {kind: [e["perplexity of each picture"] for e in report["examples"] if member(kind, e)]
                    for kind in dict.fromkeys(row["kind"] for row in report["rows"])}
-        lines = {kind: [(t + 1, *summary(np.array(values), config.seed).values()) for t, values in enumerate(zip(*pictures))] for kind, pictures in of_kind.items()}
+        lines = {kind: [(t + 1, *metrics.bootstrap(np.array(values), config.seed).values()) for t, values in enumerate(zip(*pictures))] for kind, pictures in of_kind.items()}
         line_chart(out / "perplexity.png", lines, "Perplexity of each picture of a sentence", "picture")
     print(f"wrote {out}/perplexity.json and perplexity.png")
 
@@ -297,7 +299,7 @@ def shots(config: Shots):
         config, "shots", queries, prompts, judge_sentence,
         "exp(mean NLL of the last answer's codes) given the query and the last k example pairs before it; the same answers for every k; "
         "arithmetic mean over sentences; drawn answers are compared with the true one as the tokenizer shows it, two colours by the nearer "
-        f"one, edges within {EDGE_TOLERANCE} of the diagonal", {"data": str(shards.folder)})
+        f"one, edges within {metrics.EDGE_TOLERANCE} of the diagonal", {"data": str(shards.folder)})
     print_beside(report["rows"], list(prompts))
     curves = {}
     for row in report["rows"]:
@@ -310,27 +312,11 @@ def shots(config: Shots):
 def judge_sentence(answer_HWC, truth_HWC, pictures_THWC, kind) -> dict:
     values = {"mse": float(np.square(answer_HWC - truth_HWC).mean())}
     if kind in ("segmentation", "edges"):
-        rare_3, common_3 = two_colours(pictures_THWC[1::2])
+        rare_3, common_3 = metrics.two_colours(pictures_THWC[1::2])
         is_rare = lambda p_HWC: np.square(p_HWC - rare_3).sum(-1) < np.square(p_HWC - common_3).sum(-1)
         ours, theirs = is_rare(answer_HWC), is_rare(truth_HWC)
-        values |= {"iou": (iou(ours, theirs) + iou(~ours, ~theirs)) / 2} if kind == "segmentation" else {"f_score": edge_scores(ours, theirs)["f_score"]}
+        values |= {"iou": (metrics.iou(ours, theirs) + metrics.iou(~ours, ~theirs)) / 2} if kind == "segmentation" else {"f_score": metrics.edge_scores(ours, theirs)["f_score"]}
     return values
-
-
-def two_colours(pictures_THWC) -> tuple[np.ndarray, np.ndarray]:
-    """The two colours that the pictures are made of, the rarer first: 2-means, begun along the direction of most variance."""
-    colours_N3 = pictures_THWC.reshape(-1, 3).astype(np.float64)
-    centred_N3 = colours_N3 - colours_N3.mean(0)
-    along_N = centred_N3 @ np.linalg.eigh(centred_N3.T @ centred_N3)[1][:, -1]
-    second_N = along_N > (along_N.min() + along_N.max()) / 2
-    for _ in range(10):
-        if second_N.all() or not second_N.any():
-            break
-        centres_23 = np.stack([colours_N3[~second_N].mean(0), colours_N3[second_N].mean(0)])
-        second_N = np.square(colours_N3 - centres_23[1]).sum(1) < np.square(colours_N3 - centres_23[0]).sum(1)
-    else:
-        return (centres_23[1], centres_23[0]) if second_N.mean() < 0.5 else (centres_23[0], centres_23[1])
-    return colours_N3.mean(0), colours_N3.mean(0)  # one colour only
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -439,18 +425,8 @@ def read_masked(root, names, number, size):
 
 
 def judge_mask(answer_HWC, truth_HWC, pictures_THWC=None, kind=None) -> dict:
-    ours, theirs = is_white(answer_HWC), is_white(truth_HWC)
-    return {"iou": iou(ours, theirs), "accuracy": float((ours == theirs).mean())}
-
-
-def is_white(pixels_HWC) -> np.ndarray:
-    """Nearer to white than to black by squared distance in 8-bit RGB, where it is a tie too."""
-    return 2 * np.floor(np.asarray(pixels_HWC) * 255 + 0.5).sum(-1) >= 3 * 255
-
-
-def iou(a_HW, b_HW) -> float:
-    union = (a_HW | b_HW).sum()
-    return float((a_HW & b_HW).sum() / union) if union else 1.0
+    ours, theirs = metrics.is_white(answer_HWC), metrics.is_white(truth_HWC)
+    return {"iou": metrics.iou(ours, theirs), "accuracy": float((ours == theirs).mean())}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -526,24 +502,7 @@ def read_boxed(root, names, boxes, size):
 
 
 def judge_box(answer_HWC, truth_HWC, pictures_THWC=None, kind=None) -> dict:
-    return {"iou": iou(box_of_largest(is_white(answer_HWC)), is_white(truth_HWC))}
-
-
-def box_of_largest(mask_HW) -> np.ndarray:
-    """True in the box around the largest component of True pixels (8 neighbours); all False where there is none."""
-    left = set(map(tuple, np.argwhere(mask_HW).tolist()))
-    largest, box_HW = [], np.zeros_like(mask_HW)
-    while left:
-        component = [left.pop()]
-        for y, x in component:  # grows as it is read
-            near = [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (y + dy, x + dx) in left]
-            left.difference_update(near)
-            component += near
-        largest = max(largest, component, key=len)
-    if largest:
-        (top, left_), (bottom, right) = np.min(largest, 0), np.max(largest, 0)
-        box_HW[top:bottom + 1, left_:right + 1] = True
-    return box_HW
+    return {"iou": metrics.iou(metrics.box_of_largest(metrics.is_white(answer_HWC)), metrics.is_white(truth_HWC))}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -571,9 +530,6 @@ class Colorization(Prompted):
     """weights/v0.1/vgg.pth of PyPI's lpips."""
 
 
-IMAGENET_DEVIATION = np.array([0.229, 0.224, 0.225])  # the mean falls out of a difference
-
-
 def colorization(config: Colorization):
     check_at_least(1, items=config.items)
     if (config.lpips_vgg is None) != (config.lpips_heads is None):
@@ -590,7 +546,7 @@ def colorization(config: Colorization):
         queries.append(Query(str(paths[i].relative_to(config.data)), "colorization", functools.partial(read_coloured, chosen, config.fit)))
 
     def judge(answer_HWC, truth_HWC, pictures_THWC, kind):
-        values = colour_errors(answer_HWC, truth_HWC)
+        values = metrics.colour_errors(answer_HWC, truth_HWC)
         return values | ({"lpips": float(distance(network, answer_HWC[None], truth_HWC[None])[0])} if network else {})
 
     run_prompted(config, "colorization", queries, prompts, judge,
@@ -602,11 +558,6 @@ def colorization(config: Colorization):
 def read_coloured(paths, fit, size):
     colours = [vqgan.read_image(path, size, fit) for path in paths]
     return [picture for colour_HWC in colours for picture in (tokenize_data.to_grey(colour_HWC), colour_HWC)]
-
-
-def colour_errors(answer_HWC, truth_HWC) -> dict:
-    error_HWC = np.asarray(answer_HWC, np.float64) - truth_HWC
-    return {"normalised_mse": float(np.square(error_HWC / IMAGENET_DEVIATION).mean()), "mse": float(np.square(error_HWC).mean())}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -631,7 +582,7 @@ class Depth(Paired):
 
 def depth(config: Depth):
     queries = paired_queries(config, "depths", read_depths, read_depth)
-    run_prompted(config, "depth", queries, check_shots(config.shots), lambda answer, truth, *_: depth_errors(answer.mean(-1), truth),
+    run_prompted(config, "depth", queries, check_shots(config.shots), lambda answer, truth, *_: metrics.depth_errors(answer.mean(-1), truth),
                  "inverse depth drawn near = white, scaled to each picture's range; scale and shift fitted in inverse depth by least squares (as MiDaS), "
                  "depth at most the picture's largest; absolute relative error, share of pixels under a factor 1.25; plain means over pictures. All of it "
                  "is ours: the paper measures no depth", {"data": str(config.data)})
@@ -651,24 +602,11 @@ def read_depths(image_paths, answer_paths, size):
     return pictures
 
 
-def depth_errors(near_HW, depth_HW) -> dict:
-    known_HW = depth_HW > 0
-    drawn_N, true_N = near_HW[known_HW].astype(np.float64), depth_HW[known_HW]
-    design_N2 = np.stack([drawn_N, np.ones_like(drawn_N)], axis=1)
-    scale, shift = np.linalg.lstsq(design_N2, 1 / true_N, rcond=None)[0]
-    found_N = 1 / np.maximum(scale * drawn_N + shift, 1 / true_N.max())
-    ratio_N = np.maximum(found_N / true_N, true_N / found_N)
-    return {"abs_rel": float((np.abs(found_N - true_N) / true_N).mean()), "delta_1.25": float((ratio_N < 1.25).mean())}
-
-
-EDGE_TOLERANCE = 0.0075  # of the diagonal, as in the Berkeley benchmark
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Edges(Paired):
     """Edges of a picture. The paper shows edges and measures none, so all of this is ours, after the Berkeley benchmark:
 
-    edges/NAME.png is brighter than half where there is an edge; at the tokenizer's resolution a pixel is an edge where any
+    edges/NAME.png is brighter than half of its full scale where there is an edge (8 or 16 bits, 1 bit, float or palette); at the tokenizer's resolution a pixel is an edge where any
     of those that it covers is. Drawn pixels nearer to white than to black are edges. Precision is the share of drawn edge
     pixels within 0.0075 of the diagonal of a true one, recall the share of true ones within it of a drawn one (Berkeley's
     matches them one to one instead), F their harmonic mean for each picture; two pictures without edges agree."""
@@ -676,8 +614,8 @@ class Edges(Paired):
 
 def edges(config: Edges):
     queries = paired_queries(config, "edges", read_edge_pictures)
-    run_prompted(config, "edges", queries, check_shots(config.shots), lambda answer, truth, *_: edge_scores(is_white(answer), is_white(truth)),
-                 f"white edges on black, drawn ones at the nearer of both; precision and recall of edge pixels within {EDGE_TOLERANCE} of the diagonal of one "
+    run_prompted(config, "edges", queries, check_shots(config.shots), lambda answer, truth, *_: metrics.edge_scores(metrics.is_white(answer), metrics.is_white(truth)),
+                 f"white edges on black, drawn ones at the nearer of both; precision and recall of edge pixels within {metrics.EDGE_TOLERANCE} of the diagonal of one "
                  "of the other picture, F their harmonic mean of each picture, plain mean over pictures. All of it is ours: the paper measures no edges",
                  {"data": str(config.data)})
 
@@ -685,33 +623,12 @@ def edges(config: Edges):
 def read_edge_pictures(image_paths, answer_paths, size):
     pictures = []
     for image, answer in zip(image_paths, answer_paths):
-        with Image.open(answer, formats=vqgan.FORMATS) as opened:
-            edge_HW = np.asarray(opened.convert("L")) > 127
+        edge_HW = read_edges(answer)
         small_HW = np.zeros((size, size), np.float32)
         y, x = np.nonzero(edge_HW)
         small_HW[y * size // edge_HW.shape[0], x * size // edge_HW.shape[1]] = 1
         pictures += [vqgan.read_image(image, size), np.repeat(small_HW[..., None], 3, axis=-1)]
     return pictures
-
-
-def edge_scores(drawn_HW, true_HW) -> dict:
-    reach = EDGE_TOLERANCE * math.hypot(*true_HW.shape)
-    if not drawn_HW.any() and not true_HW.any():
-        return {"f_score": 1.0, "precision": 1.0, "recall": 1.0}
-    precision = float((drawn_HW & within(true_HW, reach)).sum() / max(drawn_HW.sum(), 1))
-    recall = float((true_HW & within(drawn_HW, reach)).sum() / max(true_HW.sum(), 1))
-    return {"f_score": 2 * precision * recall / max(precision + recall, 1e-12), "precision": precision, "recall": recall}
-
-
-def within(mask_HW, reach) -> np.ndarray:
-    """True where a True pixel of the mask is at most `reach` pixels away."""
-    R, near_HW = int(reach), np.zeros_like(mask_HW)
-    padded, (H, W) = np.pad(mask_HW, R), mask_HW.shape
-    for dy in range(-R, R + 1):
-        for dx in range(-R, R + 1):
-            if dy * dy + dx * dx <= reach * reach:
-                near_HW |= padded[R + dy:R + dy + H, R + dx:R + dx + W]
-    return near_HW
 
 
 # ---------------------------------------------------------------------------------------------------- folder layouts
@@ -943,9 +860,9 @@ def fid(config: Fid):
     a_ND, b_ND = (features[side].astype(np.float64) for side in sides)
     distances = {}
     if config.distance != "kernel":
-        distances["frechet"] = frechet_interval(a_ND, b_ND, config.seed, config.rounds)
+        distances["frechet"] = metrics.frechet_interval(a_ND, b_ND, config.seed, config.rounds)
     if config.distance != "frechet":
-        distances["kernel"] = kernel_interval(a_ND, b_ND, config.seed)
+        distances["kernel"] = metrics.kernel_interval(a_ND, b_ND, config.seed)
     print_table(["distance", "definition", "pictures", "value", "95% interval"], [
         [name, definition, f"{counts['data']} and {counts['generated']}", f"{d['mean']:.6g}", f"{d['low']:.6g} - {d['high']:.6g}"] for name, d in distances.items()])
     write_report(out, "fid", about | {"distances": distances, "examples": {side: [str(p) for p in paths[side]] for side in paths}})
@@ -966,42 +883,6 @@ def read_features(file, definition) -> np.ndarray:
     if theirs != definition:
         raise UserError(f"{file} holds features by another definition, which cannot be compared: {theirs}; this call's is {definition}")
     return features_ND
-
-
-def frechet(a_ND, b_ND) -> float:
-    """The squared Frechet distance of the normal distributions with the two sets' means and covariances, in float64."""
-    a_ND, b_ND = np.asarray(a_ND, np.float64), np.asarray(b_ND, np.float64)
-    a_DD, b_DD = (np.atleast_2d(np.cov(x_ND, rowvar=False)) for x_ND in (a_ND, b_ND))
-    values_D, vectors_DD = np.linalg.eigh(a_DD)
-    root_DD = (vectors_DD * np.sqrt(np.maximum(values_D, 0))) @ vectors_DD.T
-    # tr (A B)^1/2 = tr (A^1/2 B A^1/2)^1/2, which is symmetric: no complex roots to throw away.
-    overlap = np.sqrt(np.maximum(np.linalg.eigvalsh(root_DD @ b_DD @ root_DD), 0)).sum()
-    return float(np.square(a_ND.mean(0) - b_ND.mean(0)).sum() + np.trace(a_DD) + np.trace(b_DD) - 2 * overlap)
-
-
-def frechet_interval(a_ND, b_ND, seed, rounds) -> dict:
-    rng, value = np.random.default_rng(seed), frechet(a_ND, b_ND)
-    resample = lambda x_ND: x_ND[rng.integers(len(x_ND), size=len(x_ND))]
-    values = [frechet(resample(a_ND), resample(b_ND)) for _ in tqdm(range(rounds), unit="resample", dynamic_ncols=True)]
-    low, high = (value + np.mean(values) - np.percentile(values, q) for q in (97.5, 2.5))
-    return {"mean": value, "low": float(max(low, 0)), "high": float(high)}
-
-
-def kernel_distance(a_ND, b_ND) -> float:
-    """Unbiased squared maximum mean discrepancy with the kernel (x y / D + 1)^3 of KID."""
-    N, M, D = len(a_ND), len(b_ND), a_ND.shape[1]
-    kernel = lambda x_ND, y_ND: (x_ND @ y_ND.T / D + 1) ** 3
-    a_NN, b_MM = kernel(a_ND, a_ND), kernel(b_ND, b_ND)
-    same = (a_NN.sum() - np.trace(a_NN)) / (N * (N - 1)) + (b_MM.sum() - np.trace(b_MM)) / (M * (M - 1))
-    return float(same - 2 * kernel(a_ND, b_ND).mean())
-
-
-def kernel_interval(a_ND, b_ND, seed) -> dict:
-    """Mean over disjoint blocks, ten of them or as many as hold 1,000 pictures each, which are independent."""
-    rng = np.random.default_rng(seed)
-    blocks = max(10, math.ceil(min(len(a_ND), len(b_ND)) / 1000))
-    parts = [np.array_split(rng.permutation(len(x_ND)), blocks) for x_ND in (a_ND, b_ND)]
-    return summary(np.array([kernel_distance(a_ND[i], b_ND[j]) for i, j in zip(*parts)]), seed)
 
 
 def efficientnet_pooled(network, pixels_BHWC) -> jax.Array:
@@ -1060,7 +941,7 @@ class Inception(eqx.Module):
 
 def load_inception(file: Path) -> Inception:
     """Reads pytorch-fid's pt_inception-2015-12-05-6726825d.pth by the reader that runs nothing; every tensor is used once."""
-    tensors = {name: array for name, array in vqgan.read_weights(file).items() if not name.endswith("num_batches_tracked") and not name.startswith("fc.")}
+    tensors = {name: array for name, array in vqgan.open_tensors(file).items() if not name.endswith("num_batches_tracked") and not name.startswith("fc.")}
     convs = {}
     for name in [n.removesuffix(".conv.weight") for n in tensors if n.endswith(".conv.weight")]:
         weight_OIHW = vqgan.take(file, tensors, f"{name}.conv.weight")
@@ -1166,15 +1047,15 @@ def scaling(config: Scaling):
     print_tables(rows, config.sizes[-1])
 
     N_M, loss_NM = np.array([parameters[s] for s in config.sizes], float), np.array([[v[s]["loss"] for s in config.sizes] for v in values])
-    fitted, rng = fit_power_law(N_M, loss_NM.mean(0)), np.random.default_rng(config.seed)
-    resampled = [fit_power_law(N_M, loss_NM[rng.integers(len(loss_NM), size=len(loss_NM))].mean(0)) for _ in range(200)]
+    fitted, rng = metrics.fit_power_law(N_M, loss_NM.mean(0)), np.random.default_rng(config.seed)
+    resampled = [metrics.fit_power_law(N_M, loss_NM[rng.integers(len(loss_NM), size=len(loss_NM))].mean(0)) for _ in range(200)]
     between = {name: np.percentile([r[name] for r in resampled], [2.5, 97.5]) for name in ("E", "A", "a")}
     fit = {name: {"value": fitted[name], "low": float(low), "high": float(high)} for name, (low, high) in between.items()}
     print(f"loss = {fitted['E']:.3f} + {fitted['A']:.3g} / N^{fitted['a']:.3f}, largest residual {fitted['residual']:.2g} nats"
           + ("; three sizes fix three parameters: this is no test of the law" if len(N_M) == 3 else ""))
     ticks = {math.log(n): f"{size} {n / 1e6:.3g} M" for size, n in parameters.items()}
     law = lambda n: fitted["E"] + fitted["A"] * n ** -fitted["a"]
-    losses = [(math.log(parameters[size]), *summary(loss_NM[:, m], config.seed).values()) for m, size in enumerate(config.sizes)]
+    losses = [(math.log(parameters[size]), *metrics.bootstrap(loss_NM[:, m], config.seed).values()) for m, size in enumerate(config.sizes)]
     curve = [(x, law(math.exp(x))) for x in np.linspace(min(ticks), max(ticks), 50)]
     name = f"{fitted['E']:.3g} + {fitted['A']:.3g} / N^{fitted['a']:.2g}"
     line_chart(config.out / "loss.png", {name: curve, "held-out loss": losses}, "Held-out loss in nats a code", "parameters", ticks, alone=["held-out loss"])
@@ -1196,29 +1077,6 @@ def start(script, *arguments):
     done = subprocess.run([sys.executable, str(vqgan.HERE / script), *map(str, arguments)])
     if done.returncode:
         raise RunStopped(f"{script} ended with status {done.returncode}; what it printed stands above")
-
-
-def fit_power_law(N_M, loss_M) -> dict[str, float]:
-    """Least squares of loss = E + A / N^a: E and A are linear once a is given, and a is searched for, finer and finer."""
-    N_M, loss_M = np.asarray(N_M, np.float64), np.asarray(loss_M, np.float64)
-    scale = np.exp(np.log(N_M).mean())
-
-    def solve(a):
-        basis_M = (N_M / scale) ** -a
-        free = np.linalg.lstsq(np.stack([np.ones_like(basis_M), basis_M], 1), loss_M, rcond=None)[0]
-        candidates = [free, (0.0, (basis_M @ loss_M) / (basis_M @ basis_M)), (loss_M.mean(), 0.0)]
-        fits = [(np.square(E + A * basis_M - loss_M).sum(), float(E), float(A)) for E, A in candidates if E >= 0 and A >= 0]
-        return (*min(fits), a)
-
-    low, high = 0.01, 3.0
-    for _ in range(12):
-        grid = np.linspace(low, high, 41)
-        best = min(solve(a) for a in grid)
-        step = grid[1] - grid[0]
-        low, high = max(best[3] - step, 1e-3), best[3] + step
-    _, E, A, a = best
-    residual = np.abs(E + A * (N_M / scale) ** -a - loss_M).max()
-    return {"E": E, "A": float(A * scale**a), "a": float(a), "residual": float(residual)}
 
 
 # ---------------------------------------------------------------------------------------------------- the engine
@@ -1521,21 +1379,12 @@ def summarise(examples, seed) -> list[dict]:
                 if len(values_N) < len(values):
                     continue  # kinds that are measured otherwise are not pooled
                 if name == "nats":  # pooled: every code counts alike
-                    nats = summary(values_N, seed, np.array([v["codes"] for v in values]))
+                    nats = metrics.bootstrap(values_N, seed, np.array([v["codes"] for v in values]))
                     measures |= {"pooled perplexity": {k: math.exp(v) for k, v in nats.items()}, "bits a code": {k: v / math.log(2) for k, v in nats.items()}}
                 else:
-                    measures[name] = summary(values_N, seed)
+                    measures[name] = metrics.bootstrap(values_N, seed)
             rows.append({"kind": kind, "line": line, "examples": len(values), "measures": measures})
     return rows
-
-
-def summary(values_N, seed, weights_N=None, rounds=2000) -> dict:
-    """The (weighted) mean, and the 2.5th and 97.5th percentiles of the means of resamples."""
-    picks_RN = np.random.default_rng(seed).integers(len(values_N), size=(rounds, len(values_N)))
-    weights_N = np.ones(len(values_N)) if weights_N is None else weights_N
-    means_R = (values_N * weights_N)[picks_RN].sum(1) / weights_N[picks_RN].sum(1)
-    low, high = np.percentile(means_R, [2.5, 97.5])
-    return {"mean": float((values_N * weights_N).sum() / weights_N.sum()), "low": float(low), "high": float(high)}
 
 
 def show(value) -> str:

@@ -27,9 +27,7 @@ from typing import Literal, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import msgpack
 import numpy as np
-import safetensors
 import safetensors.numpy
 import tyro
 from jax import lax
@@ -39,7 +37,12 @@ from jaxtyping import Array, Float, Int
 
 from common.images import UserError
 from common.runs import run_command
+from common.weights import FLOATS, open_tensors, read_json, read_stream
 from flash_attention import cache_slots, decode_attention, flash_attention, join, native_head_dim, ring_attention, zigzag_here
+
+
+# What no model is beyond: a damaged config is refused by it before anything of that size is made.
+MOST = {"hidden": 2**20, "ffn": 2**20, "layers": 2**12, "heads": 2**14, "codes": 2**20, "specials": 2**20, "context": 2**24}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +73,14 @@ class LVMConfig:
     """added to the mean square in RMSNorm"""
 
     def __post_init__(self):
-        for name in ("hidden", "ffn", "layers", "heads", "codes", "specials", "context"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < (name != "specials"):
-                raise UserError(f"{name} is {getattr(self, name)!r}; it must be a whole number, at least {int(name != 'specials')}")
+        for name, most in MOST.items():
+            least, value = int(name != "specials"), getattr(self, name)
+            if type(value) is not int or not least <= value <= most:
+                raise UserError(f"{name} is {value!r:.40}; it must be a whole number from {least} to {most:,}")
+        for name in ("rope_theta", "rms_eps"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise UserError(f"{name} is {value!r:.40}; it must be a finite number above 0")
         if self.hidden % self.heads or self.hidden // self.heads % 2:
             raise UserError(f"hidden {self.hidden} / heads {self.heads} must be an even whole number (rotary pairs)")
         for name, value in (("bos", self.bos), ("eos", self.eos), ("pad", self.pad)):
@@ -129,11 +137,11 @@ class LVM(eqx.Module):
     config: LVMConfig = eqx.field(static=True)
 
     def __init__(self, config: LVMConfig, *, key):
-        embedding_key, head_key, *block_keys = jax.random.split(key, 2 + config.layers)
-        self.embedding_VD = _normal(embedding_key, config.vocab_size, config.hidden)
-        self.blocks = eqx.filter_vmap(lambda key: Block(config, key))(jnp.stack(block_keys))
+        keys = jax.random.split(key, 2 + config.layers)
+        self.embedding_VD = _normal(keys[0], config.vocab_size, config.hidden)
+        self.blocks = eqx.filter_vmap(lambda key: Block(config, key))(keys[2:])
         self.norm_D = jnp.ones(config.hidden)
-        self.head_DV = _normal(head_key, config.hidden, config.vocab_size)
+        self.head_DV = _normal(keys[1], config.hidden, config.vocab_size)
         self.config = config
 
     def __call__(
@@ -666,13 +674,15 @@ EASYLM_PREFIXES = ("params::", "trainstate_params::", "trainstate::")
 def load(path, *, dtype=jnp.float32, heads: int | None = None) -> LVM:
     """Reads a run folder (newest step that restores), a Hugging Face folder or an EasyLM stream; weights in `dtype`.
 
+    A Hugging Face folder holds safetensors or pickled `pytorch_model.bin`, in one file or several; of a pickle nothing is run.
     A Hugging Face folder that was not written here does not say how its vocabulary splits: 8292 ids are read as 8192
     codes and 100 specials, with our BOS, EOS and pad (its own, 1 and 2, are image codes); any other count needs
     "codes" and "specials" in its config.json. An EasyLM stream holds no config: it is matched to SIZES by its shapes,
     or takes `heads`, 100 specials and a context of 4096. Its path may carry EasyLM's `params::` or
     `trainstate_params::`.
 
-    Raises UserError for what is not there and for what is not as it should be.
+    Raises UserError for what is not there and for what is not as it should be: other tensors than the config asks for,
+    sizes that no model has, integers where weights are wanted, NaN or infinity.
     """
     for prefix in EASYLM_PREFIXES:
         if str(path).startswith(prefix):
@@ -684,7 +694,9 @@ def load(path, *, dtype=jnp.float32, heads: int | None = None) -> LVM:
         return _load_easylm(path, dtype, heads)
     if not path.is_dir():
         raise UserError(f"{path} does not exist: pass a run folder, a Hugging Face folder or an EasyLM stream")
-    config = _read_json(path / "config.json")
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} has no config.json: pass a run folder, a Hugging Face folder or an EasyLM stream")
+    config = read_json(path / "config.json")
     if "model_type" in config:
         return _load_hf(path, config, dtype)
     if isinstance(config.get("model"), dict):
@@ -743,54 +755,41 @@ def save(model: LVM, path, *, shard_bytes: float = 5e9, tokenizer: str | None = 
 
 def _load_hf(path, hf, dtype):
     config = _config_from_hf(hf, path / "config.json")
-    index = path / "model.safetensors.index.json"
-    if (path / "model.safetensors").is_file():
-        files = ["model.safetensors"]
-    elif index.is_file():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{index} has no 'weight_map' of tensor names to files")
-        files = sorted(set(map(str, weight_map.values())))
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        index = path / f"{whole}.index.json"
+        if (path / whole).is_file():
+            files = [whole]
+            break
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise UserError(f"{index} has no 'weight_map' of tensor names to files")
+            files = sorted(set(map(str, weight_map.values())))
+            break
     else:
-        raise UserError(
-            f"{path} has neither model.safetensors nor model.safetensors.index.json; pickled .bin weights are not "
-            "read: write them again with transformers' save_pretrained, which writes safetensors"
-        )
-    readers = {}
+        raise UserError(f"{path} has no weights: neither model.safetensors nor pytorch_model.bin, nor the index.json of either")
+    tensors = {}
     for file in files:
         if Path(file).name != file:
             raise UserError(f"{index} names the file {file!r} outside its own folder")
-        try:
-            reader = safetensors.safe_open(path / file, framework="np")
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{path / file} is not a whole safetensors file: {error}") from None
-        readers |= dict.fromkeys(reader.keys(), reader)
-    # Old exports also carry the rotary frequencies, which follow from the config.
-    readers = {name: file for name, file in readers.items() if not name.endswith("rotary_emb.inv_freq")}
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in readers.items()}
+        for name, tensor in open_tensors(path / file).items():
+            if name in tensors:
+                raise UserError(f"{path / file}: tensor {name} is in {tensors[name].file} too")
+            if not name.endswith("rotary_emb.inv_freq"):  # in old exports; they follow from the config
+                tensors[name] = tensor
 
     def read(name, field):
-        array = readers[name].get_tensor(name)
+        array = tensors[name].floats(dtype)
         return array if field == "embedding_VD" else array.T
 
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     return _assemble(config, HF_NAMES, shapes, read, path, dtype)
 
 
 def _load_easylm(path, dtype, heads):
-    """EasyLM's StreamingCheckpointer: msgpack (key tuple, flax-serialised tensor) pairs, one after another."""
     if not path.is_file():
         raise UserError(f"{path} is not a file: pass an EasyLM stream such as params::streaming_params")
-    tensors = {}
-    try:
-        with open(path, "rb") as file:
-            for key, value in msgpack.Unpacker(file, read_size=1 << 26, max_buffer_size=0):
-                while key[0] == "params":
-                    key = key[1:]
-                if key[0] in ("transformer", "lm_head"):  # a train state also holds the optimizer and the step
-                    tensors["/".join(key)] = _flax_tensor(value).astype(dtype)
-    except (ValueError, TypeError, IndexError, KeyError, msgpack.UnpackException) as error:
-        raise UserError(f"{path} is not an EasyLM stream of LLaMA weights: {error}") from None
-
+    tensors = read_stream(path, ("transformer", "lm_head"), dtype)
     shapes = {name: array.shape for name, array in tensors.items()}
     for name in ("transformer/wte/embedding", "transformer/h/0/feed_forward/w1/kernel"):
         if len(shapes.get(name, ())) != 2:
@@ -840,7 +839,15 @@ def _load_run(path, fields, dtype):
             for name in sorted(shapes.keys() | wanted.keys()):  # orbax would say so too, in a thousand lines
                 if shapes.get(name) != wanted.get(name):
                     raise UserError(f"{name} is {shapes.get(name)}, by the config {wanted.get(name)}")
-            return handler.restore(item, args=ocp.args.StandardRestore(skeleton))
+            dtypes = {keys[-1].key: leaf.dtype for keys, leaf in stored}
+            for name, stored_as in dtypes.items():
+                if stored_as not in FLOATS:
+                    raise UserError(f"{name} is {stored_as}; weights must be one of {', '.join(map(str, FLOATS))}")
+            model = handler.restore(item, args=ocp.args.StandardRestore(skeleton))
+            for keys, leaf in jax.tree_util.tree_leaves_with_path(model):
+                if not jnp.isfinite(leaf).all():
+                    raise UserError(f"{keys[-1].name} holds NaN or infinity in {leaf.dtype}")
+            return model
         except Exception as error:  # a broken step fails in as many ways as it can be broken
             reason = str(error).split("\n")[0]
             print(f"{step} does not restore ({reason}); trying the one before", file=sys.stderr)
@@ -919,7 +926,7 @@ def _assemble(config, names, shapes, read, source, dtype):
     for what, found in (("lacks the tensor", missing), ("has an unknown tensor", unknown)):
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-            raise UserError(f"{source} {what} {min(found)}{more}; it must hold a LLaMA of {config.layers} layers")
+            raise UserError(f"{source} {what} {min(found)[:200]}{more}; it must hold a LLaMA of {config.layers} layers")
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise UserError(f"{source}: {name} has the shape {shapes[name]}, expected {shape}")
@@ -1021,42 +1028,12 @@ def _config_from_hf(hf, file):
     return config
 
 
-def _flax_tensor(data):
-    """flax.serialization.to_bytes of one array: msgpack extension 1, or pieces of at most 1 GiB in a dict."""
-
-    def array(code, payload):
-        if code != 1:
-            raise UserError(f"msgpack extension {code} is not an array")
-        shape, dtype, buffer = msgpack.unpackb(payload)
-        return np.frombuffer(buffer, jnp.dtype(dtype)).reshape(shape)
-
-    value = msgpack.unpackb(data, ext_hook=array)
-    if isinstance(value, dict):
-        pieces, shape = ([value[key][str(i)] for i in range(len(value[key]))] for key in ("chunks", "shape"))
-        value = np.concatenate(pieces).reshape(shape)
-    if not isinstance(value, np.ndarray):
-        raise UserError(f"expected an array, got a {type(value).__name__}")
-    return value
-
-
-def _read_json(file):
-    try:
-        value = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist: pass a run folder or a Hugging Face folder") from None
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file} holds a {type(value).__name__}, expected an object")
-    return value
-
-
 @dataclasses.dataclass(frozen=True)
 class Convert:
     """Write any model that can be read as a Hugging Face LlamaForCausalLM folder."""
 
     model: str
-    """run folder, Hugging Face folder or EasyLM stream"""
+    """run folder, Hugging Face folder (safetensors or pytorch_model*.bin) or EasyLM stream"""
     out: Path
     """folder to write; must not exist, or be empty"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -1085,7 +1062,7 @@ def main():
 def convert(args: Convert):
     model = load(args.model, dtype=jnp.dtype(args.dtype), heads=args.heads)
     config = Path(args.model) / "config.json"
-    save(model, args.out, tokenizer=_read_json(config).get("tokenizer") if config.is_file() else None)
+    save(model, args.out, tokenizer=read_json(config).get("tokenizer") if config.is_file() else None)
     print(f"{args.out}: {parameter_count(model.config):,} parameters in {args.dtype}, {model.config}")
 
 

@@ -43,6 +43,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import re
+import reprlib
 import shutil
 import signal
 import stat
@@ -60,20 +61,21 @@ import jax
 import numpy as np
 import tyro
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import vqgan
 from common.images import (
     UserError, count_frames, find_clips, find_stems, find_videos, pictures_of, read_frames, read_half, read_image, read_integers,
     to_pixels)
-from common.runs import RunStopped, run_command
-from common.weights import cache_folder, naming, parse_json, read_json, write_whole
+from common.runs import RunStopped, check_numbers, run_command
+from common.weights import MOST_JSON, cache_folder, check_fields, naming, parse_json, read_array, read_json, write_whole
 
 FORMAT = 2  # of dataset.json; 1 had no digest of its own content
 PICTURES = vqgan.HERE / "assets" / "pictures"
 SENTENCES_PER_SHARD = 65_536
 CHUNK = 4096  # pictures encoded between two points from which a killed run can go on
+MOST_CODES = 1 << 16  # that a token of uint16 can name
 BAD_LINES = 0.05  # of a jsonl that is read directly: more than this fraction stops the run
 
 
@@ -107,7 +109,7 @@ class Source:
     seed: int = 0
     """Seed of orders, masks, strides, starts and augmentations."""
     max_rejected: float = 0.05
-    """Stop where more than this fraction of the files cannot be read."""
+    """Stop where more than this fraction of the pictures, videos or clips has to be left out as it cannot be read."""
     context: int = 4098
     """Report the sentences that are longer than this with BOS and EOS."""
     workers: int | None = None
@@ -126,12 +128,10 @@ class Source:
     def __post_init__(self):
         if self.out.exists():
             raise UserError(f"--out {self.out} exists; choose another folder or delete it")
-        for name in {"epochs", "shots", "frames", "max_stride", "limit", "batch", "context", "pictures"} & {f.name for f in dataclasses.fields(self)}:
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-        for name, low, high in (("random_crop", 0.05, 1), ("jitter", 0, 1), ("max_rejected", 0, 1), ("patience", 0.1, math.inf)):
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"--{name.replace('_', '-')} must lie in [{low}, {high}], got {getattr(self, name)}")
+        check_numbers(self, {
+            "[1, inf)": "limit", "[1, 10000]": "epochs shots frames max_stride pictures strides", "[3, inf)": "context",
+            "[0, inf)": "seed", "[1, 65536]": "batch", "[-1, 65536]": "mesh", "[0, 4096]": "workers", "[0.1, 86400]": "patience",
+            "[0, 1]": "jitter max_rejected squares", "[0.05, 1]": "random_crop", "[0, 7]": "duplicates"})
         split_part(self.part)
 
 
@@ -140,11 +140,6 @@ class Stills(Source):
     duplicates: int | None = None
     """Leave out pictures whose 64-bit difference hash is within so many bits (0 to 7; 3 finds copies that were scaled or
     compressed) and whose mean colour is close to those of an earlier one; DIR.duplicates.jsonl lists them."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.duplicates is not None and not 0 <= self.duplicates <= 7:
-            raise UserError(f"--duplicates must lie in [0, 7], got {self.duplicates}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,8 +221,8 @@ class Video(Source):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.strides or min(self.strides) < 1 or len(set(self.strides)) < len(self.strides):
-            raise UserError(f"--strides {' '.join(map(str, self.strides))}: wanted different numbers of at least 1")
+        if not self.strides or len(set(self.strides)) < len(self.strides):
+            raise UserError(f"--strides {' '.join(map(str, self.strides))}: wanted different numbers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,6 +277,9 @@ class Tracks(Source):
         super().__post_init__()
         if len(self.modalities) < 2 or len(set(self.modalities)) < len(self.modalities):
             raise UserError("--modalities wants at least two different names: the images, and what is shown of them")
+        for name in self.modalities:
+            if not re.fullmatch(r"[^/*?\[\]]+", name) or name in (".", ".."):
+                raise UserError(f"--modalities {name!r}: wanted the name of a folder")
 
 
 class Item(NamedTuple):
@@ -467,7 +465,7 @@ def write_sentences(source: Source, kinds, items: list[Item], series, notes=(), 
 
     if not callable(series) and all(len(some.units) < some.shots for some in series):  # however many of them can be read
         raise too_few(f"at most {len(items)}", notes)
-    tokenizer = vqgan.load(source.tokenizer)
+    tokenizer = open_tokenizer(source.tokenizer)
     encoded = encode_chunks(source, tokenizer, items, pictures, notes)
     if encoded is None:
         return
@@ -675,7 +673,7 @@ def read_clip(size, tracks, name, strides, frames, half, view, seed):
                     path, shown = group[key], key in chosen
                     if (k, key, shown) not in tried:
                         tried[k, key, shown] = read_half(path) if half[k] else read_view(path, size, view) if shown else len(read_image(path, 8))
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             notes.append({"path": str(path), "reason": str(error), "bad": True})
             left.remove(key)
             continue
@@ -705,7 +703,7 @@ def read_item(read, size: int, compact: bool):
                 return levels, notes
         if pictures.size and not (pictures.min() >= 0 and pictures.max() <= 1):
             raise UserError(f"values in [{pictures.min()}, {pictures.max()}]; wanted [0, 1]")
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         return np.zeros(0, np.float32), [{"path": None, "reason": str(error), "bad": True}]
     return pictures, notes
 
@@ -817,6 +815,15 @@ def serve(pipe, size: int):
 # ---------------------------------------------------------------------------------------------------- encoding
 
 
+def open_tokenizer(path) -> vqgan.VQGAN:
+    """`vqgan.load` of a tokenizer whose codes fit into the 16 bits of a shard; raises UserError for a larger codebook."""
+    tokenizer = vqgan.load(path)
+    if tokenizer.config.num_embeddings > MOST_CODES:
+        raise UserError(f"{path}: its codebook of {tokenizer.config.num_embeddings:,} entries is over the {MOST_CODES:,} that the "
+                        "16 bits of a dataset's tokens can tell apart; take a tokenizer with fewer")
+    return tokenizer
+
+
 def encode_items(tokenizer, items: list[tuple[str, Callable]], pictures: int, max_rejected=0.0, batch=64):
     """Encodes items (name, function from size to a list of `pictures` arrays) in full batches.
 
@@ -840,6 +847,7 @@ def encode_stream(tokenizer, items, todo, *, batch: int, devices: int, workers: 
     """Yields (number of the item, uint16 codes [T, S], notes) in order. Reading, and the device's work on one batch, go on
     while the next batch is filled. A batch never reaches over an item after which it must be flushed."""
     size, S = tokenizer.config.resolution, tokenizer.config.codes_per_image
+    assert tokenizer.config.num_embeddings <= MOST_CODES
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
     tokenizer, split = jax.device_put(tokenizer, NamedSharding(mesh, P())), NamedSharding(mesh, P("data"))
     waiting, running, codes_NS = collections.deque(), collections.deque(), np.zeros((0, S), np.uint16)
@@ -895,9 +903,10 @@ def encode_chunks(source: Source, tokenizer, items: list[Item], pictures: int, n
     states_N = input_states(items, source.check_contents)
     about = unchanged_chunks(folder, [chunk for chunk in chunks if (folder / f"{chunk:06d}.json").exists()], S, items, states_N, numbers)
     todo = [i for chunk in chunks if chunk % parts == part and chunk not in about for i in numbers(chunk)]
-    bad = sum(note.get("bad", False) for done in about.values() for note in done["notes"])
+    is_bad = lambda read, notes: not read and any(note.get("bad") for note in notes)
+    bad = sum(done["bad"] for done in about.values())
     last_of = lambda i: i == numbers(i // per_chunk)[-1]
-    counts, found, codes = [], [], []
+    counts, found, codes, bad_here = [], [], [], 0
     with tqdm(total=len(items) * pictures, initial=(len(items) - len(todo)) * pictures, unit="picture", dynamic_ncols=True) as bar:
         stream = encode_stream(tokenizer, items, todo, batch=batch, devices=devices, workers=count_workers(source, len(todo) * pictures),
                                patience=source.patience, flush_after=last_of)
@@ -906,15 +915,15 @@ def encode_chunks(source: Source, tokenizer, items: list[Item], pictures: int, n
             counts.append(len(codes_TS))
             codes.append(codes_TS)
             found += item_notes
-            bad += sum(note.get("bad", False) for note in item_notes)
-            if bad > source.max_rejected * len(items) * (pictures if pictures > 2 else 1):
+            bad_here += is_bad(len(codes_TS), item_notes)
+            if bad + bad_here > source.max_rejected * len(items):
                 bar.close()
                 report(source.out, [*notes, *(note for done in about.values() for note in done["notes"]), *found])
-                check_rejected(bad, len(items) * (pictures if pictures > 2 else 1), source.max_rejected, item_notes)
+                check_rejected(bad + bad_here, len(items), source.max_rejected, item_notes)
             if last_of(i):
                 here = slice(numbers(i // per_chunk).start, i + 1)
-                about[i // per_chunk] = write_chunk(folder, i // per_chunk, counts, np.concatenate(codes), found, states_N[here])
-                counts, found, codes = [], [], []
+                about[i // per_chunk] = write_chunk(folder, i // per_chunk, counts, np.concatenate(codes), found, bad_here, states_N[here])
+                counts, found, codes, bad, bad_here = [], [], [], bad + bad_here, 0
     of_others = [chunk for chunk in chunks if chunk not in about and (folder / f"{chunk:06d}.json").exists()]
     about |= unchanged_chunks(folder, of_others, S, items, states_N, numbers)
     missing = [chunk for chunk in chunks if chunk not in about]
@@ -937,7 +946,7 @@ def encode_chunks(source: Source, tokenizer, items: list[Item], pictures: int, n
 
 def check_rejected(bad: int, total: int, most: float, notes):
     if bad > most * total:
-        raise UserError(f"{bad} of {total} pictures cannot be read, more than --max-rejected {most}; the last: {notes[-1]['reason'] if notes else ''}")
+        raise UserError(f"{bad} of {total} inputs cannot be read, more than --max-rejected {most}; the last: {notes[-1]['reason'] if notes else ''}")
 
 
 def begin_chunks(folder: Path, source: Source, tokenizer, items, batch):
@@ -988,7 +997,7 @@ def unchanged_chunks(folder: Path, chunks, S: int, items, states_N, numbers) -> 
     """{chunk: what is known of it} for those whose inputs are what they were when they were encoded; the others are taken away."""
     about, changed, anew = {chunk: read_chunk(folder, chunk, S) for chunk in chunks}, [], 0
     for chunk in chunks:
-        before, now = about[chunk].get("inputs", []), [states_N[i] for i in numbers(chunk)]
+        before, now = about[chunk].get("inputs") or [], [states_N[i] for i in numbers(chunk)]
         if before != now:
             changed += [items[i].name for i, was in itertools.zip_longest(numbers(chunk), before) if i is not None and was != states_N[i]]
             (folder / f"{chunk:06d}.json").unlink(missing_ok=True)
@@ -999,11 +1008,11 @@ def unchanged_chunks(folder: Path, chunks, S: int, items, states_N, numbers) -> 
     return about
 
 
-def write_chunk(folder: Path, chunk: int, counts, codes_NS, notes, states) -> dict:
+def write_chunk(folder: Path, chunk: int, counts, codes_NS, notes, bad: int, states) -> dict:
     """The codes first, then what vouches for them; either appears whole."""
     data = codes_NS.astype("<u2").tobytes()
     write_whole(folder / f"{chunk:06d}.codes", data)
-    about = {"counts": counts, "notes": notes, "inputs": states, "sha256": hashlib.sha256(data).hexdigest()}
+    about = {"counts": counts, "notes": notes, "bad": bad, "inputs": states, "sha256": hashlib.sha256(data).hexdigest()}
     write_whole(folder / f"{chunk:06d}.json", json.dumps(about) + "\n")
     return about
 
@@ -1012,12 +1021,15 @@ def read_chunk(folder: Path, chunk: int, S: int) -> dict:
     file = folder / f"{chunk:06d}.json"
     try:
         about = read_json(file)
+        check_fields(about, {"counts": list[int], "notes": list[dict[str, str | bool]], "bad": int, "inputs": list[str] | None, "sha256": str}, file)
+        if not all({"path", "reason"} <= note.keys() for note in about["notes"]):
+            raise UserError(f"{file}: a note without path or reason")
         data = (folder / f"{chunk:06d}.codes").read_bytes()
-        if len(data) != 2 * S * sum(about["counts"]) or hashlib.sha256(data).hexdigest() != about["sha256"]:
-            raise UserError("its codes are others than it says")
+        if len(data) != 2 * S * sum(about["counts"]) or min(about["counts"], default=0) < 0 or hashlib.sha256(data).hexdigest() != about["sha256"]:
+            raise UserError(f"{file}: its codes are others than it says")
         return about
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: damaged ({error}); delete it and run the same command again") from None
+    except (OSError, UserError) as error:
+        raise UserError(f"{error}; delete {file} and run the same command again") from None
 
 
 OURS = re.compile(r"\d{6}\.(codes|json)|plan\.json|\d{5}\.(tokens|index\.npy)|dataset\.json|\..*\.partial")  # names of files of scratch
@@ -1051,10 +1063,10 @@ def report(out: Path, notes):
 
 
 def split_part(text: str) -> tuple[int, int]:
-    part, slash, parts = text.partition("/")
-    if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+    match = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
+    if not match or int(match[1]) >= int(match[2]):
         raise UserError(f"--part {text}: wanted i/n with i from 0 to n - 1, such as 0/4")
-    return int(part), int(parts)
+    return int(match[1]), int(match[2])
 
 
 # ---------------------------------------------------------------------------------------------------- shards
@@ -1131,8 +1143,8 @@ class Shards:
         self.shards = []  # of each token file: its path, int64 [sentences, 3] of ends, kinds and CRC-32
         for name in sorted(n for n in digests if n.endswith(".tokens")):
             path, index = self.folder / name, name.removesuffix(".tokens") + ".index.npy"
-            if Path(name).name != name or index not in digests:
-                raise UserError(f"{file}: {name!r} lies outside its own folder, or its index is missing")
+            if index not in digests:
+                raise UserError(f"{file}: sha256 names {name} and not {index}")
             self.shards.append((path, read_index(self.folder / index, digests[index], path, len(self.kinds))))
         if not self.shards:
             raise UserError(f"{folder}: the dataset holds no sentence")
@@ -1184,16 +1196,16 @@ def check_description(file: Path, about: dict) -> str:
     """Raises UserError, naming dataset.json and the field, for one that was changed or is no description of a dataset -> its digest."""
     content, version = file.read_bytes(), about.get("format")
     if version not in (1, FORMAT):
-        raise UserError(f"{file}: format {version!r}, this program reads {FORMAT} and 1")
+        raise UserError(f"{file}: format {reprlib.repr(version)}, this program reads {FORMAT} and 1")
     if version == FORMAT and describe(about) != content:  # format 1 carried no digest of its own
         raise UserError(f"{file}: not as it was written (its digest differs); copy it again, or make the dataset anew")
-    whole = lambda value, low: type(value) is int and value >= low
-    texts = lambda value: isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
-    wanted = {"codes": lambda v: whole(v, 1) and v <= 1 << 16, "codes_per_image": lambda v: whole(v, 1), "sentences": lambda v: whole(v, 0), "tokens": lambda v: whole(v, 0),
-              "kinds": lambda v: isinstance(v, dict) and all(whole(count, 0) for count in v.values()), "sha256": texts, "tokenizer": lambda v: isinstance(v, str)}
-    for field, fits in wanted.items():
-        if not fits(about.get(field)):
-            raise UserError(f"{file}: damaged, {field} is {str(about.get(field))[:80]!r}")
+    check_fields(about, {"tokenizer": str, "codes": int, "codes_per_image": int, "sentences": int, "tokens": int, "kinds": dict[str, int],
+                         "sha256": dict[str, str], "rejected": int | None}, file)
+    if not (1 <= about["codes"] <= MOST_CODES and about["codes_per_image"] >= 1):
+        raise UserError(f"{file}: codes {about['codes']} must be in [1, {MOST_CODES}] and codes_per_image at least 1")
+    for name in about["sha256"]:
+        if not re.fullmatch(r"[0-9]{5,9}\.(tokens|index\.npy)", name):
+            raise UserError(f"{file}: sha256 names {name!r:.80}, which is no file of a dataset")
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -1205,22 +1217,17 @@ def read_index(file: Path, digest: str, tokens: Path, kinds: int) -> np.ndarray:
         raise UserError(f"{error.filename}: {error.strerror}") from None
     if hashlib.sha256(content).hexdigest() != digest:
         raise UserError(f"{file}: its bytes are not those that were written (sha256 differs); copy it again, or make the dataset anew")
-    try:
-        stream = io.BytesIO(content)
-        np.lib.format.read_magic(stream)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-        index_NC = np.frombuffer(content, "<i8", offset=stream.tell()).reshape(shape)  # so a header that promises more takes no memory
-    except Exception as error:  # numpy's reader of headers fails in many ways
-        raise UserError(f"{file}: cannot be read ({error})") from None
-    if dtype != "<i8" or index_NC.ndim != 2 or index_NC.shape[1] not in (2, 3) or not len(index_NC):
-        raise UserError(f"{file}: wanted int64 [sentences, 3], got {dtype} {list(shape)}")
-    starts_N, kinds_N = np.concatenate([[0], index_NC[:-1, 0]]), index_NC[:, 1]
-    if (index_NC[:, 0] <= starts_N).any() or not 0 <= kinds_N.min() <= kinds_N.max() < kinds:
+    index_NC = np.array(read_array(file, np.int64, (None, None)))
+    if index_NC.shape[1] not in (2, 3) or not len(index_NC):
+        raise UserError(f"{file}: wanted int64 [sentences, 3], got {list(index_NC.shape)}")
+    ends_N, kinds_N = index_NC[:, 0], index_NC[:, 1]
+    if size != 2 * int(ends_N[-1]):
+        raise UserError(f"{tokens}: {size:,} bytes, {file.name} asks for {2 * int(ends_N[-1]):,}; the file is truncated or mixed up")
+    starts_N = np.concatenate([[0], ends_N[:-1]])
+    if not 0 < ends_N.min() <= ends_N.max() <= size // 2 or (ends_N <= starts_N).any() or not 0 <= kinds_N.min() <= kinds_N.max() < kinds:
         raise UserError(f"{file}: damaged, its ends do not rise or it names kinds that dataset.json does not")
-    if size != 2 * index_NC[-1, 0]:
-        raise UserError(f"{tokens}: {size:,} bytes, {file.name} asks for {2 * int(index_NC[-1, 0]):,}; the file is truncated or mixed up")
     if index_NC.shape[1] == 2:  # the first datasets stored no checksums
-        sums_N = [zlib.crc32(read_at(tokens, 2 * start, 2 * (end - start))) for start, end in zip(starts_N.tolist(), index_NC[:, 0].tolist())]
+        sums_N = [zlib.crc32(read_at(tokens, 2 * start, 2 * (end - start))) for start, end in zip(starts_N.tolist(), ends_N.tolist())]
         index_NC = np.column_stack([index_NC, sums_N])
     return index_NC
 
@@ -1309,7 +1316,7 @@ class Jsonl:
             try:
                 texts = self.texts(line)
                 codes_T = np.concatenate([self.decode(text, key) for text, key in zip(texts, self.keys)])
-            except ValueError as error:
+            except UserError as error:
                 self.rejected.append({"path": f"{path}:{number}", "reason": str(error)})
                 continue
             # Where each text lies in the file, so that a row is read without parsing JSON; or (-1, the line) if it is escaped.
@@ -1339,18 +1346,19 @@ class Jsonl:
         """The base64 under each key of the fields."""
         if len(line) == LONGEST_LINE:
             raise UserError(f"a line of more than {LONGEST_LINE:,} bytes")
-        example = json.loads(line)
-        texts = [example.get(key) if isinstance(example, dict) else None for key in self.keys]
-        for key, text in zip(self.keys, texts):
-            if not isinstance(text, str) or not text.isascii():
+        example = parse_json(line, "the line")
+        for key in self.keys:
+            if not isinstance(text := example.get(key), str) or not text.isascii():
                 raise UserError(f"no base64 text under the key {key!r}")
-        return [text.encode() for text in texts]
+        return [example[key].encode() for key in self.keys]
 
     def decode(self, text: bytes, key: str) -> np.ndarray:
         try:
             ids_T = np.frombuffer(binascii.a2b_base64(text, strict_mode=True), "<i4")
         except ValueError:
             raise UserError(f"{key!r} is no base64 of int32 tokens") from None
+        if len(ids_T) >= 8 and len(ids_T) % 2 == 0 and ids_T.any() and not ids_T[1::2].any():
+            raise UserError(f"{key!r} holds int64 tokens (every second int32 is 0); write them with tokens.astype('<i4')")
         if not len(ids_T) or ids_T.view("<u4").max() >= self.vocabulary:  # as unsigned ones negative ids are large too
             raise UserError(f"{key!r} holds {f'tokens from {ids_T.min()} to {ids_T.max()}' if len(ids_T) else 'no tokens'}; wanted ids below {self.vocabulary}")
         return ids_T
@@ -1365,7 +1373,7 @@ class Jsonl:
             text = os.pread(self.file.fileno(), length, place if place >= 0 else -1 - place)
             try:
                 found.append(self.decode(text if place >= 0 else self.texts(text)[k], self.keys[k]))
-            except ValueError as error:
+            except UserError as error:
                 raise UserError(f"{self.path} has changed since it was opened: {error}") from None
         return found
 
@@ -1383,14 +1391,14 @@ class Jsonl:
         return self.counts_K
 
 
-LONGEST_LINE = 1 << 26
+LONGEST_LINE = MOST_JSON
 
 
 def split_fields(text: str, specials, vocabulary: int) -> list[tuple["str | int", bool]]:
     """'[{context}],<|8192|>' -> [("context", False), (8192, True)]: keys and literal ids, and whether the loss counts them."""
     fields, ids = [], dict(zip(("bos", "eos"), specials))
     for field in text.split(","):
-        match = re.fullmatch(r"(\[)?(?:<\|(bos|eos|\d+)\|>|\{([^{}\[\]<>|]+)\})(\])?", field.strip())
+        match = re.fullmatch(r"(\[)?(?:<\|(bos|eos|[0-9]{1,9})\|>|\{([^{}\[\]<>|]+)\})(\])?", field.strip())
         if not match or (match[1] is None) != (match[4] is None):
             lost = "; a page that shows HTML swallows <|8192|>" if not field.strip() else ""
             raise UserError(f"--fields {text!r}: {field!r} is neither {{key}} nor <|id|>, nor one of them in [ ]; LVM's are '<|8192|>,{{tokens}},<|8193|>'{lost}")
@@ -1415,6 +1423,7 @@ def open_sentences(path, codes: int | None = None, specials=None, fields: str | 
 # ---------------------------------------------------------------------------------------------------- the reader
 
 
+LEAST_SHARE = 1_000_000  # a dataset's part of the mixture is at least one in so many sentences
 PACKINGS = ("sentence", "concat", "segment")
 
 
@@ -1489,10 +1498,15 @@ def pack(opened, chosen, weights, *, seed: int, context: int, packing: str, spec
     """-> function from (first row, rows) to a batch of them: rows of an endless stream of sentences, each at random access."""
     pad = specials[2]
     shares = [Fraction(str(weight)).limit_denominator(1_000_000) for weight in weights]
+    for part, share, weight in zip(opened, shares, weights):
+        if share * LEAST_SHARE < sum(shares):
+            raise UserError(f"{part.folder if isinstance(part, Shards) else part.path}:{weight}: a weight below a millionth of all, by "
+                            f"which a run of {LEAST_SHARE:,} sentences sees none of this dataset; raise it, or leave the dataset out")
     unit = math.lcm(*(share.denominator for share in shares))
-    counts = np.array([int(share * unit) for share in shares]) // math.gcd(*(int(share * unit) for share in shares))
-    if counts.sum() > 1 << 24:
+    counts = [int(share * unit) // math.gcd(*(int(share * unit) for share in shares)) for share in shares]
+    if sum(counts) > 1 << 24:
         raise UserError(f"the weights {' '.join(map(str, weights))} have no common measure of a reasonable size; round them")
+    counts = np.array(counts)
     # One period of the mixture: dataset i comes counts[i] times, evenly spaced; `rank` numbers its turns.
     turns_P = np.argsort(np.concatenate([(np.arange(n) + 0.5) / n for n in counts]), kind="stable")
     part_P, rank_P = np.repeat(np.arange(len(counts)), counts)[turns_P], np.concatenate([np.arange(n) for n in counts])[turns_P]
@@ -1635,6 +1649,9 @@ class Show:
     columns: int = 16
     """Pictures on a line."""
 
+    def __post_init__(self):
+        check_numbers(self, {"[1, 1000]": "count columns"})
+
 
 def show(config: Show):
     tokenizer = vqgan.load(config.tokenizer)
@@ -1651,13 +1668,16 @@ def show(config: Show):
         if len(tokens) % S or tokens.max() >= shards.codes:
             raise UserError(f"{config.data}: sentence {i} is not a row of pictures of {S} codes below {shards.codes}")
         pictures = np.asarray(vqgan.decode(tokenizer, tokens.reshape(-1, S).astype(np.int32)))
-        caption = Image.new("L", (4000, 14), 255)
-        ImageDraw.Draw(caption).text((gap, 1), f"{shards.kinds[kind]}, sentence {i}: {len(pictures)} pictures, {len(tokens)} codes", fill=0)
+        name = ascii(shards.kinds[kind])[1:-1][:80]  # Pillow's own font has few letters more
+        text = f"{name}, sentence {i}: {len(pictures)} pictures, {len(tokens)} codes"
+        caption = Image.new("L", (int(ImageFont.load_default().getlength(text)) + 2 * gap, 14), 255)
+        ImageDraw.Draw(caption).text((gap, 1), text, fill=0)
         blocks.append((np.asarray(caption), [pictures[t:t + config.columns] for t in range(0, len(pictures), config.columns)]))
-    width = (size + 2 * gap) * max(len(line) for _, lines in blocks for line in lines)
+    width = max((size + 2 * gap) * max(len(line) for _, lines in blocks for line in lines), *(len(caption_HW[0]) for caption_HW, _ in blocks))
     sheet = []
     for caption_HW, lines in blocks:
-        sheet.append(np.repeat(caption_HW[:, :width, None], 3, axis=2))
+        caption_HW = np.pad(caption_HW, ((0, 0), (0, width - caption_HW.shape[1])), constant_values=255)
+        sheet.append(np.repeat(caption_HW[:, :, None], 3, axis=2))
         for line in lines:
             padded = np.pad((line * 255 + 0.5).astype(np.uint8), ((0, 0), (gap, gap), (gap, gap), (0, 0)), constant_values=255)
             row_HWC = np.concatenate(list(padded), axis=1)
@@ -1678,6 +1698,9 @@ class Inspect:
     context: int = 4098
     """Report the sentences that are longer than this with BOS and EOS."""
 
+    def __post_init__(self):
+        check_numbers(self, {"[1, 65536]": "codes", "[3, inf)": "context"})
+
 
 def inspect(config: Inspect):
     shards = open_sentences(config.data, config.codes)
@@ -1696,7 +1719,7 @@ def inspect(config: Inspect):
         print(f"  {count:>9,} {kind}")
     print(f"lengths      {lengths_N.min():,} to {lengths_N.max():,} codes; {int((lengths_N + 2 > config.context).sum()):,} longer than --context {config.context} with BOS and EOS")
     print(f"codes        {len(p_K):,} of {shards.codes:,} in use, perplexity {math.exp(entropy):,.1f}, unigram entropy {entropy:.3f} nats")
-    print(f"left out     {about.get('rejected', len(getattr(shards, 'rejected', ()))):,}")
+    print(f"left out     {about.get('rejected') or len(getattr(shards, 'rejected', ())):,}")
     if isinstance(shards, Shards):
         print(f"digests      {len(about['sha256'])} files are as they were written")
 
@@ -1718,12 +1741,13 @@ class ImportJsonl:
     """Stop where more than this fraction of a file's lines is bad."""
 
     def __post_init__(self):
+        check_numbers(self, {"[0, 1]": "max_rejected"})
         if self.out.exists():
             raise UserError(f"--out {self.out} exists; choose another folder or delete it")
 
 
 def import_jsonl(config: ImportJsonl):
-    tokenizer = vqgan.load(config.tokenizer)
+    tokenizer = open_tokenizer(config.tokenizer)
     codes, kinds = tokenizer.config.num_embeddings, [path.stem for path in config.inputs]
     if len(set(kinds)) < len(kinds):
         kinds = [f"{n}-{kind}" for n, kind in enumerate(kinds)]
@@ -1744,7 +1768,7 @@ class ExportJsonl:
 
 def export_jsonl(config: ExportJsonl):
     if config.out.exists():
-        raise FileExistsError(f"--out {config.out} exists; choose another file or delete it")
+        raise UserError(f"--out {config.out} exists; choose another file or delete it")
     shards, partial = Shards(config.data), Path(f"{config.out}.partial")
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with open(partial, "w") as file:
@@ -1777,18 +1801,17 @@ class Recolor:
     """Stop where more than this fraction of the pictures cannot be read."""
 
     def __post_init__(self):
+        check_numbers(self, {"[2, 65536]": "colours", "[1, 8000]": "size", "[0, inf)": "seed", "[0, 1]": "max_rejected"})
         if self.out.exists():
             raise UserError(f"--out {self.out} exists; choose another folder or delete it")
         if self.invert and self.palette is None:
             raise UserError("--invert wants the --palette that made the colours")
-        if not 2 <= self.colours <= 65536:
-            raise UserError(f"--colours must lie in [2, 65536], got {self.colours}")
 
 
 def recolor(config: Recolor):
     palette_K3, partial, notes = read_palette(config.palette) if config.palette else draw_palette(config.colours, config.seed), Path(f"{config.out}.partial"), []
     if partial.exists():
-        raise FileExistsError(f"{partial} is in the way, perhaps from a run that was stopped; delete it")
+        raise UserError(f"{partial} is in the way, perhaps from a run that was stopped; delete it")
     stems = find_stems(config.inputs, "", notes)
     partial.mkdir(parents=True)
     bad = 0
@@ -1804,7 +1827,7 @@ def recolor(config: Recolor):
                     raise UserError(f"{path}: integers from {labels_HW.min()} to {labels_HW.max()}; the palette has {len(palette_K3)} colours")
                 image = Image.fromarray(palette_K3[labels_HW])
                 image = image.resize((config.size,) * 2, Image.Resampling.NEAREST) if config.size else image
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             notes.append({"path": str(path), "reason": str(error)})
             bad += 1
             if bad > config.max_rejected * len(stems):
@@ -1846,15 +1869,11 @@ def draw_palette(colours: int, seed: int) -> np.ndarray:
 
 
 def read_palette(path: Path) -> np.ndarray:
-    try:
-        palette_K3 = np.array(json.loads(Path(path).read_text()))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise UserError(f"{path}: no palette ({error})") from None
-    if palette_K3.ndim != 2 or palette_K3.shape[1] != 3 or not np.issubdtype(palette_K3.dtype, np.integer) or palette_K3.min() < 0 or palette_K3.max() > 255:
-        raise UserError(f"{path}: wanted a list of [R, G, B] from 0 to 255")
-    return palette_K3.astype(np.uint8)
+    colours = read_json(path, list)
+    good = lambda colour: isinstance(colour, list) and len(colour) == 3 and all(type(c) is int and 0 <= c <= 255 for c in colour)
+    if not (2 <= len(colours) <= 65536 and all(map(good, colours))):
+        raise UserError(f"{path}: wanted a list of 2 to 65,536 colours [R, G, B], each from 0 to 255")
+    return np.array(colours, np.uint8)
 
 
 def labels_of_colours(pixels_HWC, palette_K3) -> np.ndarray:
@@ -1903,8 +1922,7 @@ class Demo:
     def __post_init__(self):
         if self.out.exists():
             raise UserError(f"--out {self.out} exists; choose another one or delete it")
-        if self.sentences < 1 or self.pictures < 0:
-            raise UserError("--sentences must be at least 1 and --pictures at least 0")
+        check_numbers(self, {"[1, 10000000]": "sentences", "[0, 10000000]": "pictures", "[0, inf)": "seed"})
         if unknown := set(self.tasks) - TASKS.keys():
             raise UserError(f"--tasks {' '.join(unknown)}: unknown; choose from {' '.join(TASKS)}")
         if self.pictures and (self.prompts or self.tasks):
@@ -1923,7 +1941,7 @@ def demo(config: Demo):
         np.save(config.out, array)
         print(f"wrote {config.pictures} pictures to {config.out}")
         return
-    tokenizer, kinds, labels = vqgan.load(config.tokenizer), list(TASKS), {}
+    tokenizer, kinds, labels = open_tokenizer(config.tokenizer), list(TASKS), {}
 
     def compose(i, size):
         rng = np.random.default_rng((config.seed, config.split == "heldout", i))

@@ -799,7 +799,7 @@ def begin_run(config: Config, model_config, fingerprints, data):
 def check_init(init: Path, fingerprint: str | None):
     """Refuses weights that were trained on another tokenizer's codes, where both they and the data say whose those are."""
     file = init / "config.json"
-    known = lvm._read_json(file).get("tokenizer") if file.is_file() else None
+    known = lvm.read_json(file).get("tokenizer") if file.is_file() else None
     if None not in (known, fingerprint) and known != fingerprint:
         raise UserError(f"--init {init} was trained on the codes of tokenizer {known}, and the data are codes of {fingerprint}: tokenize them with the first one")
 

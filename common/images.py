@@ -168,10 +168,53 @@ def read_half(path) -> np.ndarray:
 
 
 def read_depth(path, size) -> np.ndarray:
-    """-> float64 [size, size], the nearest pixels, 0 where unknown."""
-    depth_HW = read_integers(path).astype(np.float64)
+    """A grey picture of depths in any unit (1 to 32 bits, or float) -> float64 [size, size], the nearest pixels, 0 where
+    unknown. Raises UserError for negative, infinite and NaN depths, and for colours."""
+    with opened_map(path) as image:
+        if image.mode == "P":
+            image = image.convert("RGB")
+        if image.mode == "RGB" and all(np.array_equal(image.getchannel(0), image.getchannel(c)) for c in (1, 2)):
+            image = image.getchannel(0)  # the palette holds greys alone: what is shown is the depth, not the number of its entry
+        if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):
+            raise UserError(f"a picture of colours ({image.mode}), not a map of depths")
+        depth_HW = np.asarray(image).astype(np.float64)
+        if not np.isfinite(depth_HW).all() or depth_HW.min() < 0:
+            raise UserError("holds depths that are negative or not finite; write 0 where the depth is unknown")
     y, x = (np.minimum(((np.arange(size) + 0.5) * side / size).astype(int), side - 1) for side in depth_HW.shape)
     return depth_HW[y][:, x]
+
+
+def read_edges(path) -> np.ndarray:
+    """A picture of white lines on black -> bool [H, W], True where it is brighter than half of its full scale (1 of 1 bit,
+    255 of 8 bits, 65535 of more, 1.0 of floats; colours by their luminance). Raises UserError for values outside of the
+    scale, for transparency, and where something is drawn but nothing is brighter than half."""
+    with opened_map(path) as image:
+        if image.mode.startswith("I") or image.mode == "F":
+            grey_HW = np.asarray(image).astype(np.float64) / (1 if image.mode == "F" else 65535)
+        else:
+            if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+                if image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+                    raise UserError("has transparent pixels; wanted white lines on black")
+            grey_HW = np.asarray(image.convert("RGB").convert("L")) / 255
+        if not (grey_HW.min() >= 0 and grey_HW.max() <= 1):  # NaN lies nowhere
+            raise UserError(f"{image.mode} values lie in [{grey_HW.min():g}, {grey_HW.max():g}] of full scale; wanted [0, 1]")
+        if 0 < grey_HW.max() <= 0.5:
+            raise UserError(f"its brightest pixel is {grey_HW.max():.3g} of full scale, and edges are those over 0.5; draw them white")
+        return grey_HW > 0.5
+
+
+@contextlib.contextmanager
+def opened_map(path):
+    """The first picture in a file, as `read_image` opens it. Raises UserError, naming the file, for whatever fails in it."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file")
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UserError(f"{image.width}x{image.height} pixels are over the limit of {MAX_PIXELS:,}")
+            yield image
+    except Exception as error:  # as in read_image
+        raise UserError(f"{path}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------- videos

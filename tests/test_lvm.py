@@ -21,7 +21,9 @@ from jax.sharding import AxisType, PartitionSpec
 
 from flash_attention import reference
 import lvm
+from common import weights
 from common.images import UserError
+from common.weights import write_pickle
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = np.load(Path(__file__).parent / "fixtures" / "lvm.npz")
@@ -330,6 +332,80 @@ def test_a_folder_written_elsewhere_with_8292_ids_keeps_our_special_ids(tmp_path
     assert lvm.load(tmp_path / "out").config == lvm.SIZES["debug"]
 
 
+def pickled_folder(path, config, weights, files):
+    """A folder as LVM's converter and older transformers write it: torch.save's format, and rotary frequencies among the weights."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    weights = weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(16, np.float32)}
+    names = [f"pytorch_model-{i + 1:05}-of-{files:05}.bin" for i in range(files)] if files > 1 else ["pytorch_model.bin"]
+    weight_map = {name: names[i % files] for i, name in enumerate(weights)}
+    for file in names:
+        write_pickle(path / file, {name: array for name, array in weights.items() if weight_map[name] == file})
+    if files > 1:
+        (path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return path
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_pickled_hugging_face_folders_give_transformers_logits_and_are_converted(files, tmp_path):
+    config = weights_rule.LLAMAS["head32"]
+    folder = pickled_folder(tmp_path / "bin", config, weights_rule.llama(config), files)
+    np.testing.assert_allclose(forward(lvm.load(folder), FIXTURES["head32.ids"]), FIXTURES["head32.logits"], atol=1e-4)
+    command = [sys.executable, ROOT / "lvm.py", "convert", "--model", folder, "--out", tmp_path / "hf"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same(lvm.load(tmp_path / "hf"), lvm.load(folder))
+
+
+def test_a_pickle_that_would_run_something_is_refused_by_convert_in_one_line(tmp_path):
+    config = weights_rule.LLAMAS["head32"]
+    folder = pickled_folder(tmp_path / "bin", config, weights_rule.llama(config), 1)
+    ran = tmp_path / "ran"
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch " + str(ran).encode() + b"'\ntR.")
+    command = [sys.executable, ROOT / "lvm.py", "convert", "--model", folder, "--out", tmp_path / "hf"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch(r"error: .*pytorch_model.bin: refused \(it asks to run os.system; .*\n", done.stderr)
+    assert not ran.exists() and not (tmp_path / "hf").exists()
+
+
+def test_a_shard_that_is_missing_or_holds_another_ones_tensor_is_named(tmp_path):
+    config = weights_rule.LLAMAS["head32"]
+    folder = pickled_folder(tmp_path / "bin", config, weights_rule.llama(config), 3)
+    second, third = folder / "pytorch_model-00002-of-00003.bin", folder / "pytorch_model-00003-of-00003.bin"
+    third.write_bytes(second.read_bytes())
+    with pytest.raises(UserError, match="00003-of-00003.bin: tensor .* is in .*00002-of-00003.bin too"):
+        lvm.load(folder)
+    second.unlink()
+    with pytest.raises(UserError, match="00002-of-00003.bin: refused .*No such file"):
+        lvm.load(folder)
+
+
+MEMORY = """
+import resource, sys
+import lvm
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+lvm.load(sys.argv[1])  # what compiling and the libraries take
+before = peak()
+lvm.load(sys.argv[2])
+print((peak() - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in bytes elsewhere")
+def test_a_pickled_folder_is_never_held_twice_in_memory(tmp_path):
+    sizes = dict(hidden_size=1024, intermediate_size=1024, num_attention_heads=2)  # a stacked field is a seventh of the weights
+    for name, layers in (("small", 1), ("large", 8)):
+        config = weights_rule.LLAMAS["head32"] | sizes | dict(num_hidden_layers=layers)
+        shapes = {name: np.shape(array) for name, array in weights_rule.llama(config | dict(num_hidden_layers=0)).items()}
+        block = {name: np.shape(array) for name, array in weights_rule.llama(config | dict(num_hidden_layers=1)).items() if ".0." in name}
+        shapes |= {key.replace(".0.", f".{layer}."): shape for layer in range(layers) for key, shape in block.items()}
+        pickled_folder(tmp_path / name, config, {key: np.ones(shape, np.float32) for key, shape in shapes.items()}, 2)
+    stored = sum(file.stat().st_size for file in (tmp_path / "large").glob("*.bin"))
+    run = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "small", tmp_path / "large"], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    assert stored > 2e8 and int(run.stdout) < 1.6 * stored
+
+
 def easylm_stream(path, model, prefix, extra=()):
     """Writes what EasyLM's StreamingCheckpointer would: neighbours are the pairs, matrices (inputs, outputs)."""
 
@@ -414,6 +490,17 @@ def test_interleaved_rotation_of_a_stream_equals_ours_of_the_model_read(easylm_m
     q, k = (lvm.rotate(jnp.einsum("td,dnk->tnk", h_TD, w)[None], rope_TK)[0] for w in (block.q_DNK, block.k_DNK))
     scores = jnp.einsum("tnk,snk->nts", q, k)
     np.testing.assert_allclose(scores, np.einsum("tnk,snk->nts", turn(wq), turn(wk)), atol=1e-4)
+
+
+def one_step_run(path, model):
+    import orbax.checkpoint as ocp
+
+    (path / "checkpoints").mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps({"model": dataclasses.asdict(model.config)}))
+    with ocp.CheckpointManager(path / "checkpoints") as manager:
+        manager.save(8, args=ocp.args.Composite(model=ocp.args.StandardSave(model)))
+    lvm.write_digests(path / "checkpoints" / "8")
+    return path
 
 
 @pytest.fixture
@@ -528,16 +615,16 @@ def test_broken_files_are_refused_by_name(easylm_model, model, tmp_path):
     folder = hf_folder(tmp_path / "hf", config, weights_rule.llama(config))
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-100])
-    with pytest.raises(UserError, match="model.safetensors is not a whole safetensors file"):
+    with pytest.raises(UserError, match="model.safetensors: not a whole safetensors file"):
         lvm.load(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="neither model.safetensors nor"):
+    with pytest.raises(UserError, match="neither model.safetensors nor pytorch_model.bin"):
         lvm.load(folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": "../x"}}))
     with pytest.raises(UserError, match="'../x' outside its own folder"):
         lvm.load(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json is not JSON"):
+    with pytest.raises(UserError, match="config.json: no readable JSON"):
         lvm.load(folder)
     (folder / "config.json").write_text("{}")
     with pytest.raises(UserError, match="neither 'model' .* nor 'model_type'"):
@@ -562,6 +649,82 @@ def test_broken_files_are_refused_by_name(easylm_model, model, tmp_path):
         lvm.load("params::nowhere")
     with pytest.raises(UserError, match="pass the folder"):
         lvm.load(folder / "config.json")
+
+
+def written(layout, path, model):
+    """`model` in a layout that `lvm.load` reads, without any check on the way."""
+    if layout == "easylm":
+        return easylm_stream(path, model, ("params",))
+    if layout == "run":
+        return one_step_run(path, model)
+    fields = {keys[-1].name: np.asarray(leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(model)}
+    weights = {}
+    for field, name in lvm.HF_NAMES.items():
+        layers = fields[field] if "{}" in name else [fields[field]]
+        weights |= {name.format(layer): lvm._to_hf(field, array) for layer, array in enumerate(layers)}
+    write = hf_folder if layout == "safetensors" else functools.partial(pickled_folder, files=2)
+    return write(path, lvm._hf_config(model.config), weights)
+
+
+THEIR_NAMES = {"safetensors": "model.layers.1.mlp.down_proj.weight", "bin": "model.layers.1.mlp.down_proj.weight",
+               "easylm": "transformer/h/1/feed_forward/w2/kernel", "run": "down_FD"}
+
+
+@pytest.mark.parametrize("layout", THEIR_NAMES)
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_one_weight_that_is_no_number_is_refused_by_the_name_of_its_tensor(easylm_model, layout, value, tmp_path, capfd):
+    bad = eqx.tree_at(lambda m: m.blocks.down_FD, easylm_model, easylm_model.blocks.down_FD.at[1, 7, 11].set(value))
+    path = written(layout, tmp_path / "model", bad)
+    with pytest.raises(UserError) as error:
+        lvm.load(path, heads=4)
+    said = str(error.value) + capfd.readouterr().err  # a run says so of the step, and goes on to the one before
+    assert f"{THEIR_NAMES[layout]} holds NaN or infinity" in said and str(path) in said
+    assert_same(lvm.load(written(layout, tmp_path / "good", easylm_model), heads=4).blocks, easylm_model.blocks)
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "easylm", "run"])  # write_pickle knows one dtype
+def test_weights_that_are_integers_in_the_file_are_refused_by_name(easylm_model, layout, tmp_path, capfd):
+    integers = np.ones(easylm_model.blocks.down_FD.shape, np.int8)
+    path = written(layout, tmp_path / "model", eqx.tree_at(lambda m: m.blocks.down_FD, easylm_model, integers))
+    with pytest.raises(UserError) as error:
+        lvm.load(path, heads=4)
+    name = THEIR_NAMES[layout].replace("1", "0")  # the first of them
+    assert re.search(rf"{name}.* is int8; weights must be one of float32, bfloat16, float16, float64", str(error.value) + capfd.readouterr().err)
+
+
+def test_a_weight_too_large_for_the_dtype_asked_for_is_refused_by_name(easylm_model, tmp_path):
+    large = eqx.tree_at(lambda m: m.norm_D, easylm_model, easylm_model.norm_D.at[3].set(1e5))  # float16 ends at 65504
+    folder = written("safetensors", tmp_path / "model", large)
+    assert lvm.load(folder).norm_D[3] == 1e5
+    with pytest.raises(UserError, match="model.safetensors: tensor model.norm.weight holds NaN or infinity in float16"):
+        lvm.load(folder, dtype=jnp.float16)
+
+
+def test_an_easylm_key_of_a_million_words_is_refused_at_once_and_many_keys_cost_as_many_steps(easylm_model, tmp_path):
+    stream = tmp_path / "stream"
+    stream.write_bytes(msgpack.packb((("params",) * 10**6, b"")))
+    with pytest.raises(UserError, match="stream is not an EasyLM stream of LLaMA weights: .*exceeds max_array_len"):
+        lvm.load(stream, heads=4)
+
+    def steps(keys):  # of Python, which a loop over the words of every key would multiply
+        extra = [(("opt_state", "0", "mu", *("params",) * 20, f"{i}"), b"\xc0") for i in range(keys)]
+        path, count = easylm_stream(tmp_path / f"{keys}", easylm_model, ("params",), extra), 0
+
+        def traced(frame, event, argument):
+            nonlocal count
+            count += frame.f_code.co_filename.endswith("weights.py")
+            return traced
+
+        before = sys.gettrace()
+        sys.settrace(traced)
+        try:
+            weights.read_stream(path, ("transformer", "lm_head"), np.float32)
+        finally:
+            sys.settrace(before)
+        return count
+
+    few, many, more = (steps(keys) for keys in (0, 1000, 2000))
+    assert 1000 <= many - few == more - many <= 10_000
 
 
 def test_a_save_that_fails_leaves_nothing_behind(model, tmp_path, monkeypatch):

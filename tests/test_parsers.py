@@ -5,11 +5,13 @@ others, and texts for flags. A reader either reads, or says what is wrong by Val
 turns into one line and exit status 2.
 """
 
+import dataclasses
 import json
 import resource
 import shutil
 import struct
 import sys
+import time
 
 import equinox as eqx
 import hypothesis
@@ -23,6 +25,7 @@ import lvm
 import tokenize_data
 import train
 import vqgan
+from common import weights
 from common.images import UserError
 
 
@@ -138,29 +141,33 @@ def test_a_tokenizer_config_of_other_values_is_refused_or_read(tokenizer, tmp_pa
 @pytest.mark.parametrize("field, value", [("num_res_blocks", 10**9), ("channel_mult", [1] * 10**6), ("hidden_channels", 2**70), ("num_embeddings", 10**15)])
 def test_a_tokenizer_of_absurd_size_is_refused(tokenizer, tmp_path, field, value):
     fields = json.loads((tokenizer / "config.json").read_text())
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=f"config.json: {field} "):
         vqgan.load(copies(tokenizer, tmp_path, "config.json", fields | {field: value}))
+
+
+def read_all(file):
+    return [tensor.read() for tensor in weights.open_pickle(file).values()]
 
 
 @given(data=st.data())
 @few
 def test_a_damaged_pickle_is_refused_or_read(tokenizer, tmp_path, data):
     file = tmp_path / "last.ckpt"
-    vqgan.write_pickle(file, "state_dict", {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)})
+    weights.write_pickle(file, {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)}, "state_dict")
     file.write_bytes(data.draw(damaged(file.read_bytes())))
-    reads_or_says_what_is_wrong(vqgan.read_pickle, file)
+    reads_or_says_what_is_wrong(read_all, file)
 
 
 @given(words=st.lists(st.sampled_from([bytes([code]) for code in range(256)]) | st.binary(max_size=9), max_size=30).map(b"".join))
 @few
 def test_no_program_of_the_pickle_machine_does_anything(tmp_path, words):
     (tmp_path / "weights.pt").write_bytes(b"\x80\x02" + words)
-    reads_or_says_what_is_wrong(vqgan.read_pickle, tmp_path / "weights.pt")
+    reads_or_says_what_is_wrong(read_all, tmp_path / "weights.pt")
 
 
 def test_a_pickle_that_asks_for_a_memo_of_gigabytes_takes_none(tmp_path):
     (tmp_path / "weights.pt").write_bytes(b"\x80\x02]r" + struct.pack("<I", 2**31) + b".")
-    reads_or_says_what_is_wrong(vqgan.read_pickle, tmp_path / "weights.pt")
+    reads_or_says_what_is_wrong(read_all, tmp_path / "weights.pt")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -178,11 +185,31 @@ def test_a_model_config_of_other_values_is_refused_or_read(model, tmp_path, data
     reads_or_says_what_is_wrong(lvm.load, copies(model, tmp_path, "config.json", fields))
 
 
-@pytest.mark.parametrize("field", ["num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings", "codes"])
+@pytest.mark.parametrize("field, ours", [
+    ("num_hidden_layers", "layers"), ("hidden_size", "hidden"), ("intermediate_size", "ffn"), ("num_attention_heads", "heads"),
+    ("vocab_size", "specials"), ("max_position_embeddings", "context"), ("codes", "codes")])
 @pytest.mark.parametrize("value", [10**9, 2**70])
-def test_a_model_of_absurd_size_is_refused_or_read(model, tmp_path, field, value):
-    fields = json.loads((model / "config.json").read_text())
-    reads_or_says_what_is_wrong(lvm.load, copies(model, tmp_path, "config.json", fields | {field: value}))
+def test_a_model_of_absurd_size_is_refused_by_the_name_of_the_number(model, tmp_path, field, ours, value):
+    fields = {key: number for key, number in json.loads((model / "config.json").read_text()).items() if key not in ("specials", "num_key_value_heads")}
+    with pytest.raises(UserError, match=rf"config.json: {ours} is \d+; it must be a whole number from \d to "):
+        lvm.load(copies(model, tmp_path, "config.json", fields | {field: value}))
+
+
+def test_a_model_of_a_million_layers_is_refused_at_once(model, tmp_path):
+    fields, began = json.loads((model / "config.json").read_text()), time.monotonic()
+    with pytest.raises(UserError, match="config.json: layers is 1000000; it must be a whole number from 1 to 4,096"):
+        lvm.load(copies(model, tmp_path, "config.json", fields | {"num_hidden_layers": 10**6}))
+    with pytest.raises(UserError, match="holds 12 tensors; it must hold a LLaMA of 4096 layers"):
+        lvm.load(copies(model, tmp_path, "config.json", fields | {"num_hidden_layers": 4096}))
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("field", ["layers", "hidden", "ffn", "heads", "codes", "specials", "context"])
+def test_a_run_of_absurd_size_is_refused_by_the_name_of_the_number(tmp_path, field):
+    (tmp_path / "config.json").write_text(json.dumps({"model": {**dataclasses.asdict(MODEL), field: 10**9}}))
+    (tmp_path / "checkpoints" / "1" / "model").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"config.json: .*{field} is 1000000000; it must be a whole number"):
+        lvm.load(tmp_path)
 
 
 @given(data=st.data())

@@ -48,6 +48,7 @@ from weights_rule import (
 import vqgan
 from common.images import UserError
 from common.runs import RunStopped
+from common.weights import open_pickle, open_tensors
 from benchmarks import tokenizer as benchmark
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
@@ -358,9 +359,9 @@ def test_a_checkpoint_is_written_back_under_its_own_names_shapes_and_numbers(nam
     layout = {"t": "taming", "l": "llamagen", "m": "open-muse"}[name[0]]
     vqgan.save(vqgan.load(write_peer(tmp_path / "theirs", name, weights)), tmp_path / "back", layout=layout)
     file = tmp_path / "back" / {"taming": "last.ckpt", "llamagen": "vq.pt", "open-muse": "model.safetensors"}[layout]
-    written = (vqgan.read_safetensors if file.suffix == ".safetensors" else vqgan.read_pickle)(file)
+    written = open_tensors(file)
     assert written.keys() == weights.keys()
-    assert all(np.array_equal(written[key], weights[key]) for key in weights)
+    assert all(np.array_equal(written[key].read(), weights[key]) for key in weights)
 
 
 @pytest.mark.parametrize("name", PEER_NAMES)
@@ -609,14 +610,14 @@ def test_a_compressed_bomb_in_a_torch_file_is_refused_before_it_is_unpacked(tmp_
 def test_a_flipped_bit_in_a_torch_file_never_changes_a_weight_or_escapes_as_another_error(tmp_path):
     """torch.save writes a checksum with every entry, so what is read after a flip is either refused or unchanged."""
     file, whole, rng = tmp_path / "pytorch_model.bin", (FIXTURES / "small.bin").read_bytes(), random.Random(0)
-    original = vqgan.read_pickle(FIXTURES / "small.bin")
+    original = {name: tensor.read() for name, tensor in open_pickle(FIXTURES / "small.bin").items()}
     refused = 0
     for _ in range(400):
         damaged = bytearray(whole)
         damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
         file.write_bytes(damaged)
         try:
-            read = vqgan.read_pickle(file)
+            read = {name: tensor.read() for name, tensor in open_pickle(file).items()}
             assert read.keys() == original.keys() and all(np.array_equal(read[name], original[name]) for name in read)
         except ValueError as error:
             refused += 1
@@ -745,10 +746,29 @@ def test_weights_unlike_their_config_are_refused_by_the_tensors_name(tmp_path):
         vqgan.load(write_folder(tmp_path / "codes", VQGAN_TINY | {"num_embeddings": 128}, weights))
 
 
-def test_a_weight_that_is_not_a_number_is_refused_by_its_name(tmp_path):
-    weights = tiny_weights() | {"quant_conv.bias": np.full(8, np.nan, np.float32)}
-    with pytest.raises(UserError, match=r"quant_conv\.bias"):
-        vqgan.load(write_folder(tmp_path, VQGAN_TINY, weights))
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["folder", "taming-f16-1024", "llamagen-vq16", "maskgit"])
+def test_a_weight_that_is_not_a_number_is_refused_by_its_name_in_every_layout(tmp_path, name, value):
+    weights = tiny_weights() if name == "folder" else peer_weights(name)
+    bad = next(key for key in weights if key.startswith("decoder.conv_in.weight"))
+    weights = weights | {bad: np.where(np.arange(weights[bad].size).reshape(weights[bad].shape) == 5, np.float32(value), weights[bad])}
+    path = write_folder(tmp_path, VQGAN_TINY, weights) if name == "folder" else write_peer(tmp_path, name, weights)
+    with pytest.raises(UserError, match=rf"{tmp_path}.*: tensor {bad} holds NaN or infinity"):
+        vqgan.load(path)
+
+
+def test_integers_where_weights_are_wanted_are_refused_by_name(tmp_path):
+    name, weights = "quant_conv.bias", tiny_weights()
+    with pytest.raises(UserError, match=r"model.safetensors: tensor quant_conv.bias is int8; weights must be one of float32"):
+        vqgan.load(write_folder(tmp_path / "a", VQGAN_TINY, weights | {name: np.ones(8, np.int8)}))
+    entries = [(text(key), tensor_word(storage_word("LongStorage" if key == name else "FloatStorage", str(i), array.size), 0, array.shape))
+               for i, (key, array) in enumerate(weights.items())]
+    blobs = {str(i): array.astype(np.int64 if key == name else np.float32).tobytes() for i, (key, array) in enumerate(weights.items())}
+    (tmp_path / "b").mkdir()
+    write_config(tmp_path / "b")
+    write_zip(tmp_path / "b" / "pytorch_model.bin", program(dictionary(*entries)), blobs)
+    with pytest.raises(UserError, match=r"pytorch_model.bin: tensor quant_conv.bias is int64; weights must be one of float32"):
+        vqgan.load(tmp_path / "b")
 
 
 # ---------------------------------------------------------------------------- training
