@@ -15,7 +15,6 @@ Weights under `blocks` are stacked: `q_DNK` there has the shape (L, D, N, K), an
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -37,7 +36,7 @@ from jaxtyping import Array, Float, Int
 
 from common.images import UserError
 from common.runs import run_command
-from common.weights import FLOATS, open_tensors, read_json, read_stream
+from common.weights import FLOATS, open_tensors, read_json, read_stream, strict_json
 from flash_attention import cache_slots, decode_attention, flash_attention, join, native_head_dim, ring_attention, zigzag_here
 
 
@@ -740,10 +739,10 @@ def save(model: LVM, path, *, shard_bytes: float = 5e9, tokenizer: str | None = 
             weight_map |= dict.fromkeys(arrays, file)
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(array.nbytes for _, _, array in tensors)}, "weight_map": weight_map}
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            (partial / "model.safetensors.index.json").write_text(strict_json(index, indent=2))
         config = _hf_config(model.config) | {"torch_dtype": leaves["head_DV"].dtype.name}
         config |= {"tokenizer": tokenizer} if tokenizer else {}
-        (partial / "config.json").write_text(json.dumps(config, indent=2))
+        (partial / "config.json").write_text(strict_json(config, indent=2))
         for file in partial.glob("*.safetensors"):
             shutil.copymode(partial / "config.json", file)  # safetensors 0.8 makes files that their owner alone can read
         if path.exists():

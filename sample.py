@@ -928,7 +928,7 @@ def save_replay(config: Config, size: int, path: Path) -> str:
                 to_image(pixels_HWC).save(file, format="PNG")
         again = dataclasses.replace(config, prompt=(PROMPT,), prompts=Path("prompts.jsonl"), out=Path("answers"), serve=False, stride=1,
                                     port=Config.port, kind="analogy" if is_analogy(config, pictures) else "sequence")
-        archive.writestr("prompts.jsonl", json.dumps({"input": names, "output": "answer.png"}) + "\n")
+        archive.writestr("prompts.jsonl", strict_json({"input": names, "output": "answer.png"}) + "\n")
         archive.writestr("command.txt", command_line(again) + "\n")
     return command_line(again)
 

@@ -69,7 +69,7 @@ from common.images import (
     UserError, count_frames, find_clips, find_stems, find_videos, pictures_of, read_frames, read_half, read_image, read_integers,
     to_pixels)
 from common.runs import RunStopped, check_numbers, run_command
-from common.weights import MOST_JSON, cache_folder, check_fields, naming, parse_json, read_array, read_json, write_whole
+from common.weights import MOST_JSON, cache_folder, check_fields, naming, parse_json, read_array, read_json, strict_json, write_whole
 
 FORMAT = 2  # of dataset.json; 1 had no digest of its own content
 PICTURES = vqgan.HERE / "assets" / "pictures"
@@ -965,7 +965,7 @@ def begin_chunks(folder: Path, source: Source, tokenizer, items, batch):
         before = {"check_contents": False} | read_json(file)  # of runs that are older than the flag
         if changed := [f"{k}: {before.get(k)} -> {v}" for k, v in plan.items() if before.get(k) != v]:
             raise UserError(f"{folder} holds an unfinished run with other settings ({'; '.join(changed)}); repeat them, delete it, or choose another --out")
-    write_whole(file, json.dumps(plan, indent=1) + "\n")
+    write_whole(file, strict_json(plan, indent=1) + "\n")
 
 
 def input_states(items: list[Item], contents: bool) -> list[str]:
@@ -1013,7 +1013,7 @@ def write_chunk(folder: Path, chunk: int, counts, codes_NS, notes, bad: int, sta
     data = codes_NS.astype("<u2").tobytes()
     write_whole(folder / f"{chunk:06d}.codes", data)
     about = {"counts": counts, "notes": notes, "bad": bad, "inputs": states, "sha256": hashlib.sha256(data).hexdigest()}
-    write_whole(folder / f"{chunk:06d}.json", json.dumps(about) + "\n")
+    write_whole(folder / f"{chunk:06d}.json", strict_json(about) + "\n")
     return about
 
 
@@ -1049,7 +1049,7 @@ def remove_scratch(folder: Path):
 
 
 def write_lines(path, records):
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+    write_whole(path, "".join(strict_json(record) + "\n" for record in records))
 
 
 def report(out: Path, notes):
@@ -1188,8 +1188,8 @@ class Shards:
 def describe(about: dict) -> bytes:
     """The content of dataset.json: what it says, and last the digest of that. No other bytes say the same."""
     about = {name: value for name, value in about.items() if name != "digest"}
-    digest = hashlib.sha256(json.dumps(about, indent=1).encode()).hexdigest()
-    return (json.dumps(about | {"digest": digest}, indent=1) + "\n").encode()
+    digest = hashlib.sha256(strict_json(about, indent=1).encode()).hexdigest()
+    return (strict_json(about | {"digest": digest}, indent=1) + "\n").encode()
 
 
 def check_description(file: Path, about: dict) -> str:
@@ -1253,7 +1253,7 @@ def verify_tokens(folder: Path, digests: dict[Path, str], codes: int):
     known = {path.name: [*states[path], digests[path], codes] for path in digests if time.time_ns() - max(states[path][1:3]) > 2e9}
     if record and todo and known:
         with contextlib.suppress(OSError):  # such as a full disk
-            write_whole(record, json.dumps(known) + "\n")
+            write_whole(record, strict_json(known) + "\n")
 
 
 def verify_file(path: Path, digest: str, codes: int, progress):
@@ -1773,7 +1773,7 @@ def export_jsonl(config: ExportJsonl):
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with open(partial, "w") as file:
         for i in tqdm(range(len(shards)), unit="sentence", dynamic_ncols=True):
-            file.write(json.dumps({"tokens": base64.b64encode(shards[i][1].astype("<i4").tobytes()).decode()}) + "\n")
+            file.write(strict_json({"tokens": base64.b64encode(shards[i][1].astype("<i4").tobytes()).decode()}) + "\n")
     partial.rename(config.out)
     print(f"wrote {len(shards):,} sentences to {config.out}")
 
@@ -1837,7 +1837,7 @@ def recolor(config: Recolor):
             continue
         (partial / stem).parent.mkdir(parents=True, exist_ok=True)
         image.save(f"{partial / stem}.png")
-    (partial / "palette.json").write_text(json.dumps(palette_K3.tolist()) + "\n")
+    (partial / "palette.json").write_text(strict_json(palette_K3.tolist()) + "\n")
     report(config.out, notes)
     partial.rename(config.out)
     print(f"wrote {len(stems) - bad} pictures and palette.json to {config.out}")

@@ -51,6 +51,7 @@ import tokenize_data
 import vqgan
 from common.images import UserError
 from common.runs import RunStopped, run_command
+from common.weights import strict_json
 from flash_attention import zigzag
 
 AXES = ("data", "fsdp", "tensor", "seq")
@@ -792,7 +793,7 @@ def begin_run(config: Config, model_config, fingerprints, data):
             check_same_data(before.get("data", data), data)  # older runs do not say
     if jax.process_index() == 0:
         partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(settings, indent=1) + "\n")
+        partial.write_text(strict_json(settings, indent=1) + "\n")
         os.replace(partial, file)
 
 
@@ -1184,8 +1185,8 @@ def open_log(config: Config, first: int):
             ends.append(service.finish)
 
     def write(line):
-        line = {k: v if math.isfinite(v) else None for k, v in line.items()}  # JSON knows no NaN
-        unwritten.append(json.dumps(line) + "\n")
+        unwritten.append(strict_json(line) + "\n")
+        line = {k: v if math.isfinite(v) else None for k, v in line.items()}  # the other logs, too, want no NaN
         if append(config.out / "metrics.jsonl", "".join(unwritten).encode()):
             unwritten.clear()
         for sink in sinks:

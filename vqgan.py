@@ -42,8 +42,9 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from common.images import FORMATS, UserError, find_images, read_image, to_pixels
+from common.metrics import bootstrap, psnr, reconstruction_values, ssim  # noqa: F401 (psnr and ssim are promised here)
 from common.runs import RunStopped, run_command
-from common.weights import open_tensors, write_pickle
+from common.weights import open_tensors, strict_json, write_pickle, write_whole
 
 HERE = Path(__file__).parent
 MINI = HERE / "assets" / "mini" / "tokenizer"
@@ -606,7 +607,7 @@ def train(config: TrainConfig) -> VQGAN:
         with open(config.out / "metrics.jsonl", "a") as log:
             for step, metrics in lines:
                 metrics = {k: round(float(v), 8) for k, v in metrics.items()}
-                log.write(json.dumps({"step": step, **metrics, "images": step * config.batch, "seconds": round(time.time() - began, 1)}) + "\n")
+                log.write(strict_json({"step": step, **metrics, "images": step * config.batch, "seconds": round(time.time() - began, 1)}) + "\n")
         return metrics  # of the last step
 
     (config.out / "samples").mkdir(exist_ok=True)
@@ -624,7 +625,7 @@ def train(config: TrainConfig) -> VQGAN:
                                                    state, (codebook_KD, codebook_KD.copy())), sharding)
             revive = config.revive and not config.freeze_encoder and step > config.first_quantized and step % 50 == 0 and step < 0.8 * config.steps
             adversarial = bool(config.gan_weight) and step >= config.gan_from
-            state, metrics = train_step((optimizers, config, sharding, adversarial, networks), state, pixels_BHWC, jax.random.key(step),
+            state, metrics = train_step((optimizers, config, sharding, adversarial, networks), state, pixels_BHWC, jax.random.fold_in(jax.random.key(config.seed), step),
                                         jnp.array(step >= config.first_quantized), jnp.array(revive), jnp.array(step))
             waiting.append((step + 1, metrics))
             bar.update()
@@ -957,7 +958,7 @@ def leave_out_unreadable(read_picture, count: int, report: Path, most: float):
                         reasons[j % count] = str(error)
                         print(f"left out: {error}", file=sys.stderr)
                         report.parent.mkdir(parents=True, exist_ok=True)
-                        report.write_text("".join(json.dumps({"reason": reason}) + "\n" for reason in reasons.values()))
+                        report.write_text("".join(strict_json({"reason": reason}) + "\n" for reason in reasons.values()))
                 if len(reasons) > most * count:
                     raise UserError(f"{len(reasons)} of {count} pictures cannot be read, more than --max-rejected {most}; the last: {error}") from None
         raise UserError(f"none of {count} pictures can be read")
@@ -990,7 +991,7 @@ def begin_run(out: Path, settings: dict, may_change: set[str]):
         changed = [f"{k}: {before.get(k)} -> {v}" for k, v in settings.items() if before.get(k) != v and k not in may_change]
         if changed:
             raise UserError(f"{out} holds a run with other settings ({'; '.join(changed)}); choose another --out or repeat its settings")
-    file.write_text(json.dumps(settings, indent=1))
+    file.write_text(strict_json(settings, indent=1))
 
 
 DIGESTS = "digests.sha256"  # of a checkpoint's files, as `sha256sum -c` reads it; a checkpoint without it was not saved to its end
@@ -1180,29 +1181,6 @@ def save_rows(rows, path: Path, gap: int = 2):
     Image.fromarray((grid * 255 + 0.5).astype(np.uint8)).save(path)
 
 
-def psnr(a_BHWC, b_BHWC) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB of each picture, values in [0, 1]; identical pictures give inf."""
-    with np.errstate(divide="ignore"):
-        return -10 * np.log10(np.square(np.asarray(a_BHWC, np.float64) - b_BHWC).mean((1, 2, 3)))
-
-
-def ssim(a_BHWC, b_BHWC) -> np.ndarray:
-    """Mean structural similarity of each picture (Wang et al. 2004: 11x11 Gaussian of sigma 1.5, K = .01, .03, values in [0, 1])."""
-    window = np.exp(-np.square(np.arange(-5, 6)) / (2 * 1.5**2))
-    window /= window.sum()
-
-    def blur(x):
-        for axis in (1, 2):
-            x = np.apply_along_axis(np.convolve, axis, x, window, mode="valid")
-        return x
-
-    a, b = np.asarray(a_BHWC, np.float64), np.asarray(b_BHWC, np.float64)
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b, covariance = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
-    similarity = ((2 * mean_a * mean_b + 1e-4) * (2 * covariance + 9e-4)) / ((mean_a**2 + mean_b**2 + 1e-4) * (var_a + var_b + 9e-4))
-    return similarity.mean((1, 2, 3))
-
-
 # ---------------------------------------------------------------------------------------------------- files
 
 
@@ -1255,7 +1233,7 @@ def save(model: VQGAN, path, overwrite: bool = False, layout: str = "open-muse")
         tensors[their_name(layout, name, model.config)] = array[:, :, 0, 0] if layout == "diffusers" and array.shape[2:] == (1, 1) and "attn" in name else array
     partial = file.with_name(f"partial{file.suffix}")
     if file.suffix == ".safetensors":
-        (folder / "config.json").write_text(json.dumps(config_fields(layout, model.config), indent=2) + "\n")
+        (folder / "config.json").write_text(strict_json(config_fields(layout, model.config), indent=2) + "\n")
         save_file(tensors, partial, metadata={"format": "pt"})
         shutil.copymode(folder / "config.json", partial)  # safetensors 0.8 makes files that their owner alone can read
     else:
@@ -1497,12 +1475,13 @@ def reconstruct(images: tuple[Path, ...], model: Path = MINI, out: Path | None =
         raise UserError(f"--out: {taken[0]} exists; choose another name or delete it")
     vqgan, networks = load(model), {"lpips": load_lpips(lpips_vgg, lpips_heads)} if lpips_vgg else {}
     report, sheet = measure_reconstruction(vqgan, paths, fit, networks, seed)
+    shown = lambda value, digits: "     -" if value is None else f"{value:6.{digits}f}"
     for example in report["examples"]:
-        print(f"{example['psnr']:6.2f} dB  SSIM {example['ssim']:.3f}  {example['path']}")
-    print(f"{report['mean']['psnr']['mean']:6.2f} dB  SSIM {report['mean']['ssim']['mean']:.3f}  mean of {len(paths)}")
+        print(f"{shown(example['psnr'], 2)} dB  SSIM {shown(example['ssim'], 3)}  {example['path']}")
     print("\n".join(describe(report)))
     save_rows(sheet, out)
-    out.with_suffix(".json").write_text(json.dumps({"model": str(model), "fingerprint": fingerprint(vqgan), "fit": fit, "seed": seed} | report, indent=1) + "\n")
+    about = {"model": str(model), "fingerprint": fingerprint(vqgan), "fit": fit, "seed": seed}
+    write_whole(out.with_suffix(".json"), strict_json(about | report, indent=1) + "\n")
     print(f"wrote {out} (originals, reconstructions, errors times 4) and {out.with_suffix('.json')}")
 
 
@@ -1517,18 +1496,25 @@ def measure_reconstruction(model: VQGAN, paths, fit="stretch", networks={}, seed
         codes_BS = np.asarray(encode(model, pixels_BHWC))
         output_BHWC = np.asarray(decode(model, codes_BS))
         counts_K += np.bincount(codes_BS.ravel(), minlength=len(counts_K))
-        values = {"psnr": psnr(pixels_BHWC, output_BHWC), "ssim": ssim(pixels_BHWC, output_BHWC)}
-        values |= {name: np.asarray(distance(network, pixels_BHWC, output_BHWC)) for name, network in networks.items()}
-        examples += [{"path": str(path)} | {name: float(v[i]) for name, v in values.items()} for i, path in enumerate(chosen)]
+        values_B = reconstruction_values(pixels_BHWC, output_BHWC)
+        values = {name: np.asarray(distance(network, pixels_BHWC, output_BHWC)) for name, network in networks.items()}
+        examples += [{"path": str(path)} | values_B[i] | {name: float(v[i]) for name, v in values.items()} for i, path in enumerate(chosen)]
         shown += list(zip(pixels_BHWC, output_BHWC))[:32 - len(shown)]
     return summarise_reconstruction(examples, counts_K, seed), reconstruction_rows(*map(np.stack, zip(*shown)))
 
 
 def summarise_reconstruction(examples, counts_K, seed) -> dict:
-    """The report of some pictures {"path", measure: value, ...}, from how often each code stands in all of them."""
+    """The report of some pictures {"path", measure: value, ...}, from how often each code stands in all of them.
+
+    A picture without a value of some measure (None: an identical picture has no PSNR) is left out of that mean, which says so."""
     p_K = counts_K / counts_K.sum()
     entropy = float(-(p_K[p_K > 0] * np.log(p_K[p_K > 0])).sum())
-    mean = {name: bootstrap([example[name] for example in examples], seed) for name in examples[0] if name != "path"}
+    mean = {}
+    for name in dict.fromkeys(name for example in examples for name in example if name not in ("path", "reason")):
+        values = [example[name] for example in examples if example[name] is not None]
+        mean[name] = bootstrap(values, seed) if values else {"mean": None, "low": None, "high": None, "reason": "no picture has a value"}
+        if left_out := len(examples) - len(values):
+            mean[name] |= {"left_out": left_out}
     return {"pictures": len(examples), "codes": int(counts_K.sum()), "mean": mean, "codebook": {
         "entries": len(counts_K), "used": int((counts_K > 0).sum()), "entropy_nats": entropy, "perplexity": math.exp(entropy)}, "examples": examples}
 
@@ -1539,17 +1525,13 @@ def reconstruction_rows(pixels_BHWC, output_BHWC):
     return [pad_row(kind_BHWC[i:i + columns], columns) for i in range(0, len(pixels_BHWC), columns) for kind_BHWC in kinds]
 
 
-def bootstrap(values, seed, rounds=2000) -> dict[str, float]:
-    """Mean, and the 2.5th and 97.5th percentiles of the means of resamples."""
-    values_N, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
-    means = [values_N[rng.integers(len(values_N), size=len(values_N))].mean() for _ in range(rounds)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"mean": float(values_N.mean()), "low": float(low), "high": float(high)}
-
-
 def describe(report) -> list[str]:
     names = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "efficientnet_lite0": "EfficientNet-Lite0 distance"}
-    rows = [f"| {names[name]} | {v['mean']:.3f} | {v['low']:.3f} - {v['high']:.3f} |" for name, v in report["mean"].items()]
+    rows = []
+    for name, v in report["mean"].items():
+        value, interval = (" - ".join("" if v[k] is None else f"{v[k]:.3f}" for k in keys).strip(" -") for keys in (["mean"], ["low", "high"]))
+        without = f" ({v['left_out']} without a value left out)" if "left_out" in v else ""
+        rows.append(f"| {names[name]}{without} | {value or 'none'} | {interval} |")
     book = report["codebook"]
     return [f"| mean of {report['pictures']} pictures | | 95% interval |", "|---|---:|---:|", *rows,
             f"| codebook used | {book['used']} of {book['entries']} | by {report['codes']} codes |", f"| codebook perplexity | {book['perplexity']:.1f} | |"]

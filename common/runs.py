@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 import traceback
 import typing
@@ -45,8 +46,8 @@ def check_numbers(config, intervals: dict[str, str], called=lambda field: "--" +
     """Raises UserError, naming the flag, where a number of the dataclass `config` makes no sense.
 
     `intervals` holds the names of all its fields of numbers, by the interval in which they must lie:
-    {"[1, inf)": "steps batch", "[0, 1)": "ema"}. Integers lie below 2**31 and floats in the range of float32 in any
-    case; None passes where the field may be None; every entry of a tuple is checked. A message calls a field
+    {"[1, inf)": "steps batch", "[0, 1)": "ema"}. Integers lie below 2**31 where the interval is open above, and floats in
+    the range of float32 in any case; None passes where the field may be None; every entry of a tuple is checked. A message calls a field
     `called(field)`. Raises KeyError for a field of numbers that has no interval."""
     interval_of = {field: interval for interval, fields in intervals.items() for field in fields.split()}
     for field in dataclasses.fields(config):
@@ -56,7 +57,7 @@ def check_numbers(config, intervals: dict[str, str], called=lambda field: "--" +
             continue
         interval = interval_of[field.name]
         low, high = map(float, interval[1:-1].split(","))
-        most = 2**31 - 1 if float not in kinds else 3.4e38
+        most = 2**31 - 1 if float not in kinds and high == math.inf else 3.4e38
         for number in value if isinstance(value, tuple) else [value]:
             fits = type(number) in (int, *kinds) and abs(number) <= most and low <= number <= high
             if not fits or (number == low and interval[0] == "(") or (number == high and interval[-1] == ")"):
