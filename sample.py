@@ -43,7 +43,7 @@ from PIL import Image, ImageDraw, ImageFont
 import lvm
 import vqgan
 from common.images import FORMATS, UserError, count_pictures, find_images, read_pictures
-from common.runs import Record, run_command
+from common.runs import Record, code_digest, run_command
 from common.weights import naming, parse_json, strict_json, write_whole
 
 MINI = vqgan.HERE / "assets" / "mini" / "lvm"
@@ -157,7 +157,7 @@ def answer_file(config: Config, out: Path):
     tokenizer, inputs, model = open_all(config, lambda size: [open_prompt(prompt, size, config.fit) for prompt in prompts])
     size, groups = tokenizer.config.resolution, [range(i, min(i + config.batch, len(prompts))) for i in range(0, len(prompts), config.batch)]
     record = Record(inside(out, RECORD), settings_of(config, model, tokenizer))
-    known, finished = {line["output"]: line for line in record.lines if "output" in line}, []
+    known, finished = {line["output"]: line for line in record.lines if isinstance(line.get("output"), str)}, []
     record.write(record.lines)
     for group in groups:
         # Only the rounding of batched products joins an answer to those beside it, yet it may decide a close draw.
@@ -214,7 +214,7 @@ def file_digest(path) -> str | None:
 def settings_of(config: Config, model, tokenizer) -> dict:
     """All that decides what is drawn after a prompt."""
     free = {"prompt", "prompts", "prompt_book", "serve", "port", "model", "tokenizer", "out", "captions"}
-    return {"weights": weights_digest(model), "tokenizer": weights_digest(tokenizer), "jax": jax.__version__, "device": jax.devices()[0].device_kind,
+    return {"weights": weights_digest(model), "tokenizer": weights_digest(tokenizer), "code": code_digest(), "jax": jax.__version__, "device": jax.devices()[0].device_kind,
             **{name: value for name, value in dataclasses.asdict(config).items() if name not in free}}
 
 
@@ -729,14 +729,12 @@ def outputs_of(record: Path) -> set[str]:
     for line in record.read_bytes().splitlines() if record.exists() else ():
         with contextlib.suppress(UserError):
             line = parse_json(line, record)
-            names.update(line.get("writing", ()), [line["output"]] if "output" in line else ())
+            names.update(map(str, [*line.get("writing", ()), line.get("output")]))
     return names
 
 
 def read_prompt_line(line: str, config: Config, out: Path) -> Prompt:
-    record = json.loads(line)
-    if not isinstance(record, dict):
-        raise UserError(f"wanted an object with input and output, got a {type(record).__name__}")
+    record = parse_json(line, "the line")
     files = {}
     for key in ("input", "target"):
         files[key] = record.get(key, [] if key == "target" else None)

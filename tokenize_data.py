@@ -969,22 +969,24 @@ def begin_chunks(folder: Path, source: Source, tokenizer, items, batch):
 
 
 def input_states(items: list[Item], contents: bool) -> list[str]:
-    """For each item a digest of the sizes and times of change of its files, or of their contents: another one, another picture."""
-    def state(file):
-        try:
-            found = os.stat(file)
-            if contents and stat.S_ISREG(found.st_mode):
-                with open(file, "rb") as opened:
-                    return hashlib.file_digest(opened, "sha256").hexdigest()
-            return f"{found.st_size} {found.st_mtime_ns}"
-        except OSError as error:  # its reader says what is wrong with it
-            return f"error {error.errno}"
-
+    """For each item a digest of the states of its files: another one, another picture."""
     files = [files_of(item) for item in items]
     every = list(dict.fromkeys(itertools.chain(*files)))
     with ThreadPoolExecutor(16) as pool:
-        states = dict(zip(every, pool.map(state, every, chunksize=64)))
+        states = dict(zip(every, pool.map(functools.partial(file_state, contents=contents), every)))
     return [hashlib.sha256(" ".join(states[file] for file in some).encode()).hexdigest()[:16] for some in files]
+
+
+def file_state(file, contents=False) -> str:
+    """Size and time of change of a file, or a digest of its content."""
+    try:
+        found = os.stat(file)
+        if contents and stat.S_ISREG(found.st_mode):
+            with open(file, "rb") as opened:
+                return hashlib.file_digest(opened, "sha256").hexdigest()
+        return f"{found.st_size} {found.st_mtime_ns}"
+    except OSError as error:  # its reader says what is wrong with it
+        return f"error {error.errno}"
 
 
 def files_of(item: Item) -> list[Path]:

@@ -1,6 +1,8 @@
 """How commands start and end, and what a run folder is."""
 
 import dataclasses
+import functools
+import hashlib
 import json
 import math
 import sys
@@ -99,3 +101,10 @@ class Record:
     def append(self, lines: list[dict]):
         with naming(self.file), open(self.file, "a") as out:
             out.write("".join(strict_json(line) + "\n" for line in lines))
+
+
+@functools.cache
+def code_digest() -> str:
+    """Tells apart versions of this program."""
+    root = Path(__file__).resolve().parent.parent
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted([*root.glob("*.py"), *root.glob("common/*.py")]))).hexdigest()[:16]
