@@ -10,9 +10,14 @@
     python evaluate.py fid --data PICTURES --generated OTHERS --weights FILE    # Frechet and kernel distances
     python evaluate.py scaling                                # trains a ladder of sizes, fits loss = E + A / N^a
 
-Perplexity is LVM's: exp of the mean negative log-likelihood of an example's codes, then the arithmetic mean over
-examples. Probabilities are over the whole vocabulary. Intervals are 95% bootstrap intervals over examples. Each batch is
-split over the devices, and a killed evaluation that is started again goes on where it was.
+Plots need matplotlib (pip install matplotlib); without it, one line at the start says so, and tables and JSON
+are the same.
+
+Perplexity is LVM's: exp of the mean negative log-likelihood of an example's codes, then the arithmetic mean
+over examples. Probabilities are over the whole vocabulary. Intervals are 95% bootstrap intervals over
+examples (of the Frechet distance: its normal limit's); a value that does not exist is null in the JSON, with
+a reason beside it. Each batch is split over the devices, and a killed evaluation that is started again goes
+on where it was.
 
 The published evaluation code of LVM's benchmarks does not exist, so each command's docstring states a protocol, and the
 JSON repeats it. A figure means little beside `copy the query`, `mean of the answers` and `nearest example's answer`, which
@@ -22,6 +27,8 @@ Dimension key: N examples, K example pairs, T pictures of a sentence or its ids,
 D features, H W C a picture, M measures.
 """
 
+import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
+
 import base64
 import collections
 import dataclasses
@@ -30,6 +37,7 @@ import hashlib
 import io
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -37,7 +45,6 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Literal, NamedTuple
-from xml.etree import ElementTree
 
 import equinox as eqx
 import jax
@@ -54,9 +61,9 @@ import sample
 import tokenize_data
 import vqgan
 from common import metrics
-from common.images import UserError, count_frames, find_videos, read_clip, read_depth, read_edges, read_integers
+from common.images import UserError, count_frames, find_stems, find_videos, read_clip, read_depth, read_edges, read_frames, read_integers
 from common.runs import Record, RunStopped, check_numbers, code_digest, run_command
-from common.weights import strict_json, write_whole
+from common.weights import check_fields, parse_json, read_npz, read_text, read_xml, strict_json, write_whole
 
 REPORTS = Path("runs") / "evaluate"
 SEQUENCES = {"motion", "frames", "video"}  # kinds that are no pairs
@@ -65,8 +72,14 @@ POOLED = "pooled"
 
 
 INTERVALS = {
-    "[0, inf)": "sheet temperature shots", "[1, inf)": "batch devices sentences items frames stride limit size demo_sentences",
-    "[1, 1e15]": "tokens", "[2, inf)": "context", "(0, inf)": "learning_rates", "[0, 3]": "fold", "[0, 2147483647]": "seed"}
+    "[0, inf)": "sheet temperature shots",
+    "[1, inf)": "batch devices sentences items frames stride limit size demo_sentences",
+    "[1, 1e15]": "tokens",
+    "[2, inf)": "context",
+    "(0, inf)": "learning_rates",
+    "[0, 3]": "fold",
+    "[0, 2147483647]": "seed",
+}
 
 
 class Checked:
@@ -151,19 +164,47 @@ def perplexity(config: Perplexity):
             if frequency_V is not None:
                 values["unigram"] = likelihood(-np.log(frequency_V[sentences[n][-targets[n]:]]))
             # The first picture may lack its first code, so pictures are cut from the end.
-            yield {"kind": kinds[n], "values": values, "perplexity of each picture": list(map(exp, pictures[::-1]))}
+            yield {
+                "kind": kinds[n],
+                "values": values,
+                "perplexity of each picture": list(map(exp, pictures[::-1])),
+            }
 
     plot = can_draw("perplexity.png")
     inputs = [inputs_of(*example["input"], *example["target"]) for example in examples] if examples else None
     report = run(config, "perplexity", out, about, names, measure, "model", inputs)
     if plot and config.prompts:
-        (row,) = [row for row in report["rows"] if row["line"] == "model" and row["kind"] == label(str(config.prompts))]
+        (row,) = [
+            row
+            for row in report["rows"]
+            if row["line"] == "model" and row["kind"] == label(str(config.prompts))
+        ]
         values = {e["example"]: e["values"]["model"]["perplexity"] for e in report["examples"]}
-        draw_ranks(out / "perplexity.png", values, "Perplexity of each line's targets", "perplexity", log=True, mean=row["measures"]["perplexity"])
+        draw_ranks(
+            out / "perplexity.png",
+            values,
+            "Perplexity of each line's targets",
+            "perplexity",
+            log=True,
+            mean=row["measures"]["perplexity"],
+        )
     elif plot:
-        pictures = {kind: zip(*(e["perplexity of each picture"] for e in members)) for kind, members in groups_of(report["examples"]).items()}
-        curves = {kind: [{"x": t} | metrics.bootstrap(values, config.seed) for t, values in enumerate(of_kind, 1)] for kind, of_kind in pictures.items()}
-        draw_panels(out / "perplexity.png", curves, "Perplexity of each picture, given those before it", "picture of the sentence", "perplexity", log=True)
+        pictures = {
+            kind: zip(*(e["perplexity of each picture"] for e in members))
+            for kind, members in groups_of(report["examples"]).items()
+        }
+        curves = {
+            kind: [{"x": t} | metrics.bootstrap(values, config.seed) for t, values in enumerate(of_kind, 1)]
+            for kind, of_kind in pictures.items()
+        }
+        draw_panels(
+            out / "perplexity.png",
+            curves,
+            "Perplexity of each picture, given those before it",
+            "picture of the sentence",
+            "perplexity",
+            log=True,
+        )
     print(f"wrote {out}/perplexity.json{' and perplexity.png' * plot}")
 
 
@@ -203,7 +244,9 @@ class Prompted(Common):
     def __post_init__(self):
         super().__post_init__()
         if 0 < self.temperature < 1e-6:
-            raise UserError(f"--temperature must be 0 (the likeliest code) or at least 1e-6, got {self.temperature}")
+            raise UserError(
+                f"--temperature must be 0 (the likeliest code) or at least 1e-6, got {self.temperature}"
+            )
 
 
 def run_prompted(config: Prompted, command, queries: list[Query], prompts: dict[str, int], judge, protocol: str, settings=None):
@@ -230,8 +273,13 @@ def run_prompted(config: Prompted, command, queries: list[Query], prompts: dict[
             with ThreadPoolExecutor(8) as readers:
                 pictures_BTHWC = np.stack(list(readers.map(lambda q: np.stack(q.pictures(models.tokenizer.config.resolution)), members)))
             codes_BTS = encode_all(models, pictures_BTHWC)
-        answers = {line: decode_all(models, draw_answers(models, codes_BTS[:, -1 - T:-1], at, config.temperature, config.seed)[:, None])[:, 0]
-                   for line, T in prompts.items()}
+        answers = {
+            line: decode_all(
+                models,
+                draw_answers(models, codes_BTS[:, -1 - T : -1], at, config.temperature, config.seed)[:, None],
+            )[:, 0]
+            for line, T in prompts.items()
+        }
         if config.baseline:
             answers |= {line: np.stack([guess(p_THWC) for p_THWC in pictures_BTHWC]) for line, guess in baselines(most, command).items()}
             if members[0].codes_TS is None:
@@ -327,13 +375,26 @@ def shots(config: Shots):
     if plot:
         curves, titles = {}, {}
         for kind, members in groups_of(report["examples"]).items():
-            values = {line: np.array([e["values"][line]["perplexity"] for e in members], np.float64) for line in prompts}
+            values = {
+                line: np.array([e["values"][line]["perplexity"] for e in members], np.float64)
+                for line in prompts
+            }
             none_N, last_N = values["0 pairs"], values[list(prompts)[-1]]
-            # The ratio of two means is the mean of ratios that weigh what they divide by: so the bootstrap draws pairs.
-            curves[kind] = [{"x": k} | metrics.bootstrap(values_N / none_N, config.seed, weights=none_N) for k, values_N in enumerate(values.values())]
+            # A ratio of means is the mean of ratios weighed by what divides: so the bootstrap draws pairs.
+            curves[kind] = [
+                {"x": k} | metrics.bootstrap(values_N / none_N, config.seed, weights=none_N)
+                for k, values_N in enumerate(values.values())
+            ]
             titles[kind] = f"{kind}: {none_N.mean():.3g} to {last_N.mean():.3g}"
-        draw_panels(out / "shots.png", curves, "Perplexity of the answer after k example pairs, as a ratio to no pairs", "example pairs in the prompt",
-                    "ratio, 95% interval", level=1, titles=titles)
+        draw_panels(
+            out / "shots.png",
+            curves,
+            "Perplexity of the answer after k example pairs, as a ratio to no pairs",
+            "example pairs in the prompt",
+            "ratio, 95% interval",
+            level=1,
+            titles=titles,
+        )
         print(f"wrote {out}/shots.png")
 
 
@@ -352,7 +413,7 @@ class Video(Prompted):
     """The next frame after some frames of a video: 15 in the prompt, 1 measured, at stride 8, as published.
 
     The paper does not say which frames: ours is one clip of each video, from a start drawn by the seed and the video's
-    path. Videos that are too short are left out and named in the JSON."""
+    path. Videos that are too short or cannot be read are left out and named in the JSON."""
 
     data: Path
     """Folder of videos (mp4, webm, mkv, avi, mov, gif), searched in depth."""
@@ -367,23 +428,44 @@ class Video(Prompted):
 
 
 def video(config: Video):
-    queries, too_short = [], []
-    for path in find_videos(config.data, "")[:config.limit]:
-        name, span = path.relative_to(config.data).as_posix(), config.frames * config.stride + 1
-        if (count := count_frames(path)) < span:
-            too_short.append({"path": name, "frames": count})
-            continue
-        start = int(np.random.default_rng((config.seed, zlib.crc32(name.encode()))).integers(count - span + 1))
-        queries.append(Query(name, "video", functools.partial(read_clip, path, range(start, start + span, config.stride), fit=config.fit), inputs=inputs_of(path)))
+    queries, too_short, unreadable = [], [], []
+    paths = find_videos(config.data)[:config.limit]
+    with ThreadPoolExecutor(8) as readers:
+        for path, (frames, count, reason) in zip(paths, readers.map(functools.partial(draw_clip, config), paths)):
+            name = path.relative_to(config.data).as_posix()
+            if reason:
+                unreadable.append({"path": name, "reason": reason})
+            elif frames is None:
+                too_short.append({"path": name, "frames": count})
+            else:
+                queries.append(Query(name, "video", functools.partial(read_clip, path, frames, fit=config.fit), inputs=inputs_of(path)))
     if not queries:
         raise UserError(f"{config.data}: no video has the {config.frames * config.stride + 1} frames that {config.frames} and one more at stride "
                          f"{config.stride} take; lower --frames or --stride")
-    if too_short:
-        print(f"{len(too_short)} of {len(too_short) + len(queries)} videos are too short and are left out")
+    for left, why in ((too_short, "are too short"), (unreadable, f"cannot be read ({unreadable[0]['reason'] if unreadable else ''})")):
+        if left:
+            print(f"{len(left)} of {len(paths)} videos {why} and are left out")
     run_prompted(
         config, "video", queries, {f"{config.frames} frames": config.frames}, lambda answer, truth, *_: {"mse": float(np.square(answer - truth).mean())},
         f"exp(mean NLL of the codes of the frame after {config.frames} frames, at stride {config.stride}) of each clip, arithmetic mean over clips; one clip a "
-        f"video, its start drawn by the seed and the path; bilinear {config.fit}", {"data": str(config.data), "too_short": too_short})
+        f"video, its start drawn by the seed and the path; bilinear {config.fit}", {"data": str(config.data), "too_short": too_short, "unreadable": unreadable})
+
+
+def draw_clip(config: Video, path: Path):
+    """-> (the frames to show or None, how many there are, why the video cannot be read or None); the frames can be decoded."""
+    name, span = path.relative_to(config.data).as_posix(), config.frames * config.stride + 1
+    try:
+        count = count_frames(path)
+        while count >= span:
+            start = int(np.random.default_rng((config.seed, zlib.crc32(os.fsencode(name)))).integers(count - span + 1))
+            frames = range(start, start + span, config.stride)
+            _, there = read_frames(path, frames, 8)
+            if there is None:
+                return frames, count, None
+            count = there  # its container promises more than can be decoded
+        return None, count, None
+    except UserError as error:
+        return None, 0, str(error)
 
 
 # ---------------------------------------------------------------------------------------------------- the visual-prompting benchmark
@@ -413,14 +495,12 @@ class Segmentation(Prompted):
 
 def segmentation(config: Segmentation):
     if not config.fold or len(set(config.fold)) < len(config.fold):
-        raise UserError(f"--fold wants some of 0 1 2 3, each once, got {' '.join(map(str, config.fold)) or 'none'}")
+        raise UserError(
+            f"--fold wants some of 0 1 2 3, each once, got {' '.join(map(str, config.fold)) or 'none'}"
+        )
     prompts, root, queries = check_shots(config.shots), voc_root(config.data, ("JPEGImages", "SegmentationClassAug")), []
     for fold in config.fold:
-        lines = read_lines(config.folds / f"fold{fold}.txt", "the list of a fold of Pascal-5i, with lines NAME__CC such as 2007_000033__01")
-        try:
-            listed = [(name, int(number)) for name, number in (line.split("__") for line in lines)]
-        except ValueError:
-            raise UserError(f"{config.folds}/fold{fold}.txt: wanted lines NAME__CC such as 2007_000033__01") from None
+        listed = read_fold(config.folds / f"fold{fold}.txt")
         rng = np.random.RandomState(config.seed)  # as published: one pair gets the very examples that theirs gets
         of_class = {number: [name for name, other in listed if other == number] for _, number in listed}
         for item in range(config.items):
@@ -442,6 +522,15 @@ def segmentation(config: Segmentation):
                  "Pascal-5i of Bar et al. (2022): items by index modulo the list, examples of the same class and list (numpy RandomState), IoU of white after "
                  "rounding answer and truth to white and black, empty union 1, plain mean over items; ours: numbers of pairs, the tokenizer's resolution",
                  {"data": str(root), "folds": str(config.folds)})
+
+
+def read_fold(file) -> list[tuple[str, int]]:
+    """The names and classes of a list of Pascal-5i."""
+    lines = read_lines(file, "the list of a fold of Pascal-5i, with lines NAME__CC such as 2007_000033__01")
+    matches = [re.fullmatch(r"([\w.-]+)__([0-9]{1,3})", line) for line in lines]
+    if None in matches:
+        raise UserError(f"{file}: line {lines[matches.index(None)]!r:.80}: wanted NAME__CC such as 2007_000033__01")
+    return [(match[1], int(match[2])) for match in matches]
 
 
 def read_masked(root, names, number, size):
@@ -505,17 +594,28 @@ def detection(config: Detection):
 def single_object(file) -> tuple[str, tuple[float, ...]] | None:
     """-> (class, box as fractions: left, top, right, bottom), or None unless there is exactly one object under 20%."""
     check_files([file], VOC_LAYOUT)
-    try:
-        tree = ElementTree.parse(file)
-        width, height = (float(tree.findtext(f"size/{side}")) for side in ("width", "height"))
-        objects = tree.findall("object")
-        boxes = [[float(o.findtext(f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
-        category = objects[0].findtext("name") if objects else None
-    except (ElementTree.ParseError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: no VOC annotation ({error})") from None
+    root = read_xml(file)
+
+    def number(node, path):
+        text = node.findtext(path)
+        try:
+            value = float(text)
+        except (ValueError, TypeError):
+            value = math.nan
+        if not 0 <= value <= 1e6:
+            raise UserError(f"{file}: {path} must be a number from 0 to a million, got {text!r:.40}")
+        return value
+
+    width, height = number(root, "size/width"), number(root, "size/height")
+    objects = root.findall("object")
+    boxes = [[number(o, f"bndbox/{edge}") for edge in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
     if len(boxes) != 1:
         return None
     (left, top, right, bottom), = boxes  # pixels are counted from 1, and the last one is inside
+    if not (left < right and top < bottom and left <= width and top <= height):
+        raise UserError(f"{file}: the box {left:g} {top:g} {right:g} {bottom:g} does not lie in the picture of {width:g} x {height:g}")
+    if not (category := objects[0].findtext("name")):
+        raise UserError(f"{file}: the object has no name")
     box = ((left - 1) / width, (top - 1) / height, right / width, bottom / height)
     return (category, box) if (box[2] - box[0]) * (box[3] - box[1]) < 0.2 else None
 
@@ -675,7 +775,7 @@ def voc_root(folder, wanted) -> Path:
 def read_lines(file, what) -> list[str]:
     if not file.is_file():
         raise UserError(f"{file}: no such file; wanted there: {what}")
-    if not (lines := [line.strip() for line in file.read_text().splitlines() if line.strip()]):
+    if not (lines := [line.strip() for line in read_text(file).splitlines() if line.strip()]):
         raise UserError(f"{file}: empty; wanted there: {what}")
     return lines
 
@@ -697,7 +797,7 @@ def paired_queries(config: Paired, answers: str, read, truth=None) -> list[Query
     for name in ("images", answers):
         if not (config.data / name).is_dir():
             raise UserError(f"{config.data / name}: no such folder; {layout}")
-    found = [tokenize_data.find_stems(config.data / name, "", []) for name in ("images", answers)]
+    found = [find_stems(config.data / name, "") for name in ("images", answers)]
     if alone := sorted(set(found[0]) ^ set(found[1])):
         raise UserError(f"{config.data}: {alone[0]} has only one of its picture and its {answers} ({len(alone)} such names); {layout}")
     names, most = list(found[0]), max(config.shots)
@@ -765,9 +865,14 @@ def reconstruction(config: Reconstruction):
 
     def measure(at):
         pixels_BHWC, codes_BS, output_BHWC = rebuild(at)
-        values = {name: by_batches(distance, network, mesh, batch, pixels_BHWC, output_BHWC) for name, network in networks.items()}
+        values = {
+            name: by_batches(distance, network, mesh, batch, pixels_BHWC, output_BHWC)
+            for name, network in networks.items()
+        }
         for b, example in enumerate(metrics.reconstruction_values(pixels_BHWC, output_BHWC)):
-            yield example | {name: float(v[b]) for name, v in values.items()} | {"codes": codes_BS[b].tolist()}
+            yield (
+                example | {name: float(v[b]) for name, v in values.items()} | {"codes": codes_BS[b].tolist()}
+            )
 
     plot = can_draw("psnr.png")
     about["networks"] = {name: sample.weights_digest(network) for name, network in networks.items()}
@@ -778,9 +883,15 @@ def reconstruction(config: Reconstruction):
     write_report(out, "reconstruction", about | report)
     shown = [rebuild(range(n, min(n + batch, len(paths), 32))) for n in range(0, min(len(paths), 32), batch)]
     vqgan.save_rows(vqgan.reconstruction_rows(*(np.concatenate(part) for part in list(zip(*shown))[::2])), out / "reconstruction.png")
-    decibels = {Path(e["path"]).relative_to(config.data).as_posix(): e["psnr"] for e in report["examples"] if e["psnr"] is not None}
+    decibels = {
+        Path(e["path"]).relative_to(config.data).as_posix(): e["psnr"]
+        for e in report["examples"]
+        if e["psnr"] is not None
+    }
     if plot and decibels:
-        draw_ranks(out / "psnr.png", decibels, "PSNR of each picture", "PSNR in dB", mean=report["mean"]["psnr"])
+        draw_ranks(
+            out / "psnr.png", decibels, "PSNR of each picture", "PSNR in dB", mean=report["mean"]["psnr"]
+        )
     print(f"wrote {out}/reconstruction.json, reconstruction.png{' and psnr.png' * bool(plot and decibels)}")
 
 
@@ -791,6 +902,10 @@ def reconstruction(config: Reconstruction):
 class Fid(Checked):
     """Frechet and kernel distance of two sets of pictures: --data against --generated, or against their own reconstructions
     by --tokenizer.
+
+    The Frechet distance's 95% interval is that of its normal limit over pictures (Rippl, Munk and Sturm
+    2016), in closed form; it tells how other pictures of the same numbers would scatter, and not how much
+    too few of them raise the distance.
 
     A figure belongs to its definition: the network, its weights, the size of the pictures and the numbers of them are in its
     name and in the JSON, and figures of different definitions cannot be compared. `inception` is the network of the usual FID
@@ -820,7 +935,7 @@ class Fid(Checked):
     devices: int | None = None
     """Devices that share a batch; by default as many as divide it."""
     seed: int = 0
-    """Seed of the kernel distance: of the order in which pictures fall into blocks, and of the bootstrap over blocks."""
+    """Seed of the kernel distance: of how pictures fall into blocks, and of the bootstrap over blocks."""
 
 
 NETWORKS = {  # name: features, and where its weights come from
@@ -842,7 +957,7 @@ def fid(config: Fid):
     digest = hashlib.sha256(config.weights.read_bytes()).hexdigest()[:16]
     definition = f"{config.network} (weights sha256 {digest}), {D} pooled features, squares of {size} pixels"
     sides = {"data": config.data, "generated": config.data if tokenizer else config.generated}
-    stored = {side: read_features(path, definition) for side, path in sides.items() if path.suffix == ".npz"}
+    stored = {side: read_features(path, definition, D) for side, path in sides.items() if path.suffix == ".npz"}
     if tokenizer and stored:
         raise UserError(f"{config.data} holds features; --tokenizer needs the pictures")
     paths = {side: vqgan.find_images(path) for side, path in sides.items() if side not in stored}
@@ -858,12 +973,22 @@ def fid(config: Fid):
     network, tokenizer = jax.device_put((network, tokenizer), NamedSharding(mesh, P()))
     extract = jax.jit(Inception.pooled if config.network == "inception" else efficientnet_pooled)
     out = open_out(config.out, "fid", config.network)
-    about = {"command": "python evaluate.py " + shlex.join(sys.argv[1:]), "definition": definition, "network": config.network, "weights_sha256": digest,
-             "size": size, "data": str(config.data), "generated": f"reconstructions by {config.tokenizer}" if tokenizer else str(config.generated),
-             "pictures": counts, "seed": config.seed, "device": jax.devices()[0].device_kind,
-             "protocol": "statistics in float64; Frechet: |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2), covariances over n - 1, "
-             "interval: of its normal limit, value +- 1.96 standard errors over pictures (Rippl, Munk and Sturm 2016), the bias of few pictures not in it; "
-             "kernel: unbiased MMD^2 of disjoint blocks of at most 1,000 pictures, mean, bootstrap over blocks"}
+    about = {
+        "command": "python evaluate.py " + shlex.join(sys.argv[1:]),
+        "definition": definition,
+        "network": config.network,
+        "weights_sha256": digest,
+        "size": size,
+        "data": str(config.data),
+        "generated": f"reconstructions by {config.tokenizer}" if tokenizer else str(config.generated),
+        "pictures": counts,
+        "seed": config.seed,
+        "device": jax.devices()[0].device_kind,
+        "protocol": "statistics in float64; Frechet: |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2), "
+        "covariances over n - 1, interval: of its normal limit, value +- 1.96 standard errors over pictures "
+        "(Rippl, Munk and Sturm 2016), the bias of few pictures not in it; "
+        "kernel: unbiased MMD^2 of disjoint blocks of at most 1,000 pictures, mean, bootstrap over blocks",
+    }
     names, plot = [(side, path) for side in paths for path in paths[side]], can_draw("fid.png")
 
     def measure(at):
@@ -885,7 +1010,10 @@ def fid(config: Fid):
 
     a_ND, b_ND = (features[side].astype(np.float64) for side in sides)
     if not (np.isfinite(a_ND).all() and np.isfinite(b_ND).all()):
-        raise UserError(f"features of {config.network} are not finite; the weights {config.weights} or stored features are damaged")
+        raise UserError(
+            f"features of {config.network} are not finite; the weights {config.weights} or stored features "
+            "are damaged"
+        )
     distances = {}
     if config.distance != "kernel":
         distances["frechet"] = metrics.frechet_interval(a_ND, b_ND)
@@ -894,20 +1022,27 @@ def fid(config: Fid):
     print_table(["distance", "definition", "pictures", "value", "95% interval"], [
         [name, definition, f"{counts['data']} and {counts['generated']}", f"{d['mean']:.6g}", f"{d['low']:.6g} - {d['high']:.6g}"] for name, d in distances.items()])
     write_report(out, "fid", about | {"distances": distances, "examples": {side: [str(p) for p in paths[side]] for side in paths}})
-    far = {side: np.linalg.norm(x_ND - a_ND.mean(0), axis=1) for side, x_ND in (("generated", b_ND), ("data", a_ND))}
+    far = {
+        side: np.linalg.norm(x_ND - a_ND.mean(0), axis=1)
+        for side, x_ND in (("generated", b_ND), ("data", a_ND))
+    }
     if plot:
-        draw_shares(out / "fid.png", far, "How far the pictures' features lie from the mean of the data", "distance")
-    print(f"wrote {out}/fid.json{', fid.png' * plot} and the features; never compare figures of different definitions")
+        draw_shares(
+            out / "fid.png", far, "How far the pictures' features lie from the mean of the data", "distance"
+        )
+    print(
+        f"wrote {out}/fid.json{', fid.png' * plot} and the features; never compare figures of different "
+        "definitions"
+    )
 
 
-def read_features(file, definition) -> np.ndarray:
-    try:
-        with np.load(file) as arrays:
-            features_ND, theirs = arrays["features_ND"], str(arrays["definition"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file}: no features of an earlier fid ({error})") from None
+def read_features(file, definition, D: int) -> np.ndarray:
+    features_ND, theirs = read_npz(file, {"features_ND": (np.float32, (None, D)), "definition": (np.str_, ())})
+    theirs = str(theirs)
+    if not np.isfinite(features_ND).all():
+        raise UserError(f"{file}: features_ND holds NaN or infinity")
     if theirs != definition:
-        raise UserError(f"{file} holds features by another definition, which cannot be compared: {theirs}; this call's is {definition}")
+        raise UserError(f"{file} holds features by another definition, which cannot be compared: {theirs[:200]}; this call's is {definition}")
     return features_ND
 
 
@@ -1028,9 +1163,14 @@ class Scaling(Checked):
 
 def scaling(config: Scaling):
     if not 3 <= len(config.sizes) == len(set(config.sizes)):
-        raise UserError(f"--sizes wants three or more sizes, each once, got {' '.join(config.sizes)}; `python lvm.py sizes` lists them")
+        raise UserError(
+            f"--sizes wants three or more sizes, each once, got {' '.join(config.sizes)}; "
+            "`python lvm.py sizes` lists them"
+        )
     if len(config.learning_rates) not in (1, len(config.sizes)):
         raise UserError(f"--learning-rates wants one value, or one for each of {len(config.sizes)} sizes, got {len(config.learning_rates)}")
+    if odd := [flag for flag in config.train if "=" not in flag or flag.startswith("-")]:
+        raise UserError(f"--train wants flags of train.py as NAME=VALUE, such as optimizer=muon, got {odd[0]}")
     if bool(config.data) != bool(config.heldout):
         raise UserError("name both --data and --heldout, or neither")
     context = config.context or lvm.SIZES[config.sizes[0]].context
@@ -1073,19 +1213,45 @@ def scaling(config: Scaling):
 
     N_M, loss_NM = np.array([parameters[s] for s in config.sizes], float), np.array([[v[s]["loss"] for s in config.sizes] for v in values])
     fitted, rng = metrics.fit_power_law(N_M, loss_NM.mean(0)), np.random.default_rng(config.seed)
-    resampled = [metrics.fit_power_law(N_M, loss_NM[rng.integers(len(loss_NM), size=len(loss_NM))].mean(0)) for _ in range(1000)]
+    resampled = [
+        metrics.fit_power_law(N_M, loss_NM[rng.integers(len(loss_NM), size=len(loss_NM))].mean(0))
+        for _ in range(1000)
+    ]
     between = {name: np.percentile([r[name] for r in resampled], [2.5, 97.5]) for name in ("E", "A", "a")}
     fit = {name: {"value": fitted[name], "low": float(low), "high": float(high)} for name, (low, high) in between.items()}
     print(f"loss = {fitted['E']:.3f} + {fitted['A']:.3g} / N^{fitted['a']:.3f}, largest residual {fitted['residual']:.2g} nats"
           + ("; three sizes fix three parameters: this is no test of the law" if len(N_M) == 3 else ""))
     if plot:
         ticks = {n: f"{size}\n{n / 1e6:.3g} M" for size, n in parameters.items()}
-        losses = [{"x": parameters[size]} | metrics.bootstrap(loss_NM[:, m], config.seed) for m, size in enumerate(config.sizes)]
-        name = f"{fitted['E']:.3g} + {fitted['A']:.3g} / N^{fitted['a']:.2g}" + (", which three points fix" if len(N_M) == 3 else ", fitted")
-        draw_law(config.out / "loss.png", losses, lambda n: fitted["E"] + fitted["A"] * n ** -fitted["a"], name, ticks)
-        tasks = {kind: [{"x": parameters[r["line"]]} | r["measures"]["perplexity"] for r in rows if r["kind"] == kind] for kind in dict.fromkeys(r["kind"] for r in rows)}
-        draw_panels(config.out / "tasks.png", tasks, "Perplexity of the last picture against size", "parameters (logarithmic)", "perplexity, 95% interval",
-                    log=True, ticks=ticks)
+        losses = [
+            {"x": parameters[size]} | metrics.bootstrap(loss_NM[:, m], config.seed)
+            for m, size in enumerate(config.sizes)
+        ]
+        name = f"{fitted['E']:.3g} + {fitted['A']:.3g} / N^{fitted['a']:.2g}" + (
+            ", which three points fix" if len(N_M) == 3 else ", fitted"
+        )
+        draw_law(
+            config.out / "loss.png",
+            losses,
+            lambda n: fitted["E"] + fitted["A"] * n ** -fitted["a"],
+            name,
+            ticks,
+        )
+        tasks = {
+            kind: [
+                {"x": parameters[r["line"]]} | r["measures"]["perplexity"] for r in rows if r["kind"] == kind
+            ]
+            for kind in dict.fromkeys(r["kind"] for r in rows)
+        }
+        draw_panels(
+            config.out / "tasks.png",
+            tasks,
+            "Perplexity of the last picture against size",
+            "parameters (logarithmic)",
+            "perplexity, 95% interval",
+            log=True,
+            ticks=ticks,
+        )
     write_report(config.out, "scaling", {
         "command": "python evaluate.py " + shlex.join(sys.argv[1:]), "sizes": parameters, "tokens": steps * config.batch * context, "steps": steps,
         "learning_rates": config.learning_rates, "train": config.train, "data": list(map(str, data)), "heldout": str(heldout), "seed": config.seed,
@@ -1171,7 +1337,9 @@ def by_batches(function, weights, mesh, batch, *arrays) -> np.ndarray:
         rows = [np.concatenate([x[n:n + batch], np.repeat(x[:1], max(0, n + batch - N), axis=0)]) for x in arrays]
         results.append(np.asarray(function(weights, *(jax.device_put(x, split) for x in rows)))[:N - n])
         if not np.isfinite(results[-1]).all():
-            raise UserError("a network gives NaN or infinity; its weights are damaged, or overflow in this dtype")
+            raise UserError(
+                "a network gives NaN or infinity; its weights are damaged, or overflow in this dtype"
+            )
     return np.concatenate(results)
 
 
@@ -1197,7 +1365,9 @@ def score(models, sentences, longest) -> list[np.ndarray]:
     for n, sentence in enumerate(sentences):
         ids_NT[n, bos:bos + len(sentence)] = sentence
     nats_NT = by_batches(functools.partial(id_nats, mesh=models.mesh), model, models.mesh, models.batch, ids_NT)
-    return [nats_T[:bos + len(sentence) - 1].astype(np.float64) for nats_T, sentence in zip(nats_NT, sentences)]
+    return [
+        nats_T[: bos + len(sentence) - 1].astype(np.float64) for nats_T, sentence in zip(nats_NT, sentences)
+    ]
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -1214,13 +1384,15 @@ def id_nats(model, ids_BT, *, mesh):
 
 
 def draw_answers(models, prompts_BTS, numbers, temperature, seed) -> np.ndarray:
-    """The codes of the next picture of each prompt, [B, S]; what is drawn of an example depends on the seed and its number,
-    not on the others."""
+    """The codes of the next picture of each prompt, [B, S]; what is drawn of an example depends on the seed
+    and its number, not on the others."""
     B, T, S = prompts_BTS.shape
     ids_BT = np.pad(prompts_BTS.reshape(B, T * S).astype(np.int32), ((0, 0), (int(models.bos), 0)), constant_values=models.model.config.bos)
     draw = functools.partial(next_picture, mesh=models.mesh, S=S, temperature=temperature)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.asarray(numbers, np.uint32))
-    return by_batches(draw, models.model, models.mesh, models.batch, ids_BT, np.asarray(jax.random.key_data(keys_B)))
+    return by_batches(
+        draw, models.model, models.mesh, models.batch, ids_BT, np.asarray(jax.random.key_data(keys_B))
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "S", "temperature"))
@@ -1235,9 +1407,11 @@ def next_picture(model, ids_BT, key_data_B2, *, mesh, S, temperature):
             logits_BV, cache = carry
             logits_BV = logits_BV[:, :model.config.codes]  # special ids are never drawn
             if temperature:
-                # The largest logit is 0 first: divided by a small temperature the others may overflow, and downwards alone.
+                # The largest logit is made 0: divided by a small temperature, all overflow downwards alone.
                 logits_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / temperature
-                code_B = jax.vmap(lambda key, logits_V: jax.random.categorical(jax.random.fold_in(key, s), logits_V))(keys_B, logits_BV)
+                code_B = jax.vmap(
+                    lambda key, logits_V: jax.random.categorical(jax.random.fold_in(key, s), logits_V)
+                )(keys_B, logits_BV)
             else:
                 code_B = jnp.argmax(logits_BV, axis=-1)
             code_B = code_B.astype(jnp.int32)
@@ -1246,7 +1420,9 @@ def next_picture(model, ids_BT, key_data_B2, *, mesh, S, temperature):
         _, codes_SB = lax.scan(step, (logits_BV, cache), jnp.arange(S))
         return codes_SB.T
 
-    return jax.shard_map(shard, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P("data"), check_vma=False)(model, ids_BT, key_data_B2)
+    return jax.shard_map(
+        shard, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P("data"), check_vma=False
+    )(model, ids_BT, key_data_B2)
 
 
 # ---------------------------------------------------------------------------------------------------- what is opened
@@ -1321,19 +1497,16 @@ def heldout_demo(config: Shots, tokenizer) -> Path:
 
 def read_prompts(file) -> list[dict]:
     """Checks every line, and that its files are there, before anything is computed."""
-    if not file.is_file():
-        raise UserError(f"{file}: no such file")
     examples = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        try:
-            example = json.loads(line)
-            paths = {k: example[k] for k in ("input", "target")}
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'{file}:{number}: wanted {{"input": [paths], "target": [paths]}}') from None
-        if not all(isinstance(p, list) and p and all(isinstance(path, str) for path in p) for p in paths.values()):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        paths = parse_json(line, f"{file}:{number}")
+        check_fields(paths, {"input": list[str], "target": list[str]}, f"{file}:{number}")
+        if not (paths["input"] and paths["target"]):
             raise UserError(f"{file}:{number}: input and target must each be a list of at least one path")
         for path in paths["input"] + paths["target"]:
-            if not Path(path).is_file():
+            if not os.path.isfile(path):
                 raise UserError(f"{file}:{number}: {path}: no such file")
         examples.append(paths)
     if not examples:
@@ -1391,7 +1564,10 @@ def summarise(examples, seed) -> list[dict]:
                 if name == "nats":  # pooled: every code counts alike
                     nats = metrics.bootstrap(values_N, seed, weights=[v["codes"] for v in values])
                     change = lambda f: {k: f(v) if isinstance(v, float) else v for k, v in nats.items()}
-                    measures |= {"pooled perplexity": change(exp), "bits a code": change(lambda v: v / math.log(2))}
+                    measures |= {
+                        "pooled perplexity": change(exp),
+                        "bits a code": change(lambda v: v / math.log(2)),
+                    }
                 else:
                     measures[name] = metrics.bootstrap(values_N, seed)
             rows.append({"kind": kind, "line": line, "examples": len(values), "measures": measures})
@@ -1428,8 +1604,18 @@ def print_tables(rows, main):
             print_table(["kind", "examples", *there], [[kind, n, *map(show, values)] for kind, n, *values in body])
         else:
             at = there.index(main)
-            print_table(["kind", "examples", *there, f"interval of {main}"], [
-                [kind, n, *(show_mean(v) if v else "" for v in values), show_interval(values[at]).strip("()")] for kind, n, *values in body])
+            print_table(
+                ["kind", "examples", *there, f"interval of {main}"],
+                [
+                    [
+                        kind,
+                        n,
+                        *(show_mean(v) if v else "" for v in values),
+                        show_interval(values[at]).strip("()"),
+                    ]
+                    for kind, n, *values in body
+                ],
+            )
 
 
 def print_beside(rows, prompts):
@@ -1464,18 +1650,21 @@ def write_picture(path: Path, save):
 
 
 def can_draw(*names) -> bool:
-    """Whether matplotlib is installed. Asked before any work: where it is not, one line says what will be missing."""
+    """Whether matplotlib is installed; if not, one line says, before any work, what will be missing."""
     try:
         import matplotlib.figure  # noqa: F401 (optional: only plots need it)
     except ImportError:
-        print(f"matplotlib is not installed: {' and '.join(names)} will not be drawn, tables and JSON are the same; "
-              "to have it, type: pip install matplotlib")
+        print(
+            f"matplotlib is not installed: {' and '.join(names)} will not be drawn, tables and JSON are the "
+            "same; to have it, type: pip install matplotlib"
+        )
         return False
     return True
 
 
 def new_figure(rows, columns, width, height, **options):
-    """-> (matplotlib figure, its axes [rows, columns]). `width` and `height` in inches; no window is ever opened."""
+    """-> (matplotlib figure, its axes [rows, columns]). `width` and `height` in inches; no window is
+    opened."""
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), dpi=110, layout="constrained")
@@ -1495,10 +1684,12 @@ def plain_numbers(axis):
     axis.set_minor_formatter(ticker.NullFormatter())
 
 
-def draw_panels(path, curves: dict[str, list[dict]], title, x_label, y_label, log=False, level=None, ticks=None, titles={}):
-    """One small chart for each name, all on the same axes: points {"x", "mean", "low", "high"} joined by a line, their 95% interval
-    as a band. `ticks` {x: text} are the marks of a logarithmic x axis. A dashed line marks the y of `level`; pooled is grey in each.
-    `titles` {name: text} stand in for names."""
+def draw_panels(
+    path, curves: dict[str, list[dict]], title, x_label, y_label, log=False, level=None, ticks=None, titles={}
+):
+    """One small chart for each name, all on the same axes: points {"x", "mean", "low", "high"} joined by a
+    line, their 95% interval as a band. `ticks` {x: text} are the marks of a logarithmic x axis. A dashed
+    line marks the y of `level`; pooled is grey in each. `titles` {name: text} stand in for names."""
     columns = min(4, len(curves))
     rows = -(-len(curves) // columns)
     wide, high = (4, 2.6) if len(curves) > 1 else (7, 4.5)
@@ -1508,10 +1699,21 @@ def draw_panels(path, curves: dict[str, list[dict]], title, x_label, y_label, lo
         if level is not None:
             ax.axhline(level, color="#888888", linestyle="--", linewidth=1)
         if POOLED in curves and name != POOLED:
-            ax.plot(column(curves[POOLED], "x"), column(curves[POOLED], "mean"), color="#bbbbbb", linewidth=1.5)
+            ax.plot(
+                column(curves[POOLED], "x"), column(curves[POOLED], "mean"), color="#bbbbbb", linewidth=1.5
+            )
         colour = "black" if name == POOLED else "#3366aa"
-        ax.fill_between(column(points, "x"), column(points, "low"), column(points, "high"), color=colour, alpha=0.2, linewidth=0)
-        ax.plot(column(points, "x"), column(points, "mean"), color=colour, marker="o", markersize=4, linewidth=2)
+        ax.fill_between(
+            column(points, "x"),
+            column(points, "low"),
+            column(points, "high"),
+            color=colour,
+            alpha=0.2,
+            linewidth=0,
+        )
+        ax.plot(
+            column(points, "x"), column(points, "mean"), color=colour, marker="o", markersize=4, linewidth=2
+        )
         ax.set_title(titles.get(name, name), fontsize=11)
     for ax in axes.flat[len(curves):]:
         ax.set_visible(False)
@@ -1544,8 +1746,8 @@ def set_x_ticks(ax, places, ticks):
 
 
 def draw_ranks(path, values: dict[str, float], title, y_label, log=False, mean=None):
-    """A dot for each name's value, from the smallest to the largest, with the outermost named; a line and a band at `mean`
-    {"mean", "low", "high"}."""
+    """A dot for each name's value, from the smallest to the largest, with the outermost named; a line and a
+    band at `mean` {"mean", "low", "high"}."""
     figure, ((ax,),) = new_figure(1, 1, 7.5, 4.5)
     names = sorted(values, key=values.get)
     ax.set_title(title)
@@ -1553,11 +1755,29 @@ def draw_ranks(path, values: dict[str, float], title, y_label, log=False, mean=N
         ax.axhline(mean["mean"], color="black", linewidth=1.5)
         if mean["low"] is not None:
             ax.axhspan(mean["low"], mean["high"], color="black", alpha=0.12, linewidth=0)
-        ax.set_title(f"{title}\nline: mean {show_mean(mean)}" + (f"; band: its 95% interval {show_interval(mean)}" if mean["low"] is not None else ""))
-    ax.plot(range(1, len(names) + 1), [values[name] for name in names], "o", color="#3366aa", markersize=5 if len(names) <= 200 else 2)
+        ax.set_title(
+            f"{title}\nline: mean {show_mean(mean)}"
+            + (f"; band: its 95% interval {show_interval(mean)}" if mean["low"] is not None else "")
+        )
+    ax.plot(
+        range(1, len(names) + 1),
+        [values[name] for name in names],
+        "o",
+        color="#3366aa",
+        markersize=5 if len(names) <= 200 else 2,
+    )
     for place, above in {0: False, len(names) - 1: True}.items():
-        ax.annotate(names[place], (place + 1, values[names[place]]), (0, 9 if above else -9), textcoords="offset points", fontsize=9,
-                    color="#555555", ha="right" if place else "left", va="bottom" if above else "top", parse_math=False)
+        ax.annotate(
+            names[place],
+            (place + 1, values[names[place]]),
+            (0, 9 if above else -9),
+            textcoords="offset points",
+            fontsize=9,
+            color="#555555",
+            ha="right" if place else "left",
+            va="bottom" if above else "top",
+            parse_math=False,
+        )
     if log:
         ax.set_yscale("log")
         plain_numbers(ax.yaxis)
@@ -1580,13 +1800,25 @@ def draw_shares(path, values: dict[str, np.ndarray], title, x_label):
 
 
 def draw_law(path, points: list[dict], law, name, ticks):
-    """Losses against numbers of parameters with their 95% intervals, and the curve that was fitted to them."""
+    """Losses against numbers of parameters with their 95% intervals, and the curve that was fitted to
+    them."""
     figure, ((ax,),) = new_figure(1, 1, 7.5, 4.8)
     xs, means = [p["x"] for p in points], [p["mean"] for p in points]
     curve = np.geomspace(min(xs), max(xs), 100)
     ax.plot(curve, law(curve), color="#cc3355", linestyle="--", linewidth=1.5, label=name)
-    spread = [[0 if p[end] is None else sign * (p[end] - p["mean"]) for p in points] for end, sign in (("low", -1), ("high", 1))]
-    ax.errorbar(xs, means, spread, fmt="o", color="black", capsize=4, label="held-out loss, 95% interval over sentences")
+    spread = [
+        [0 if p[end] is None else sign * (p[end] - p["mean"]) for p in points]
+        for end, sign in (("low", -1), ("high", 1))
+    ]
+    ax.errorbar(
+        xs,
+        means,
+        spread,
+        fmt="o",
+        color="black",
+        capsize=4,
+        label="held-out loss, 95% interval over sentences",
+    )
     set_x_ticks(ax, xs, ticks)
     ax.legend(frameon=False)
     ax.set(title="Held-out loss against size", xlabel="parameters (logarithmic)", ylabel="nats a code")

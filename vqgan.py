@@ -12,15 +12,15 @@ Dimension key: B batch, H height, W width, C channels, S codes of a picture (ras
 D width of a code, I/O channels in and out of a convolution.
 """
 
-import contextlib
+import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
+
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
 import os
-import shutil
-import signal
 import sys
 import threading
 import time
@@ -33,18 +33,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
+import safetensors.numpy
 import tyro
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from PIL import Image
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from common.images import FORMATS, UserError, find_images, read_image, to_pixels
-from common.metrics import bootstrap, psnr, reconstruction_values, ssim  # noqa: F401 (psnr and ssim are promised here)
-from common.runs import RunStopped, run_command
-from common.weights import open_tensors, strict_json, write_pickle, write_whole
+from common.images import UserError, encode_image, find_images, read_image, to_pixels
+from common.metrics import bootstrap, psnr, reconstruction_values, ssim  # noqa: F401 (promised here)
+from common.runs import (
+    Checkpoints, RunStopped, asked_to_stop, begin_run, check_numbers, keep_log_until, open_log, own_run_folder, run_command, side_work, with_patience)
+from common.weights import (
+    check_fields, open_tensors, read_array, read_json, strict_json, write_pickle, write_together, write_whole)
 
 HERE = Path(__file__).parent
 MINI = HERE / "assets" / "mini" / "tokenizer"
@@ -77,18 +78,20 @@ class VQGANConfig:
     maskgit: bool = False  # MaskGIT's layout of the blocks: no attention, fewer biases, pooling, no 1x1 convolutions at the codes
 
     def __post_init__(self):
-        for name in FLAGS:
-            if type(getattr(self, name)) is not bool:
-                raise UserError(f"{name} wants true or false, got {getattr(self, name)!r}")
-        for name in ("channel_mult", "attn_resolutions"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        counts = {name: getattr(self, name) for name in ("resolution", "num_channels", "hidden_channels", "num_res_blocks", "z_channels",
-                                                         "num_embeddings", "quantized_embed_dim")}
-        for name, count in [*counts.items(), *(("channel_mult", m) for m in self.channel_mult or [None])]:
-            if type(count) is not int or not 1 <= count <= 2**20:
-                raise UserError(f"{name} wants whole numbers from 1 to {2**20:,}, got {getattr(self, name)!r:.80}")
-        if len(self.channel_mult) > 16:
-            raise UserError(f"channel_mult has {len(self.channel_mult)} levels, more than 16 halvings of any picture")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is bool and type(value) is not bool:
+                raise UserError(f"{field.name} must be true or false, got {value!r:.80}")
+            if field.type == tuple[int, ...]:
+                if not isinstance(value, (tuple, list)) or len(value) > 16:
+                    raise UserError(f"{field.name} must be a list of at most 16 integers, got {value!r:.80}")
+                object.__setattr__(self, field.name, tuple(value))
+        check_numbers(self, {
+            "[1, 8192]": "resolution", "[1, 64]": "num_channels", "[1, 16384]": "hidden_channels z_channels quantized_embed_dim",
+            "[1, 1024]": "channel_mult num_res_blocks norm_groups", "[1, inf)": "attn_resolutions", "[1, 16777216]": "num_embeddings",
+            "[0, 1)": "dropout", "[0, 1000]": "commitment_cost"}, called=str)
+        if not self.channel_mult or self.hidden_channels * max(self.channel_mult) > 1 << 16:
+            raise UserError(f"channel_mult {self.channel_mult} must name a level, and none of more than {1 << 16:,} channels")
         if self.resolution % self.factor:
             raise UserError(f"resolution {self.resolution} is not a multiple of {self.factor}, the downsampling of {len(self.channel_mult)} levels")
         if self.hidden_channels % self.norm_groups:
@@ -397,7 +400,8 @@ class Conv(eqx.Module):
         # Highest precision costs nothing in bf16 and keeps float32 codes the same on every chip (no TF32, no bf16 passes).
         y_BHWO = lax.conv_general_dilated(x_BHWI, self.weight.astype(x_BHWI.dtype), (stride, stride), padding,
                                           dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups, precision="highest")
-        return y_BHWO if self.bias is None else y_BHWO + self.bias.astype(x_BHWI.dtype)
+        # Added in float32, so that the gradient of the bias is the float32 sum over all places.
+        return y_BHWO if self.bias is None else (y_BHWO.astype(jnp.float32) + self.bias).astype(x_BHWI.dtype)
 
 
 class GroupNorm(eqx.Module):
@@ -539,20 +543,20 @@ class TrainConfig:
     patience: int = 20
     """Stop after so many skipped steps in a row."""
     save_every: int = 500
-    """Steps between checkpoints and sample pictures."""
+    """Steps between checkpoints and sample pictures. A checkpoint that fails is tried again at the next."""
+    save_patience: int = 300
+    """Seconds for which a failed save of the last step, or of the model, is tried again before the run gives up."""
     log_every: int = 20
     """Steps between writes of metrics.jsonl, which holds every step."""
     seed: int = 0
     """Seed of the weights and of the order of the pictures."""
 
     def __post_init__(self):
-        for name in ("steps", "batch", "accumulate", "save_every", "log_every", "patience", "gan_channels"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.max_rejected <= 1:
-            raise UserError(f"--max-rejected must be in [0, 1], got {self.max_rejected}")
-        if not 0 < self.crop <= 1:
-            raise UserError(f"--crop must be over 0 and at most 1, got {self.crop}")
+        check_numbers(self, {
+            "[1, inf)": "steps accumulate save_every log_every patience", "[1, 65536]": "batch", "[1, 8192]": "resolution gan_channels",
+            "[0, inf)": "gan_from gan_warmup quantize_from seed save_patience", "[0, 8192]": "l2_codes", "[0, 1]": "max_rejected", "(0, 1]": "crop",
+            "(0, 10]": "learning_rate gan_learning_rate", "[0, 1)": "ema",
+            "[0, 1000000]": "gradient_weight perceptual_weight gan_weight gan_penalty_weight"})
         if (self.lpips_vgg is None) != (self.lpips_heads is None):
             raise UserError("LPIPS needs both --lpips-vgg and --lpips-heads")
         if self.freeze_encoder and self.init is None:
@@ -567,31 +571,41 @@ class TrainConfig:
         return 0 if self.init else self.quantize_from
 
 
+# These may differ when a run is resumed; everything else must be as it was.
+MAY_CHANGE = {"out", "save_every", "save_patience", "log_every", "mesh", "patience", "max_rejected"}
+
+
 def train(config: TrainConfig) -> VQGAN:
     """Trains until `config.steps`, or until SIGTERM or Ctrl-C asks to stop, resuming from `config.out` where it holds a checkpoint, and
     returns the averaged model, which at the end is also saved."""
+    with own_run_folder(config.out):
+        return train_in_own_folder(config)
+
+
+def train_in_own_folder(config: TrainConfig) -> VQGAN:
     mesh = make_mesh(config.mesh)
     if config.batch % (mesh.size * config.accumulate):
         raise UserError(f"--batch {config.batch} is not a multiple of the {mesh.size} devices times --accumulate {config.accumulate}")
     started_from = load(config.init) if config.init else None
     model_config = network_config(config, started_from)
-    read_picture, count = open_pictures(config.data, model_config.resolution, config.crop)
+    notes = []
+    read_picture, count = open_pictures(config.data, model_config.resolution, config.crop, notes)
     if count < config.batch:
         raise UserError(f"{config.data}: {count} pictures do not fill a batch of {config.batch}; lower --batch")
-    read_picture = leave_out_unreadable(read_picture, count, config.out / "rejected.jsonl", config.max_rejected)
+    read_picture = leave_out_unreadable(read_picture, count, config.out / "rejected.jsonl", config.max_rejected, notes)
     read_picture(0, np.zeros(3))  # data of which nothing can be read are found before anything is compiled
-    begin_run(config.out, {k: str(v) for k, v in dataclasses.asdict(config).items()}, may_change={"out", "save_every", "log_every", "mesh", "patience", "max_rejected"})
+    flags, defaults = ({k: str(v) for k, v in dataclasses.asdict(c).items()} for c in (config, TrainConfig(config.data)))
+    begin_run(config.out / "train.json", flags, defaults, MAY_CHANGE)
     networks, about = perceptual_networks(config)
     print(about)
 
     optimizers = make_optimizers(config)
     state, sharding = make_state(config, model_config, started_from, optimizers, mesh)
     batches = NamedSharding(mesh, P(("data", "fsdp")))
-    checkpoints = config.out.absolute() / "checkpoints"
-    first = newest_whole(checkpoints)
-    manager = ocp.CheckpointManager(checkpoints, options=ocp.CheckpointManagerOptions(max_to_keep=2))
-    if first:
-        state = manager.restore(first, args=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)))
+    checkpoints = Checkpoints(config.out / "checkpoints", keep=2)
+    if first := checkpoints.newest:
+        state = checkpoints.restore(state)
+        print(f"resuming {config.out} at step {first}")
     keep_log_until(config.out / "metrics.jsonl", first)
 
     def read_batch(step):
@@ -603,57 +617,52 @@ def train(config: TrainConfig) -> VQGAN:
         batch = np.stack(list(readers.map(read_picture, chosen, place_B3)))
         return np.where(flip[:, None, None, None], batch[:, :, ::-1], batch)
 
-    def write_log(lines):
-        with open(config.out / "metrics.jsonl", "a") as log:
-            for step, metrics in lines:
-                metrics = {k: round(float(v), 8) for k, v in metrics.items()}
-                log.write(strict_json({"step": step, **metrics, "images": step * config.batch, "seconds": round(time.time() - began, 1)}) + "\n")
-        return metrics  # of the last step
+    def line(step, metrics):
+        metrics = {k: round(float(v), 8) for k, v in metrics.items()}
+        return {"step": step, **metrics, "images": step * config.batch, "seconds": round(time.monotonic() - began, 1)}
 
-    (config.out / "samples").mkdir(exist_ok=True)
     readers, ahead = ThreadPoolExecutor(min(8, os.cpu_count() or 1)), ThreadPoolExecutor(1)
-    coming, waiting, signals = ahead.submit(read_batch, first), [], contextlib.ExitStack()
-    asked = signals.enter_context(asked_to_stop())
-    bar, began = tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True), time.time()
+    coming, waiting, began, stopping, done = ahead.submit(read_batch, first), [], time.monotonic(), False, first
     try:
-        for step in range(first, config.steps):
-            pixels_BHWC, coming = jax.device_put(coming.result(), batches), ahead.submit(read_batch, step + 1)
-            if step == config.quantize_from and not config.init:
-                latents_ND = np.concatenate([jax.device_get(_latents(state["model"], jax.device_put(read_batch(step + i), batches))) for i in range(8)])
-                codebook_KD = k_means(latents_ND, model_config.num_embeddings, np.random.default_rng(config.seed))
-                state = jax.device_put(eqx.tree_at(lambda s: (s["model"].quantize.embedding.weight, s["ema"].quantize.embedding.weight),
-                                                   state, (codebook_KD, codebook_KD.copy())), sharding)
-            revive = config.revive and not config.freeze_encoder and step > config.first_quantized and step % 50 == 0 and step < 0.8 * config.steps
-            adversarial = bool(config.gan_weight) and step >= config.gan_from
-            state, metrics = train_step((optimizers, config, sharding, adversarial, networks), state, pixels_BHWC, jax.random.fold_in(jax.random.key(config.seed), step),
-                                        jnp.array(step >= config.first_quantized), jnp.array(revive), jnp.array(step))
-            waiting.append((step + 1, metrics))
-            bar.update()
-            stopping = bool(asked) and step + 1 < config.steps
-            saving = (step + 1) % config.save_every == 0 or step + 1 == config.steps or stopping
-            if saving or (step + 1) % config.log_every == 0:
-                metrics, waiting = write_log(waiting), []
-                bar.set_postfix({k: f"{v:.4f}" for k, v in metrics.items() if k in ("loss", "pixel", "perplexity", "skipped")})
-                check_health(config, step + 1, metrics, manager.latest_step())
-            if saving:
-                if not all_finite({name: part for name, part in state.items() if name != "guard"}):
-                    raise RunStopped(f"at step {step + 1} weights or moments are no finite numbers, and are not saved; the last checkpoint is at step "
-                                             f"{manager.latest_step()}; lower --learning-rate or --gan-weight")
-                manager.save(step + 1, args=ocp.args.StandardSave(state))
-                manager.wait_until_finished()
-                (checkpoints / str(step + 1) / DIGESTS).write_text("".join(f"{digest}  {file}\n" for file, digest in digests(checkpoints / str(step + 1)).items()))
-                pixels_BHWC = read_batch(0)[:8]
-                save_rows([pixels_BHWC, decode(state["ema"], encode(state["ema"], pixels_BHWC))], config.out / "samples" / f"{step + 1}.png")
-            if stopping:
-                print(f"stopped at step {step + 1} of {config.steps}, as a signal asked; the same command goes on from there")
-                return state["ema"]
+        with (asked_to_stop() as stop, checkpoints, open_log(config.out) as write,
+              tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True) as bar):
+            for step in range(first, config.steps):
+                pixels_BHWC, coming = jax.device_put(coming.result(), batches), ahead.submit(read_batch, step + 1)
+                if step == config.quantize_from and not config.init:
+                    latents_ND = np.concatenate([jax.device_get(_latents(state["model"], jax.device_put(read_batch(step + i), batches))) for i in range(8)])
+                    codebook_KD = k_means(latents_ND, model_config.num_embeddings, np.random.default_rng(config.seed))
+                    state = jax.device_put(eqx.tree_at(lambda s: (s["model"].quantize.embedding.weight, s["ema"].quantize.embedding.weight),
+                                                       state, (codebook_KD, codebook_KD.copy())), sharding)
+                revive = config.revive and not config.freeze_encoder and step > config.first_quantized and step % 50 == 0 and step < 0.8 * config.steps
+                adversarial = bool(config.gan_weight) and step >= config.gan_from
+                state, metrics = train_step((optimizers, config, sharding, adversarial, networks), state, pixels_BHWC, jax.random.fold_in(jax.random.key(config.seed), step),
+                                            jnp.array(step >= config.first_quantized), jnp.array(revive), jnp.array(step))
+                done = step + 1
+                waiting.append((done, metrics))
+                bar.update()
+                stopping = stop(done) and done < config.steps
+                saving = done % config.save_every == 0 or done == config.steps or stopping
+                if saving or done % config.log_every == 0:
+                    lines, waiting = [line(*item) for item in waiting], []
+                    write(*lines)
+                    bar.set_postfix({k: f"{v:.4f}" for k, v in lines[-1].items() if k in ("loss", "pixel", "perplexity", "skipped")})
+                    check_health(config, done, lines[-1], checkpoints.newest)
+                if saving:
+                    checkpoints.save(done, state)
+                    with side_work("the sample picture"):
+                        pixels_BHWC = read_batch(0)[:8]
+                        save_rows([pixels_BHWC, decode(state["ema"], encode(state["ema"], pixels_BHWC))], config.out / "samples" / f"{done}.png")
+                if stopping:
+                    break
+            checkpoints.finish(done, state, config.save_patience)
+            if not stopping:
+                with_patience(lambda: save(state["ema"], config.out, overwrite=True), config.save_patience)
     finally:
-        signals.close()
-        bar.close()
         readers.shutdown(cancel_futures=True)
         ahead.shutdown(cancel_futures=True)
-        manager.wait_until_finished()
-    save(state["ema"], config.out, overwrite=True)
+    if stopping:
+        print(f"stopped at step {done} of {config.steps}, as a signal asked; the same command goes on from there")
+        return state["ema"]
     print(f"wrote {config.out}/model.safetensors; look at {config.out}/samples, then: python vqgan.py reconstruct --model {config.out} --images PICTURES")
     return state["ema"]
 
@@ -892,11 +901,6 @@ def check_health(config, step, metrics, last_saved):
 
 
 @jax.jit
-def all_finite(tree):
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
-
-
-@jax.jit
 def _latents(model, pixels_BHWC):
     return model.to_latents(pixels_BHWC).reshape(-1, model.config.quantized_embed_dim)
 
@@ -925,115 +929,54 @@ def k_means(points_ND, clusters, rng, rounds=10):
     return centres_KD
 
 
-def open_pictures(data: Path, resolution: int, crop: float = 1.0):
+def open_pictures(data: Path, resolution: int, crop: float = 1.0, notes: list | None = None):
     """Folder or `.npy` -> (function from index and three numbers in [0, 1) to float32 [resolution, resolution, 3] in [0, 1],
     number of pictures). With `crop` below 1 the three numbers place a square whose side is at least that share of the largest.
 
-    Raises UserError where there is nothing to read; the function raises it for an unreadable picture, naming the file."""
+    Files that look like pictures and are left out are added to `notes`, or printed. Raises UserError where there is nothing
+    to read; the function raises it for an unreadable picture, naming the file."""
     box = lambda u_3: None if crop == 1 else (u_3[0], u_3[1], crop + (1 - crop) * u_3[2])
     if data.suffix == ".npy":
-        array = np.load(data, mmap_mode="r")
-        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or not len(array) or crop == 1 and array.shape[1:3] != (resolution, resolution):
-            raise UserError(f"{data}: wanted uint8 pictures [N, {resolution}, {resolution}, 3] (of any size with --crop), got {array.dtype} {list(array.shape)}")
+        array = read_array(data, np.uint8, (None, None, None, 3))
+        if not array.size or crop == 1 and array.shape[1:3] != (resolution, resolution):
+            raise UserError(f"{data}: wanted uint8 pictures [N, {resolution}, {resolution}, 3] (of any size with --crop), got {list(array.shape)}")
         if crop == 1:
             return lambda i, _: array[i].astype(np.float32) / 255, len(array)
         return lambda i, u_3: to_pixels(Image.fromarray(array[i]), resolution, "crop", box(u_3)), len(array)
-    paths = find_images(data)
+    paths = find_images(data, notes)
     return lambda i, u_3: read_image(paths[i], resolution, "crop", box(u_3)), len(paths)
 
 
-def leave_out_unreadable(read_picture, count: int, report: Path, most: float):
-    """The same function, but the next picture stands in the place of one that cannot be read, which is printed and listed in `report`
-    ({"reason"} a line). Raises UserError when they are more than `most` of all."""
+def leave_out_unreadable(read_picture, count: int, report: Path, most: float, notes=()):
+    """The same function, but the next picture stands in the place of one that cannot be read, which is printed and listed in
+    `report` ({"reason"} a line, after the `notes`). Raises UserError when they are more than `most` of all."""
     reasons, lock = {}, threading.Lock()
+
+    def write_report():
+        with side_work(str(report)):
+            lines = (*notes, *({"reason": reason} for reason in reasons.values()))
+            write_whole(report, "".join(strict_json(line) + "\n" for line in lines))
+
+    if notes:
+        write_report()
+        print(f"{len(notes)} files are left out; {report} says why")
 
     def read(i, place_3):
         for j in range(i, i + count):
             try:
                 if j % count not in reasons:
                     return read_picture(j % count, place_3)
-            except (ValueError, OSError) as error:
+            except (UserError, OSError) as error:
                 with lock:
                     if j % count not in reasons:
                         reasons[j % count] = str(error)
                         print(f"left out: {error}", file=sys.stderr)
-                        report.parent.mkdir(parents=True, exist_ok=True)
-                        report.write_text("".join(strict_json({"reason": reason}) + "\n" for reason in reasons.values()))
+                        write_report()
                 if len(reasons) > most * count:
                     raise UserError(f"{len(reasons)} of {count} pictures cannot be read, more than --max-rejected {most}; the last: {error}") from None
         raise UserError(f"none of {count} pictures can be read")
 
     return read
-
-
-@contextlib.contextmanager
-def asked_to_stop():
-    """Yields a list that is empty until somebody sends SIGTERM or presses Ctrl-C; the second Ctrl-C does not wait."""
-    asked = []
-
-    def note(number, frame):
-        asked.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def begin_run(out: Path, settings: dict, may_change: set[str]):
-    """Creates the run folder and its train.json, or refuses to resume a run whose settings differ."""
-    out.mkdir(parents=True, exist_ok=True)
-    if (file := out / "train.json").exists():
-        before = json.loads(file.read_text())
-        changed = [f"{k}: {before.get(k)} -> {v}" for k, v in settings.items() if before.get(k) != v and k not in may_change]
-        if changed:
-            raise UserError(f"{out} holds a run with other settings ({'; '.join(changed)}); choose another --out or repeat its settings")
-    file.write_text(strict_json(settings, indent=1))
-
-
-DIGESTS = "digests.sha256"  # of a checkpoint's files, as `sha256sum -c` reads it; a checkpoint without it was not saved to its end
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """{file: SHA-256} of all that a checkpoint holds."""
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS):
-        with open(path, "rb") as file:
-            found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
-
-
-def newest_whole(checkpoints: Path) -> int:
-    """The newest checkpoint that is as it was saved, to the bit; 0 where there is none yet. Newer ones are put aside, with a line that says why."""
-    steps = sorted((path for path in checkpoints.glob("*") if path.name.isdigit()), key=lambda path: int(path.name), reverse=True)
-    first_save_was_killed = len(steps) == 1 and not (steps[0] / DIGESTS).exists()
-    newest, damaged = 0, []
-    for step in steps:
-        try:
-            listed, there = {line[66:]: line[:64] for line in (step / DIGESTS).read_text().splitlines()}, digests(step)
-            if listed == there:
-                newest = int(step.name)
-                break
-            reason = f"{step / min(file for file in listed | there if listed.get(file) != there.get(file))} is not as it was saved"
-        except (OSError, UnicodeDecodeError) as error:
-            reason = f"{step / DIGESTS} cannot be read ({error})"
-        print(f"checkpoint passed over: {reason}", file=sys.stderr)
-        damaged.append(step)
-    if steps and not newest and not first_save_was_killed:
-        raise UserError(f"{checkpoints} has no checkpoint that is whole; restore one from a copy, or begin again with another --out")
-    for step in damaged:
-        step.rename(checkpoints.parent / f"damaged-{step.name}-{time.time():.0f}")
-    return newest
-
-
-def keep_log_until(log: Path, step: int):
-    """Drops the lines after `step`: a resumed run writes them again."""
-    if log.exists():
-        lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] <= step]
-        log.write_text("".join(lines))
 
 
 # ---------------------------------------------------------------------------------------------------- perceptual losses
@@ -1178,7 +1121,9 @@ def save_rows(rows, path: Path, gap: int = 2):
     rows = [np.pad(np.asarray(row), ((0, 0), (gap, gap), (gap, gap), (0, 0)), constant_values=1) for row in rows]
     grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((grid * 255 + 0.5).astype(np.uint8)).save(path)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, encode_image(Image.fromarray((grid * 255 + 0.5).astype(np.uint8)), path))
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -1231,16 +1176,16 @@ def save(model: VQGAN, path, overwrite: bool = False, layout: str = "open-muse")
         array = np.asarray(array, np.float32)
         array = np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array)
         tensors[their_name(layout, name, model.config)] = array[:, :, 0, 0] if layout == "diffusers" and array.shape[2:] == (1, 1) and "attn" in name else array
-    partial = file.with_name(f"partial{file.suffix}")
+    contents = {}
     if file.suffix == ".safetensors":
-        (folder / "config.json").write_text(strict_json(config_fields(layout, model.config), indent=2) + "\n")
-        save_file(tensors, partial, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", partial)  # safetensors 0.8 makes files that their owner alone can read
+        contents[folder / "config.json"] = strict_json(config_fields(layout, model.config), indent=2) + "\n"
+        contents[file] = safetensors.numpy.save(tensors, metadata={"format": "pt"})
     else:
-        write_pickle(partial, tensors, {"taming": "state_dict", "llamagen": "model"}[layout])
+        write_pickle(content := io.BytesIO(), tensors, {"taming": "state_dict", "llamagen": "model"}[layout])
+        contents[file] = content.getvalue()
     if layout == "taming":
-        (folder / "model.yaml").write_text(taming_yaml(model.config))
-    os.replace(partial, file)
+        contents[folder / "model.yaml"] = taming_yaml(model.config)
+    write_together(contents)
 
 
 LAYOUTS = ("open-muse", "diffusers", "taming", "llamagen")
@@ -1259,12 +1204,7 @@ def find_weights(path: Path) -> tuple[Path, dict | None]:
             return checkpoints[0], None
         found = f"; of its checkpoints name one: {', '.join(map(str, checkpoints))}" if checkpoints else ""
         raise UserError(f"{path}: no tokenizer here (wanted config.json beside {', '.join(WEIGHTS)}, or one .ckpt or .pt){found}")
-    try:
-        fields = json.loads((folder / "config.json").read_text())
-        if not isinstance(fields, dict):
-            raise UserError(f"wanted an object, got {type(fields).__name__}")
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from None
+    fields = read_json(folder / "config.json")
     for name in [path.name] if path.is_file() else WEIGHTS:
         if (folder / name).is_file():
             return folder / name, fields
@@ -1287,11 +1227,9 @@ def read_config(file: Path, fields: dict, tensors: int):
         config = VQGANConfig(**ours)
         if len(config.channel_mult) * config.num_res_blocks > tensors:  # before hours go by in building them
             raise UserError(f"num_res_blocks {config.num_res_blocks} at {len(config.channel_mult)} levels, but the weights are {tensors} tensors")
-        return layout, config, eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
-    except KeyError as error:
-        raise UserError(f"{file}: no {error.args[0]}; is this a VQGAN?") from None
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError, IndexError) as error:
+    except UserError as error:
         raise UserError(f"{file}: {error}") from None
+    return layout, config, eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
 
 
 def recognise(file: Path, tensors):
@@ -1303,22 +1241,26 @@ def recognise(file: Path, tensors):
         raise UserError(f"{file}: neither a checkpoint of taming-transformers nor of LlamaGen; its first tensor is {min(tensors, default='missing')}")
     count = lambda pattern: next(n for n in range(len(tensors) + 1) if pattern.format(n) not in tensors)
     levels, blocks = count(block.format("{}", 0) + ".conv1.weight"), count(block.format(0, "{}") + ".conv1.weight")
+
+    def shape(name, dimensions=4):
+        if name not in tensors or tensors[name].ndim != dimensions or 0 in tensors[name].shape:
+            raise UserError(f"{file}: no tensor {name} of {dimensions} dimensions")
+        return tensors[name].shape
+
+    width, channels = shape("encoder.conv_in.weight")[:2]
+    embeddings, embed = shape("quantize.embedding.weight", 2)
+    mult = [shape(block.format(i, 0) + ".conv1.weight")[0] / width for i in range(levels)]
+    attended = [i for i in range(levels) if f"{block.rsplit('.', 2)[0].format(i)}.attn.0.q.weight" in tensors]
     try:
-        width, channels = tensors["encoder.conv_in.weight"].shape[:2]
-        embeddings, embed = tensors["quantize.embedding.weight"].shape
-        mult = [tensors[block.format(i, 0) + ".conv1.weight"].shape[0] / width for i in range(levels)]
-        attended = [i for i in range(levels) if f"{block.rsplit('.', 2)[0].format(i)}.attn.0.q.weight" in tensors]
         config = VQGANConfig(
             resolution=256, num_channels=channels, hidden_channels=width, channel_mult=[int(m) if m == int(m) else m for m in mult],
             num_res_blocks=blocks, attn_resolutions=[256 >> i for i in attended], no_attn_mid_block=attention + ".q.weight" not in tensors,
-            z_channels=tensors["post_quant_conv.weight"].shape[0], num_embeddings=embeddings, quantized_embed_dim=embed,
+            z_channels=shape("post_quant_conv.weight")[0], num_embeddings=embeddings, quantized_embed_dim=embed,
             resample_with_conv=levels == 1 or any("downsample" in name for name in tensors), symmetric_pixels=True,
             l2_codes=layout == "llamagen", attend_single_blocks=blocks == 1 and bool(attended))
-        return layout, config, eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
-    except KeyError as error:
-        raise UserError(f"{file}: no tensor {error.args[0]}") from None
-    except (ValueError, ZeroDivisionError) as error:
+    except UserError as error:
         raise UserError(f"{file}: no network has these shapes ({error})") from None
+    return layout, config, eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
 
 
 def their_name(layout, name, config) -> str:
@@ -1377,16 +1319,21 @@ def config_fields(layout, config) -> dict:
 
 
 def from_diffusers(fields) -> dict:
-    """Fields of VQGANConfig from a config.json of diffusers' VQModel."""
+    """Fields of VQGANConfig from a config.json of diffusers' VQModel. Raises UserError for another network."""
+    check_fields(fields, {
+        "in_channels": int, "out_channels": int | None, "block_out_channels": list[int], "down_block_types": list[str],
+        "up_block_types": list[str], "layers_per_block": int, "latent_channels": int, "num_vq_embeddings": int, "norm_type": str | None,
+        "vq_embed_dim": int | None, "norm_num_groups": int | None, "sample_size": int | None, "act_fn": str | None,
+        "mid_block_add_attention": bool | None}, "VQModel")
     for name, wanted in {"norm_type": "group", "act_fn": "silu", "out_channels": fields["in_channels"]}.items():
         if fields.get(name, wanted) != wanted:
-            raise UserError(f"{name} {fields[name]!r} is another network; {wanted!r} is known")
+            raise UserError(f"{name} {fields[name]!r:.80} is another network; {wanted!r} is known")
     widths, kinds = fields["block_out_channels"], {"": ("DownEncoderBlock2D", "UpDecoderBlock2D"), "Attn": ("AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D")}
     down, up = fields["down_block_types"], fields["up_block_types"][::-1]
     if any(pair not in kinds.values() for pair in zip(down, up)) or not len(down) == len(up) == len(widths):
-        raise UserError(f"down_block_types {down} and up_block_types {up[::-1]} are no levels with or without attention, the same on the way up")
-    if any(width % widths[0] for width in widths):
-        raise UserError(f"block_out_channels {widths} are no multiples of the first")
+        raise UserError(f"down_block_types {down!r:.200} and up_block_types {up[::-1]!r:.200} are no levels with or without attention, the same on the way up")
+    if not 1 <= len(widths) <= 16 or min(widths) < 1 or any(width % widths[0] for width in widths):
+        raise UserError(f"block_out_channels {widths!r:.80} are not 1 to 16 multiples of the first")
     resolution = diffusers_resolution(fields.get("sample_size", 32), len(widths))
     return {"resolution": resolution, "num_channels": fields["in_channels"], "hidden_channels": widths[0], "channel_mult": [w // widths[0] for w in widths],
             "num_res_blocks": fields["layers_per_block"], "attn_resolutions": [resolution >> i for i, k in enumerate(down) if k.startswith("Attn")],
@@ -1467,6 +1414,8 @@ def reconstruct(images: tuple[Path, ...], model: Path = MINI, out: Path | None =
         raise UserError("no pictures; type: python vqgan.py reconstruct --images FILE ...")
     if (lpips_vgg is None) != (lpips_heads is None):
         raise UserError("LPIPS needs both --lpips-vgg and --lpips-heads")
+    if not 0 <= seed < 2**31:
+        raise UserError(f"--seed must be an integer in [0, inf), got {seed}")
     if out is None:
         out = Path("reconstruction.png")
     elif out.suffix not in (".png", ".webp", ".jpg"):
@@ -1480,8 +1429,7 @@ def reconstruct(images: tuple[Path, ...], model: Path = MINI, out: Path | None =
         print(f"{shown(example['psnr'], 2)} dB  SSIM {shown(example['ssim'], 3)}  {example['path']}")
     print("\n".join(describe(report)))
     save_rows(sheet, out)
-    about = {"model": str(model), "fingerprint": fingerprint(vqgan), "fit": fit, "seed": seed}
-    write_whole(out.with_suffix(".json"), strict_json(about | report, indent=1) + "\n")
+    write_whole(out.with_suffix(".json"), strict_json({"model": str(model), "fingerprint": fingerprint(vqgan), "fit": fit, "seed": seed} | report, indent=1) + "\n")
     print(f"wrote {out} (originals, reconstructions, errors times 4) and {out.with_suffix('.json')}")
 
 
@@ -1497,8 +1445,9 @@ def measure_reconstruction(model: VQGAN, paths, fit="stretch", networks={}, seed
         output_BHWC = np.asarray(decode(model, codes_BS))
         counts_K += np.bincount(codes_BS.ravel(), minlength=len(counts_K))
         values_B = reconstruction_values(pixels_BHWC, output_BHWC)
-        values = {name: np.asarray(distance(network, pixels_BHWC, output_BHWC)) for name, network in networks.items()}
-        examples += [{"path": str(path)} | values_B[i] | {name: float(v[i]) for name, v in values.items()} for i, path in enumerate(chosen)]
+        distances = {name: np.asarray(distance(network, pixels_BHWC, output_BHWC)) for name, network in networks.items()}
+        for i, path in enumerate(chosen):
+            examples.append({"path": str(path)} | values_B[i] | {name: float(v[i]) for name, v in distances.items()})
         shown += list(zip(pixels_BHWC, output_BHWC))[:32 - len(shown)]
     return summarise_reconstruction(examples, counts_K, seed), reconstruction_rows(*map(np.stack, zip(*shown)))
 
@@ -1506,13 +1455,14 @@ def measure_reconstruction(model: VQGAN, paths, fit="stretch", networks={}, seed
 def summarise_reconstruction(examples, counts_K, seed) -> dict:
     """The report of some pictures {"path", measure: value, ...}, from how often each code stands in all of them.
 
-    A picture without a value of some measure (None: an identical picture has no PSNR) is left out of that mean, which says so."""
+    A picture without a value of some measure (None: an identical picture has no PSNR) is left out of that mean,
+    which says so."""
     p_K = counts_K / counts_K.sum()
     entropy = float(-(p_K[p_K > 0] * np.log(p_K[p_K > 0])).sum())
     mean = {}
     for name in dict.fromkeys(name for example in examples for name in example if name not in ("path", "reason")):
         values = [example[name] for example in examples if example[name] is not None]
-        mean[name] = bootstrap(values, seed) if values else {"mean": None, "low": None, "high": None, "reason": "no picture has a value"}
+        mean[name] = bootstrap(values, seed)
         if left_out := len(examples) - len(values):
             mean[name] |= {"left_out": left_out}
     return {"pictures": len(examples), "codes": int(counts_K.sum()), "mean": mean, "codebook": {
@@ -1529,9 +1479,10 @@ def describe(report) -> list[str]:
     names = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "efficientnet_lite0": "EfficientNet-Lite0 distance"}
     rows = []
     for name, v in report["mean"].items():
-        value, interval = (" - ".join("" if v[k] is None else f"{v[k]:.3f}" for k in keys).strip(" -") for keys in (["mean"], ["low", "high"]))
+        value = "none" if v["mean"] is None else f"{v['mean']:.3f}"
+        interval = "" if v["low"] is None else f"{v['low']:.3f} - {v['high']:.3f}"
         without = f" ({v['left_out']} without a value left out)" if "left_out" in v else ""
-        rows.append(f"| {names[name]}{without} | {value or 'none'} | {interval} |")
+        rows.append(f"| {names[name]}{without} | {value} | {interval} |")
     book = report["codebook"]
     return [f"| mean of {report['pictures']} pictures | | 95% interval |", "|---|---:|---:|", *rows,
             f"| codebook used | {book['used']} of {book['entries']} | by {report['codes']} codes |", f"| codebook perplexity | {book['perplexity']:.1f} | |"]

@@ -255,9 +255,15 @@ def curves(config: Curves):
     drawn = evaluate.can_draw(config.out.name)
     if drawn:
         figure, (axes,) = evaluate.new_figure(1, 2, 13, 4.8)
-        for ax, what, title in zip(axes, ("pixel", "perplexity"), ("pixel error of training batches", "perplexity of the codebook")):
+        for ax, what, title in zip(
+            axes, ("pixel", "perplexity"), ("pixel error of training batches", "perplexity of the codebook")
+        ):
             for name, log in logs.items():
-                ax.plot(*zip(*smooth([(line["step"], line[what]) for line in log], config.window)), linewidth=2, label=name)
+                ax.plot(
+                    *zip(*smooth([(line["step"], line[what]) for line in log], config.window)),
+                    linewidth=2,
+                    label=name,
+                )
             ax.set(title=title, xlabel="step", yscale="log")
             evaluate.plain_numbers(ax.yaxis)
         axes[0].legend(frameon=False)

@@ -3,13 +3,17 @@
 import collections
 import contextlib
 import dataclasses
+import errno
+import fcntl
+import glob
 import io
 import json
 import math
 import os
 import pickle
+import re
 import reprlib
-import socket
+import shutil
 import struct
 import sys
 import types
@@ -24,6 +28,7 @@ from xml.parsers import expat
 import ml_dtypes
 import msgpack
 import numpy as np
+import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from common.images import UserError
@@ -413,35 +418,48 @@ def _refuse_doctype(*_):
 
 
 def strict_json(value, **options) -> str:
-    """`value` as JSON that every parser reads: numbers that are not finite become null, and `reason` beside them names them."""
+    """`value` as JSON that every parser reads: numbers that are not finite become null, and a `reason` beside
+    them names them."""
     return json.dumps(_finite(value)[0], allow_nan=False, **options)
 
 
 def write_whole(file, content):
     """Writes bytes or text under a temporary name beside `file`, then renames: a reader sees the old file or the new one.
 
-    Raises OSError, naming the file and how many bytes it takes."""
-    file, content = Path(file), content.encode() if isinstance(content, str) else content
-    # The whole name, which may be 255 bytes long, and an ending would be too long; several hosts may write to one disk.
-    partial = file.with_name(f".{file.name[:40]}.{socket.gethostname()[:40]}-{os.getpid()}.partial")
+    Raises OSError with the path, and where the disk is full with the bytes that are needed and free."""
+    write_together({file: content})
+
+
+def write_together(contents: dict):
+    """{file: bytes or text}: writes them all under temporary names, and renames them only when every one is on the disk."""
+    partials = {}
     try:
-        with naming(file, f" ({len(content):,} bytes)"), open(partial, "wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, file)
+        for file, content in contents.items():
+            file, content = Path(file), content.encode() if isinstance(content, str) else content
+            partials[file] = _partial(file)
+            try:
+                with open(partials[file], "wb") as out:
+                    out.write(content)
+                    out.flush()
+                    os.fsync(out.fileno())
+            except OSError as error:
+                raise no_room(error, file, len(content)) from None
+        for file, partial in partials.items():
+            os.replace(partial, file)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        for partial in partials.values():
+            with contextlib.suppress(OSError):
+                partial.unlink()
         raise
 
 
 @contextlib.contextmanager
-def naming(file, more=""):
+def naming(file):
     """An OSError inside, such as a full disk's, which knows no path or a temporary one, names `file`."""
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, f"{error.strerror or error}{more}", str(file)) from None
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from None
 
 
 def cache_folder(name: str) -> Path | None:
@@ -456,6 +474,61 @@ def cache_folder(name: str) -> Path | None:
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         print(f"nothing is kept in a cache between two starts: {error}", file=sys.stderr)
         return None
+def _partial(path: Path) -> Path:
+    """A name beside `path` that no other process takes, on this host or another; `.NAME.*.partial` finds it."""
+    return path.with_name(f".{path.name[:40]}.{os.uname().nodename[:40]}-{os.getpid()}.partial")
+
+
+def write_safetensors(tensors: dict, file, metadata={"format": "pt"}):
+    """Writes a file of tensors without a second copy in memory, readable for all whom the umask allows. Raises OSError as `write_whole` does."""
+    write_whole(file, b"")
+    mode = Path(file).stat().st_mode
+    try:
+        safetensors.numpy.save_file(tensors, file, metadata=metadata)
+    except SafetensorError as error:  # the operating system's, in words
+        if not (number := re.search(r"os error (\d+)", str(error))):
+            raise
+        raise no_room(OSError(int(number[1]), os.strerror(int(number[1]))), file, sum(array.nbytes for array in tensors.values())) from None
+    os.chmod(file, mode)  # safetensors 0.8 makes files that their owner alone can read
+
+
+@contextlib.contextmanager
+def write_folder(out):
+    """Yields a temporary folder beside `out`, which bears that name once the block has ended, and is removed where it fails.
+
+    What a killed process left there is removed. Raises OSError where `out` is there and not an empty folder."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in out.parent.glob(f".{glob.escape(out.name[:40])}.*.partial"):
+        with contextlib.suppress(OSError), _locked(leftover):  # its writer is dead: the lock is free
+            shutil.rmtree(leftover)
+    partial = _partial(out)
+    partial.mkdir()
+    try:
+        with _locked(partial):
+            yield partial
+            partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path):
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def no_room(error: OSError, file, needed: int) -> OSError:
+    """The same error with its path, and for a full disk or quota with the bytes that `file` needs and that are free."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        free = shutil.disk_usage(next(path for path in Path(file).absolute().parents if path.exists())).free
+        reason = f"{reason}: it needs {needed:,} bytes, and {free:,} are free there"
+    return OSError(error.errno, reason, str(file))
 
 
 def _refuse_constant(name):
@@ -468,11 +541,13 @@ def _finite_float(text):
 
 
 def _finite(value):
-    """-> (the same with None for floats that are not finite, whether `value` is or directly lists one of them)."""
+    """-> (the same with None for floats that are not finite, whether `value` is one of them or lists one)."""
     if isinstance(value, dict):
         parts = {name: _finite(v) for name, v in value.items()}
         lost = ", ".join(str(name) for name, (_, missing) in parts.items() if missing)
-        return {name: v for name, (v, _) in parts.items()} | ({"reason": f"not finite: {lost}"} if lost and "reason" not in value else {}), False
+        return {name: v for name, (v, _) in parts.items()} | (
+            {"reason": f"not finite: {lost}"} if lost and "reason" not in value else {}
+        ), False
     if isinstance(value, (list, tuple)):
         parts = [_finite(v) for v in value]
         return [v for v, _ in parts], any(missing for _, missing in parts)

@@ -217,7 +217,9 @@ def test_two_seeds_draw_other_answers_and_one_seed_the_same(folder, monkeypatch)
         reports.append(read(f"{out}/shots.json"))
     drawn = [values_of(report, "1 pair", "mse") for report in reports]
     assert drawn[0] == drawn[1] and all(a != c for a, c in zip(drawn[0], drawn[2])), drawn
-    assert values_of(reports[0], "copy the query", "mse") == values_of(reports[2], "copy the query", "mse")  # nothing is drawn there
+    assert values_of(reports[0], "copy the query", "mse") == values_of(
+        reports[2], "copy the query", "mse"
+    )  # nothing is drawn there
 
 
 def test_eight_devices_measure_what_one_does(folder, monkeypatch):
@@ -275,8 +277,12 @@ def test_without_data_the_heldout_demo_is_composed_once_and_the_untrained_task_i
     shown = {tuple(row[:2]): row[2:] for row in map(cells, body) if len(row) == 6}
     assert len(shown) == len(tasks) + 3  # the untrained task counts among them; IoU, F-score and the pooled row are three more
     copied = by_line(report, "segmentation")["copy the query"]
-    assert shown["segmentation", "iou (higher is better)"][1] == "{mean:.3g}".format(**copied["measures"]["iou"])
-    assert copied["measures"]["iou"]["low"] is None and "single" in copied["measures"]["iou"]["reason"]  # one sentence has no interval
+    assert shown["segmentation", "iou (higher is better)"][1] == "{mean:.3g}".format(
+        **copied["measures"]["iou"]
+    )
+    assert (
+        copied["measures"]["iou"]["low"] is None and "single" in copied["measures"]["iou"]["reason"]
+    )  # one sentence has no interval
     for name in ("shots.png", "examples.webp"):
         with Image.open(f"runs/evaluate/shots-model/{name}") as picture:
             assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 8
@@ -301,7 +307,9 @@ def test_the_bootstrap_of_50000_values_takes_little_memory_and_is_that_of_all_re
         picks_RN = np.random.default_rng(3).integers(N, size=(2000, N))
         means_R = (values[:N] * weights[:N])[picks_RN].sum(1) / weights[:N][picks_RN].sum(1)
         found = metrics.bootstrap(values[:N], 3, weights[:N])
-        np.testing.assert_allclose([found["low"], found["high"]], np.percentile(means_R, [2.5, 97.5]), rtol=1e-12)
+        np.testing.assert_allclose(
+            [found["low"], found["high"]], np.percentile(means_R, [2.5, 97.5]), rtol=1e-12
+        )
     tracemalloc.start()
     metrics.bootstrap(values, 0, rounds=200)
     _, peak = tracemalloc.get_traced_memory()
@@ -312,20 +320,44 @@ def test_the_bootstrap_of_50000_values_takes_little_memory_and_is_that_of_all_re
 def test_values_that_do_not_exist_are_null_with_a_reason():
     for values in ([1.0, math.inf], [1.0, math.nan, 2.0], [None, 3.0]):
         found = metrics.bootstrap(values, 0)
-        assert found["mean"] is found["low"] is found["high"] is None and f"1 of {len(values)} values" in found["reason"]
-    assert metrics.bootstrap([5.0], 0) == {"mean": 5, "low": None, "high": None, "reason": "a single example has no interval"}
-    (row,) = evaluate.summarise([{"kind": "a", "values": {"model": evaluate.likelihood(np.full(4, 800.0))}}] * 2, 0)  # exp(800) overflows
-    assert row["measures"]["perplexity"]["mean"] is None and row["measures"]["bits a code"]["mean"] == pytest.approx(800 / math.log(2))
+        assert (
+            found["mean"] is found["low"] is found["high"] is None
+            and f"1 of {len(values)} values" in found["reason"]
+        )
+    assert metrics.bootstrap([5.0], 0) == {
+        "mean": 5,
+        "low": None,
+        "high": None,
+        "reason": "a single example has no interval",
+    }
+    (row,) = evaluate.summarise(
+        [{"kind": "a", "values": {"model": evaluate.likelihood(np.full(4, 800.0))}}] * 2, 0
+    )  # exp(800) overflows
+    assert row["measures"]["perplexity"]["mean"] is None and row["measures"]["bits a code"][
+        "mean"
+    ] == pytest.approx(800 / math.log(2))
     text = strict_json([{"a": math.nan, "b": [1.0, -math.inf], "c": {"d": np.float64("inf")}, "e": 1.5}])
-    assert json.loads(text) == [{"a": None, "b": [1.0, None], "c": {"d": None, "reason": "not finite: d"}, "e": 1.5, "reason": "not finite: a, b"}]
+    assert json.loads(text) == [
+        {
+            "a": None,
+            "b": [1.0, None],
+            "c": {"d": None, "reason": "not finite: d"},
+            "e": 1.5,
+            "reason": "not finite: a, b",
+        }
+    ]
 
 
 def test_no_source_file_writes_json_that_may_hold_nan():
     root = Path(evaluate.__file__).parent
     for file in (*root.glob("*.py"), *root.glob("common/*.py"), *root.glob("benchmarks/*.py")):
         for number, line in enumerate(file.read_text().splitlines(), 1):
-            written = "json.dump" in line and any(word in line for word in ("write", "print(", "append(", "json.dump("))
-            assert not written or "raise " in line, f"{file.name}:{number} writes JSON; take common.weights.strict_json"
+            written = "json.dump" in line and any(
+                word in line for word in ("write", "print(", "append(", "json.dump(")
+            )
+            assert not written or "raise " in line, (
+                f"{file.name}:{number} writes JSON; take common.weights.strict_json"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
@@ -345,11 +377,21 @@ def test_a_number_that_makes_no_sense_is_refused_by_its_flag(kind, name):
             kind(**wanted, **{name: given})
 
 
-def test_flags_that_contradict_themselves_are_refused_before_anything_is_opened(tmp_path, monkeypatch, capsys):
+def test_flags_that_contradict_themselves_are_refused_before_anything_is_opened(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    cases = {("segmentation", "--data", ".", "--folds", ".", "--fold", "1", "1"): "--fold", ("shots", "--shots", "0"): "--shots", ("shots", "--batch", "0"): "--batch",
-             ("shots", "--temperature", "1e-30"): "--temperature", ("video", "--data", ".", "--limit", "0"): "--limit", ("shots", "--seed", "-1"): "--seed",
-             ("scaling", "--sizes", "nano", "nano", "micro", "mini"): "--sizes", ("scaling", "--learning-rates", "nan"): "--learning-rates"}
+    cases = {
+        ("segmentation", "--data", ".", "--folds", ".", "--fold", "1", "1"): "--fold",
+        ("shots", "--shots", "0"): "--shots",
+        ("shots", "--batch", "0"): "--batch",
+        ("shots", "--temperature", "1e-30"): "--temperature",
+        ("video", "--data", ".", "--limit", "0"): "--limit",
+        ("shots", "--seed", "-1"): "--seed",
+        ("scaling", "--sizes", "nano", "nano", "micro", "mini"): "--sizes",
+        ("scaling", "--learning-rates", "nan"): "--learning-rates",
+        ("scaling", "--train", "optimizer"): "--train",
+    }
     for arguments, flag in cases.items():
         assert command(monkeypatch, *arguments) == 2
         assert flag in (error := capsys.readouterr().err) and "Traceback" not in error, (arguments, error)
@@ -461,21 +503,47 @@ def test_reconstruction_by_eight_devices_is_that_by_one_and_a_killed_one_goes_on
     assert Path("parts/reconstruction.png").read_bytes() == Path("one/reconstruction.png").read_bytes()
 
 
-def test_identical_and_small_pictures_have_null_and_a_reason_in_strict_json(monkeypatch, tmp_path, tokenizer, capsys):
+def test_identical_and_small_pictures_have_null_and_a_reason_in_strict_json(
+    monkeypatch, tmp_path, tokenizer, capsys
+):
     monkeypatch.chdir(tmp_path)
     vqgan.save(jax.tree.map(jnp.zeros_like, tokenizer), "black")  # every picture of 4 x 4 decodes to black
     for name, level in {"black-1": 0, "black-2": 0, "grey": 128, "white": 255}.items():
         (tmp_path / "photos").mkdir(exist_ok=True)
         Image.new("RGB", (4, 4), (level,) * 3).save(f"photos/{name}.png")
-    strict = lambda file: json.loads(Path(file).read_text(), parse_constant=lambda name: pytest.fail(f"{file} holds {name}"))
-    assert command(monkeypatch, "reconstruction", "--data", "photos", "--tokenizer", "black", "--out", "out", "--batch", 2) == 0
+    strict = lambda file: json.loads(
+        Path(file).read_text(), parse_constant=lambda name: pytest.fail(f"{file} holds {name}")
+    )
+    assert (
+        command(
+            monkeypatch,
+            "reconstruction",
+            "--data",
+            "photos",
+            "--tokenizer",
+            "black",
+            "--out",
+            "out",
+            "--batch",
+            2,
+        )
+        == 0
+    )
     vqgan.reconstruct((Path("photos"),), Path("black"))
     for report in strict("out/reconstruction.json"), strict("reconstruction.json"):
         values = {Path(e["path"]).stem: e for e in report["examples"]}
-        assert values["black-1"]["psnr"] is None and "psnr: the pictures are identical" in values["black-1"]["reason"]
-        assert values["grey"]["psnr"] == pytest.approx(-20 * math.log10(128 / 255)) and values["white"]["psnr"] == pytest.approx(0, abs=1e-9)
+        assert (
+            values["black-1"]["psnr"] is None
+            and "psnr: the pictures are identical" in values["black-1"]["reason"]
+        )
+        assert values["grey"]["psnr"] == pytest.approx(-20 * math.log10(128 / 255)) and values["white"][
+            "psnr"
+        ] == pytest.approx(0, abs=1e-9)
         assert all(e["ssim"] is None and "11 pixels" in e["reason"] for e in values.values())
-        assert report["mean"]["psnr"]["mean"] == pytest.approx(-10 * math.log10(128 / 255)) and report["mean"]["psnr"]["left_out"] == 2
+        assert (
+            report["mean"]["psnr"]["mean"] == pytest.approx(-10 * math.log10(128 / 255))
+            and report["mean"]["psnr"]["left_out"] == 2
+        )
         assert report["mean"]["ssim"]["mean"] is None and report["mean"]["ssim"]["reason"]
     assert "2 without a value left out" in capsys.readouterr().out
     with pytest.raises(UserError, match="11 pixels"):
@@ -485,7 +553,9 @@ def test_identical_and_small_pictures_have_null_and_a_reason_in_strict_json(monk
 # ---------------------------------------------------------------------------- plots
 
 
-def test_without_matplotlib_table_and_json_are_the_same_and_one_line_says_how_to_get_the_plot(folder, monkeypatch, capsys):
+def test_without_matplotlib_table_and_json_are_the_same_and_one_line_says_how_to_get_the_plot(
+    folder, monkeypatch, capsys
+):
     arguments = ("perplexity", *BASE, "--data", "data", "--out")
     assert command(monkeypatch, *arguments, "with") == 0
     capsys.readouterr()
@@ -499,14 +569,30 @@ def test_without_matplotlib_table_and_json_are_the_same_and_one_line_says_how_to
 def test_plots_show_what_was_measured(tmp_path):
     pytest.importorskip("matplotlib", reason=WANTED)
     decibels = {"b.png": 30.0, "a.png": 20.0, "$c$.png": 25.0}
-    (ax,) = evaluate.draw_ranks(tmp_path / "psnr.png", decibels, "PSNR", "PSNR in dB", mean=metrics.bootstrap(list(decibels.values()), 0)).axes
+    (ax,) = evaluate.draw_ranks(
+        tmp_path / "psnr.png",
+        decibels,
+        "PSNR",
+        "PSNR in dB",
+        mean=metrics.bootstrap(list(decibels.values()), 0),
+    ).axes
     (dots,) = [line for line in ax.lines if len(line.get_xdata()) == 3]
-    assert ax.get_yscale() == "linear" and dots.get_linestyle() == "None" and list(dots.get_ydata()) == [20, 25, 30]  # three examples are no curve
-    assert "mean 25; band: its 95% interval (20 - 30)" in ax.get_title() and {text.get_text() for text in ax.texts} == {"a.png", "b.png"}
+    assert (
+        ax.get_yscale() == "linear"
+        and dots.get_linestyle() == "None"
+        and list(dots.get_ydata()) == [20, 25, 30]
+    )  # three examples are no curve
+    assert "mean 25; band: its 95% interval (20 - 30)" in ax.get_title() and {
+        text.get_text() for text in ax.texts
+    } == {"a.png", "b.png"}
 
     points = [{"x": k, "mean": 1 - k / 10, "low": 0.8 - k / 10, "high": None if k else 1.1} for k in range(3)]
-    figure = evaluate.draw_panels(tmp_path / "shots.png", {"masks": points, "pooled": points}, "title", "pairs", "ratio", level=1)
-    assert [ax.get_title() for ax in figure.axes] == ["masks", "pooled"] and figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+    figure = evaluate.draw_panels(
+        tmp_path / "shots.png", {"masks": points, "pooled": points}, "title", "pairs", "ratio", level=1
+    )
+    assert [ax.get_title() for ax in figure.axes] == ["masks", "pooled"] and figure.axes[
+        0
+    ].get_ylim() == figure.axes[1].get_ylim()
     assert [1.0, 0.9, 0.8] in [list(line.get_ydata()) for line in figure.axes[1].lines]
     for name in ("psnr.png", "shots.png"):
         assert Image.open(tmp_path / name).width > 500
@@ -519,7 +605,10 @@ WANTED = "they come by: pip install -r tests/requirements.txt"
 
 
 def test_iou_box_and_rounding_equal_scikit_image_and_scikit_learn():
-    measure, theirs = pytest.importorskip("skimage.measure", reason=WANTED), pytest.importorskip("sklearn.metrics", reason=WANTED)
+    measure, theirs = (
+        pytest.importorskip("skimage.measure", reason=WANTED),
+        pytest.importorskip("sklearn.metrics", reason=WANTED),
+    )
     rng = np.random.default_rng(0)
     for _ in range(5):
         answer_HWC, truth_HWC = rng.random((2, 32, 32, 3)).astype(np.float32)
@@ -535,7 +624,10 @@ def test_iou_box_and_rounding_equal_scikit_image_and_scikit_learn():
 
 
 def test_iou_of_two_colours_equals_scikit_learns_clusters_and_macro_jaccard():
-    theirs, cluster = pytest.importorskip("sklearn.metrics", reason=WANTED), pytest.importorskip("sklearn.cluster", reason=WANTED)
+    theirs, cluster = (
+        pytest.importorskip("sklearn.metrics", reason=WANTED),
+        pytest.importorskip("sklearn.cluster", reason=WANTED),
+    )
     rng = np.random.default_rng(0)
     answers = np.where(rng.random((4, 16, 16, 1)) < 0.3, [0.1, 0.3, 0.9], [1, 0.85, 0.1]) + rng.normal(0, 0.1, (4, 16, 16, 3))
     drawn_HWC = np.where(rng.random((16, 16, 1)) < 0.3, [0.3, 0.4, 0.7], [0.7, 0.7, 0.3])
@@ -546,7 +638,9 @@ def test_iou_of_two_colours_equals_scikit_learns_clusters_and_macro_jaccard():
     found = evaluate.judge_sentence(drawn_HWC, pairs[-1], pairs, "segmentation")
     labels = [means.predict(x_HWC.reshape(-1, 3)) for x_HWC in (pairs[-1], drawn_HWC)]
     np.testing.assert_allclose(found["iou"], theirs.jaccard_score(*labels, average="macro"), rtol=1e-6)
-    np.testing.assert_allclose(found["mse"], theirs.mean_squared_error(pairs[-1].ravel(), drawn_HWC.ravel()), rtol=1e-6)
+    np.testing.assert_allclose(
+        found["mse"], theirs.mean_squared_error(pairs[-1].ravel(), drawn_HWC.ravel()), rtol=1e-6
+    )
 
 
 def test_psnr_ssim_and_colour_errors_equal_scikit_image():
@@ -555,21 +649,38 @@ def test_psnr_ssim_and_colour_errors_equal_scikit_image():
     a_BHWC = rng.random((3, 32, 24, 3))
     b_BHWC = np.clip(a_BHWC + rng.normal(0, [[[[0.01]]], [[[0.1]]], [[[0.5]]]], a_BHWC.shape), 0, 1)
     wanted = {"data_range": 1, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "channel_axis": -1}
-    np.testing.assert_allclose(vqgan.psnr(a_BHWC, b_BHWC), [theirs.peak_signal_noise_ratio(a, b, data_range=1) for a, b in zip(a_BHWC, b_BHWC)], rtol=1e-6)
-    np.testing.assert_allclose(vqgan.ssim(a_BHWC, b_BHWC), [theirs.structural_similarity(a, b, **wanted) for a, b in zip(a_BHWC, b_BHWC)], rtol=1e-6)
+    np.testing.assert_allclose(
+        vqgan.psnr(a_BHWC, b_BHWC),
+        [theirs.peak_signal_noise_ratio(a, b, data_range=1) for a, b in zip(a_BHWC, b_BHWC)],
+        rtol=1e-6,
+    )
+    np.testing.assert_allclose(
+        vqgan.ssim(a_BHWC, b_BHWC),
+        [theirs.structural_similarity(a, b, **wanted) for a, b in zip(a_BHWC, b_BHWC)],
+        rtol=1e-6,
+    )
     normal_a, normal_b = ((x - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225] for x in (a_BHWC[2], b_BHWC[2]))
     errors = metrics.colour_errors(a_BHWC[2], b_BHWC[2])
     np.testing.assert_allclose(errors["mse"], theirs.mean_squared_error(a_BHWC[2], b_BHWC[2]), rtol=1e-6)
-    np.testing.assert_allclose(errors["normalised_mse"], theirs.mean_squared_error(normal_a, normal_b), rtol=1e-6)
+    np.testing.assert_allclose(
+        errors["normalised_mse"], theirs.mean_squared_error(normal_a, normal_b), rtol=1e-6
+    )
 
 
 def test_depth_perplexity_and_kernel_distance_equal_scikit_learn():
-    theirs, linear = pytest.importorskip("sklearn.metrics", reason=WANTED), pytest.importorskip("sklearn.linear_model", reason=WANTED)
+    theirs, linear = (
+        pytest.importorskip("sklearn.metrics", reason=WANTED),
+        pytest.importorskip("sklearn.linear_model", reason=WANTED),
+    )
     rng = np.random.default_rng(0)
     depth_HW, near_HW = rng.uniform(1, 9, (16, 16)), rng.random((16, 16))
     line = linear.LinearRegression().fit(near_HW.reshape(-1, 1), 1 / depth_HW.ravel())
     found = 1 / np.maximum(line.predict(near_HW.reshape(-1, 1)), 1 / depth_HW.max())
-    np.testing.assert_allclose(metrics.depth_errors(near_HW, depth_HW)["abs_rel"], theirs.mean_absolute_percentage_error(depth_HW.ravel(), found), rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics.depth_errors(near_HW, depth_HW)["abs_rel"],
+        theirs.mean_absolute_percentage_error(depth_HW.ravel(), found),
+        rtol=1e-6,
+    )
 
     p_TV, codes_T = rng.dirichlet(np.ones(CODES), 40), rng.integers(CODES, size=40)
     nats = theirs.log_loss(codes_T, p_TV, labels=range(CODES))
@@ -579,12 +690,16 @@ def test_depth_perplexity_and_kernel_distance_equal_scikit_learn():
     a_ND, b_ND = rng.normal(size=(30, 5)), rng.normal(size=(20, 5)) + 0.5
     kernel = lambda x, y: theirs.pairwise.polynomial_kernel(x, y, degree=3, gamma=1 / 5, coef0=1)
     off = lambda x: (kernel(x, x).sum() - np.diag(kernel(x, x)).sum()) / (len(x) * (len(x) - 1))
-    np.testing.assert_allclose(metrics.kernel_distance(a_ND, b_ND), off(a_ND) + off(b_ND) - 2 * kernel(a_ND, b_ND).mean(), rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics.kernel_distance(a_ND, b_ND), off(a_ND) + off(b_ND) - 2 * kernel(a_ND, b_ND).mean(), rtol=1e-6
+    )
 
 
 def test_masks_and_boxes_are_judged_as_computed_by_hand():
     white, black, tie = np.ones(3), np.zeros(3), np.array([255, 127, 0.5 * 255 + 0.5]) / 255
-    assert metrics.is_white(np.array([[white, black, white * 0.6, white * 0.4, tie]])).tolist() == [[True, False, True, False, True]]
+    assert metrics.is_white(np.array([[white, black, white * 0.6, white * 0.4, tie]])).tolist() == [
+        [True, False, True, False, True]
+    ]
     a, b = np.zeros((8, 8), bool), np.zeros((8, 8), bool)
     a[:4, :4], b[:4, 2:6] = True, True
     assert metrics.iou(a, b) == 8 / 24 and metrics.iou(a, ~a) == 0 and metrics.iou(a & ~a, b & ~b) == 1
@@ -604,7 +719,12 @@ def test_edges_match_within_the_tolerance_and_not_beyond():
     scores = metrics.edge_scores(drawn_HW, true_HW)
     assert scores["precision"] == 0.5 and scores["recall"] == 1 and abs(scores["f_score"] - 2 / 3) < 1e-9
     nothing = np.zeros_like(true_HW)
-    assert metrics.edge_scores(nothing, nothing)["f_score"] == 1 and metrics.edge_scores(nothing, true_HW)["f_score"] == 0 == metrics.edge_scores(true_HW, nothing)["f_score"]
+    assert (
+        metrics.edge_scores(nothing, nothing)["f_score"] == 1
+        and metrics.edge_scores(nothing, true_HW)["f_score"]
+        == 0
+        == metrics.edge_scores(true_HW, nothing)["f_score"]
+    )
 
 
 def test_tolerance_equals_scikit_images_dilation_by_a_disk():
@@ -618,10 +738,18 @@ def test_tolerance_equals_scikit_images_dilation_by_a_disk():
     for reach in (0.5, 1.5, 2.7, 4.0):
         mask_HW = rng.random((40, 50)) < 0.02
         np.testing.assert_array_equal(metrics.within(mask_HW, reach), dilated(mask_HW, reach))
-        assert not metrics.within(mask_HW & ~mask_HW, reach).any()  # scipy's distance to nothing is not infinite
+        assert not metrics.within(
+            mask_HW & ~mask_HW, reach
+        ).any()  # scipy's distance to nothing is not infinite
     drawn_HW, true_HW = rng.random((2, 300, 400)) < 0.01  # the tolerance is 3.75 pixels
-    precision, recall = (dilated(b, 0.0075 * 500)[a].mean() for a, b in ((drawn_HW, true_HW), (true_HW, drawn_HW)))
-    np.testing.assert_allclose(list(metrics.edge_scores(drawn_HW, true_HW).values()), [2 / (1 / precision + 1 / recall), precision, recall], rtol=1e-6)
+    precision, recall = (
+        dilated(b, 0.0075 * 500)[a].mean() for a, b in ((drawn_HW, true_HW), (true_HW, drawn_HW))
+    )
+    np.testing.assert_allclose(
+        list(metrics.edge_scores(drawn_HW, true_HW).values()),
+        [2 / (1 / precision + 1 / recall), precision, recall],
+        rtol=1e-6,
+    )
 
 
 def test_depth_and_colour_errors_equal_the_formulas():
@@ -629,7 +757,9 @@ def test_depth_and_colour_errors_equal_the_formulas():
     depth_HW = rng.uniform(1, 9, (16, 16))
     depth_HW[:3] = 0
     known = depth_HW > 0
-    perfect = metrics.depth_errors(np.where(known, 0.3 + 2 / np.maximum(depth_HW, 1), 0.9), depth_HW)  # any scale and shift is forgiven
+    perfect = metrics.depth_errors(
+        np.where(known, 0.3 + 2 / np.maximum(depth_HW, 1), 0.9), depth_HW
+    )  # any scale and shift is forgiven
     assert perfect["abs_rel"] < 1e-9 and perfect["delta_1.25"] == 1
     near_HW = rng.random((16, 16))
     scale, shift = np.polyfit(near_HW[known], 1 / depth_HW[known], 1)
@@ -772,7 +902,11 @@ def test_depth_and_edges_read_pairs_of_the_same_name(folder, monkeypatch, capsys
     np.testing.assert_array_equal(depth_HW, np.asarray(Image.open("pairs/depths/1.png"))[1::2, 1::3])
     image_HWC, shown_HWC = evaluate.read_depths(["pairs/images/1.jpg"], ["pairs/depths/1.png"], 4)
     assert shown_HWC[..., 0].argmax() == np.where(depth_HW > 0, depth_HW, np.inf).argmin() and shown_HWC.max() == 1
-    np.testing.assert_allclose(values_of(report, "copy the query", "abs_rel")[1], metrics.depth_errors(image_HWC.mean(-1), depth_HW)["abs_rel"], rtol=1e-6)
+    np.testing.assert_allclose(
+        values_of(report, "copy the query", "abs_rel")[1],
+        metrics.depth_errors(image_HWC.mean(-1), depth_HW)["abs_rel"],
+        rtol=1e-6,
+    )
 
     assert command(monkeypatch, "edges", *BASE, "--data", "pairs", *TASK[:-1], "edges") == 0
     assert values_of(read("edges/edges.json"), "nearest example's answer", "f_score") == [1, 1, 1]  # all answers are the same
@@ -798,10 +932,17 @@ def test_an_edge_map_is_read_by_its_own_scale_in_every_format(tmp_path):
     bright = Image.fromarray((soft_HW > 0.5).astype(np.uint8), "P")
     bright.putpalette([0, 0, 0, 255, 255, 255])
     bright.save(tmp_path / "palette.png")
-    files = [tmp_path / "palette.png", saved(soft_HW > 0.5, tmp_path / "1.png"), saved((soft_HW * 255).astype(np.uint8), tmp_path / "8.png"),
-             saved((soft_HW * 65535).astype(np.uint16), tmp_path / "16.png"), saved((soft_HW * 65535).astype(np.uint16), tmp_path / "16.tif"),
-             saved((soft_HW * 65535).astype(np.int32), tmp_path / "32.tif"), saved(soft_HW.astype(np.float32), tmp_path / "float.tif"),
-             saved((soft_HW * 255).astype(np.uint8), tmp_path / "rgb.png", "RGB"), saved((soft_HW * 255).astype(np.uint8), tmp_path / "rgba.png", "RGBA")]
+    files = [
+        tmp_path / "palette.png",
+        saved(soft_HW > 0.5, tmp_path / "1.png"),
+        saved((soft_HW * 255).astype(np.uint8), tmp_path / "8.png"),
+        saved((soft_HW * 65535).astype(np.uint16), tmp_path / "16.png"),
+        saved((soft_HW * 65535).astype(np.uint16), tmp_path / "16.tif"),
+        saved((soft_HW * 65535).astype(np.int32), tmp_path / "32.tif"),
+        saved(soft_HW.astype(np.float32), tmp_path / "float.tif"),
+        saved((soft_HW * 255).astype(np.uint8), tmp_path / "rgb.png", "RGB"),
+        saved((soft_HW * 255).astype(np.uint8), tmp_path / "rgba.png", "RGBA"),
+    ]
     for file in files:
         np.testing.assert_array_equal(images.read_edges(file), soft_HW > 0.5, err_msg=str(file))
     damaged_HW = soft_HW.astype(np.float32)
@@ -809,8 +950,13 @@ def test_an_edge_map_is_read_by_its_own_scale_in_every_format(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     clear = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
     clear.save(tmp_path / "clear.png")
-    for file, reason in {saved(damaged_HW, tmp_path / "nan.tif"): "wanted [0, 1]", saved(soft_HW.astype(np.float32) * 255, tmp_path / "255.tif"): "wanted [0, 1]",
-                         saved(soft_HW.astype(np.uint8), tmp_path / "01.png"): "draw them white", tmp_path / "text.png": "cannot identify", tmp_path / "clear.png": "transparent"}.items():
+    for file, reason in {
+        saved(damaged_HW, tmp_path / "nan.tif"): "wanted [0, 1]",
+        saved(soft_HW.astype(np.float32) * 255, tmp_path / "255.tif"): "wanted [0, 1]",
+        saved(soft_HW.astype(np.uint8), tmp_path / "01.png"): "draw them white",
+        tmp_path / "text.png": "cannot identify",
+        tmp_path / "clear.png": "transparent",
+    }.items():
         with pytest.raises(UserError, match=re.escape(reason)) as error:
             images.read_edges(file)
         assert str(error.value).startswith(str(file))
@@ -821,14 +967,23 @@ def test_a_depth_map_is_read_in_every_format_and_never_as_numbers_of_a_palette(t
     greys = Image.fromarray((16 - depth_HW).astype(np.uint8), "P")
     greys.putpalette([v for level in range(16, 0, -1) for v in (level,) * 3])  # entry i shows 16 - i
     greys.save(tmp_path / "palette.png")
-    for file, scale in {tmp_path / "palette.png": 1, saved(depth_HW.astype(np.uint8), tmp_path / "8.png"): 1, saved((depth_HW * 4000).astype(np.uint16), tmp_path / "16.png"): 4000,
-                        saved((depth_HW * 10**6).astype(np.int32), tmp_path / "32.tif"): 10**6, saved((depth_HW / 4).astype(np.float32), tmp_path / "f.tif"): 0.25}.items():
+    for file, scale in {
+        tmp_path / "palette.png": 1,
+        saved(depth_HW.astype(np.uint8), tmp_path / "8.png"): 1,
+        saved((depth_HW * 4000).astype(np.uint16), tmp_path / "16.png"): 4000,
+        saved((depth_HW * 10**6).astype(np.int32), tmp_path / "32.tif"): 10**6,
+        saved((depth_HW / 4).astype(np.float32), tmp_path / "f.tif"): 0.25,
+    }.items():
         np.testing.assert_allclose(images.read_depth(file, 4), depth_HW * scale, err_msg=str(file))
     colours = Image.fromarray(depth_HW.astype(np.uint8), "P")
     colours.putpalette([5, 0, 200] * 40)
     colours.save(tmp_path / "jet.png")
     nan_HW = np.where(depth_HW == 3, np.nan, depth_HW).astype(np.float32)
-    for file in (tmp_path / "jet.png", saved(-depth_HW.astype(np.int32), tmp_path / "negative.tif"), saved(nan_HW, tmp_path / "nan.tif")):
+    for file in (
+        tmp_path / "jet.png",
+        saved(-depth_HW.astype(np.int32), tmp_path / "negative.tif"),
+        saved(nan_HW, tmp_path / "nan.tif"),
+    ):
         with pytest.raises(UserError, match=file.name):
             images.read_depth(file, 4)
 
@@ -859,7 +1014,9 @@ def test_the_frechet_distance_equals_its_closed_forms():
     rng = np.random.default_rng(0)
     a_ND, b_ND = rng.normal(size=(400, 6)), 0.5 * rng.normal(size=(300, 6)) + 1
     assert abs(metrics.frechet(a_ND, a_ND)) < 1e-9 and abs(metrics.frechet(a_ND, a_ND + 2) - 4 * 6) < 1e-9
-    one = metrics.frechet(a_ND[:, :1], b_ND[:, :1])  # in one dimension: differences of means and of deviations
+    one = metrics.frechet(
+        a_ND[:, :1], b_ND[:, :1]
+    )  # in one dimension: differences of means and of deviations
     np.testing.assert_allclose(one, (a_ND[:, 0].mean() - b_ND[:, 0].mean()) ** 2 + (a_ND[:, 0].std(ddof=1) - b_ND[:, 0].std(ddof=1)) ** 2, rtol=1e-9)
 
 
@@ -871,9 +1028,16 @@ def test_the_frechet_interval_holds_the_mean_of_repeated_experiments_19_times_in
     means_R = np.array([interval["mean"] for interval in found])
     held = np.mean([interval["low"] <= means_R.mean() <= interval["high"] for interval in found])
     assert 0.92 <= held <= 0.98
-    np.testing.assert_allclose(np.mean([interval["standard_error"] for interval in found]), means_R.std(), rtol=0.1)
-    constant = np.concatenate([a_ND, np.ones((150, 2))], axis=1), np.concatenate([b_ND, np.ones((200, 2))], axis=1)
-    np.testing.assert_allclose(list(metrics.frechet_interval(*constant).values()), list(found[-1].values()), rtol=1e-6)  # features that never vary
+    np.testing.assert_allclose(
+        np.mean([interval["standard_error"] for interval in found]), means_R.std(), rtol=0.1
+    )
+    constant = (
+        np.concatenate([a_ND, np.ones((150, 2))], axis=1),
+        np.concatenate([b_ND, np.ones((200, 2))], axis=1),
+    )
+    np.testing.assert_allclose(
+        list(metrics.frechet_interval(*constant).values()), list(found[-1].values()), rtol=1e-6
+    )  # features that never vary
 
 
 def test_the_frechet_distance_equals_scipys_matrix_root():
@@ -890,7 +1054,11 @@ def test_the_kernel_distance_equals_its_sums_and_has_no_bias():
     a_ND, b_ND = rng.normal(size=(7, 3)), rng.normal(size=(5, 3)) + 0.5
     k = lambda x, y: (x @ y / 3 + 1) ** 3
     same = lambda x_ND: np.mean([k(x, y) for i, x in enumerate(x_ND) for j, y in enumerate(x_ND) if i != j])
-    np.testing.assert_allclose(metrics.kernel_distance(a_ND, b_ND), same(a_ND) + same(b_ND) - 2 * np.mean([k(x, y) for x in a_ND for y in b_ND]), rtol=1e-9)
+    np.testing.assert_allclose(
+        metrics.kernel_distance(a_ND, b_ND),
+        same(a_ND) + same(b_ND) - 2 * np.mean([k(x, y) for x in a_ND for y in b_ND]),
+        rtol=1e-9,
+    )
     nothing = metrics.kernel_interval(rng.normal(size=(400, 3)), rng.normal(size=(400, 3)), 0)
     assert nothing["low"] < 0 < nothing["high"]
 
@@ -934,7 +1102,12 @@ def test_fid_states_its_definition_refuses_too_few_and_never_mixes_definitions(t
     assert command(monkeypatch, *arguments, "--weights", "weights", "--out", "report") == 0
     report = read("report/fid.json")
     features = {side: np.stack([np.asarray(Image.open(p), np.float64).mean((0, 1)) / 255 for p in vqgan.find_images(Path(side))]) for side in ("real", "made")}
-    np.testing.assert_allclose(report["distances"]["frechet"]["mean"], metrics.frechet(features["real"], features["made"]), rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(
+        report["distances"]["frechet"]["mean"],
+        metrics.frechet(features["real"], features["made"]),
+        rtol=1e-3,
+        atol=1e-7,
+    )
     assert report["pictures"] == {"data": 100, "generated": 100} and "3 pooled features" in report["definition"] and report["distances"].keys() == {"frechet", "kernel"}
     kept = ("--data", "report/features-data.npz", "--generated", "made", "--batch", 48, "--size")
     assert command(monkeypatch, "fid", *kept, 8, "--weights", "weights", "--out", "again") == 0
@@ -983,7 +1156,10 @@ def test_a_ladder_asks_train_py_for_each_size_and_measures_what_it_left(tmp_path
         for size, model in models.items():
             nats = nats_by_hand(model, [model.config.bos, *SENTENCES[example["example"]][:8 * S].tolist()])
             np.testing.assert_allclose([example["values"][size][k] for k in ("loss", "perplexity")], [nats.mean(), np.exp(nats[-S:].mean())], rtol=1e-4)
-    law = metrics.fit_power_law(list(report["sizes"].values()), [np.mean([e["values"][size]["loss"] for e in report["examples"]]) for size in models])
+    law = metrics.fit_power_law(
+        list(report["sizes"].values()),
+        [np.mean([e["values"][size]["loss"] for e in report["examples"]]) for size in models],
+    )
     assert {k: report["fit"][k]["value"] for k in ("E", "A", "a")} == {k: law[k] for k in ("E", "A", "a")}
     assert Path("ladder/loss.png").exists() and Path("ladder/tasks.png").exists()
     assert command(monkeypatch, *arguments[:-1], "other", "--sizes", "nano", "micro") == 2
