@@ -32,6 +32,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -39,7 +40,6 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Literal, NamedTuple
-from xml.etree import ElementTree
 
 import equinox as eqx
 import jax
@@ -56,9 +56,9 @@ import sample
 import tokenize_data
 import vqgan
 from common import metrics
-from common.images import UserError, count_frames, find_videos, read_clip, read_depth, read_edges, read_integers
+from common.images import UserError, count_frames, find_stems, find_videos, read_clip, read_depth, read_edges, read_frames, read_integers
 from common.runs import RunStopped, run_command
-from common.weights import strict_json, write_whole
+from common.weights import check_fields, parse_json, read_npz, read_text, read_xml, strict_json, write_whole
 
 REPORTS = Path("runs") / "evaluate"
 SEQUENCES = {"motion", "frames", "video"}  # kinds that are no pairs
@@ -326,7 +326,7 @@ class Video(Prompted):
     """The next frame after some frames of a video: 15 in the prompt, 1 measured, at stride 8, as published.
 
     The paper does not say which frames: ours is one clip of each video, from a start drawn by the seed and the video's
-    path. Videos that are too short are left out and named in the JSON."""
+    path. Videos that are too short or cannot be read are left out and named in the JSON."""
 
     data: Path
     """Folder of videos (mp4, webm, mkv, avi, mov, gif), searched in depth."""
@@ -342,23 +342,44 @@ class Video(Prompted):
 
 def video(config: Video):
     check_at_least(1, frames=config.frames, stride=config.stride, limit=config.limit or 1)
-    queries, too_short = [], []
-    for path in find_videos(config.data, "")[:config.limit]:
-        name, span = path.relative_to(config.data).as_posix(), config.frames * config.stride + 1
-        if (count := count_frames(path)) < span:
-            too_short.append({"path": name, "frames": count})
-            continue
-        start = int(np.random.default_rng((config.seed, zlib.crc32(name.encode()))).integers(count - span + 1))
-        queries.append(Query(name, "video", functools.partial(read_clip, path, range(start, start + span, config.stride), fit=config.fit)))
+    queries, too_short, unreadable = [], [], []
+    paths = find_videos(config.data)[:config.limit]
+    with ThreadPoolExecutor(8) as readers:
+        for path, (frames, count, reason) in zip(paths, readers.map(functools.partial(draw_clip, config), paths)):
+            name = path.relative_to(config.data).as_posix()
+            if reason:
+                unreadable.append({"path": name, "reason": reason})
+            elif frames is None:
+                too_short.append({"path": name, "frames": count})
+            else:
+                queries.append(Query(name, "video", functools.partial(read_clip, path, frames, fit=config.fit)))
     if not queries:
         raise UserError(f"{config.data}: no video has the {config.frames * config.stride + 1} frames that {config.frames} and one more at stride "
                          f"{config.stride} take; lower --frames or --stride")
-    if too_short:
-        print(f"{len(too_short)} of {len(too_short) + len(queries)} videos are too short and are left out")
+    for left, why in ((too_short, "are too short"), (unreadable, f"cannot be read ({unreadable[0]['reason'] if unreadable else ''})")):
+        if left:
+            print(f"{len(left)} of {len(paths)} videos {why} and are left out")
     run_prompted(
         config, "video", queries, {f"{config.frames} frames": config.frames}, lambda answer, truth, *_: {"mse": float(np.square(answer - truth).mean())},
         f"exp(mean NLL of the codes of the frame after {config.frames} frames, at stride {config.stride}) of each clip, arithmetic mean over clips; one clip a "
-        f"video, its start drawn by the seed and the path; bilinear {config.fit}", {"data": str(config.data), "too_short": too_short})
+        f"video, its start drawn by the seed and the path; bilinear {config.fit}", {"data": str(config.data), "too_short": too_short, "unreadable": unreadable})
+
+
+def draw_clip(config: Video, path: Path):
+    """-> (the frames to show or None, how many there are, why the video cannot be read or None); the frames can be decoded."""
+    name, span = path.relative_to(config.data).as_posix(), config.frames * config.stride + 1
+    try:
+        count = count_frames(path)
+        while count >= span:
+            start = int(np.random.default_rng((config.seed, zlib.crc32(os.fsencode(name)))).integers(count - span + 1))
+            frames = range(start, start + span, config.stride)
+            _, there = read_frames(path, frames, 8)
+            if there is None:
+                return frames, count, None
+            count = there  # its container promises more than can be decoded
+        return None, count, None
+    except UserError as error:
+        return None, 0, str(error)
 
 
 # ---------------------------------------------------------------------------------------------------- the visual-prompting benchmark
@@ -390,11 +411,7 @@ def segmentation(config: Segmentation):
     check_at_least(1, items=config.items)
     prompts, root, queries = check_shots(config.shots), voc_root(config.data, ("JPEGImages", "SegmentationClassAug")), []
     for fold in config.fold:
-        lines = read_lines(config.folds / f"fold{fold}.txt", "the list of a fold of Pascal-5i, with lines NAME__CC such as 2007_000033__01")
-        try:
-            listed = [(name, int(number)) for name, number in (line.split("__") for line in lines)]
-        except ValueError:
-            raise UserError(f"{config.folds}/fold{fold}.txt: wanted lines NAME__CC such as 2007_000033__01") from None
+        listed = read_fold(config.folds / f"fold{fold}.txt")
         rng = np.random.RandomState(config.seed)  # as published: one pair gets the very examples that theirs gets
         of_class = {number: [name for name, other in listed if other == number] for _, number in listed}
         for item in range(config.items):
@@ -415,6 +432,15 @@ def segmentation(config: Segmentation):
                  "Pascal-5i of Bar et al. (2022): items by index modulo the list, examples of the same class and list (numpy RandomState), IoU of white after "
                  "rounding answer and truth to white and black, empty union 1, plain mean over items; ours: numbers of pairs, the tokenizer's resolution",
                  {"data": str(root), "folds": str(config.folds)})
+
+
+def read_fold(file) -> list[tuple[str, int]]:
+    """The names and classes of a list of Pascal-5i."""
+    lines = read_lines(file, "the list of a fold of Pascal-5i, with lines NAME__CC such as 2007_000033__01")
+    matches = [re.fullmatch(r"([\w.-]+)__([0-9]{1,3})", line) for line in lines]
+    if None in matches:
+        raise UserError(f"{file}: line {lines[matches.index(None)]!r:.80}: wanted NAME__CC such as 2007_000033__01")
+    return [(match[1], int(match[2])) for match in matches]
 
 
 def read_masked(root, names, number, size):
@@ -478,17 +504,28 @@ def detection(config: Detection):
 def single_object(file) -> tuple[str, tuple[float, ...]] | None:
     """-> (class, box as fractions: left, top, right, bottom), or None unless there is exactly one object under 20%."""
     check_files([file], VOC_LAYOUT)
-    try:
-        tree = ElementTree.parse(file)
-        width, height = (float(tree.findtext(f"size/{side}")) for side in ("width", "height"))
-        objects = tree.findall("object")
-        boxes = [[float(o.findtext(f"bndbox/{edge}")) for edge in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
-        category = objects[0].findtext("name") if objects else None
-    except (ElementTree.ParseError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: no VOC annotation ({error})") from None
+    root = read_xml(file)
+
+    def number(node, path):
+        text = node.findtext(path)
+        try:
+            value = float(text)
+        except (ValueError, TypeError):
+            value = math.nan
+        if not 0 <= value <= 1e6:
+            raise UserError(f"{file}: {path} must be a number from 0 to a million, got {text!r:.40}")
+        return value
+
+    width, height = number(root, "size/width"), number(root, "size/height")
+    objects = root.findall("object")
+    boxes = [[number(o, f"bndbox/{edge}") for edge in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
     if len(boxes) != 1:
         return None
     (left, top, right, bottom), = boxes  # pixels are counted from 1, and the last one is inside
+    if not (left < right and top < bottom and left <= width and top <= height):
+        raise UserError(f"{file}: the box {left:g} {top:g} {right:g} {bottom:g} does not lie in the picture of {width:g} x {height:g}")
+    if not (category := objects[0].findtext("name")):
+        raise UserError(f"{file}: the object has no name")
     box = ((left - 1) / width, (top - 1) / height, right / width, bottom / height)
     return (category, box) if (box[2] - box[0]) * (box[3] - box[1]) < 0.2 else None
 
@@ -649,7 +686,7 @@ def voc_root(folder, wanted) -> Path:
 def read_lines(file, what) -> list[str]:
     if not file.is_file():
         raise UserError(f"{file}: no such file; wanted there: {what}")
-    if not (lines := [line.strip() for line in file.read_text().splitlines() if line.strip()]):
+    if not (lines := [line.strip() for line in read_text(file).splitlines() if line.strip()]):
         raise UserError(f"{file}: empty; wanted there: {what}")
     return lines
 
@@ -672,7 +709,7 @@ def paired_queries(config: Paired, answers: str, read, truth=None) -> list[Query
     for name in ("images", answers):
         if not (config.data / name).is_dir():
             raise UserError(f"{config.data / name}: no such folder; {layout}")
-    found = [tokenize_data.find_stems(config.data / name, "", []) for name in ("images", answers)]
+    found = [find_stems(config.data / name, "") for name in ("images", answers)]
     if alone := sorted(set(found[0]) ^ set(found[1])):
         raise UserError(f"{config.data}: {alone[0]} has only one of its picture and its {answers} ({len(alone)} such names); {layout}")
     names, most = list(found[0]), max(config.shots)
@@ -820,7 +857,7 @@ def fid(config: Fid):
     digest = hashlib.sha256(config.weights.read_bytes()).hexdigest()[:16]
     definition = f"{config.network} (weights sha256 {digest}), {D} pooled features, squares of {size} pixels"
     sides = {"data": config.data, "generated": config.data if tokenizer else config.generated}
-    stored = {side: read_features(path, definition) for side, path in sides.items() if path.suffix == ".npz"}
+    stored = {side: read_features(path, definition, D) for side, path in sides.items() if path.suffix == ".npz"}
     if tokenizer and stored:
         raise UserError(f"{config.data} holds features; --tokenizer needs the pictures")
     paths = {side: vqgan.find_images(path) for side, path in sides.items() if side not in stored}
@@ -876,14 +913,13 @@ def fid(config: Fid):
     print(f"wrote {out}/fid.json, fid.png and the features; never compare figures of different definitions")
 
 
-def read_features(file, definition) -> np.ndarray:
-    try:
-        with np.load(file) as arrays:
-            features_ND, theirs = arrays["features_ND"], str(arrays["definition"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file}: no features of an earlier fid ({error})") from None
+def read_features(file, definition, D: int) -> np.ndarray:
+    features_ND, theirs = read_npz(file, {"features_ND": (np.float32, (None, D)), "definition": (np.str_, ())})
+    theirs = str(theirs)
+    if not np.isfinite(features_ND).all():
+        raise UserError(f"{file}: features_ND holds NaN or infinity")
     if theirs != definition:
-        raise UserError(f"{file} holds features by another definition, which cannot be compared: {theirs}; this call's is {definition}")
+        raise UserError(f"{file} holds features by another definition, which cannot be compared: {theirs[:200]}; this call's is {definition}")
     return features_ND
 
 
@@ -1317,19 +1353,16 @@ def heldout_demo(config: Shots, tokenizer) -> Path:
 
 def read_prompts(file) -> list[dict]:
     """Checks every line, and that its files are there, before anything is computed."""
-    if not file.is_file():
-        raise UserError(f"{file}: no such file")
     examples = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        try:
-            example = json.loads(line)
-            paths = {k: example[k] for k in ("input", "target")}
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'{file}:{number}: wanted {{"input": [paths], "target": [paths]}}') from None
-        if not all(isinstance(p, list) and p and all(isinstance(path, str) for path in p) for p in paths.values()):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        paths = parse_json(line, f"{file}:{number}")
+        check_fields(paths, {"input": list[str], "target": list[str]}, f"{file}:{number}")
+        if not (paths["input"] and paths["target"]):
             raise UserError(f"{file}:{number}: input and target must each be a list of at least one path")
         for path in paths["input"] + paths["target"]:
-            if not Path(path).is_file():
+            if not os.path.isfile(path):
                 raise UserError(f"{file}:{number}: {path}: no such file")
         examples.append(paths)
     if not examples:

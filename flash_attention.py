@@ -22,7 +22,9 @@ The queries are those of the last T of S tokens. lse is float32 in natural logar
 
 import functools
 import math
+import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.extend
@@ -82,18 +84,29 @@ def flash_attention(
 
 
 def choose(q_BTNK, k_BTNK, causal: bool, segmented: bool) -> str:
-    """What `implementation=None` means on the default backend: our kernels on accelerators, plain jnp on a CPU."""
-    backend = jax.default_backend()
-    if backend == "cpu":
+    """What `implementation=None` means on the devices of the program: our kernels on accelerators, plain jnp on a CPU.
+
+    These are the devices of the mesh around (`jax.shard_map`), which need not be here, or else those of the default backend.
+    A Hopper GPU that is here must first get the numbers right (`_hopper_trial`)."""
+    platform, is_hopper, is_here = _devices_around()
+    if platform == "cpu":
         return "chunked"
-    if backend == "gpu" and getattr(jax.local_devices()[0], "compute_capability", "").startswith("9."):
+    if is_hopper:
         reason = hopper_refuses(q_BTNK.shape, k_BTNK.shape, q_BTNK.dtype, causal, segmented)
-        reason = reason or _cuda_refuses(jax.extend.backend.get_backend().platform_version)
-        reason = reason or _hopper_trial(q_BTNK.shape[-1])
+        if is_here:
+            reason = reason or _cuda_refuses(jax.extend.backend.get_backend().platform_version) or _hopper_trial(q_BTNK.shape[-1])
         if reason is None:
             return "hopper"
         _say_once(f"flash_attention: {reason}; the portable kernels run instead")
     return "pallas"
+
+
+def _devices_around() -> tuple[str, bool, bool]:
+    """(platform, whether they are Hopper GPUs, whether they are here) of the devices that the program being traced is for."""
+    local, meant = jax.local_devices()[0], jax.sharding.get_abstract_mesh().abstract_device
+    if meant is None or (meant.platform, meant.device_kind) == (local.platform, local.device_kind):
+        return local.platform, local.platform == "gpu" and local.compute_capability.startswith("9."), True
+    return meant.platform, re.search(r"\bG?H(20|100|200|800)\b", meant.device_kind) is not None, False
 
 
 def native_head_dim(shape_BTNK, dtype, segmented: bool, implementation: str | None = None) -> int:
@@ -113,6 +126,14 @@ def _hopper_trial(K) -> str | None:
 
     They were written without such a GPU at hand: proved in an interpreter and compiled, not run.
     """
+    kernels = lambda q_BTNK, k_BTNK, v_BTNK: _attend(q_BTNK, k_BTNK, v_BTNK, None, True, K**-0.5, "hopper")
+    with ThreadPoolExecutor(1) as pool:  # in a thread of its own, as a model is being traced in this one
+        found = pool.submit(_compare_with_reference, kernels, K).result()
+    return found and f"the Hopper kernels {found}"
+
+
+def _compare_with_reference(attend, K) -> str | None:
+    """Runs attend(q_BTNK, k_BTNK, v_BTNK), forward and backward, in bfloat16. Returns what is wrong with it, or None."""
     shape = 1, 300, 2, K
 
     def run(attend):
@@ -120,14 +141,13 @@ def _hopper_trial(K) -> str | None:
         o, vjp = jax.vjp(attend, *arrays[:3])
         return o, *vjp(arrays[3])
 
-    with jax.ensure_compile_time_eval():  # also where a model is being traced
-        try:
-            ours = jax.jit(lambda: run(lambda q, k, v: _attend(q, k, v, None, True, K**-0.5, "hopper")))()
-        except Exception as error:
-            return f"the Hopper kernels do not compile here ({str(error).splitlines()[0]})"
-        exact = jax.jit(lambda: run(reference))()
-        error = max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in zip(ours, exact))
-    return None if error < 0.03 else f"the Hopper kernels are wrong here at head_dim {K} (relative error {error:.1e})"
+    try:
+        ours = jax.block_until_ready(jax.jit(lambda: run(attend))())
+    except Exception as error:  # what tracing, lowering, the compiler or the device may raise, which a model can do without
+        return f"do not run here ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+    exact = jax.jit(lambda: run(reference))()
+    error = float(jnp.max(jnp.stack([jnp.abs(a - b).max() / jnp.abs(b).max() for a, b in zip(ours, exact)])))  # NaN if one is
+    return None if error < 0.03 else f"are wrong here at head_dim {K} (relative error {error:.1e})"
 
 
 @functools.cache
@@ -310,7 +330,7 @@ def decode_attention(
     if implementation == "pallas" and S % 128:
         raise ValueError(f"the cache has {S} slots; the decode kernel wants a multiple of 128")
     if implementation is None:
-        backend, K = jax.default_backend(), q_BNCK.shape[-1]
+        backend, K = _devices_around()[0], q_BNCK.shape[-1]
         fits = S % 128 == 0 and (backend != "gpu" or K == pl.next_power_of_2(K))  # a cache is too big to be padded
         implementation = "pallas" if backend != "cpu" and fits else "xla"
     layer, length = jnp.asarray(layer, jnp.int32), jnp.asarray(length, jnp.int32)

@@ -20,15 +20,11 @@ import common  # noqa: F401  first, so that Ctrl-C while the others load is one 
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
-import shlex
-import socket
-import tempfile
+import re
 import threading
-import zipfile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -43,8 +39,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 import lvm
 import vqgan
-from common.images import FORMATS, UserError, count_pictures, find_images, read_pictures
-from common.runs import run_command
+from common.images import UserError, count_frames, find_images, read_pictures, shown_size
+from common.runs import check_numbers, run_command
+from common.weights import check_fields, parse_json, read_json, read_text
 
 MINI = vqgan.HERE / "assets" / "mini" / "lvm"
 BOOK = vqgan.HERE / "assets" / "prompts"
@@ -124,12 +121,22 @@ class Config:
     tensor: int = 1
     """Devices over which heads and feed-forward width are split, for models bigger than one device."""
 
+    def __post_init__(self):
+        check_numbers(self, {
+            "[1, 65535]": "port", "[1, 10000]": "candidates frames batch", "[1, inf)": "stride", "[2, inf)": "context_frames",
+            "[0, 1000]": "temperature guidance", "[0, inf)": "top_k seed", "(0, 1]": "top_p", "[0, 1]": "min_p",
+            "[0, 10000]": "jacobi", "[1, 4096]": "tensor"})
+        if 0 < self.temperature < 1e-4:
+            raise UserError(f"--temperature {self.temperature} is too small to divide by; 0 takes the likeliest code every time")
+
 
 def sample(config: Config):
     """Checks, reads, draws, writes: the command."""
     check_config(config)
     if config.serve:
-        return serve(config)
+        import playground  # which imports this file
+
+        return playground.serve(config)
     out = check_out(config)
     if config.prompts:
         return answer_file(config, out)
@@ -241,7 +248,8 @@ def generate(
     Of a prompt that does not fit the context the last pictures are kept. Codes are drawn by temperature, then `top_k`
     (0: all), then `top_p`, then `min_p`; temperature 0 takes the likeliest. `key` and i decide candidate i, whatever N is (up to
     the rounding of a batched product). Raises UserError for what these cannot be and for a model and tokenizer that do not fit."""
-    check_drawing(frames, candidates, temperature, top_k, top_p, min_p, guidance, jacobi)
+    Config(frames=frames, candidates=candidates, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, guidance=guidance,
+           jacobi=jacobi)  # checks them
     if tokenizer.config.num_embeddings != model.config.codes:
         raise UserError(f"the tokenizer has {tokenizer.config.num_embeddings} codes and the model {model.config.codes}")
     if not len(prompt_THWC):
@@ -514,35 +522,16 @@ def add_up(mesh):
 
 
 def check_config(config: Config):
-    check_drawing(config.frames, config.candidates, config.temperature, config.top_k, config.top_p, config.min_p, config.guidance, config.jacobi)
-    for name, value in (("stride", config.stride), ("batch", config.batch), ("tensor", config.tensor)):
-        if value < 1:
-            raise UserError(f"--{name} must be at least 1, got {value}")
-    if config.context_frames is not None and config.context_frames < 2:
-        raise UserError(f"--context-frames must be at least 2, one to see and one to draw, got {config.context_frames}")
     if sum((config.serve, config.prompt_book, config.prompts is not None)) > 1:
         raise UserError("--serve, --prompt-book and --prompts exclude each other; pass one of them")
     if (config.resize_output or config.include_input) and not config.prompts:
         raise UserError("--resize-output and --include-input belong to --prompts FILE")
     if config.resize_output not in (None, "original"):
-        sides = config.resize_output.split(",")
-        if len(sides) != 2 or not all(side.isascii() and side.isdigit() and 1 <= int(side) <= 8192 for side in sides):
+        sides = re.fullmatch("([0-9]{1,4}),([0-9]{1,4})", config.resize_output)
+        if not sides or not all(1 <= int(side) <= 8192 for side in sides.groups()):
             raise UserError(f"--resize-output {config.resize_output}: pass `original` or `w,h` in pixels, such as 256,256")
     if config.prompt_book and config.frames > 1:
         raise UserError("--prompt-book shows one new picture; leave out --frames")
-
-
-def check_drawing(frames, candidates, temperature, top_k, top_p, min_p=0.0, guidance=1.0, jacobi=0):
-    for name, value, least in (("frames", frames, 1), ("candidates", candidates, 1), ("top-k", top_k, 0), ("jacobi", jacobi, 0)):
-        if value < least:
-            raise UserError(f"--{name} must be at least {least}, got {value}")
-    for name, value in (("temperature", temperature), ("guidance", guidance)):
-        if not 0 <= value < math.inf:
-            raise UserError(f"--{name} must be at least 0, got {value}")
-    if not 0 < top_p <= 1:
-        raise UserError(f"--top-p must be above 0 and at most 1, got {top_p}")
-    if not 0 <= min_p <= 1:
-        raise UserError(f"--min-p must be at least 0 and at most 1, got {min_p}")
 
 
 def check_out(config: Config) -> Path:
@@ -601,24 +590,26 @@ def find_models(model, tokenizer) -> tuple[str, Path]:
         steps = [step for step in Path("runs").glob("*/checkpoints/*") if step.name.isdigit() and "model" in read_config(step.parents[1])]
         model = max(steps, key=os.path.getmtime).parents[1] if steps else MINI
     if tokenizer is None:
-        named = read_config(model).get("train", {}).get("tokenizer")
-        tokenizer = named if named and Path(named).exists() else vqgan.MINI
+        trained = read_config(model).get("train")
+        named = trained.get("tokenizer") if isinstance(trained, dict) else None
+        tokenizer = named if isinstance(named, str) and named and os.path.exists(named) else vqgan.MINI
     return str(model), Path(tokenizer)
 
 
 def read_config(folder) -> dict:
     """A model folder's config.json, or nothing: `lvm.load` says what is wrong with it."""
     try:
-        config = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError):
+        return read_json(Path(folder) / "config.json")
+    except UserError:
         return {}
-    return config if isinstance(config, dict) else {}
 
 
 def open_tokenizer(path, model_path) -> vqgan.VQGAN:
     """Reads a tokenizer; where the model's config.json says whose codes it was trained on, it must be that one."""
     tokenizer = vqgan.load(path)
-    trained_on, found = read_config(model_path).get("tokenizer"), vqgan.fingerprint(tokenizer)
+    config, found = read_config(model_path), vqgan.fingerprint(tokenizer)
+    check_fields(config, {"tokenizer": str | None}, Path(model_path) / "config.json")
+    trained_on = config.get("tokenizer")
     if trained_on not in (None, found):
         raise UserError(f"{model_path} was trained on the codes of tokenizer {trained_on}, {path} is {found}; name its own with --tokenizer")
     return tokenizer
@@ -650,45 +641,37 @@ class Prompt(NamedTuple):
 def read_prompts(config: Config, out: Path) -> list[Prompt]:
     """Checks every line of --prompts, before any model is opened. Raises UserError with the file and line."""
     prompts = {}
-    with open(config.prompts, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                prompt = read_prompt_line(line, config, out)
-                if prompts.setdefault(inside(out, prompt.output), prompt) is not prompt:
-                    raise UserError(f"output {prompt.output!r} is another line's too")
-            except (ValueError, OSError, RecursionError) as error:
-                raise UserError(f"{config.prompts} line {number}: {error}") from None
+    for number, line in enumerate(read_text(config.prompts).split("\n"), 1):
+        if not line.strip():
+            continue
+        source = f"{config.prompts} line {number}"
+        record = parse_json(line, source)
+        check_fields(record, {"input": list[str], "output": str, "target": list[str] | None}, source)
+        try:
+            prompt = read_prompt(record, config, out)
+            if prompts.setdefault(inside(out, prompt.output), prompt) is not prompt:
+                raise UserError(f"output {prompt.output!r} is another line's too")
+        except (UserError, OSError) as error:
+            raise UserError(f"{source}: {error}") from None
     if not prompts:
         raise UserError(f"{config.prompts} holds no prompt; write {{'input': [files], 'output': name}} on each line, as JSON")
     return list(prompts.values())
 
 
-def read_prompt_line(line: str, config: Config, out: Path) -> Prompt:
-    record = json.loads(line)
-    if not isinstance(record, dict):
-        raise UserError(f"wanted an object with input and output, got a {type(record).__name__}")
-    files = {}
-    for key in ("input", "target"):
-        files[key] = record.get(key, [] if key == "target" else None)
-        if not isinstance(files[key], list) or not all(isinstance(file, str) for file in files[key]) or key == "input" and not files[key]:
-            raise UserError(f"{key} must be a list of files, got {json.dumps(files[key])[:80]}")
-    if not isinstance(output := record.get("output"), str):
-        raise UserError(f"output must be a file name, got {json.dumps(output)[:80]}")
+def read_prompt(record: dict, config: Config, out: Path) -> Prompt:
+    output = record["output"]
     path = inside(out, output)
     if path.suffix not in STILLS + ANIMATIONS:
         raise UserError(f"output {output!r} must end in {' '.join(STILLS + ANIMATIONS)}")
     if path.exists():
         raise UserError(f"output {path} exists; choose another --out or delete it")
-    pictures = list_prompt([Path(file) for file in files["input"]], config.stride)
-    target = list_prompt([Path(file) for file in files["target"]]) if files["target"] else []
+    pictures = list_prompt([Path(file) for file in record["input"]], config.stride)
+    target = list_prompt([Path(file) for file in record["target"]]) if record.get("target") else []
     if target and len(target) != config.frames:
         raise UserError(f"target holds {len(target)} pictures and --frames is {config.frames}")
     size = None
     if config.resize_output == "original":
-        with Image.open(pictures[-1][0], formats=FORMATS) as image:
-            size = image.size[::-1] if image.getexif().get(0x0112, 1) > 4 else image.size  # turned by 90 degrees when read
+        size = shown_size(pictures[-1][0])
     elif config.resize_output:
         width, height = config.resize_output.split(",")
         size = int(width), int(height)
@@ -699,12 +682,12 @@ def list_prompt(paths, stride: int = 1) -> list[tuple[Path, int]]:
     """Files, folders, animations and videos -> (file, frame) of every picture. Raises for none, too many, or what is not there."""
     files = [file for path in paths for file in (find_images(path) if path.is_dir() else [path])]
     if len(files) <= MOST_PICTURES:
-        pictures = [(file, frame) for file in files for frame in range(count_pictures(file))[::-stride][::-1]]
+        pictures = [(file, frame) for file in files for frame in range(count_frames(file))[::-stride][::-1]]
     if len(files) > MOST_PICTURES or len(pictures) > MOST_PICTURES:
         raise UserError(f"--prompt holds more than {MOST_PICTURES} pictures; a context holds far fewer: pass the last ones, "
                          "or every eighth frame with --stride 8")
     if not pictures:
-        raise UserError("--prompt is empty; pass pictures, or a folder of them")
+        raise UserError("the prompt is empty; pass pictures, or a folder of them")
     return pictures
 
 
@@ -788,208 +771,6 @@ def sheet(rows, captions=True, columns=COLUMNS) -> Image.Image:
                 draw.text((left + side / 2, top + side + 2), caption, "black", font, anchor="ma")
     return image
 
-
-# ---------------------------------------------------------------------------------------------------- the playground
-
-
-MOST_UPLOAD = 16 << 20  # bytes of one request to the playground
-CSS = "#prompt .grid-container {grid-template-columns: repeat(8, minmax(0, 1fr)); gap: 4px} #picture {min-height: 320px} #picture img {width: 100%}"
-
-
-def play(config: Config, model, tokenizer):
-    """The playground's drawing: yields (picture so far, its candidates' likelihoods as text) after every row of codes."""
-    check_config(config)
-    pictures = list_prompt(config.prompt, config.stride)
-    prompt_THWC = read_pictures(pictures, tokenizer.config.resolution, config.fit)
-    analogy, kept = fit_context(config, model, tokenizer, pictures)
-    prompt_THWC = prompt_THWC[-kept:]
-    shown = list(zip(prompt_THWC, prompt_captions(kept, analogy)))
-    N, M, S = count_candidates(config), config.frames, tokenizer.config.codes_per_image
-    side, size = math.isqrt(S), tokenizer.config.resolution
-    codes_NT, nats_NT = np.zeros((N, 0), np.int32), np.zeros((N, 0))
-    pixels_NMHWC = np.full((N, M, size, size, 3), 0.9, np.float32)
-    for piece in stream_sentences(
-        model, encode_all(tokenizer, [prompt_THWC]), candidate_keys(jax.random.key(config.seed), N), drawing_of(config), frames=M,
-        bos=config.bos, piece=side, jacobi=config.jacobi, cache_dtype=cache_dtype_of(config), most=config.context_frames,
-    ):
-        codes_NT, nats_NT = (np.concatenate([old, new], axis=1) for old, new in zip((codes_NT, nats_NT), piece))
-        if not np.isfinite(nats_NT).all():
-            raise UserError("the model gives NaN; its weights are damaged or overflow in this dtype")
-        m = (codes_NT.shape[1] - 1) // S
-        here_NS = codes_NT[:, m * S:]
-        rows = here_NS.shape[1] * size // S
-        pixels_NHWC = vqgan.decode(tokenizer, np.pad(here_NS, ((0, 0), (0, S - here_NS.shape[1])), mode="edge"))
-        pixels_NMHWC[:, m, :rows] = pixels_NHWC[:, :rows]
-        nats_NM = np.stack([nats_NT[:, i:i + S].mean(1) for i in range(0, nats_NT.shape[1], S)], axis=1)
-        nats_NM = np.pad(nats_NM, ((0, 0), (0, M - nats_NM.shape[1])))
-        order = np.argsort(-nats_NT.mean(1)).tolist()
-        last = codes_NT.shape[1] == M * S
-        mine = order[:1] if config.best and last else range(N)
-        new = captioned(Answer(list(mine), pixels_NMHWC[list(mine)], nats_NM[list(mine)]))
-        new = new if M > 1 else [[row[0] for row in new]]
-        likelihoods = "\n".join(f"{rank}. candidate {n + 1}: {nats_NT[n].mean():.3f} nats a code" for rank, n in enumerate(order, 1))
-        yield sheet([shown, *new], config.captions), likelihoods
-
-
-def command_line(config: Config) -> str:
-    """What to type for `config`: every flag that is not at its default."""
-    words = ["python", "sample.py"]
-    for field in dataclasses.fields(Config):
-        value, flag = getattr(config, field.name), field.name.replace("_", "-")
-        if value == field.default:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return shlex.join(words)
-
-
-def save_replay(config: Config, size: int, path: Path) -> str:
-    """Writes a ZIP of the prompt as the model saw it, a prompts.jsonl that names it, and the command that draws the same codes again,
-    which is returned."""
-    pictures = list_prompt(config.prompt, config.stride)
-    with zipfile.ZipFile(path, "w") as archive:
-        names = [f"prompt/{t:03}.png" for t in range(len(pictures))]
-        for name, pixels_HWC in zip(names, read_pictures(pictures, size, config.fit)):
-            with archive.open(name, "w") as file:
-                to_image(pixels_HWC).save(file, format="PNG")
-        again = dataclasses.replace(config, prompt=(PROMPT,), prompts=Path("prompts.jsonl"), out=Path("answers"), serve=False, stride=1,
-                                    port=Config.port, kind="analogy" if is_analogy(config, pictures) else "sequence")
-        archive.writestr("prompts.jsonl", json.dumps({"input": names, "output": "answer.png"}) + "\n")
-        archive.writestr("command.txt", command_line(again) + "\n")
-    return command_line(again)
-
-
-def serve(config: Config):
-    """`--serve`: the page on this machine alone, one drawing at a time, a short queue before it."""
-    # A request can name files of gradio's working and temporary directories, so both are this one.
-    with tempfile.TemporaryDirectory() as scratch, temporary_files_in(scratch):
-        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": scratch}
-        try:
-            import fastapi
-            import gradio
-            import uvicorn
-        except ImportError:
-            raise UserError('the playground wants gradio, which is not installed: pip install "gradio>=6.20"') from None
-        try:
-            listener = socket.create_server(("127.0.0.1", config.port))  # found out before the model is read
-        except OSError as error:
-            raise UserError(f"--port {config.port}: {error.strerror}; name another one") from None
-        config = dataclasses.replace(config, model=find_models(config.model, config.tokenizer)[0])  # a later run does not change the replay
-        tokenizer, _, model = open_all(config, lambda size: None)
-        theme = gradio.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # named fonts would be fetched
-        with contextlib.chdir(scratch), contextlib.suppress(KeyboardInterrupt):
-            page = playground(config, model, tokenizer, Path(scratch)).queue(max_size=16, default_concurrency_limit=1, api_open=False)
-            app = gradio.mount_gradio_app(fastapi.FastAPI(), page, "/", server_name="127.0.0.1", server_port=config.port, theme=theme, css=CSS,
-                                          max_file_size=MOST_UPLOAD, footer_links=[], ssr_mode=False)
-            page.has_launched = True  # without, gradio lets a request name any file at all: it skips that check in mounted pages
-            print(f"playground http://127.0.0.1:{config.port}   (Ctrl-C ends it)", flush=True)
-            uvicorn.Server(uvicorn.Config(guarded(app, config.port), log_level="warning", limit_concurrency=64)).run([listener])
-
-
-@contextlib.contextmanager
-def temporary_files_in(folder: str):
-    tempfile.tempdir, before = folder, tempfile.tempdir
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
-
-
-def playground(config: Config, model, tokenizer, scratch: Path):
-    """The page, a gradio.Blocks. Downloads are written to `scratch`, the last 64 of them."""
-    import gradio as gr
-
-    bundled = {folder.name: [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))] for folder in sorted(BOOK.iterdir()) if folder.is_dir()}
-    first = PROMPT.name if PROMPT.name in bundled else next(iter(bundled))
-    drawn = itertools.count()
-    with gr.Blocks(title="LVM playground", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as page:
-        gr.Markdown(f"# LVM playground\nShow pairs of picture and answer, then a query, and the model draws its answer; or show frames, and it goes on. "
-                    f"`{Path(config.model).name}`, {lvm.parameter_count(model.config):,} parameters.")
-        with gr.Row():
-            with gr.Column(scale=4):
-                choice = gr.Dropdown(list(bundled), value=first, label="A bundled prompt")
-                gr.Markdown("or your own: clear this and drop pictures on it, in reading order")
-                prompt = gr.Gallery(bundled[first], show_label=False, type="filepath", file_types=["image"], interactive=True, columns=8, height=230,
-                                    object_fit="contain", format="png", buttons=[], elem_id="prompt")
-                with gr.Row():
-                    controls = {"candidates": gr.Slider(1, 8, config.candidates, step=1, label="Candidates"),
-                                "frames": gr.Slider(1, 8, config.frames, step=1, label="New pictures of each")}
-                with gr.Row():
-                    controls["temperature"] = gr.Slider(0, 2, config.temperature, step=0.05, label="Temperature")
-                    controls["seed"] = gr.Number(config.seed, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
-                with gr.Accordion("More", open=False):
-                    with gr.Row():
-                        controls["top_p"] = gr.Slider(0.05, 1, config.top_p, step=0.05, label="Top-p")
-                        controls["top_k"] = gr.Slider(0, model.config.codes, config.top_k, step=1, label="Top-k (0: all)")
-                    with gr.Row():
-                        controls["min_p"] = gr.Slider(0, 1, config.min_p, step=0.01, label="Min-p")
-                        controls["guidance"] = gr.Slider(0, 8, config.guidance, step=0.25, label="Guidance by the examples (1: none)")
-                    with gr.Row():
-                        controls["jacobi"] = gr.Slider(0, 32, config.jacobi, step=1, label="Draft this many codes (Jacobi)")
-                        controls["kind"] = gr.Dropdown(["auto", "analogy", "sequence"], value=config.kind, label="Kind")
-                    with gr.Row():
-                        controls["fit"] = gr.Dropdown(["stretch", "crop"], value=config.fit, label="Other than square pictures")
-                        controls["best"] = gr.Checkbox(config.best, label="Keep the likeliest only")
-                with gr.Row():
-                    start = gr.Button("Draw", variant="primary", elem_id="draw")
-                    another = gr.Button("Another seed")
-            with gr.Column(scale=5):
-                gr.Markdown("The prompt, then the candidates, each with the mean log-likelihood of its codes")
-                picture = gr.Image(show_label=False, format="png", interactive=False, buttons=["fullscreen"], elem_id="picture", min_width=400)
-                with gr.Row():
-                    ranking = gr.Textbox(label="Mean log-likelihood, likeliest first", lines=4, scale=2)
-                    with gr.Column(scale=1):
-                        png = gr.DownloadButton("Picture (PNG)", interactive=False)
-                        replay = gr.DownloadButton("Replay (JSONL, command)", interactive=False)
-                command = gr.Textbox(label="The command in the replay", lines=2, buttons=["copy"], elem_id="command")
-
-        def draw(files, *values):
-            try:
-                if not files:
-                    raise UserError("the prompt is empty: drop pictures, or pick a bundled prompt")
-                changes = {name: type(getattr(Config(), name))(value) for name, value in zip(controls, values)}
-                if not (1 <= changes["candidates"] <= 8 and 1 <= changes["frames"] <= 8 and 0 <= changes["jacobi"] <= 32):
-                    raise UserError("at most 8 candidates of 8 new pictures, and a draft of 32 codes")
-                mine = dataclasses.replace(config, prompt=tuple(Path(file[0]) for file in files), **changes)
-                for image, likelihoods in play(mine, model, tokenizer):
-                    yield image, likelihoods, gr.DownloadButton(interactive=False), gr.DownloadButton(interactive=False), ""
-                place = scratch / str(next(drawn) % 64)
-                image.save(f"{place}.png")
-                again = save_replay(mine, tokenizer.config.resolution, Path(f"{place}.zip"))
-                yield image, likelihoods, *(gr.DownloadButton(value=f"{place}{end}", interactive=True) for end in (".png", ".zip")), again
-            except (ValueError, OSError, TypeError) as error:
-                raise gr.Error(str(error), print_exception=False) from None
-
-        choice.input(lambda name: bundled[name], choice, prompt, queue=False)
-        outputs = [picture, ranking, png, replay, command]
-        start.click(draw, [prompt, *controls.values()], outputs, concurrency_id="device", concurrency_limit=1)
-        another.click(lambda seed: (int(seed or 0) + 1) % 2**31, controls["seed"], controls["seed"], queue=False).then(
-            draw, [prompt, *controls.values()], outputs, concurrency_id="device", concurrency_limit=1)
-    return page
-
-
-def guarded(app, port: int):
-    """Refuses what our own page never sends: foreign origins, other names for this host (a rebound DNS name), bodies that are large or
-    do not say their length."""
-    ours = {f"127.0.0.1:{port}", f"localhost:{port}"}
-
-    async def guard(scope, receive, send):
-        if scope["type"] != "http":
-            return await app(scope, receive, send)
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        length, status = headers.get("content-length", "0"), None
-        if headers.get("host") not in ours or headers.get("origin", "http://" + headers["host"]).removeprefix("http://") not in ours:
-            status, reason = 403, "this playground answers its own page only"
-        elif "transfer-encoding" in headers or not length.isdigit() or int(length) > MOST_UPLOAD:
-            status, reason = 413, f"more than {MOST_UPLOAD >> 20} MiB in one request"
-        if status is None:
-            return await app(scope, receive, send)
-        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain"), (b"connection", b"close")]})
-        await send({"type": "http.response.body", "body": reason.encode()})
-
-    return guard
 
 def main():
     run_command(sample, tyro.cli(Config, description=__doc__))

@@ -65,8 +65,8 @@ from tqdm import tqdm
 
 import vqgan
 from common.images import (
-    FORMATS, UserError, count_frames, encode_image, find_clips, find_stems, find_videos, pictures_of, read_frames, read_half, read_image,
-    read_integers, to_pixels)
+    FORMATS, UserError, count_frames, encode_image, find_clips, find_stems, find_tracks, find_videos, natural, read_frames,
+    read_half, read_image, read_integers, to_pixels)
 from common.runs import RunStopped, check_numbers, run_command
 from common.weights import MOST_JSON, check_fields, parse_json, read_array, read_json, write_folder, write_whole
 
@@ -258,7 +258,8 @@ class MultiVideo(Source):
 @dataclasses.dataclass(frozen=True)
 class Tracks(Source):
     """Views of things in CO3D's layout, `CATEGORY/TRACK/{images,masks,depths}/`: 4 x [4 images][4 masks], and the same with
-    every other modality (kinds `tracks-masks`, ...). Files belong together by their name up to the first dot."""
+    every other modality (kinds `tracks-masks`, ...). Files belong together by their name up to the first dot, with the
+    numbers that follow it: `shot.0001.png` and `shot.0001.depth.png`."""
 
     modalities: tuple[str, ...] = ("images", "masks", "depths")
     """Names of a track's folders; the first are the images."""
@@ -307,12 +308,12 @@ def tokenize_pairs(source: Pairs):
     found = [find_stems(folder, source.answer_filter if k else source.filter, notes) for k, folder in enumerate(folders)]
     for k, answers in enumerate(found[1:], 1):
         notes += [{"path": str((found[0] | answers)[stem]), "reason": f"no file of this name in {folders[0 if stem in answers else k]}"}
-                  for stem in sorted(found[0].keys() ^ answers.keys())]
+                  for stem in sorted(found[0].keys() ^ answers.keys(), key=natural)]
         if not found[0].keys() & answers.keys():
             raise UserError(f"no file in {source.inputs} has a partner of the same name in {folders[k]}")
     names = [folder.name for folder in source.answers]
     kinds = ["pairs"] if len(names) == 1 else [f"pairs-{name}" if names.count(name) == 1 else f"pairs-{k}-{name}" for k, name in enumerate(names)]
-    stems = sorted(found[0].keys() & set().union(*found[1:]))[:source.limit]
+    stems = sorted(found[0].keys() & set().union(*found[1:]), key=natural)[:source.limit]
     stems = without_duplicates(source, {stem: found[0][stem] for stem in stems})
     items, at = still_items(source, stems, found)
     write_sentences(source, kinds, items, [
@@ -332,9 +333,9 @@ def write_pairs(source: PairSource, read, encodings: int):
     """[changed, original] pairs made from single pictures: each is encoded `encodings` times, and shown in each epoch."""
     notes = []
     stems = find_stems(source.inputs, source.filter, notes)
-    stems = without_duplicates(source, dict(sorted(stems.items())[:source.limit]))
+    stems = without_duplicates(source, dict(list(stems.items())[:source.limit]))
     items = [Item(str(path), functools.partial(read, path=path, view=draw_view(source, epoch, stem),
-                                               seed=(source.seed, epoch, zlib.crc32(path.relative_to(source.inputs).as_posix().encode()))))
+                                               seed=(source.seed, epoch, zlib.crc32(os.fsencode(path.relative_to(source.inputs).as_posix())))))
              for epoch in range(encodings) for stem, path in stems.items()]
     N = len(stems)
     write_sentences(source, [type(source).__name__.lower()], items, [
@@ -349,7 +350,7 @@ def tokenize_multi(source: Multi):
     notes += [{"path": str(path), "reason": "no file of this name in every other folder"} for stems in found for stem, path in stems.items() if stem not in everywhere]
     if not everywhere:
         raise UserError(f"no file name is in each of {', '.join(map(str, source.inputs))}")
-    stems = without_duplicates(source, {stem: found[0][stem] for stem in sorted(everywhere)[:source.limit]})
+    stems = without_duplicates(source, {stem: found[0][stem] for stem in sorted(everywhere, key=natural)[:source.limit]})
     items, at = still_items(source, stems, found)
     K = len(found)
     write_sentences(source, ["multi"], items, [
@@ -360,7 +361,7 @@ def tokenize_multi(source: Multi):
 
 def tokenize_category(source: Category):
     notes = []
-    stems = without_duplicates(source, dict(sorted(find_stems(source.inputs, source.filter, notes).items())[:source.limit]))
+    stems = without_duplicates(source, dict(list(find_stems(source.inputs, source.filter, notes).items())[:source.limit]))
     items, at = still_items(source, stems, [stems])
     classes = {}
     for stem, path in stems.items():
@@ -387,26 +388,29 @@ def tokenize_category(source: Category):
 
 
 def tokenize_video(source: Video):
-    files = find_videos(source.inputs, source.filter)[:source.limit]
+    notes = []
+    files = find_videos(source.inputs, source.filter, notes)[:source.limit]
     items = [clip_item(source, [file], file.relative_to(source.inputs).as_posix(), epoch, (stride,), source.frames)
              for epoch in range(source.epochs) for stride in source.strides for file in files]
-    write_sentences(source, ["video"], items, [Series(0, [(i,) for i in range(len(items))], 1)], pictures=source.frames)
+    write_sentences(source, ["video"], items, [Series(0, [(i,) for i in range(len(items))], 1)], notes, pictures=source.frames)
 
 
 def tokenize_frames(source: Frames):
-    clips = find_clips(source.inputs, source.filter, videos=False)
+    notes = []
+    clips = find_clips(source.inputs, source.filter, videos=False, notes=notes)
     items = [clip_item(source, [clip], name, epoch, range(1, source.max_stride + 1), source.frames)
-             for epoch in range(source.epochs) for name, clip in sorted(clips.items())[:source.limit]]
-    write_sentences(source, ["frames"], items, [Series(0, [(i,) for i in range(len(items))], 1)], pictures=source.frames)
+             for epoch in range(source.epochs) for name, clip in list(clips.items())[:source.limit]]
+    write_sentences(source, ["frames"], items, [Series(0, [(i,) for i in range(len(items))], 1)], notes, pictures=source.frames)
 
 
 def tokenize_multi_video(source: MultiVideo):
-    found = [find_clips(folder, source.filter, videos=True) for folder in source.inputs]
-    names = sorted(set(found[0]).intersection(*found[1:]))
+    notes = []
+    found = [find_clips(folder, source.filter, videos=True, notes=notes) for folder in source.inputs]
+    names = sorted(set(found[0]).intersection(*found[1:]), key=natural)
     mixed = [name for name in names if len({type(clips[name]) for clips in found}) > 1]
     names = [name for name in names if name not in mixed][:source.limit]
-    notes = [{"path": str(folder / name), "reason": "no clip of this name in every other folder"}
-             for folder, clips in zip(source.inputs, found) for name in sorted(clips) if any(name not in other for other in found)]
+    notes += [{"path": str(folder / name), "reason": "no clip of this name in every other folder"}
+              for folder, clips in zip(source.inputs, found) for name in clips if any(name not in other for other in found)]
     notes += [{"path": str(source.inputs[0] / name), "reason": "a video file in one folder, a folder of frames in another"} for name in mixed]
     if not names:
         raise UserError(f"no clip name is in each of {', '.join(map(str, source.inputs))}")
@@ -428,15 +432,8 @@ def tokenize_multi_video(source: MultiVideo):
 
 
 def tokenize_tracks(source: Tracks):
-    images, notes, tracks = source.modalities[0], [], {}
-    if not source.inputs.is_dir():
-        raise UserError(f"{source.inputs}: no such folder")
-    for folder in sorted(p.parent for p in source.inputs.rglob(images) if p.is_dir()):
-        missing = [name for name in source.modalities if not (folder / name).is_dir()]
-        if missing:
-            notes.append({"path": str(folder), "reason": f"a track without {' and '.join(missing)}"})
-        elif source.filter in (name := folder.relative_to(source.inputs).as_posix()):
-            tracks[name] = [pictures_of(folder / modality) for modality in source.modalities]
+    notes = []
+    tracks = find_tracks(source.inputs, source.filter, source.modalities, notes)
     tracks = dict(list(tracks.items())[:source.limit])
     if not tracks:
         raise UserError(f"{source.inputs}: no folder below it holds {', '.join(source.modalities)}")
@@ -539,7 +536,7 @@ def draw_view(source: Source, epoch: int, name: str):
     """How a shot or clip is shown, all its pictures alike: (fit, box, mirrored?, factors of brightness, contrast, saturation)."""
     if not augments(source):
         return source.fit, None, False, None
-    rng = np.random.default_rng((source.seed, epoch, zlib.crc32(name.encode()), 1))
+    rng = np.random.default_rng((source.seed, epoch, zlib.crc32(os.fsencode(name)), 1))
     side = rng.uniform(source.random_crop, 1)
     x, y = rng.uniform(0, 1, 2)
     box = (x, y, side) if source.random_crop < 1 else None
@@ -624,7 +621,7 @@ def cover(pixels_HWC, rng, squares: float = 0.3):
 def clip_item(source, tracks, name, epoch, strides, frames, half=None) -> Item:
     """The same frames of the tracks (video files, or tuples of pictures) of one clip, one track after the other."""
     read = functools.partial(read_clip, tracks=tuple(tracks), name=name, strides=tuple(strides), frames=frames, half=half or [False] * len(tracks),
-                             view=draw_view(source, epoch, name), seed=(source.seed, epoch, zlib.crc32(name.encode())))
+                             view=draw_view(source, epoch, name), seed=(source.seed, epoch, zlib.crc32(os.fsencode(name))))
     return Item(str(tracks[0] if isinstance(tracks[0], Path) else tracks[0][0].parent if tracks[0] else name), read)
 
 
@@ -648,9 +645,9 @@ def read_clip(size, tracks, name, strides, frames, half, view, seed):
     for track in tracks:
         files.append({})
         for path in track:
-            key = path.name.split(".")[0] if len(tracks) > 1 else path.name
+            key = re.match(r"[^.]*(\.[0-9]+(?=\.))*", path.name)[0] if len(tracks) > 1 else path.name
             if files[-1].setdefault(key, path) != path:
-                notes.append({"path": str(path), "reason": "another frame has this name up to the first dot"})
+                notes.append({"path": str(path), "reason": "another frame has this name"})
     left = [key for key in files[0] if all(key in other for other in files)]
     notes += [{"path": str(path), "reason": "a frame that is not in every modality"} for group in files for key, path in group.items() if key not in set(left)]
     # The start is the frame whose name scrambles to the least number. A frame that cannot be read is noted, taken away, and
@@ -658,7 +655,7 @@ def read_clip(size, tracks, name, strides, frames, half, view, seed):
     tried = {}
     while (stride := fitting(len(left))) is not None:
         span, salt = stride * (frames - 1) + 1, zlib.crc32(repr(seed).encode())
-        start = int(scramble(np.array([zlib.crc32(key.encode()) + (salt << 32) for key in left[:len(left) - span + 1]], np.uint64)).argmin())
+        start = int(scramble(np.array([zlib.crc32(os.fsencode(key)) + (salt << 32) for key in left[:len(left) - span + 1]], np.uint64)).argmin())
         chosen = left[start:start + span:stride]
         try:
             for key in left[start:start + span]:
@@ -993,7 +990,7 @@ def split_part(text: str) -> tuple[int, int]:
 
 
 def write_dataset(out: Path, tokenizer, kinds: list[str], sentences: Iterable[tuple[int, np.ndarray]], rejected=(), context: int | None = None, suffix: str = ""):
-    """Writes (kind, uint16 tokens) sentences as a dataset folder, whole or not at all. Raises FileExistsError for an old one."""
+    """Writes (kind, uint16 tokens) sentences as a dataset folder, whole or not at all. Raises UserError for an old one."""
     out, partial = Path(out), Path(f"{out}.partial{suffix}")
     if out.exists():
         raise UserError(f"{out} exists; choose another --out or delete it")

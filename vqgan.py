@@ -42,8 +42,9 @@ from tqdm import tqdm
 
 from common.images import UserError, encode_image, find_images, read_image, to_pixels
 from common.runs import (
-    Checkpoints, RunStopped, asked_to_stop, begin_run, keep_log_until, open_log, own_run_folder, run_command, side_work, with_patience)
-from common.weights import open_tensors, strict_json, write_pickle, write_together, write_whole
+    Checkpoints, RunStopped, asked_to_stop, begin_run, check_numbers, keep_log_until, open_log, own_run_folder, run_command, side_work, with_patience)
+from common.weights import (
+    check_fields, open_tensors, read_array, read_json, strict_json, write_pickle, write_together, write_whole)
 
 HERE = Path(__file__).parent
 MINI = HERE / "assets" / "mini" / "tokenizer"
@@ -76,18 +77,20 @@ class VQGANConfig:
     maskgit: bool = False  # MaskGIT's layout of the blocks: no attention, fewer biases, pooling, no 1x1 convolutions at the codes
 
     def __post_init__(self):
-        for name in FLAGS:
-            if type(getattr(self, name)) is not bool:
-                raise UserError(f"{name} wants true or false, got {getattr(self, name)!r}")
-        for name in ("channel_mult", "attn_resolutions"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        counts = {name: getattr(self, name) for name in ("resolution", "num_channels", "hidden_channels", "num_res_blocks", "z_channels",
-                                                         "num_embeddings", "quantized_embed_dim")}
-        for name, count in [*counts.items(), *(("channel_mult", m) for m in self.channel_mult or [None])]:
-            if type(count) is not int or not 1 <= count <= 2**20:
-                raise UserError(f"{name} wants whole numbers from 1 to {2**20:,}, got {getattr(self, name)!r:.80}")
-        if len(self.channel_mult) > 16:
-            raise UserError(f"channel_mult has {len(self.channel_mult)} levels, more than 16 halvings of any picture")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is bool and type(value) is not bool:
+                raise UserError(f"{field.name} must be true or false, got {value!r:.80}")
+            if field.type == tuple[int, ...]:
+                if not isinstance(value, (tuple, list)) or len(value) > 16:
+                    raise UserError(f"{field.name} must be a list of at most 16 integers, got {value!r:.80}")
+                object.__setattr__(self, field.name, tuple(value))
+        check_numbers(self, {
+            "[1, 8192]": "resolution", "[1, 64]": "num_channels", "[1, 16384]": "hidden_channels z_channels quantized_embed_dim",
+            "[1, 1024]": "channel_mult num_res_blocks norm_groups", "[1, inf)": "attn_resolutions", "[1, 16777216]": "num_embeddings",
+            "[0, 1)": "dropout", "[0, 1000]": "commitment_cost"}, called=str)
+        if not self.channel_mult or self.hidden_channels * max(self.channel_mult) > 1 << 16:
+            raise UserError(f"channel_mult {self.channel_mult} must name a level, and none of more than {1 << 16:,} channels")
         if self.resolution % self.factor:
             raise UserError(f"resolution {self.resolution} is not a multiple of {self.factor}, the downsampling of {len(self.channel_mult)} levels")
         if self.hidden_channels % self.norm_groups:
@@ -396,7 +399,8 @@ class Conv(eqx.Module):
         # Highest precision costs nothing in bf16 and keeps float32 codes the same on every chip (no TF32, no bf16 passes).
         y_BHWO = lax.conv_general_dilated(x_BHWI, self.weight.astype(x_BHWI.dtype), (stride, stride), padding,
                                           dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups, precision="highest")
-        return y_BHWO if self.bias is None else y_BHWO + self.bias.astype(x_BHWI.dtype)
+        # Added in float32, so that the gradient of the bias is the float32 sum over all places.
+        return y_BHWO if self.bias is None else (y_BHWO.astype(jnp.float32) + self.bias).astype(x_BHWI.dtype)
 
 
 class GroupNorm(eqx.Module):
@@ -547,13 +551,11 @@ class TrainConfig:
     """Seed of the weights and of the order of the pictures."""
 
     def __post_init__(self):
-        for name in ("steps", "batch", "accumulate", "save_every", "log_every", "patience", "gan_channels"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.max_rejected <= 1:
-            raise UserError(f"--max-rejected must be in [0, 1], got {self.max_rejected}")
-        if not 0 < self.crop <= 1:
-            raise UserError(f"--crop must be over 0 and at most 1, got {self.crop}")
+        check_numbers(self, {
+            "[1, inf)": "steps accumulate save_every log_every patience", "[1, 65536]": "batch", "[1, 8192]": "resolution gan_channels",
+            "[0, inf)": "gan_from gan_warmup quantize_from seed", "[0, 8192]": "l2_codes", "[0, 1]": "max_rejected", "(0, 1]": "crop",
+            "(0, 10]": "learning_rate gan_learning_rate", "[0, 1)": "ema",
+            "[0, 1000000]": "gradient_weight perceptual_weight gan_weight gan_penalty_weight"})
         if (self.lpips_vgg is None) != (self.lpips_heads is None):
             raise UserError("LPIPS needs both --lpips-vgg and --lpips-heads")
         if self.freeze_encoder and self.init is None:
@@ -585,10 +587,11 @@ def train_in_own_folder(config: TrainConfig) -> VQGAN:
         raise UserError(f"--batch {config.batch} is not a multiple of the {mesh.size} devices times --accumulate {config.accumulate}")
     started_from = load(config.init) if config.init else None
     model_config = network_config(config, started_from)
-    read_picture, count = open_pictures(config.data, model_config.resolution, config.crop)
+    notes = []
+    read_picture, count = open_pictures(config.data, model_config.resolution, config.crop, notes)
     if count < config.batch:
         raise UserError(f"{config.data}: {count} pictures do not fill a batch of {config.batch}; lower --batch")
-    read_picture = leave_out_unreadable(read_picture, count, config.out / "rejected.jsonl", config.max_rejected)
+    read_picture = leave_out_unreadable(read_picture, count, config.out / "rejected.jsonl", config.max_rejected, notes)
     read_picture(0, np.zeros(3))  # data of which nothing can be read are found before anything is compiled
     flags, defaults = ({k: str(v) for k, v in dataclasses.asdict(c).items()} for c in (config, TrainConfig(config.data)))
     begin_run(config.out / "train.json", flags, defaults, MAY_CHANGE)
@@ -925,40 +928,49 @@ def k_means(points_ND, clusters, rng, rounds=10):
     return centres_KD
 
 
-def open_pictures(data: Path, resolution: int, crop: float = 1.0):
+def open_pictures(data: Path, resolution: int, crop: float = 1.0, notes: list | None = None):
     """Folder or `.npy` -> (function from index and three numbers in [0, 1) to float32 [resolution, resolution, 3] in [0, 1],
     number of pictures). With `crop` below 1 the three numbers place a square whose side is at least that share of the largest.
 
-    Raises UserError where there is nothing to read; the function raises it for an unreadable picture, naming the file."""
+    Files that look like pictures and are left out are added to `notes`, or printed. Raises UserError where there is nothing
+    to read; the function raises it for an unreadable picture, naming the file."""
     box = lambda u_3: None if crop == 1 else (u_3[0], u_3[1], crop + (1 - crop) * u_3[2])
     if data.suffix == ".npy":
-        array = np.load(data, mmap_mode="r")
-        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3 or not len(array) or crop == 1 and array.shape[1:3] != (resolution, resolution):
-            raise UserError(f"{data}: wanted uint8 pictures [N, {resolution}, {resolution}, 3] (of any size with --crop), got {array.dtype} {list(array.shape)}")
+        array = read_array(data, np.uint8, (None, None, None, 3))
+        if not array.size or crop == 1 and array.shape[1:3] != (resolution, resolution):
+            raise UserError(f"{data}: wanted uint8 pictures [N, {resolution}, {resolution}, 3] (of any size with --crop), got {list(array.shape)}")
         if crop == 1:
             return lambda i, _: array[i].astype(np.float32) / 255, len(array)
         return lambda i, u_3: to_pixels(Image.fromarray(array[i]), resolution, "crop", box(u_3)), len(array)
-    paths = find_images(data)
+    paths = find_images(data, notes)
     return lambda i, u_3: read_image(paths[i], resolution, "crop", box(u_3)), len(paths)
 
 
-def leave_out_unreadable(read_picture, count: int, report: Path, most: float):
-    """The same function, but the next picture stands in the place of one that cannot be read, which is printed and listed in `report`
-    ({"reason"} a line). Raises UserError when they are more than `most` of all."""
+def leave_out_unreadable(read_picture, count: int, report: Path, most: float, notes=()):
+    """The same function, but the next picture stands in the place of one that cannot be read, which is printed and listed in
+    `report` ({"reason"} a line, after the `notes`). Raises UserError when they are more than `most` of all."""
     reasons, lock = {}, threading.Lock()
+
+    def write_report():
+        with side_work(str(report)):
+            lines = (*notes, *({"reason": reason} for reason in reasons.values()))
+            write_whole(report, "".join(json.dumps(line) + "\n" for line in lines))
+
+    if notes:
+        write_report()
+        print(f"{len(notes)} files are left out; {report} says why")
 
     def read(i, place_3):
         for j in range(i, i + count):
             try:
                 if j % count not in reasons:
                     return read_picture(j % count, place_3)
-            except (ValueError, OSError) as error:
+            except (UserError, OSError) as error:
                 with lock:
                     if j % count not in reasons:
                         reasons[j % count] = str(error)
                         print(f"left out: {error}", file=sys.stderr)
-                        with side_work(str(report)):
-                            write_whole(report, "".join(json.dumps({"reason": reason}) + "\n" for reason in reasons.values()))
+                        write_report()
                 if len(reasons) > most * count:
                     raise UserError(f"{len(reasons)} of {count} pictures cannot be read, more than --max-rejected {most}; the last: {error}") from None
         raise UserError(f"none of {count} pictures can be read")
@@ -1214,12 +1226,7 @@ def find_weights(path: Path) -> tuple[Path, dict | None]:
             return checkpoints[0], None
         found = f"; of its checkpoints name one: {', '.join(map(str, checkpoints))}" if checkpoints else ""
         raise UserError(f"{path}: no tokenizer here (wanted config.json beside {', '.join(WEIGHTS)}, or one .ckpt or .pt){found}")
-    try:
-        fields = json.loads((folder / "config.json").read_text())
-        if not isinstance(fields, dict):
-            raise UserError(f"wanted an object, got {type(fields).__name__}")
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from None
+    fields = read_json(folder / "config.json")
     for name in [path.name] if path.is_file() else WEIGHTS:
         if (folder / name).is_file():
             return folder / name, fields
@@ -1242,11 +1249,9 @@ def read_config(file: Path, fields: dict, tensors: int):
         config = VQGANConfig(**ours)
         if len(config.channel_mult) * config.num_res_blocks > tensors:  # before hours go by in building them
             raise UserError(f"num_res_blocks {config.num_res_blocks} at {len(config.channel_mult)} levels, but the weights are {tensors} tensors")
-        return layout, config, eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
-    except KeyError as error:
-        raise UserError(f"{file}: no {error.args[0]}; is this a VQGAN?") from None
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError, IndexError) as error:
+    except UserError as error:
         raise UserError(f"{file}: {error}") from None
+    return layout, config, eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
 
 
 def recognise(file: Path, tensors):
@@ -1258,22 +1263,26 @@ def recognise(file: Path, tensors):
         raise UserError(f"{file}: neither a checkpoint of taming-transformers nor of LlamaGen; its first tensor is {min(tensors, default='missing')}")
     count = lambda pattern: next(n for n in range(len(tensors) + 1) if pattern.format(n) not in tensors)
     levels, blocks = count(block.format("{}", 0) + ".conv1.weight"), count(block.format(0, "{}") + ".conv1.weight")
+
+    def shape(name, dimensions=4):
+        if name not in tensors or tensors[name].ndim != dimensions or 0 in tensors[name].shape:
+            raise UserError(f"{file}: no tensor {name} of {dimensions} dimensions")
+        return tensors[name].shape
+
+    width, channels = shape("encoder.conv_in.weight")[:2]
+    embeddings, embed = shape("quantize.embedding.weight", 2)
+    mult = [shape(block.format(i, 0) + ".conv1.weight")[0] / width for i in range(levels)]
+    attended = [i for i in range(levels) if f"{block.rsplit('.', 2)[0].format(i)}.attn.0.q.weight" in tensors]
     try:
-        width, channels = tensors["encoder.conv_in.weight"].shape[:2]
-        embeddings, embed = tensors["quantize.embedding.weight"].shape
-        mult = [tensors[block.format(i, 0) + ".conv1.weight"].shape[0] / width for i in range(levels)]
-        attended = [i for i in range(levels) if f"{block.rsplit('.', 2)[0].format(i)}.attn.0.q.weight" in tensors]
         config = VQGANConfig(
             resolution=256, num_channels=channels, hidden_channels=width, channel_mult=[int(m) if m == int(m) else m for m in mult],
             num_res_blocks=blocks, attn_resolutions=[256 >> i for i in attended], no_attn_mid_block=attention + ".q.weight" not in tensors,
-            z_channels=tensors["post_quant_conv.weight"].shape[0], num_embeddings=embeddings, quantized_embed_dim=embed,
+            z_channels=shape("post_quant_conv.weight")[0], num_embeddings=embeddings, quantized_embed_dim=embed,
             resample_with_conv=levels == 1 or any("downsample" in name for name in tensors), symmetric_pixels=True,
             l2_codes=layout == "llamagen", attend_single_blocks=blocks == 1 and bool(attended))
-        return layout, config, eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
-    except KeyError as error:
-        raise UserError(f"{file}: no tensor {error.args[0]}") from None
-    except (ValueError, ZeroDivisionError) as error:
+    except UserError as error:
         raise UserError(f"{file}: no network has these shapes ({error})") from None
+    return layout, config, eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
 
 
 def their_name(layout, name, config) -> str:
@@ -1332,16 +1341,21 @@ def config_fields(layout, config) -> dict:
 
 
 def from_diffusers(fields) -> dict:
-    """Fields of VQGANConfig from a config.json of diffusers' VQModel."""
+    """Fields of VQGANConfig from a config.json of diffusers' VQModel. Raises UserError for another network."""
+    check_fields(fields, {
+        "in_channels": int, "out_channels": int | None, "block_out_channels": list[int], "down_block_types": list[str],
+        "up_block_types": list[str], "layers_per_block": int, "latent_channels": int, "num_vq_embeddings": int, "norm_type": str | None,
+        "vq_embed_dim": int | None, "norm_num_groups": int | None, "sample_size": int | None, "act_fn": str | None,
+        "mid_block_add_attention": bool | None}, "VQModel")
     for name, wanted in {"norm_type": "group", "act_fn": "silu", "out_channels": fields["in_channels"]}.items():
         if fields.get(name, wanted) != wanted:
-            raise UserError(f"{name} {fields[name]!r} is another network; {wanted!r} is known")
+            raise UserError(f"{name} {fields[name]!r:.80} is another network; {wanted!r} is known")
     widths, kinds = fields["block_out_channels"], {"": ("DownEncoderBlock2D", "UpDecoderBlock2D"), "Attn": ("AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D")}
     down, up = fields["down_block_types"], fields["up_block_types"][::-1]
     if any(pair not in kinds.values() for pair in zip(down, up)) or not len(down) == len(up) == len(widths):
-        raise UserError(f"down_block_types {down} and up_block_types {up[::-1]} are no levels with or without attention, the same on the way up")
-    if any(width % widths[0] for width in widths):
-        raise UserError(f"block_out_channels {widths} are no multiples of the first")
+        raise UserError(f"down_block_types {down!r:.200} and up_block_types {up[::-1]!r:.200} are no levels with or without attention, the same on the way up")
+    if not 1 <= len(widths) <= 16 or min(widths) < 1 or any(width % widths[0] for width in widths):
+        raise UserError(f"block_out_channels {widths!r:.80} are not 1 to 16 multiples of the first")
     resolution = diffusers_resolution(fields.get("sample_size", 32), len(widths))
     return {"resolution": resolution, "num_channels": fields["in_channels"], "hidden_channels": widths[0], "channel_mult": [w // widths[0] for w in widths],
             "num_res_blocks": fields["layers_per_block"], "attn_resolutions": [resolution >> i for i, k in enumerate(down) if k.startswith("Attn")],
@@ -1422,6 +1436,8 @@ def reconstruct(images: tuple[Path, ...], model: Path = MINI, out: Path | None =
         raise UserError("no pictures; type: python vqgan.py reconstruct --images FILE ...")
     if (lpips_vgg is None) != (lpips_heads is None):
         raise UserError("LPIPS needs both --lpips-vgg and --lpips-heads")
+    if not 0 <= seed < 2**31:
+        raise UserError(f"--seed must be an integer in [0, inf), got {seed}")
     if out is None:
         out = Path("reconstruction.png")
     elif out.suffix not in (".png", ".webp", ".jpg"):

@@ -97,7 +97,7 @@ def free_port():
 
 
 @pytest.fixture(scope="session")
-def playground(dataset, tmp_path_factory):
+def served(dataset, tmp_path_factory):
     """A playground with a tiny random model as a process of its own: (process, its address)."""
     import jax
 

@@ -5,7 +5,6 @@ import functools
 import importlib.util
 import math
 import re
-import types
 from pathlib import Path
 
 import equinox as eqx
@@ -15,7 +14,8 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
+from jax._src import mesh as mesh_lib  # AbstractDevice has no public name
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
 
 import flash_attention
 import lvm
@@ -117,46 +117,57 @@ def test_large_scores_do_not_overflow():
     assert all(np.isfinite(x).all() for x in forward_and_gradients(attend, *arrays))
 
 
-def test_the_default_is_plain_jnp_on_a_cpu_and_our_kernels_on_accelerators(monkeypatch, capsys):
-    q, k, _, _ = tensors(0, 8, 8, 64, jnp.bfloat16)
-    choice = lambda x=q, segmented=False: flash_attention.choose(x, x, True, segmented)
-    assert choice() == "chunked"
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert choice() == "pallas"
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    device, backend = types.SimpleNamespace(compute_capability="8.0"), types.SimpleNamespace(platform_version="cuda 13000")
-    monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    monkeypatch.setattr(jax.extend.backend, "get_backend", lambda: backend)
-    monkeypatch.setattr(flash_attention, "_hopper_trial", lambda K: None)
-    assert choice() == "pallas"
-    device.compute_capability = "9.0"
-    assert choice() == "hopper" and capsys.readouterr().err == ""
-    assert choice(segmented=True) == choice(segmented=True) == "pallas"
+def traced_for(device_kind, platform, call, *shapes):
+    """call(*arrays) while a program for such devices is being traced, by shard_map inside jit, gradient, checkpoint and scan."""
+    device = mesh_lib.AbstractDevice(device_kind=device_kind, num_cores=None, platform=platform)
+    mesh, found = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device), []
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(), out_specs=P())
+    def program(x):
+        def body(x, _):
+            found.append(call(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)))
+            return x, None
+
+        return lax.scan(jax.checkpoint(body), x, length=2)[0]
+
+    jax.jit(jax.grad(lambda x: program(x).sum())).trace(jax.ShapeDtypeStruct((2,), jnp.float32))
+    assert len(set(found)) == 1
+    return found[0]
+
+
+def test_the_default_is_plain_jnp_on_a_cpu_and_our_kernels_on_the_accelerators_that_a_program_is_for(capsys):
+    flash_attention._say_once.cache_clear()
+    q = (2, 1000, 4, 64), jnp.bfloat16
+    choice = lambda device, x=q, segmented=False: traced_for(*device, lambda x: flash_attention.choose(x, x, True, segmented), x)
+    assert choice(("cpu", "cpu")) == "chunked" == flash_attention.choose(*[jax.ShapeDtypeStruct(*q)] * 2, True, False)
+    assert choice(("TPU v5p", "tpu")) == "pallas" == choice(("NVIDIA A100-SXM4-80GB", "gpu")) == choice(("NVIDIA B200", "gpu"))
+    for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB"):
+        assert choice((name, "gpu")) == "hopper" and capsys.readouterr().err == ""
+    h200 = "NVIDIA H200", "gpu"
+    assert choice(h200, segmented=True) == choice(h200, segmented=True) == "pallas"
     assert capsys.readouterr().err.splitlines() == ["flash_attention: the Hopper kernels know no segment ids; the portable kernels run instead"]
-    assert choice(q.astype(jnp.float32)) == "pallas" and "take bfloat16, not float32" in capsys.readouterr().err
-    backend.platform_version = "PJRT C API\ncuda 12080"
-    assert choice() == "pallas" and "CUDA 12080 miscompiles" in capsys.readouterr().err
-    backend.platform_version = "PJRT C API\ncuda 13000"
-    monkeypatch.setattr(flash_attention, "_hopper_trial", lambda K: "the Hopper kernels are wrong here")
-    assert choice() == "pallas" and "wrong here" in capsys.readouterr().err
+    assert choice(h200, (q[0], jnp.float32)) == "pallas" and "take bfloat16, not float32" in capsys.readouterr().err
 
 
-def test_hopper_kernels_that_give_wrong_numbers_are_found_before_a_model_uses_them(monkeypatch):
-    attend = flash_attention._attend
-    try:
-        for causal, verdict in ((True, None), (False, "are wrong here at head_dim 64")):  # a kernel that forgets causality
-            monkeypatch.setattr(flash_attention, "_attend", lambda q, k, v, ids, _, scale, __: attend(q, k, v, ids, causal, scale, "xla"))
-            flash_attention._hopper_trial.cache_clear()
-            seen = []
+def test_the_cuda_that_miscompiles_causal_masks_is_refused():
+    assert "CUDA 12080 miscompiles" in flash_attention._cuda_refuses("PJRT C API\ncuda 12080")
+    assert flash_attention._cuda_refuses("PJRT C API\ncuda 13000") is None and flash_attention._cuda_refuses("cpu") is None
 
-            @jax.jit
-            def model(x):  # the trial runs while a model is being traced
-                return lax.scan(jax.checkpoint(lambda x, _: (seen.append(flash_attention._hopper_trial(64)) or x, None)), x, length=2)[0]
 
-            model(jnp.ones(2))
-            assert verdict is None and seen[0] is None or verdict in seen[0]
-    finally:
-        flash_attention._hopper_trial.cache_clear()
+def test_kernels_that_give_wrong_numbers_or_do_not_run_are_found_before_a_model_uses_them():
+    attend = functools.partial(flash_attention.flash_attention, implementation="chunked")
+    compare = lambda attend: flash_attention._compare_with_reference(attend, 64)
+    assert compare(attend) is None
+    assert compare(functools.partial(attend, causal=False)).startswith("are wrong here at head_dim 64")  # a kernel that forgets causality
+    assert compare(lambda q, k, v: attend(q, k, jnp.sqrt(v - lax.stop_gradient(v)) + v)) is not None  # right, but for gradients that are NaN
+    assert compare(functools.partial(attend, segment_ids_BT=jnp.zeros(3))).startswith("do not run here (ValueError: segment_ids_BT has the shape (3,)")
+
+
+def test_the_hopper_kernels_are_tried_while_a_model_is_being_traced_and_the_reason_names_the_exception():
+    """On this machine they can only fail, but for the right reason: at lowering for a CPU, not because of the trace around."""
+    flash_attention._hopper_trial.cache_clear()
+    verdict = traced_for("NVIDIA H200", "gpu", lambda: flash_attention._hopper_trial(64))
+    assert verdict == "the Hopper kernels do not run here (ValueError: Only interpret mode is supported on CPU backend.)"
 
 
 def test_what_attention_cannot_do_is_refused_in_words():
@@ -226,7 +237,9 @@ def test_the_hopper_kernels_interpreted_are_the_definition_and_have_no_races(K, 
     attend = functools.partial(flash_attention.flash_attention, implementation="hopper")
     with interpreter:
         ours = forward_and_gradients(attend, *arrays)
+        verdict = flash_attention._compare_with_reference(attend, K) if K == 64 else None
     assert_equal(ours, definition(*arrays), TOLERANCE[jnp.bfloat16])
+    assert verdict is None  # what `_hopper_trial` says where they run
 
 
 def test_a_model_with_padded_projections_is_the_same_function_with_the_same_gradients(monkeypatch):
@@ -250,13 +263,27 @@ def test_a_model_with_padded_projections_is_the_same_function_with_the_same_grad
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()), padded, plain)
 
 
-def test_a_model_projects_to_the_width_that_the_kernels_read(monkeypatch):
+def test_a_model_projects_to_the_width_that_the_kernels_read():
     shape = 2, 1000, 32, 100
     width = lambda shape=shape, dtype=jnp.bfloat16, **options: flash_attention.native_head_dim(shape, dtype, False, **options)
     assert width() == 100  # on a CPU
     assert width(implementation="hopper") == 112 and width((2, 1000, 32, 128), implementation="hopper") == 128
-    monkeypatch.setattr(flash_attention, "choose", lambda q, k, causal, segmented: "hopper" if q.dtype == jnp.bfloat16 else "pallas")
-    assert width() == 112 and width(dtype=jnp.float32) == 100 and width(implementation="xla") == 100
+    on_h200 = lambda **options: traced_for("NVIDIA H200", "gpu", lambda: width(**options))
+    assert on_h200() == 112 and on_h200(dtype=jnp.float32) == 100 and on_h200(implementation="xla") == 100
+
+
+def test_a_model_for_hopper_gpus_takes_the_hopper_kernels_by_itself():
+    """The training loss as train.py builds it, with no implementation named, over a mesh of GPUs that are not here: shard_map,
+    gradient, scan and checkpoint. Its program calls the three kernels, and heads of 100 are born 112 wide."""
+    device = mesh_lib.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((1, 2, 2, 1), train.AXES, axis_types=(AxisType.Auto,) * 4, abstract_device=device)
+    config = lvm.LVMConfig(hidden=400, ffn=256, layers=2, heads=4, codes=60, context=256)
+    model = eqx.filter_eval_shape(lvm.LVM, config, key=jax.random.key(0))
+    ids_BT = jax.ShapeDtypeStruct((2, 256), jnp.int32)
+    loss = train.make_loss(mesh, lvm.partition_specs(model), jnp.bfloat16, remat="full")
+    program = jax.jit(jax.grad(loss)).trace(model, ids_BT, ids_BT).lower(lowering_platforms=("cuda",)).as_text()
+    called = program.count("@mosaic_gpu")
+    assert called == 4 and "tensor<1x256x2x112xbf16>" in program, called  # forward, and again in the backward pass; dq; dkv
 
 
 # Meshes
@@ -450,14 +477,17 @@ def test_ahead_of_time_the_decode_kernel_compiles_for(chip):
     assert jax.jit(sharded).trace(*args).lower().compile() is not None
 
 
-@pytest.mark.parametrize("chip", ["v4", "v5e", "h200"])
-def test_ahead_of_time_the_models_gradients_over_a_mesh_compile_for(chip, monkeypatch):
-    monkeypatch.setattr(flash_attention, "choose", lambda *_: "pallas")  # as on that chip
+@pytest.mark.parametrize("chip, kernel", [("v4", "tpu_custom_call"), ("v5e", "tpu_custom_call"), ("h200", "mosaic_gpu")])
+def test_ahead_of_time_a_model_over_a_mesh_takes_the_kernels_of_that_chip_by_itself(chip, kernel):
     mesh = Mesh(chips(chip).reshape(1, 2, 2, 1), train.AXES)
-    model = eqx.filter_eval_shape(lvm.LVM, lvm.SIZES["debug"], key=jax.random.key(0))
+    config = dataclasses.replace(lvm.SIZES["debug"], heads=2)  # of 64, which the Hopper kernels take
+    model = eqx.filter_eval_shape(lvm.LVM, config, key=jax.random.key(0))
     specs = lvm.partition_specs(model)
     place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
     ids_BT = jax.ShapeDtypeStruct((2, 578), jnp.int32, sharding=NamedSharding(mesh, train.ROWS))
     loss = train.make_loss(mesh, specs, jnp.bfloat16, remat="full")
-    compiled = jax.jit(jax.grad(loss)).trace(jax.tree.map(place, model, specs), ids_BT, ids_BT).lower().compile()
-    assert ("tpu_custom_call" if chip != "h200" else "triton") in compiled.as_text()
+    lowered = jax.jit(jax.grad(loss)).trace(jax.tree.map(place, model, specs), ids_BT, ids_BT).lower()
+    assert kernel in lowered.as_text()
+    if chip == "h200":
+        needs_an_assembler()
+    assert kernel in lowered.compile().as_text()

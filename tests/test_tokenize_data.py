@@ -320,7 +320,7 @@ def test_a_dataset_appears_whole_or_not_at_all(tmp_path, tokenizer):
         tokenize_data.write_dataset(tmp_path / "d", model, ["a"], breaks())
     assert not (tmp_path / "d").exists()
     tokenize_data.write_dataset(tmp_path / "d", model, ["a"], [(0, np.zeros(32, np.uint16))])
-    with pytest.raises(FileExistsError):
+    with pytest.raises(UserError):
         tokenize_data.write_dataset(tmp_path / "d", model, ["a"], [(0, np.zeros(32, np.uint16))])
 
 
