@@ -1388,3 +1388,30 @@ def test_fault_37_a_run_needs_no_more_than_64_open_files(dataset, uninterrupted,
     output = finish(launch(command(dataset, tmp_path / "run", *SLOW), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))))
     assert "Traceback" not in output
     assert_equal_runs(tmp_path / "run", uninterrupted[0])
+
+
+SAVES = """
+import pathlib, re, resource, sys
+import jax.numpy as jnp
+from common import runs
+checkpoints = runs.Checkpoints(pathlib.Path(sys.argv[1]), 2)
+state = {"model": {"w": jnp.ones((50, 1000, 1000))}}
+checkpoints.save(1, state)
+checkpoints.wait()
+used = int(re.search(r"VmSize:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 4_000_000, resource.RLIM_INFINITY))
+checkpoints.save(2, state)
+checkpoints.wait()
+print("whole under the limit:", [step.name for step in runs.whole_steps(checkpoints.folder)], flush=True)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+checkpoints.save(3, state)
+checkpoints.finish(3, state, patience=0)
+"""
+
+
+def test_fault_37_a_save_that_gets_no_memory_is_tried_again_and_harms_none_before(tmp_path):
+    output = finish(launch([sys.executable, "-c", SAVES, str(tmp_path)]))
+    assert "warning: " in output and f"{tmp_path / '2'} could not be saved" in output and "whole under the limit: ['1']" in output
+    assert len(output.splitlines()) == 2, output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
+    runs.check_digests(tmp_path / "3")
