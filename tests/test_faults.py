@@ -1182,7 +1182,7 @@ def test_fault_24_a_run_started_on_a_full_disk_ends_with_one_line_and_keeps_its_
             log.write('{"step": 13, "loss": 1.0}\n')  # to be dropped: the file must be written anew
         before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.name != "lock"}
         fill(disk)
-        arguments = command(dataset, out) if script == "train" else tokenizer_command(tmp_path, out)
+        arguments = command(dataset, out) if script == "train" else tokenizer_command(undisturbed_tokenizer.parent, out)
         output = finish(launch(arguments), status=2)
         assert re.search(rf"error: .*{out}.* bytes", output) and "Traceback" not in output
         assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.name != "lock"} == before
