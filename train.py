@@ -176,7 +176,7 @@ class Config:
     def __post_init__(self):
         check_numbers(self, {
             "[1, inf)": "steps batch accumulate save_every log_every demo_sentences keep patience heartbeat milestone_every processes",
-            "[0, inf)": "warmup evaluate_every process seed weight_decay z_loss", "[2, inf)": "context", "(0, inf)": "learning_rate clip",
+            "[0, inf)": "warmup evaluate_every process seed weight_decay z_loss save_patience", "[2, inf)": "context", "(0, inf)": "learning_rate clip",
             "[0, 1)": "b1 b2 heldout_fraction", "[0, 1]": "final_learning_rate", "(0, 1]": "decay_fraction"})  # fmt: skip
         if (self.processes is None) != (self.process is None) or self.processes and not (self.coordinator and 0 <= self.process < self.processes):
             raise UserError(f"wanted --coordinator HOST:PORT --processes N --process I with I from 0 to N - 1, got {self.coordinator}, {self.processes}, {self.process}")

@@ -553,7 +553,7 @@ class TrainConfig:
     def __post_init__(self):
         check_numbers(self, {
             "[1, inf)": "steps accumulate save_every log_every patience", "[1, 65536]": "batch", "[1, 8192]": "resolution gan_channels",
-            "[0, inf)": "gan_from gan_warmup quantize_from seed", "[0, 8192]": "l2_codes", "[0, 1]": "max_rejected", "(0, 1]": "crop",
+            "[0, inf)": "gan_from gan_warmup quantize_from seed save_patience", "[0, 8192]": "l2_codes", "[0, 1]": "max_rejected", "(0, 1]": "crop",
             "(0, 10]": "learning_rate gan_learning_rate", "[0, 1)": "ema",
             "[0, 1000000]": "gradient_weight perceptual_weight gan_weight gan_penalty_weight"})
         if (self.lpips_vgg is None) != (self.lpips_heads is None):
