@@ -46,7 +46,6 @@ import multiprocessing.connection
 import os
 import re
 import reprlib
-import shutil
 import signal
 import stat
 import sys

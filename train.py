@@ -49,8 +49,8 @@ import tokenize_data
 import vqgan
 from common.images import UserError
 from common.runs import (
-    Checkpoints, RunStopped, asked_to_stop, begin_run, check_hosts_agree, check_numbers, keep_compiled, keep_log_until, leads,
-    open_log, own_run_folder, run_command, side_work, steps_of, warn)
+    Checkpoints, asked_to_stop, begin_run, check_health, check_hosts_agree, check_numbers, keep_compiled, keep_log_until,
+    leads, new_guard, open_log, own_run_folder, run_command, side_work, skip_bad_step, steps_of, warn)
 from common.weights import read_json
 from flash_attention import zigzag
 
@@ -337,7 +337,7 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
                 done, metrics = pending.popleft()
                 metrics = {k: v.item() for k, v in jax.device_get(metrics).items()}
                 meter.tokens += metrics.pop("targets")
-                check_health(config, done, metrics, checkpoints.newest)
+                check_health(done, metrics, config.patience, checkpoints.newest)
                 if done % config.log_every == 0 or done == step and (saving or evaluating):
                     line = meter.line(done, metrics) | {"learning_rate": float(schedule(done - 1 - metrics["skipped"]))}
                     bar.set_postfix(loss=f"{line['loss']:.3f}", tokens=f"{line['tokens_per_second']:,.0f}/s")
@@ -428,28 +428,12 @@ def make_train_step(loss_fn, optimizer, accumulate, shardings):
             loss, grads = jax.tree.map(lambda x: x / accumulate, total)
         updates, moments = optimizer.update(grads, state["optimizer"], state["model"])
         norm = optax.global_norm(grads)
-        good, guard = judge(state["guard"], loss, norm)
-        new = {"model": optax.apply_updates(state["model"], updates), "optimizer": moments}
-        new = {k: jax.tree.map(functools.partial(jnp.where, good), new[k], state[k]) for k in new}
+        new = skip_bad_step({"model": optax.apply_updates(state["model"], updates), "optimizer": moments}, state, loss, norm)
+        counts = {name: new["guard"][name] for name in ("skipped", "in_a_row")}
         targets = jnp.count_nonzero(batch["mask_BT"][:, 1:])  # the first of a row is nobody's target
-        return new | {"guard": guard}, {"loss": loss, "grad_norm": norm, "skipped": guard["skipped"], "in_a_row": guard["in_a_row"], "targets": targets}
+        return new, {"loss": loss, "grad_norm": norm, **counts, "targets": targets}
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
-
-
-def new_guard():
-    """What a step is judged by: running means of the loss and the gradient norm, and counts of steps."""
-    return {name: jnp.zeros((), jnp.float32) for name in ("loss", "norm")} | {name: jnp.zeros((), jnp.int32) for name in ("taken", "skipped", "in_a_row")}
-
-
-def judge(guard, loss, norm):
-    """Shall this step be taken? Not if its loss or gradient norm is no finite number, nor, once twenty steps have been
-    taken, if one is a hundred times its running mean. Returns (bool, the guard after it)."""
-    good = jnp.isfinite(loss) & jnp.isfinite(norm)
-    good &= (guard["taken"] < 20) | (loss <= 100 * guard["loss"]) & (norm <= 100 * guard["norm"])
-    mean = lambda old, value: jnp.where(good, jnp.where(guard["taken"] > 0, 0.95 * old + 0.05 * value, value), old)
-    return good, {"loss": mean(guard["loss"], loss), "norm": mean(guard["norm"], norm), "taken": guard["taken"] + good,
-                  "skipped": guard["skipped"] + ~good, "in_a_row": jnp.where(good, 0, guard["in_a_row"] + 1)}
 
 
 def make_optimizer(config: Config):
@@ -1182,14 +1166,6 @@ def tell_xla(platform: str | None = None):
 
 
 # ---------------------------------------------------------------------------------------------------- the log's numbers
-
-
-def check_health(config: Config, step: int, metrics, last_saved: int):
-    """Stops a run that leaves out one step after another."""
-    if metrics["in_a_row"] >= config.patience:
-        raise RunStopped(
-            f"{metrics['in_a_row']} steps in a row were left out, the last, {step}, for a loss of {metrics['loss']} and a gradient norm of "
-            f"{metrics['grad_norm']}; the last checkpoint is that of step {last_saved}; try a lower --learning-rate, or look for bad data")
 
 
 class Meter:

@@ -27,6 +27,7 @@ import threading
 import time
 import traceback
 import typing
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -458,6 +459,8 @@ class Checkpoints:
         self.writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self.thread, self.commit, self.failure, self.failed, self.newest = ThreadPoolExecutor(1), None, None, [], 0
         self.told = False
+        # A save that fails for want of threads leaves some of orbax's steps undone: said once is enough.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited")
         if leads():
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in {*self.folder.glob("*.partial*"), *self.folder.glob("*.orbax-checkpoint-tmp*")}:
@@ -679,3 +682,33 @@ def code_digest() -> str:
     """Tells apart versions of this program."""
     root = Path(__file__).resolve().parent.parent
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted([*root.glob("*.py"), *root.glob("common/*.py")]))).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------- bad steps
+
+
+def new_guard() -> dict:
+    """What a step is judged by: running means of the loss and the gradient norm, and counts of steps."""
+    return {name: jnp.zeros((), jnp.float32) for name in ("loss", "norm")} | {name: jnp.zeros((), jnp.int32) for name in ("taken", "skipped", "in_a_row")}
+
+
+def skip_bad_step(new: dict, old: dict, loss, norm) -> dict:
+    """The state after a step: the parts of `new`, or those of the state `old` where the step is bad; and the guard after it.
+
+    A step is bad if its loss or gradient norm is no finite number, or, once twenty steps have been taken, if one is a
+    hundred times its running mean."""
+    guard = old["guard"]
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    good &= (guard["taken"] < 20) | (loss <= 100 * guard["loss"]) & (norm <= 100 * guard["norm"])
+    mean = lambda old, value: jnp.where(good, jnp.where(guard["taken"] > 0, 0.95 * old + 0.05 * value, value), old)
+    state = {k: jax.tree.map(lambda a, b: jnp.where(good, a, b), new[k], old[k]) for k in new}
+    return state | {"guard": {"loss": mean(guard["loss"], loss), "norm": mean(guard["norm"], norm), "taken": guard["taken"] + good,
+                              "skipped": guard["skipped"] + ~good, "in_a_row": jnp.where(good, 0, guard["in_a_row"] + 1)}}
+
+
+def check_health(step: int, metrics: dict, patience: int, last_saved: int):
+    """Stops a run that leaves out one step after another."""
+    if metrics["in_a_row"] >= patience:
+        raise RunStopped(
+            f"{metrics['in_a_row']:.0f} steps in a row were left out, the last, {step}, for a loss of {metrics['loss']} and a gradient norm of "
+            f"{metrics['grad_norm']}; the last checkpoint is that of step {last_saved}; try a lower --learning-rate, or look for bad data")
