@@ -374,7 +374,7 @@ def make_loss(mesh, specs, dtype, remat="none", z_loss=0.0, implementation=None)
     """loss(model, ids_BT, mask_BT[, segment_ids_BT]): the mean over the whole batch, computed shard by shard.
 
     Differentiate it outside the shard_map: the transpose of each gather below is then the reduce-scatter of its gradient.
-    `implementation` is `flash_attention`'s; None picks for the default backend."""
+    `implementation` is `flash_attention`'s; None picks for the mesh's devices."""
     ranks = mesh.shape["seq"]
     ring = "seq" if ranks > 1 else None
 

@@ -33,9 +33,11 @@ import zlib
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 import lvm
@@ -43,7 +45,7 @@ import playground
 import sample
 import tokenize_data
 import vqgan
-from common import runs
+from common import runs, weights
 from common.images import UserError
 from common.runs import RunStopped
 from conftest import ROOT, command, free_port, launch, log_of, post, seal, serving
@@ -669,6 +671,7 @@ def test_fault_15_a_worker_that_is_killed_or_hangs_ends_the_run_which_says_so(da
 POISONED = """
 import sys
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 import train
 
@@ -1508,6 +1511,50 @@ def test_fault_30_a_logger_that_raises_at_import_too(dataset, copy, tmp_path):
     (tmp_path / "packages/wandb.py").write_text("raise ImportError('a part is missing')")
     output = finish(launch(command(dataset, copy, "--log", "wandb"), environment={"PYTHONPATH": str(tmp_path / "packages")}))
     assert output.count("warning: --log wandb failed (ImportError: a part is missing)") == 1
+
+
+def bad_weights(kind, tmp_path):
+    """-> (a command that reads them, what its one line says)."""
+    config = lvm.LVMConfig(hidden=16, ffn=24, layers=2, heads=2, codes=32, context=80)
+    lvm.save(lvm.LVM(config, key=jax.random.key(0)), tmp_path / "hf")
+    convert = [sys.executable, ROOT / "lvm.py", "convert", "--model", tmp_path / "hf", "--out", tmp_path / "out"]
+    if kind == "absurd":
+        fields = json.loads((tmp_path / "hf" / "config.json").read_text()) | {"hidden_size": 10**9}
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(fields))
+        return convert, "config.json: hidden must be an integer in [1, 1048576], got 1000000000"
+    if kind == "keys":
+        (tmp_path / "stream").write_bytes(msgpack.packb((("params",) * 10**6, b"")))
+        return [*convert[:4], tmp_path / "stream", *convert[5:]], "stream is not an EasyLM stream"
+    tensors = {name: tensor.read().copy() for name, tensor in weights.open_tensors(tmp_path / "hf" / "model.safetensors").items()}
+    if kind == "integers":
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)
+        safetensors.numpy.save_file(tensors, tmp_path / "hf" / "model.safetensors")
+        return convert, "model.safetensors: tensor model.norm.weight is int8"
+    tensors["model.norm.weight"][3] = np.nan
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    weights.write_pickle(tmp_path / "hf" / "pytorch_model.bin", tensors)
+    return convert, "pytorch_model.bin: tensor model.norm.weight holds NaN or infinity"
+
+
+def rusage(arguments):
+    """(status, what it printed, seconds of processor time, bytes of memory at most) of a command."""
+    process = launch(list(map(str, arguments)))
+    output = process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, output, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in bytes elsewhere")
+def test_fault_33_weights_that_cannot_be_are_refused_by_name_soon_and_in_little_memory(tmp_path):
+    _, _, seconds, memory = rusage([sys.executable, ROOT / "lvm.py", "sizes"])
+    for kind in ("nan", "absurd", "keys", "integers"):
+        (place := tmp_path / kind).mkdir()
+        arguments, words = bad_weights(kind, place)
+        status, output, more_seconds, more_memory = rusage(arguments)
+        assert status == 2 and len(output.splitlines()) == 1 and words in output, output
+        assert more_seconds < seconds + 2 and more_memory < memory + 300e6, kind
+        assert not (place / "out").exists()
 
 
 @pytest.mark.parametrize("content", variants([b"\0" * 500, b'{"model": {"hidden"'], b"", b"[]", b'{"model": 3, "tokenizer": null, "train": [1]}'))
