@@ -626,12 +626,13 @@ def read_video(path, wanted: list[int], show):
             pictures = [show(frame_image(frame)) for frame in sought(container, stream, index, wanted)]
         if len(pictures) == len(wanted):
             return pictures, None
-    pictures, left, number = [], collections.deque(wanted), -1
+    pictures, left, number, damaged = [], collections.deque(wanted), -1, False
     with open_video(path, index.stream) as (container, stream):
         for number, frame in enumerate(container.decode(stream)):
+            damaged = frame.is_corrupt or damaged and not frame.key_frame  # frames are made from those before them
             if number == left[0]:
-                if frame.is_corrupt:
-                    raise UserError(f"frame {number} is damaged")
+                if damaged:
+                    raise UserError(f"frame {number} is damaged, or made from a damaged one")
                 pictures.append(show(frame_image(frame)))
                 left.popleft()
                 if not left:
@@ -652,7 +653,9 @@ def sought(container, stream, index: Index, wanted):
                 frames, last = container.decode(stream), None
             for frame in frames:
                 n = int(np.searchsorted(order_N, frame.pts)) if frame.pts is not None else len(order_N)
-                if n > number or order_N[n] != frame.pts or last is not None and n != last + 1 or n == number and frame.is_corrupt:
+                if n > number or order_N[n] != frame.pts or last is not None and n != last + 1:
+                    return
+                if frame.is_corrupt and frame.pts >= index.pts_N[key]:  # later frames are made from this one
                     return
                 last = n
                 if n == number:
