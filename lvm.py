@@ -12,12 +12,11 @@ Dimensions: B batch, T tokens, D hidden, N heads, K head_dim, F feed-forward, V 
 Weights under `blocks` are stacked: `q_DNK` there has the shape (L, D, N, K), and (D, N, K) inside the scan.
 """
 
+import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
+
 import dataclasses
 import functools
-import json
 import math
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -26,7 +25,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 import tyro
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -34,13 +32,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from common.images import UserError
-from common.runs import run_command, steps_of, whole_steps
-from common.weights import FLOATS, open_tensors, read_json, read_stream
+from common.runs import check_numbers, run_command, steps_of, whole_steps
+from common.weights import (
+    FLOATS, check_fields, open_tensors, read_json, read_stream, strict_json, write_folder, write_safetensors, write_whole)
 from flash_attention import cache_slots, decode_attention, flash_attention, join, native_head_dim, ring_attention, zigzag_here
-
-
-# What no model is beyond: a damaged config is refused by it before anything of that size is made.
-MOST = {"hidden": 2**20, "ffn": 2**20, "layers": 2**12, "heads": 2**14, "codes": 2**20, "specials": 2**20, "context": 2**24}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +66,11 @@ class LVMConfig:
     """added to the mean square in RMSNorm"""
 
     def __post_init__(self):
-        for name, most in MOST.items():
-            least, value = int(name != "specials"), getattr(self, name)
-            if type(value) is not int or not least <= value <= most:
-                raise UserError(f"{name} is {value!r:.40}; it must be a whole number from {least} to {most:,}")
-        for name in ("rope_theta", "rms_eps"):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value < math.inf:
-                raise UserError(f"{name} is {value!r:.40}; it must be a finite number above 0")
+        # What no model is beyond: a damaged config is refused by it before anything of that size is made.
+        check_numbers(self, {
+            "[1, 1048576]": "hidden ffn codes", "[0, 1048576]": "specials", "[1, 4096]": "layers", "[1, 16384]": "heads",
+            "[2, 16777216]": "context",  # one token predicts nothing
+            "[0, inf)": "bos_id eos_id pad_id", "(0, inf)": "rope_theta rms_eps"}, called=str)  # fmt: skip
         if self.hidden % self.heads or self.hidden // self.heads % 2:
             raise UserError(f"hidden {self.hidden} / heads {self.heads} must be an even whole number (rotary pairs)")
         for name, value in (("bos", self.bos), ("eos", self.eos), ("pad", self.pad)):
@@ -180,7 +172,7 @@ class LVM(eqx.Module):
         B, T = ids_BT.shape
         if not ring:  # there a sentence may have been padded to whole chunks
             _check_length("ids_BT", T, self.config)
-        x_BTD, N, K = ends.embed(ids_BT), self.config.heads, self.config.head_dim
+        x_BTD, N, K = ends.embed(ids_BT, dtype), self.config.heads, self.config.head_dim
         width = native_head_dim((B, T, N, K), x_BTD.dtype, segment_ids_BT is not None, implementation)
         rope_TK = rope_angles(zigzag_here(T, ring) if ring else jnp.arange(T), self.config, width)
         attend = functools.partial(ring_attention, axis=ring) if ring else flash_attention
@@ -199,8 +191,11 @@ class LVM(eqx.Module):
         """The model without its blocks: embedding, last norm, head."""
         return eqx.tree_at(lambda model: model.blocks, self, None)
 
-    def embed(self, ids):
-        return self.embedding_VD.at[ids].get(mode="fill", fill_value=jnp.nan)
+    def embed(self, ids, dtype=None):
+        """Rows of the embedding in `dtype`. They are cast after the lookup, so that the gradient of a row is the float32 sum
+        over all its uses: a bfloat16 sum stops growing after a few hundred."""
+        rows = self.embedding_VD.at[ids].get(mode="fill", fill_value=jnp.nan)
+        return rows if dtype is None else rows.astype(dtype)
 
     def logits(self, x):
         x = rms_norm(x, self.norm_D, self.config.rms_eps)
@@ -462,7 +457,7 @@ def prefill(
         slots = [to_int8(x, -1) if cache_dtype == jnp.int8 else x.astype(cache_dtype or x.dtype) for x in slots]
         return block.merge(x_BTD, a_BTNK, reduce), slots
 
-    x_BTD, (k_LBNSK, v_LBNSK) = lax.scan(run, ends.embed(ids_BT), model.blocks)
+    x_BTD, (k_LBNSK, v_LBNSK) = lax.scan(run, ends.embed(ids_BT, dtype), model.blocks)
     return ends.logits(x_BTD[:, -1]), Cache(k_LBNSK, v_LBNSK, jnp.int32(T))
 
 
@@ -508,7 +503,7 @@ def decode_draft(
         a_BCNK = jnp.swapaxes(o_BNCK, 1, 2).astype(q_BCNK.dtype)
         return block.merge(x_BCD, a_BCNK, reduce), slots
 
-    x_BCD, slots = ends.embed(ids_BC), [cache.k_LBNSK, cache.v_LBNSK]
+    x_BCD, slots = ends.embed(ids_BC, dtype), [cache.k_LBNSK, cache.v_LBNSK]
     prompt = [cache.prompt.k_LBNSK, cache.prompt.v_LBNSK] if cache.prompt else []
     if isinstance(model.blocks, tuple):  # `unstack`
         written = []
@@ -619,13 +614,13 @@ def _normal(key, *shape):
 
 
 def _cast(weights, dtype):
-    """Matrices in the compute dtype, unpacked; norm scales stay as they are stored."""
+    """Matrices in the compute dtype, unpacked; norm scales and the embedding (see `embed`) stay as they are stored."""
 
-    def cast(w):
+    def cast(path, w):
         w = from_int8(w) if isinstance(w, Int8) else w
-        return w if dtype is None or w.ndim < 2 else w.astype(dtype)
+        return w if dtype is None or w.ndim < 2 or path[-1].name == "embedding_VD" else w.astype(dtype)
 
-    return jax.tree.map(cast, weights, is_leaf=lambda w: isinstance(w, Int8))
+    return jax.tree_util.tree_map_with_path(cast, weights, is_leaf=lambda w: isinstance(w, Int8))
 
 
 def _check_length(name, length, config):
@@ -727,28 +722,19 @@ def save(model: LVM, path, *, shard_bytes: float = 5e9, tokenizer: str | None = 
         shards[-1].append(tensor)
         room -= tensor[2].nbytes
 
-    partial = path.with_name(path.name + f".partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
+    with write_folder(path) as folder:
         weight_map = {}
         for i, shard in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
             arrays = {name: _to_hf(field, array) for name, field, array in shard}
-            safetensors.numpy.save_file(arrays, partial / file, metadata={"format": "pt"})
+            write_safetensors(arrays, folder / file)
             weight_map |= dict.fromkeys(arrays, file)
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(array.nbytes for _, _, array in tensors)}, "weight_map": weight_map}
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+            write_whole(folder / "model.safetensors.index.json", strict_json(index, indent=2))
         config = _hf_config(model.config) | {"torch_dtype": leaves["head_DV"].dtype.name}
         config |= {"tokenizer": tokenizer} if tokenizer else {}
-        (partial / "config.json").write_text(json.dumps(config, indent=2))
-        for file in partial.glob("*.safetensors"):
-            shutil.copymode(partial / "config.json", file)  # safetensors 0.8 makes files that their owner alone can read
-        if path.exists():
-            path.rmdir()
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_whole(folder / "config.json", strict_json(config, indent=2))
 
 
 def _load_hf(path, hf, dtype):
@@ -817,9 +803,13 @@ def _load_run(path, fields, dtype):
     """A run of train.py: the item `model` of the newest step that is whole. The run may still be training: nothing is touched."""
     import orbax.checkpoint as ocp  # takes seconds to import, and only runs need it
 
+    known = dataclasses.fields(LVMConfig)
+    wrong = fields.keys() - {f.name for f in known} or {f.name for f in known if f.default is dataclasses.MISSING} - fields.keys()
     try:
+        if wrong:
+            raise UserError(f"{min(wrong)!r:.80} is {'no field of it' if min(wrong) in fields else 'missing'}")
         config = LVMConfig(**fields)
-    except (TypeError, ValueError) as error:
+    except UserError as error:
         raise UserError(f"{path / 'config.json'}: 'model' is not an LVM config: {error}") from None
     folder = (path / "checkpoints").absolute()
     if not steps_of(folder):
@@ -926,45 +916,46 @@ def _hf_config(config):
 
 
 def _config_from_hf(hf, file):
-    try:
-        vocab, heads = hf["vocab_size"], hf["num_attention_heads"]
-        hidden, ffn, layers = hf["hidden_size"], hf["intermediate_size"], hf["num_hidden_layers"]
-    except KeyError as error:
-        raise UserError(f"{file} has no {error}") from None
-    for value in (vocab, heads, hidden, ffn, layers):
-        if type(value) is not int or value < 1:
-            raise UserError(f"{file} has a size of {value!r}; vocab_size, hidden_size and their like are counts")
+    check_fields(hf, {
+        "model_type": str, "vocab_size": int, "hidden_size": int, "intermediate_size": int, "num_hidden_layers": int,
+        "num_attention_heads": int, "rope_scaling": dict | None, "rope_parameters": dict | None, "max_position_embeddings": int | None,
+        "rms_norm_eps": float | None, "rope_theta": float | None, "codes": int | None, "specials": int | None,
+        "bos_token_id": int | list | None, "eos_token_id": int | list | None, "pad_token_id": int | None}, file)
+    vocab, heads = hf["vocab_size"], hf["num_attention_heads"]
+    hidden, ffn, layers = hf["hidden_size"], hf["intermediate_size"], hf["num_hidden_layers"]
+    if min(vocab, heads, hidden, ffn, layers) < 1:
+        raise UserError(f"{file}: vocab_size, hidden_size, intermediate_size, num_hidden_layers and num_attention_heads must be at least 1")
     # transformers 5 keeps rope_theta inside rope_parameters, transformers 4 beside a rope_scaling that may be null.
     rope = (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
     refused = {
-        f"model_type {hf['model_type']!r}": hf["model_type"] != "llama",
+        f"model_type {hf['model_type']!r:.40}": hf["model_type"] != "llama",
         "grouped-query attention (num_key_value_heads)": hf.get("num_key_value_heads") not in (None, heads),
         "attention_bias": hf.get("attention_bias"),
         "mlp_bias": hf.get("mlp_bias"),
         "rope scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
         "tie_word_embeddings": hf.get("tie_word_embeddings"),
-        f"hidden_act {hf.get('hidden_act')!r}": hf.get("hidden_act", "silu") != "silu",
+        f"hidden_act {hf.get('hidden_act')!r:.40}": hf.get("hidden_act", "silu") != "silu",
         f"head_dim {hf.get('head_dim')} != hidden_size / heads": hf.get("head_dim") not in (None, hidden / heads),
         "quantized weights": hf.get("quantization_config"),
     }
     for what, is_so in refused.items():
         if is_so:
             raise UserError(f"{file} asks for {what}; an LVM is a plain LLaMA-1 without it")
-    codes = hf.get("codes", 8192 if vocab == 8292 else None)
-    if type(codes) is not int:
+    codes = hf.get("codes") or (8192 if vocab == 8292 else None)
+    if codes is None:
         raise UserError(f'{file} does not say how many of its {vocab} ids are codes: add "codes": N, "specials": M')
     ids = {}
-    if "codes" in hf:  # written here: its special ids mean what they say
+    if hf.get("codes"):  # written here: its special ids mean what they say
         for i, name in enumerate(("bos", "eos", "pad")):
             value = hf.get(f"{name}_token_id")
             ids[f"{name}_id"] = None if value == codes + i else value
     try:
         config = LVMConfig(
-            hidden=hidden, ffn=ffn, layers=layers, heads=heads, codes=codes, specials=hf.get("specials", vocab - codes),
-            context=hf.get("max_position_embeddings", 4096), rms_eps=hf.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta", hf.get("rope_theta", 1e4)), **ids,
+            hidden=hidden, ffn=ffn, layers=layers, heads=heads, codes=codes, specials=vocab - codes if hf.get("specials") is None else hf["specials"],
+            context=hf.get("max_position_embeddings") or 4096, rms_eps=hf.get("rms_norm_eps") or 1e-6,
+            rope_theta=rope.get("rope_theta") or hf.get("rope_theta") or 1e4, **ids,
         )  # fmt: skip
-    except (TypeError, ValueError) as error:
+    except UserError as error:
         raise UserError(f"{file}: {error}") from None
     if config.vocab_size != vocab:
         raise UserError(f"{file}: codes {codes} + specials {config.specials} is not vocab_size {vocab}")

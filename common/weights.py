@@ -4,14 +4,18 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import fcntl
+import glob
 import io
 import json
 import math
 import os
 import pickle
+import re
 import reprlib
 import shutil
 import struct
+import sys
 import types
 import typing
 import zipfile
@@ -24,6 +28,7 @@ from xml.parsers import expat
 import ml_dtypes
 import msgpack
 import numpy as np
+import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from common.images import UserError
@@ -413,8 +418,9 @@ def _refuse_doctype(*_):
 
 
 def strict_json(value, **options) -> str:
-    """`value` as JSON that every parser reads: numbers that are not finite become null."""
-    return json.dumps(_finite(value), allow_nan=False, **options)
+    """`value` as JSON that every parser reads: numbers that are not finite become null, and a `reason` beside
+    them names them."""
+    return json.dumps(_finite(value)[0], allow_nan=False, **options)
 
 
 def write_whole(file, content):
@@ -430,7 +436,7 @@ def write_together(contents: dict):
     try:
         for file, content in contents.items():
             file, content = Path(file), content.encode() if isinstance(content, str) else content
-            partials[file] = file.with_name(f".{file.name[:40]}.{os.getpid()}.partial")
+            partials[file] = _partial(file)
             try:
                 with open(partials[file], "wb") as out:
                     out.write(content)
@@ -445,6 +451,75 @@ def write_together(contents: dict):
             with contextlib.suppress(OSError):
                 partial.unlink()
         raise
+
+
+@contextlib.contextmanager
+def naming(file):
+    """An OSError inside, such as a full disk's, which knows no path or a temporary one, names `file`."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from None
+
+
+def cache_folder(name: str) -> Path | None:
+    """The folder `name` of this program's in the user's cache, made where it is not there; None, with one line, without a
+    place that can be written to (no home, a disk that may only be read)."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lvm-jax" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "cannot be written to", str(folder))
+        return folder
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        print(f"nothing is kept in a cache between two starts: {error}", file=sys.stderr)
+        return None
+def _partial(path: Path) -> Path:
+    """A name beside `path` that no other process takes, on this host or another; `.NAME.*.partial` finds it."""
+    return path.with_name(f".{path.name[:40]}.{os.uname().nodename[:40]}-{os.getpid()}.partial")
+
+
+def write_safetensors(tensors: dict, file, metadata={"format": "pt"}):
+    """Writes a file of tensors without a second copy in memory, readable for all whom the umask allows. Raises OSError as `write_whole` does."""
+    write_whole(file, b"")
+    mode = Path(file).stat().st_mode
+    try:
+        safetensors.numpy.save_file(tensors, file, metadata=metadata)
+    except SafetensorError as error:  # the operating system's, in words
+        if not (number := re.search(r"os error (\d+)", str(error))):
+            raise
+        raise no_room(OSError(int(number[1]), os.strerror(int(number[1]))), file, sum(array.nbytes for array in tensors.values())) from None
+    os.chmod(file, mode)  # safetensors 0.8 makes files that their owner alone can read
+
+
+@contextlib.contextmanager
+def write_folder(out):
+    """Yields a temporary folder beside `out`, which bears that name once the block has ended, and is removed where it fails.
+
+    What a killed process left there is removed. Raises OSError where `out` is there and not an empty folder."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in out.parent.glob(f".{glob.escape(out.name[:40])}.*.partial"):
+        with contextlib.suppress(OSError), _locked(leftover):  # its writer is dead: the lock is free
+            shutil.rmtree(leftover)
+    partial = _partial(out)
+    partial.mkdir()
+    try:
+        with _locked(partial):
+            yield partial
+            partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path):
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def no_room(error: OSError, file, needed: int) -> OSError:
@@ -466,8 +541,15 @@ def _finite_float(text):
 
 
 def _finite(value):
+    """-> (the same with None for floats that are not finite, whether `value` is one of them or lists one)."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        parts = {name: _finite(v) for name, v in value.items()}
+        lost = ", ".join(str(name) for name, (_, missing) in parts.items() if missing)
+        return {name: v for name, (v, _) in parts.items()} | (
+            {"reason": f"not finite: {lost}"} if lost and "reason" not in value else {}
+        ), False
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        parts = [_finite(v) for v in value]
+        return [v for v, _ in parts], any(missing for _, missing in parts)
+    missing = isinstance(value, float) and not math.isfinite(value)
+    return None if missing else value, missing

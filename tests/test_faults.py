@@ -6,6 +6,7 @@ Two runs are equal when every array of weights and optimizer state is, to the bi
 
 import concurrent.futures
 import contextlib
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -18,8 +19,11 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import struct
+import subprocess
 import sys
+import tempfile
 import time
 import types
 import urllib.request
@@ -42,7 +46,7 @@ import vqgan
 from common import runs
 from common.images import UserError
 from common.runs import RunStopped
-from conftest import ROOT, command, free_port, launch, log_of, post
+from conftest import ROOT, command, free_port, launch, log_of, post, seal, serving
 
 
 def finish(process, status=0, timeout=600):
@@ -546,11 +550,11 @@ def damage_shard(folder, how):
         os.truncate(tokens, tokens.stat().st_size - 2)
     elif how == "an id outside the codebook":
         tokens.write_bytes(struct.pack("<H", 32) + tokens.read_bytes()[2:])
+        seal(folder)
     elif how == "another dtype":
         tokens.write_bytes(np.fromfile(tokens, "<u2").astype("<i4").tobytes())
     else:
-        about = json.loads((folder / "dataset.json").read_text())
-        (folder / "dataset.json").write_text(json.dumps(about | {"tokenizer": "0123456789abcdef"}))
+        seal(folder, tokenizer="0123456789abcdef")
 
 
 @pytest.mark.parametrize("how", variants(["another tokenizer, finetuning"], "an id outside the codebook", "truncated", "another dtype", "another tokenizer, resuming", "another tokenizer, mixed"))
@@ -561,8 +565,8 @@ def test_fault_12_a_bad_shard_is_refused_before_it_reaches_the_model(dataset, un
     if "resuming" in how:
         finish(launch(command((data, dataset[1]), out, "--steps", 4)))
     damage_shard(data, how)
-    words = {"an id outside the codebook": f"{data} shard 0: code 32 is outside the codebook of 32", "another tokenizer, finetuning": "0123456789abcdef",
-             "another tokenizer, mixed": f"{dataset[0]} was made by another tokenizer than {data}", "another tokenizer, resuming": "tokenizer is another one"}
+    words = {"an id outside the codebook": f"{data / '00000.tokens'}: code 32 is outside the codebook of 32", "another tokenizer, finetuning": "0123456789abcdef",
+             "another tokenizer, mixed": f"{dataset[0]} was made by another tokenizer than {data}", "another tokenizer, resuming": "-> 0123456789abcdef"}
     output = finish(launch(command((data, dataset[1]), out, *flags)), status=2)
     assert words.get(how, f"{data / '00000.tokens'}: ") in output and "Traceback" not in output
     assert steps_in(out) == ([4] if "resuming" in how else [])
@@ -615,7 +619,7 @@ import sys, time
 import tokenize_data
 
 tokenize_data.CHUNK, slow, write = 16, float(sys.argv.pop(1)), tokenize_data.write_chunk
-tokenize_data.write_chunk = lambda *chunk: (write(*chunk), time.sleep(slow))
+tokenize_data.write_chunk = lambda *chunk: (write(*chunk), time.sleep(slow))[0]
 tokenize_data.main()
 """
 
@@ -712,7 +716,7 @@ def test_fault_16_too_many_bad_steps_in_a_row_stop_the_run(dataset, tmp_path):
 
 def test_fault_16_weights_that_overflow_are_not_saved(dataset, tmp_path):
     """The loss of the first step is finite, what its update makes of the weights is not."""
-    output = finish(launch(command(dataset, tmp_path / "run", "--learning-rate", 1e39, "--warmup", 0, "--save-every", 1)), status=1)
+    output = finish(launch(command(dataset, tmp_path / "run", "--learning-rate", 3e38, "--weight-decay", 30, "--warmup", 0, "--save-every", 1)), status=1)
     assert "at step 1 weights or moments are no finite numbers" in output and "Traceback" not in output and not steps_in(tmp_path / "run")
 
 
@@ -877,17 +881,17 @@ def upload(address, name, content):
     return post(f"{address}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=b"})
 
 
-def ask(address, path, session):
-    """Presses Draw with one picture -> everything that the queue says until it ends."""
+def ask(address, path, session, wait=True):
+    """Presses Draw with one picture -> everything that the queue says until it ends, or that it took the request."""
     config = json.loads(urllib.request.urlopen(f"{address}/config", timeout=60).read())
     draw = next(d for d in config["dependencies"] if len(d["inputs"]) > 5)
     values = [next(c for c in config["components"] if c["id"] == i)["props"].get("value") for i in draw["inputs"][1:]]
     data = [[{"image": {"path": path, "meta": {"_type": "gradio.FileData"}}, "caption": None}], *values]
     body = json.dumps({"data": data, "fn_index": draw["id"], "session_hash": session}).encode()
     status, text = post(f"{address}/gradio_api/queue/join", body, {"Content-Type": "application/json"})
-    if status != 200:
+    if status != 200 or not wait:
         return status, text
-    with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash={session}", timeout=120) as stream:
+    with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash={urllib.parse.quote(session)}", timeout=120) as stream:
         return status, "".join(line.decode() for line in stream)
 
 
@@ -947,6 +951,196 @@ def test_fault_19_the_playground_answers_or_refuses_64_requests_at_once_in_bound
     assert "candidate 4" in ask(address, path, "after")[1]
 
 
+# ------------------------------------------------------------------------------------------------ the playground
+
+
+def rise_of_memory(process, action):
+    """-> (what `action` gives, by how many MB the process was larger than before at its peak)."""
+    pathlib.Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # the peak begins anew
+    before = peak_mb(process)
+    return action(), peak_mb(process) - before
+
+
+def scratch_of(process):
+    return pathlib.Path(os.readlink(f"/proc/{process.pid}/cwd"))
+
+
+def as_file(image, kind, **how):
+    file = io.BytesIO()
+    image.save(file, kind, **how)
+    return file.getvalue()
+
+
+def endless_animation():
+    """A PNG of one pixel that promises two thousand million frames."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    whole = as_file(Image.new("RGB", (1, 1)), "PNG")
+    return whole[:33] + chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0)) + whole[33:]
+
+
+LARGE_PICTURES = {
+    "jpeg": ("jpg", lambda: as_file(Image.new("RGB", (8000, 8000), "red"), "JPEG"), "candidate 4"),
+    "png": ("png", lambda: as_file(Image.new("RGB", (8000, 8000), "red"), "PNG", compress_level=1), "large.png: 8000x8000"),
+    "png of 49 Mpx": ("png", lambda: as_file(Image.new("RGB", (7000, 7000), "red"), "PNG", compress_level=1), "candidate 4"),
+    "transparent": ("png", lambda: as_file(Image.new("RGBA", (5000, 5000), "red"), "PNG", compress_level=1), "candidate 4"),
+    "progressive": ("jpg", lambda: as_file(Image.new("RGB", (8000, 8000), "red"), "JPEG", progressive=True), "large.jpg: 8000x8000"),
+    "progressive of 30 Mpx": ("jpg", lambda: as_file(Image.new("RGB", (5000, 6000), "red"), "JPEG", progressive=True), "candidate 4"),
+    "16 bits": ("png", lambda: as_file(Image.new("I;16", (2900, 2900), 9999), "PNG"), "candidate 4"),
+    "bits": ("tif", lambda: as_file(Image.new("1", (5000, 5000)), "TIFF", compression="group4"), "candidate 4"),
+    "webp": ("webp", lambda: as_file(Image.new("RGBA", (2900, 2900), "red"), "WEBP", lossless=True, method=0), "candidate 4"),
+    "animation": ("gif", lambda: as_file(Image.new("P", (1000, 1000)), "GIF", save_all=True,
+                                         append_images=[Image.new("P", (1000, 1000), i % 2) for i in range(1, 60)]), "too many pixels or frames"),
+    "endless": ("png", endless_animation, "too many pixels or frames"),
+}
+
+
+@needs_gradio
+@pytest.mark.parametrize("kind", variants(["jpeg", "png"], *list(LARGE_PICTURES)[2:]))
+def test_fault_39_large_pictures_are_made_smaller_or_refused_by_name_in_bounded_memory(served, kind):
+    process, address = served
+    ask(address, json.loads(upload(address, "red.png", red_png())[1])[0], "warm")
+    suffix, make, answer = LARGE_PICTURES[kind]
+    content = make()
+    (status, said), rise = rise_of_memory(process, lambda: ask(address, json.loads(upload(address, f"large.{suffix}", content)[1])[0], kind))
+    assert status == 200 and answer in said, said[-500:]
+    print(f"RISE {kind} {rise:.0f} MB")
+    assert rise < 300
+
+
+def connect(address, request=b"", receive=None):
+    """A connection that has sent `request`; of what comes back it takes a buffer of `receive` bytes and no more."""
+    stream = socket.socket()
+    if receive:
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
+    stream.connect(("127.0.0.1", int(address.rsplit(":", 1)[1])))
+    stream.sendall(request.replace(b"HOST", address.removeprefix("http://").encode()))
+    return stream
+
+
+def connections_to(address):
+    """How many connections the server holds open."""
+    port = f":{int(address.rsplit(':', 1)[1]):04X}"
+    lines = [line.split() for line in pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(line[1].endswith(port) and line[3] in ("01", "08") for line in lines)
+
+
+@needs_gradio
+def test_fault_39_half_open_connections_and_streams_nobody_reads_are_dropped(served):
+    process, address = served
+    path = json.loads(upload(address, "red.png", red_png())[1])[0]
+    ask(address, path, "warm")
+    largest = max((ROOT / importlib.util.find_spec("gradio").submodule_search_locations[0] / "templates/frontend/assets").glob("*.js"),
+                  key=lambda file: file.stat().st_size)
+    assert largest.stat().st_size > 500_000
+
+    def attack():
+        begun = [b"", b"GET / HTTP/1.1\r\nHost: HO", b"GET /config HTTP/1.1\r\nHost: HOST\r\n\r\nGET ",
+                 b"POST /gradio_api/queue/join HTTP/1.1\r\nHost: HOST\r\nContent-Length: 9\r\n\r\n{",
+                 b"POST /gradio_api/upload HTTP/1.1\r\nHost: HOST\r\nContent-Type: multipart/form-data; boundary=b\r\nContent-Length: 999\r\n\r\n--b"]
+        streams = [connect(address, begun[i % 5]) for i in range(80)]
+        for i in range(16):
+            assert ask(address, path, f"unread {i}", wait=False)[0] in (200, 503)
+            streams.append(connect(address, f"GET /gradio_api/queue/data?session_hash=unread%20{i} HTTP/1.1\r\nHost: HOST\r\n\r\n".encode(), 2048))
+        streams += [connect(address, f"GET /assets/{largest.name} HTTP/1.1\r\nHost: HOST\r\n\r\n".encode(), 2048) for i in range(16)]
+        assert connections_to(address) >= 80
+        assert post(f"{address}/config", None, {})[0] == 200  # meanwhile it answers others
+        wait_for(lambda: connections_to(address) == 0, process, seconds=60)
+        for stream in streams:
+            stream.close()
+
+    _, rise = rise_of_memory(process, attack)
+    assert rise < 300 and "candidate 4" in ask(address, path, "after")[1]
+
+
+@needs_gradio
+def test_fault_39_300_requests_at_once_are_answered_or_refused(served):
+    process, address = served
+    path = json.loads(upload(address, "red.png", red_png())[1])[0]
+    ask(address, path, "warm")
+
+    def one(i):
+        if i % 3 == 0:
+            return post(f"{address}/config", None, {})[0]
+        if i % 3 == 1:
+            return upload(address, "red.png", red_png())[0]
+        with contextlib.suppress(OSError):
+            return ask(address, path, f"one of many {i}")[0]
+        return 0
+
+    with concurrent.futures.ThreadPoolExecutor(300) as pool:
+        statuses, rise = rise_of_memory(process, lambda: list(pool.map(one, range(300))))
+    assert set(statuses) <= {0, 200, 503} and statuses.count(200) >= 30, statuses
+    assert rise < 300 and process.poll() is None and "candidate 4" in ask(address, path, "after")[1]
+
+
+@needs_gradio
+def test_fault_39_uploads_that_are_never_used_take_bounded_space(served):
+    process, address = served
+    used = lambda: sum(file.stat().st_size for file in scratch_of(process).rglob("*") if file.is_file())
+    bundled = urllib.request.urlopen(f"{address}/config").read()
+    for i in range(24):
+        assert upload(address, f"{i}.png", i.to_bytes(2, "big") * (7 << 20))[0] == 200
+        assert used() < playground.MOST_SCRATCH + (32 << 20)
+    begun = b"POST /gradio_api/upload HTTP/1.1\r\nHost: HOST\r\nContent-Type: multipart/form-data; boundary=b\r\nContent-Length: 16000000\r\n\r\n"
+    part = b'--b\r\nContent-Disposition: form-data; name="files"; filename="half.png"\r\n\r\n' + bytes(4 << 20)
+    for _ in range(4):
+        connect(address, begun + part).close()  # breaks off
+    assert used() < playground.MOST_SCRATCH + (64 << 20)
+    for shown in re.findall(rb'"path":"(/[^"]+png)"', bundled)[:3]:
+        assert post(f"{address}/gradio_api/file={shown.decode()}", None, {})[0] == 200  # of the bundled prompts
+    assert "candidate 4" in ask(address, json.loads(upload(address, "red.png", red_png())[1])[0], "after")[1]
+
+
+@needs_gradio
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_fault_39_a_signal_ends_it_within_five_seconds_with_work_pending(dataset, tmp_path, number):
+    with serving(dataset, tmp_path, stderr=subprocess.STDOUT) as (process, address):
+        path = json.loads(upload(address, "red.png", red_png())[1])[0]
+        streams = []
+        for i in range(8):  # the first is compiled, the others wait
+            assert ask(address, path, f"pending {i}", wait=False)[0] == 200
+            streams.append(connect(address, f"GET /gradio_api/queue/data?session_hash=pending%20{i} HTTP/1.1\r\nHost: HOST\r\n\r\n".encode()))
+        scratch, began = scratch_of(process), time.time()
+        assert scratch.is_dir()
+        process.send_signal(number)
+        output = finish(process, timeout=60)
+        assert time.time() - began < 5 and not scratch.exists() and "Traceback" not in output, output
+
+
+@needs_gradio
+def test_fault_39_no_answer_shows_a_path_of_the_server(dataset, served):
+    process, address = served
+    get = lambda path: post(f"{address}{path}", None, {})
+    said = {path: get(path) for path in ("/", "/config", "/theme.css", "/manifest.json", "/gradio_api/info", "/gradio_api/startup-events", "/nothing", "/assets/nothing",
+                                         "/static/..%2f..%2fnothing", "/gradio_api/file=/etc/passwd", "/gradio_api/file=nothing", "/gradio_api/upload_progress?upload_id=x",
+                                         "/gradio_api/queue/data?session_hash=nobody", f"/gradio_api/file={playground.FILES}/nothing.png")}
+    assert said["/"][0] == said["/config"][0] == 200
+    off = ("/docs", "/redoc", "/openapi.json", "/gradio_api/openapi.json", "/gradio_api/docs", "/monitoring", "/gradio_api/run/draw", "/gradio_api/heartbeat/x",
+           "/gradio_api/proxy=http://127.0.0.1:1/", "/gradio_api/runs", "/gradio_api/vibe-code")
+    assert {get(path)[0] for path in off} == {404}
+    said["upload"] = upload(address, "red.png", red_png())
+    path = json.loads(said["upload"][1])[0]
+    said["drawn"] = ask(address, path, "drawn")
+    assert "candidate 4" in said["drawn"][1] and "--model model --tokenizer tokenizer" in said["drawn"][1]
+    shown = re.findall(rf'"path":"({playground.FILES}/[^"]+)"', said["drawn"][1])
+    assert shown and {get(f"/gradio_api/file={file}")[0] for file in shown} == {200} and any(file.endswith("zip") for file in shown)
+    for name, content in {"text.png": b"no picture", "text.txt": b"no picture", "cut.jpg": as_file(Image.effect_noise((64, 64), 99), "JPEG")[:700],
+                          "many words.png": b"no picture"}.items():
+        said[name] = ask(address, json.loads(upload(address, name, content)[1])[0], name.replace(" ", ""))
+        assert '"success":false' in said[name][1], said[name]
+    assert '"error":"many_words.png: not a JPEG' in said["many words.png"][1].replace("many words.png", "many_words.png")
+    for file in ("/etc/passwd", f"{playground.FILES}/../../etc/passwd", "../x.png", "http://127.0.0.1:1/x.png", f"{playground.FILES}/gone.png", str(ROOT / "README.md")):
+        said[file] = ask(address, file, "stranger")
+    for i, body in enumerate((b"{", b"{}", b'{"data": [], "fn_index": 999, "session_hash": "x"}', b'{"data": 1, "fn_index": "x"}', b"[" * 10_000)):
+        said[f"body {i}"] = post(f"{address}/gradio_api/queue/join", body, {"Content-Type": "application/json"})
+    said["multipart"] = post(f"{address}/gradio_api/upload", b"--b\r\nnothing", {"Content-Type": "multipart/form-data; boundary=b"})
+    secrets = {str(scratch_of(process)), str(dataset[1].parent), str(pathlib.Path(sys.prefix)), str(pathlib.Path.home()), "site-packages", "Traceback"} | {str(ROOT)}
+    for what, (status, text) in said.items():
+        for secret in secrets:
+            assert secret not in text.replace(what, ""), (what, status, secret)  # the name that it was asked for may come back
+    assert process.poll() is None
+
+
 # ------------------------------------------------------------------------------------------------ determinism
 
 
@@ -972,10 +1166,10 @@ def tiny(tmp_path_factory):
     return folder, model, tokenizer
 
 
-def answers(tiny, out, *flags, prompts="prompts.jsonl"):
+def answers(tiny, out, *flags, prompts="prompts.jsonl", **how):
     """Runs sample.py in a process of its own -> ({prompt: pictures of its candidates, uint8 [N, H, W, C]}, what it printed)."""
     arguments = ["--model", "model", "--tokenizer", "tokenizer", "--prompts", prompts, "--out", out, "--temperature", 0.9, "--top-p", 1, *flags]
-    printed = finish(launch([sys.executable, str(ROOT / "sample.py"), *map(str, arguments)], cwd=tiny[0]))
+    printed = finish(launch([sys.executable, str(ROOT / "sample.py"), *map(str, arguments)], cwd=tiny[0], **how))
     return {path.stem: np.asarray(Image.open(path)).reshape(-1, 4, 4, 3) for path in (tiny[0] / out).glob("*.png")}, printed
 
 
@@ -1039,3 +1233,800 @@ def test_fault_20_greedy_decoding_with_a_cache_equals_greedy_decoding_without(ti
             codes += (int(p_33[codes].reshape(CODES, -1).sum(1).argmax()),)
         [found] = which(greedy[prompt], pixels_WHWC)
         assert np.unravel_index(found, p_33.shape) == codes
+
+
+# ------------------------------------------------------------------------------------------------ run folders
+
+
+@contextlib.contextmanager
+def small_disk(folder, megabytes):
+    """Mounts a file system of so many megabytes in the memory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def fill(disk):
+    """Leaves no byte free."""
+    with open(disk / "ballast", "ab", buffering=0) as ballast, contextlib.suppress(OSError):
+        while True:
+            ballast.write(bytes(1 << 16))
+    with open(disk / "ballast", "ab", buffering=0) as ballast, contextlib.suppress(OSError):
+        while True:
+            ballast.write(bytes(512))
+
+
+@pytest.mark.parametrize("script", variants(["train"], "vqgan"))
+def test_fault_21_a_second_training_in_a_run_folder_ends_at_once_and_the_first_is_as_undisturbed(dataset, uninterrupted, undisturbed_tokenizer, tmp_path, script):
+    out = tmp_path / "run"
+    arguments = command(dataset, out, *SLOW) if script == "train" else tokenizer_command(tmp_path, out)
+    first = launch(arguments)
+    wait_for(logged(out, 1), first)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    output = finish(launch(arguments), status=2)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert f"{out} is in use: process {first.pid} on {socket.gethostname()}" in output and "Traceback" not in output
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+    finish(first)
+    if script == "train":
+        assert_equal_runs(out, uninterrupted[0])
+        converted = finish(launch([sys.executable, "lvm.py", "convert", "--model", str(out), "--out", str(tmp_path / "hf")]))
+        assert "error" not in converted and json.loads((out / "lock").read_text())["pid"] == first.pid  # readers take no lock, and that of the dead does not count:
+        finish(launch(arguments))
+    else:
+        assert_equal_tokenizer_runs(out, undisturbed_tokenizer)
+
+
+def test_fault_22_an_out_that_is_not_one_disk_is_found_at_the_start(dataset, tmp_path):
+    port, processes, began = free_port(), [], time.time()
+    for i in range(2):
+        (tmp_path / str(i)).mkdir()
+        processes.append(launch(command(dataset, "run", "--coordinator", f"127.0.0.1:{port}", "--processes", 2, "--process", i), cwd=tmp_path / str(i)))
+    outputs = [finish(process, status=2) for process in processes]
+    assert time.time() - began < 30 + 60  # on a busy machine the start alone takes long
+    assert all("process 1" in output and "does not see in --out run" in output and "Traceback" not in output for output in outputs), outputs
+
+
+def test_fault_23_a_disk_that_is_full_for_a_while_costs_neither_the_run_nor_what_it_saved(dataset, uninterrupted, tmp_path):
+    """Pictures, log, checkpoints, compiled programs and the profile are all on it."""
+    with small_disk(tmp_path / "disk", 40) as disk:
+        out = disk / "run"
+        process = launch(command(dataset, out, *SLOW, "--save-every", 2, "--profile", disk / "profile", "--compilation-cache", disk / "cache"))
+        wait_for(logged(out, 2), process)
+        wait_for(lambda: 2 in steps_in(out), process)
+        fill(disk)
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "could not be saved" in line:
+                runs.check_digests(out / "checkpoints/2")
+                (disk / "ballast").unlink()
+        assert process.wait() == 0, lines
+        output = "".join(lines)
+        assert "Traceback" not in output and re.search(rf"{out}/checkpoints/\d+ could not be saved .*: it needs [\d,]+ bytes, and [\d,]+ are free", output), output
+        assert re.search(rf"warning: .*{out}/(samples|metrics).*: it needs [\d,]+ bytes", output), output
+        assert max(steps_in(out)) == 12 and not list((out / "checkpoints").glob("*.partial*"))
+        assert_equal_runs(out, uninterrupted[0])
+
+
+@pytest.mark.all_faults
+def test_fault_23_the_tokenizers_training_waits_for_room_at_its_end(undisturbed_tokenizer, tmp_path):
+    with small_disk(tmp_path / "disk", 8) as disk:
+        process, lines = launch(tokenizer_command(tmp_path, disk / "run", "--save-patience", 300)), []
+        wait_for(logged(disk / "run", 2), process)
+        fill(disk)
+        for line in process.stdout:
+            lines.append(line)
+            if "trying again for 300 seconds" in line:
+                (disk / "ballast").unlink()
+        assert process.wait() == 0 and "Traceback" not in "".join(lines), lines
+        assert_equal_tokenizer_runs(disk / "run", undisturbed_tokenizer)
+
+
+def test_fault_23_a_save_that_fails_at_the_end_is_an_error_after_the_patience(copy, tmp_path, dataset):
+    with small_disk(tmp_path / "disk", 12) as disk:
+        shutil.copytree(copy, disk / "run", ignore=lambda folder, names: ["8"] if folder.endswith("checkpoints") else [])
+        fill(disk)
+        with open(disk / "ballast", "ab") as ballast:
+            ballast.truncate((disk / "ballast").stat().st_size - 200_000)
+        output = finish(launch(command(dataset, disk / "run", "--steps", 13, "--learning-rate", 1e-3, "--save-patience", 1)), status=1)
+        assert re.search(r"error: .*/checkpoints/13 could not be saved .*bytes", output) and "Traceback" not in output
+        assert steps_in(disk / "run") == [12]
+        runs.check_digests(disk / "run/checkpoints/12")
+
+
+WRITER = """
+import itertools, sys
+from common.weights import write_folder, write_together, write_whole
+import pathlib
+out = pathlib.Path(sys.argv[1])
+for n in itertools.count():
+    write_whole(out / "whole", f"{n % 10}" * 300_000)
+    print(n, flush=True)
+"""
+
+
+def test_fault_24_a_file_of_state_is_old_or_new_after_kill_9(tmp_path):
+    (tmp_path / "whole").write_text("x" * 300_000)
+    for seed in range(10):
+        process = launch([sys.executable, "-c", WRITER, str(tmp_path)])
+        process.stdout.readline()
+        time.sleep(random.Random(seed).uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+        content = (tmp_path / "whole").read_text()
+        assert len(content) == 300_000 and len(set(content)) == 1
+
+
+@pytest.mark.parametrize("script", ["train", "vqgan"])
+def test_fault_24_a_run_started_on_a_full_disk_ends_with_one_line_and_keeps_its_files(dataset, copy, undisturbed_tokenizer, tmp_path, script):
+    with small_disk(tmp_path / "disk", 64) as disk:
+        out = disk / "run"
+        shutil.copytree(copy if script == "train" else undisturbed_tokenizer, out)
+        with open(out / "metrics.jsonl", "a") as log:
+            log.write('{"step": 13, "loss": 1.0}\n')  # to be dropped: the file must be written anew
+        before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.name != "lock"}
+        fill(disk)
+        arguments = command(dataset, out) if script == "train" else tokenizer_command(undisturbed_tokenizer.parent, out)
+        output = finish(launch(arguments), status=2)
+        assert re.search(rf"error: .*{out}.* bytes", output) and "Traceback" not in output
+        assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file() and path.name != "lock"} == before
+        (disk / "ballast").unlink()
+        finish(launch(arguments))
+        assert [line["step"] for line in log_of(out)] == list(range(1, 13))
+
+
+def test_fault_24_recolor_and_demo_go_on_after_kill_9_and_leave_nothing_half(tmp_path):
+    (tmp_path / "maps").mkdir()
+    for i in range(400):
+        Image.fromarray(np.full((64, 64), i % 200, np.uint8)).save(tmp_path / f"maps/{i}.png")
+    arguments = [sys.executable, "tokenize_data.py", "recolor", "--inputs", str(tmp_path / "maps"), "--out", str(tmp_path / "colours")]
+    process = launch(arguments)
+    wait_for(lambda: list(tmp_path.glob(".colours.*.partial/*.png")), process)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "colours").exists()
+    finish(launch(arguments))
+    assert len(list((tmp_path / "colours").glob("*.png"))) == 400 and sorted(path.name for path in tmp_path.iterdir()) == ["colours", "maps"]
+    with small_disk(tmp_path / "disk", 1) as disk:
+        (disk / "pictures.npy").write_bytes(b"old")
+        (disk / "pictures.npy").rename(disk / "kept.npy")
+        arguments = [sys.executable, "tokenize_data.py", "demo", "--pictures", "400", "--out", str(disk / "pictures.npy")]
+        assert f"{disk / 'pictures.npy'}: No space left on device: it needs 2,764,928 bytes" in finish(launch(arguments), status=2)
+        assert [path.name for path in disk.iterdir()] == ["kept.npy"]
+
+
+def test_fault_24_exported_weights_are_the_old_ones_where_the_disk_is_full(tmp_path):
+    old, new = (vqgan.VQGAN(SMALL, key=jax.random.key(i)) for i in range(2))
+    with small_disk(tmp_path / "disk", 1) as disk:
+        vqgan.save(old, disk / "model")
+        fill(disk)
+        with pytest.raises(OSError, match="it needs [0-9,]+ bytes"):
+            vqgan.save(new, disk / "model", overwrite=True)
+        assert vqgan.fingerprint(vqgan.load(disk / "model")) == vqgan.fingerprint(old)
+        assert sorted(path.name for path in (disk / "model").iterdir()) == ["config.json", "model.safetensors"]
+        with pytest.raises(OSError, match="it needs [0-9,]+ bytes"):
+            lvm.save(lvm.LVM(lvm.LVMConfig(hidden=16, ffn=24, layers=2, heads=2, codes=32, context=80), key=jax.random.key(0)), disk / "hf")
+        assert not (disk / "hf").exists() and not list(disk.glob(".*"))
+
+
+@pytest.mark.parametrize("script", variants(["train", "sample"], "vqgan", "lvm", "tokenize_data", "evaluate"))
+def test_fault_28_ctrl_c_within_the_first_seconds_is_one_line(dataset, tmp_path, script):
+    arguments = {"train": command(dataset, tmp_path / "run"), "vqgan": tokenizer_command(tmp_path, tmp_path / "run"),
+                 "sample": [sys.executable, "sample.py", "--out", str(tmp_path / "out.png")], "lvm": [sys.executable, "lvm.py", "sizes"],
+                 "evaluate": [sys.executable, "evaluate.py", "reconstruction", "--data", str(tmp_path)],
+                 "tokenize_data": [sys.executable, "tokenize_data.py", "demo", "--out", str(tmp_path / "demo")]}[script]
+    for after in (0.3, 0.8, 1.5):
+        process = launch(arguments)
+        wait_for(lambda: any("/common/" in line or "libjax" in line or "numpy" in line for line in (pathlib.Path(f"/proc/{process.pid}/maps")).read_text().splitlines()), process)
+        time.sleep(after)
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            output = finish(process, status=130)
+            assert "Traceback" not in output and len([line for line in output.splitlines() if "stopped by" in line]) == 1, output
+
+
+CLOCK = """
+import os, time
+real = time.time
+time.time = lambda: real() - 40 * os.path.exists(os.environ["SET_BACK"])
+"""
+
+
+def test_fault_28_a_lost_terminal_a_pause_and_a_clock_set_back_cost_no_step_and_no_true_number(dataset, uninterrupted, tmp_path):
+    out, site = tmp_path / "run", tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(CLOCK)
+    process = launch(command(dataset, out, *SLOW), environment={"PYTHONPATH": str(site), "SET_BACK": str(tmp_path / "set back")})
+    wait_for(logged(out, 2), process)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1)
+    process.send_signal(signal.SIGCONT)
+    (tmp_path / "set back").touch()
+    wait_for(logged(out, 5), process)
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+        process.send_signal(number)
+        time.sleep(0.02)
+    output = finish(process)
+    stopped = log_of(out)[-1]["step"]
+    assert 5 <= stopped < 12 and max(steps_in(out)) == stopped and f"stopped at step {stopped} of 12" in output
+    for line in log_of(out):
+        assert 0 <= line["seconds"] < 600 and 0 < line["tokens_per_second"] < 1e6, line
+        assert all(0 <= value <= 1 for name, value in line.items() if name.startswith("share_")), line
+    process = launch(command(dataset, out, *SLOW), preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))  # as nohup does
+    wait_for(logged(out, stopped + 1), process)
+    process.send_signal(signal.SIGHUP)
+    finish(process)
+    assert_equal_runs(out, uninterrupted[0])
+
+
+def test_fault_29_without_a_home_a_name_or_a_writable_clone_a_run_goes_as_ever(dataset, uninterrupted):
+    place = pathlib.Path(tempfile.mkdtemp())
+    try:
+        place.chmod(0o777)
+        for i, name in enumerate(("data", "tokenizer")):
+            shutil.copytree(dataset[i], place / name)
+        user = {"user": 12345, "group": 12345, "extra_groups": []}
+        try:
+            subprocess.run([sys.executable, "-c", f"import jax; open({str(ROOT / 'train.py')!r})"], cwd=place, capture_output=True, check=True, **user)
+        except (OSError, subprocess.CalledProcessError):
+            user = {}  # another user cannot read this clone or its Python
+        environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "USER", "LOGNAME", "JAX_COMPILATION_CACHE_DIR")}
+        environment |= {"XDG_CACHE_HOME": "/proc/none", "TMPDIR": "/proc/none", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+        process = subprocess.Popen(command(("data", "tokenizer"), "run"), cwd=place, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **user)
+        output = finish(process)
+        assert output.count("compiled programs are not kept") == 1 and "Traceback" not in output
+        assert_equal_runs(place / "run", uninterrupted[0])
+    finally:
+        shutil.rmtree(place)
+
+
+LOGGERS = {"tensorboardX": "class SummaryWriter:\n    def __init__(self, *_, **__): {init}\n    def add_scalar(self, *_): {log}\n    def close(self): {finish}\n",
+           "wandb": "def init(**_): {init}\ndef log(*_, **__): {log}\ndef finish(): {finish}\n", "trackio": "def init(**_): {init}\ndef log(*_, **__): {log}\ndef finish(): {finish}\n"}
+
+
+@pytest.mark.parametrize("how", variants(["raise RuntimeError('out of order')", "import time; time.sleep(1000)"], "raise SystemExit(3)"))
+def test_fault_30_loggers_that_raise_or_hang_cost_one_warning_each_and_not_the_run(dataset, uninterrupted, tmp_path, how):
+    (tmp_path / "packages").mkdir()
+    for (package, code), where in zip(LOGGERS.items(), ("init", "log", "finish")):
+        (tmp_path / f"packages/{package}.py").write_text(code.format(**{"init": "pass", "log": "pass", "finish": "pass", where: how}))
+    began = time.time()
+    output = finish(launch(command(dataset, tmp_path / "run", "--log", "tensorboard", "wandb", "trackio"), environment={"PYTHONPATH": str(tmp_path / "packages")}))
+    for package in ("tensorboard", "wandb", "trackio"):
+        assert output.count(f"warning: --log {package} ") == 1, output
+    assert "Traceback" not in output and time.time() - began < 300
+    assert_equal_runs(tmp_path / "run", uninterrupted[0])
+
+
+def test_fault_30_a_logger_that_raises_at_import_too(dataset, copy, tmp_path):
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages/wandb.py").write_text("raise ImportError('a part is missing')")
+    output = finish(launch(command(dataset, copy, "--log", "wandb"), environment={"PYTHONPATH": str(tmp_path / "packages")}))
+    assert output.count("warning: --log wandb failed (ImportError: a part is missing)") == 1
+
+
+@pytest.mark.parametrize("content", variants([b"\0" * 500, b'{"model": {"hidden"'], b"", b"[]", b'{"model": 3, "tokenizer": null, "train": [1]}'))
+def test_fault_32_damaged_settings_are_named_with_what_to_do(dataset, copy, content):
+    (copy / "config.json").write_bytes(content)
+    output = finish(launch(command(dataset, copy)), status=2)
+    assert f"{copy / 'config.json'}" in output and "put a copy of the file back, or delete it" in output and "Traceback" not in output
+    (copy / "config.json").unlink()
+    assert f"{copy / 'config.json'} is missing" in finish(launch(command(dataset, copy)))
+    assert json.loads((copy / "config.json").read_text())["train"]["batch"] == 2
+
+
+def test_fault_32_damaged_settings_of_a_tokenizers_training_are_named_too(undisturbed_tokenizer, tmp_path):
+    shutil.copytree(undisturbed_tokenizer, tmp_path / "run")
+    (tmp_path / "run/train.json").write_bytes(b"\0" * 100)
+    output = finish(launch(tokenizer_command(undisturbed_tokenizer.parent, tmp_path / "run")), status=2)
+    assert f"{tmp_path / 'run/train.json'}" in output and "put a copy of the file back, or delete it" in output and "Traceback" not in output
+
+
+def test_fault_32_damaged_lines_of_the_log_are_left_out_by_name_and_kept_aside(dataset, copy):
+    file = copy / "metrics.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    bad = [b"\0" * 40 + b"\n", lines[3][:20] + b"\n", b'{"loss": 1.0}\n', b'{"step": "4"}\n', b"[" * 100_000 + b"\n"]
+    damaged = b"".join([*lines[:3], *bad, lines[3].replace(b'"loss": ', b'"loss": NaN, "was": ', 1), *lines[4:], lines[0][:30]])
+    file.write_bytes(damaged)
+    output = finish(launch(command(dataset, copy)))
+    assert f"{file}: line 4, 5, 6, 7, 8 is damaged" in output and "Traceback" not in output
+    [kept] = copy.glob("metrics.jsonl.damaged-*")
+    assert kept.read_bytes() == damaged and str(kept) in output
+    strict = lambda name: pytest.fail(name)
+    found = [json.loads(line, parse_constant=strict) for line in file.read_text().splitlines()]
+    assert [line["step"] for line in found] == list(range(1, 13)) and found[3]["loss"] is None
+
+
+def test_a_run_of_an_older_version_without_the_newer_flags_is_resumed(dataset, uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    finish(launch(command(dataset, out, "--steps", 12, "--save-every", 8, *SLOW)))
+    shutil.rmtree(out / "checkpoints/12")
+    settings = json.loads((out / "config.json").read_text())
+    for flag in ("save_patience", "z_loss", "moments", "packing"):
+        del settings["train"][flag]
+    settings["train"]["a_flag_of_old"] = 3
+    del settings["model"]["rms_eps"]
+    (out / "config.json").write_text(json.dumps(settings))
+    assert "at step 8" in finish(launch(command(dataset, out)))
+    assert_equal_runs(out, uninterrupted[0])
+
+
+def test_a_tokenizers_run_folder_of_the_older_layout_is_resumed(undisturbed_tokenizer, tmp_path):
+    """Its checkpoints are one item called default, its digests have no digest of their own, and train.json knows fewer flags."""
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed_tokenizer, out, ignore=shutil.ignore_patterns("checkpoints", "model.safetensors"))
+    step, state = undisturbed_tokenizer / "checkpoints/10", {}
+    for item in ("model", "ema", "optimizer", "usage_K", "guard", "critic", "critic_optimizer"):
+        state[item] = ocp.StandardCheckpointHandler().restore(step / item)
+    state["usage_K"] = state["usage_K"]["array"]
+    with ocp.CheckpointManager(out / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
+        manager.save(10, args=ocp.args.StandardSave(state))
+    files = sorted(path for path in (out / "checkpoints/10").rglob("*") if path.is_file())
+    (out / "checkpoints/10" / runs.DIGESTS).write_text("".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(out / 'checkpoints/10')}\n" for path in files))
+    settings = json.loads((out / "train.json").read_text())
+    for flag in ("save_patience", "gan_penalty", "legacy_loss"):
+        del settings[flag]
+    (out / "train.json").write_text(json.dumps(settings))
+    assert "resuming" in finish(launch(tokenizer_command(undisturbed_tokenizer.parent, out)))
+    assert_equal_tokenizer_runs(out, undisturbed_tokenizer)
+
+
+def test_fault_37_a_run_needs_no_more_than_64_open_files(dataset, uninterrupted, tmp_path):
+    output = finish(launch(command(dataset, tmp_path / "run", *SLOW), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))))
+    assert "Traceback" not in output
+    assert_equal_runs(tmp_path / "run", uninterrupted[0])
+
+
+LAST_CORE = max(os.sched_getaffinity(0))
+THREADS = {"preexec_fn": lambda: os.sched_setaffinity(0, {LAST_CORE}), "environment": {"OMP_NUM_THREADS": "1"}}
+OTHER_WORDS = {"PYTHONHASHSEED": "4242", "PYTHONOPTIMIZE": "1", "TZ": "Pacific/Kiritimati", "LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0",
+               "PYTHONCOERCECLOCALE": "0"}
+SURROUNDINGS = {
+    "all of it at once": THREADS | {"environment": OTHER_WORDS | THREADS["environment"]},
+    "one core": THREADS,
+    "five threads": {"environment": {"NPROC": "5", "PJRT_NPROC": "5"}},  # what XLA reads instead of counting cores
+    "hash seed, -O, locale and time zone": {"environment": OTHER_WORDS},
+}
+
+
+@pytest.mark.parametrize("where", variants(["all of it at once"], *list(SURROUNDINGS)[1:]))
+def test_fault_40_losses_codes_and_pictures_are_the_same_in_other_surroundings(dataset, uninterrupted, tiny, drawn, tmp_path, where):
+    finish(launch(command(dataset, tmp_path / "run"), **SURROUNDINGS[where]))
+    assert_equal_runs(tmp_path / "run", uninterrupted[0])
+    few, _ = answers(tiny, f"in {where}", "--candidates", 3, **SURROUNDINGS[where])
+    for prompt in ("short", "long"):
+        np.testing.assert_array_equal(few[prompt], drawn[prompt][:3])
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i, name in enumerate(("b.png", "B.png", "a.png", "ä.png", "_.png", "10.png", "9.png", "i.png", "ı.png", "z z.png")):
+        picture(i).save(folder / name)
+    for name, how in (("here", {}), ("there", SURROUNDINGS[where])):
+        finish(launch([sys.executable, "tokenize_data.py", *tokenise(dataset, folder, tmp_path / name)], **how))
+    assert bytes_of(tmp_path / "here") == bytes_of(tmp_path / "there")
+    assert (tmp_path / "here/dataset.json").read_bytes() == (tmp_path / "there/dataset.json").read_bytes()
+
+
+@pytest.mark.all_faults
+@pytest.mark.parametrize("where", list(SURROUNDINGS)[1:])
+def test_fault_40_a_tokenizers_weights_and_a_report_are_the_same_in_other_surroundings(dataset, uninterrupted, undisturbed_tokenizer, tmp_path, where):
+    finish(launch(tokenizer_command(tmp_path, tmp_path / "run"), **SURROUNDINGS[where]))
+    assert_equal_tokenizer_runs(tmp_path / "run", undisturbed_tokenizer)
+    measured = []
+    for name, how in (("here", {}), ("there", SURROUNDINGS[where])):
+        flags = ["--model", uninterrupted[0], "--tokenizer", dataset[1], "--data", dataset[0], "--out", tmp_path / name]
+        finish(launch([sys.executable, "evaluate.py", "perplexity", *map(str, flags)], **how))
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        measured.append((report["rows"], report["examples"]))
+    assert measured[0] == measured[1]
+
+
+# ------------------------------------------------------------------------------------------------ datasets and pictures that change
+
+
+def read_all(folder):
+    shards = tokenize_data.Shards(folder)
+    return [shards.row(i, (32, 33, 34))[0].tolist() for i in range(len(shards))]
+
+
+@pytest.mark.parametrize("flips", variants([20], 200))
+@pytest.mark.parametrize("name", ["00000.tokens", "00000.index.npy", "dataset.json"])
+def test_fault_25_every_flipped_bit_of_a_dataset_is_found_and_its_file_named(dataset, tmp_path, name, flips):
+    rng, content = random.Random(flips), (dataset[0] / name).read_bytes()
+    shutil.copytree(dataset[0], tmp_path / "data")
+    for _ in range(flips):
+        (tmp_path / "data" / name).write_bytes(content)
+        flip_a_bit(tmp_path / "data" / name, rng)
+        with pytest.raises(UserError, match=name):
+            read_all(tmp_path / "data")
+    output = finish(launch([sys.executable, "tokenize_data.py", "inspect", "--data", str(tmp_path / "data")]), status=2)
+    assert str(tmp_path / "data" / name) in output and "Traceback" not in output
+
+
+OPENED = """
+import pathlib, sys
+import tokenize_data
+
+read = lambda: int(pathlib.Path("/proc/self/io").read_text().split()[1])
+before = read()
+shards = tokenize_data.Shards(sys.argv[1])
+print("read", read() - before)
+sys.stdin.readline()
+print(shards[0][1].tolist())
+"""
+
+
+def test_fault_25_a_dataset_is_verified_once_and_its_sentences_whenever_they_are_read(tmp_path, dataset):
+    """The second start reads no tokens; a bit that flips after it, whatever the times of the file say, is found in its sentence."""
+    rows, cache = np.random.default_rng(0).integers(0, 32, (64, 32768), dtype=np.uint16), {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    tokenize_data.write_dataset(tmp_path / "data", vqgan.load(dataset[1]), ["a"], ((0, row) for row in rows))
+    tokens = tmp_path / "data/00000.tokens"
+    time.sleep(2.1)  # what was written in the last seconds is not vouched for
+
+    def opened(environment, damage=lambda: None):
+        process = launch([sys.executable, "-c", OPENED, str(tmp_path / "data")], environment=environment, stdin=-1)
+        lines = [process.stdout.readline()]
+        while not lines[-1].startswith("read"):
+            lines.append(process.stdout.readline())
+        damage()
+        return int(lines[-1].split()[1]), "".join(lines[:-1]), process.communicate("\n")[0]
+
+    def damage():
+        found = tokens.stat()
+        with open(tokens, "r+b") as file:
+            file.write(bytes([rows[0, 0] ^ 1]))
+        os.utime(tokens, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+    assert opened(cache)[0] > rows.nbytes
+    read, said, row = opened(cache)
+    assert read < rows.nbytes / 10 and not said and json.loads(row) == rows[0].tolist()
+    (tmp_path / "no folder").write_text("")
+    read, said, row = opened({"XDG_CACHE_HOME": str(tmp_path / "no folder")})
+    assert read > rows.nbytes and said.count("\n") == 1 and "nothing is kept in a cache" in said
+    assert re.search(rf"UserError: {tokens}: sentence 0 is not the one that was written", opened(cache, damage)[2])
+
+
+def test_fault_26_a_dataset_tokenized_anew_under_its_path_is_refused_on_resume_with_the_difference(dataset, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(dataset[0], data)
+    finish(launch(command((data, dataset[1]), out, "--steps", 4)))
+    shutil.rmtree(data)
+    tokenize_data.write_dataset(data, vqgan.load(dataset[1]), ["up", "down"], ((n % 2, np.arange(32)) for n in range(60)))
+    output = finish(launch(command((data, dataset[1]), out)), status=2)
+    assert f"{data}: digest" in output and "sentences 64 -> 60" in output and "--accept-new-data" in output and "Traceback" not in output
+    assert "resuming" in finish(launch(command((data, dataset[1]), out, "--steps", 8, "--accept-new-data")))
+    assert "resuming" in finish(launch(command((data, dataset[1]), out)))  # accepted once and for all
+
+
+@pytest.mark.parametrize("how", variants(["emptied"], "cut", "replaced", "overwritten", "deleted"))
+def test_fault_26_a_shard_that_changes_under_a_running_training_ends_it_with_one_line(dataset, tmp_path, how):
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(dataset[0], data)
+    tokens = data / "00000.tokens"
+    process = launch(command((data, dataset[1]), out, "--steps", 100_000, "--save-every", 50_000, "--evaluate-every", 0))
+    wait_for(logged(out, 2), process)
+    other = bytes(reversed(tokens.read_bytes()))
+    if how == "replaced":
+        (data / "new").write_bytes(other)
+        (data / "new").rename(tokens)
+    elif how == "deleted":
+        tokens.unlink()
+    elif how == "overwritten":
+        with open(tokens, "r+b") as file:
+            file.write(other)
+    else:
+        os.truncate(tokens, 0 if how == "emptied" else 100)
+    output = finish(process, status=2)
+    assert re.search(rf"^error: {tokens}: (sentence \d+ is not the one that was written|No such file)", output, re.M) and "Traceback" not in output
+
+
+def test_fault_27_pictures_that_change_between_a_killed_tokenisation_and_its_resume_are_encoded_anew(dataset, tmp_path):
+    folder, chunks = write_pictures(tmp_path / "in", 80), tmp_path / "killed.codes"
+    command = lambda out, slow, *flags: [sys.executable, "-c", CHUNKS, str(slow), *tokenise(dataset, folder, tmp_path / out, "--batch", 8, *flags)]
+    process = launch(command("killed", 0.5))
+    wait_for(lambda: len(list(chunks.glob("??????.json"))) >= 2, process)
+    process.kill()
+    process.wait()
+    picture(99).save(folder / "0003.png")
+    done = (chunks / "000001.json").stat().st_mtime_ns
+    process = launch(command("killed", 0.5))
+    wait_for(lambda: len(list(chunks.glob("??????.json"))) >= 3, process)
+    assert (chunks / "000001.json").stat().st_mtime_ns == done  # what did not change is kept
+    output = finish(process)
+    assert f"1 inputs have changed since they were encoded, such as {folder}/0003.png: 1 chunks are encoded anew" in output
+    finish(launch(command("clean", 0)))
+    assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "clean")
+
+
+def test_fault_27_contents_are_compared_where_times_do_not_tell(dataset, tmp_path):
+    folder = write_pictures(tmp_path / "in", 80)
+    for path in folder.iterdir():  # bitmaps are all of one size
+        Image.open(path).save(path.with_suffix(".bmp"))
+        path.unlink()
+    run = lambda *flags: launch([sys.executable, "-c", CHUNKS, "0.5", *tokenise(dataset, folder, tmp_path / "out", "--check-contents", *flags)])
+    process = run()
+    wait_for(lambda: len(list((tmp_path / "out.codes").glob("??????.json"))) >= 2, process)
+    process.kill()
+    process.wait()
+    found = (folder / "0003.bmp").stat()
+    picture(99).save(folder / "0003.bmp")
+    assert (folder / "0003.bmp").stat().st_size == found.st_size
+    os.utime(folder / "0003.bmp", ns=(found.st_atime_ns, found.st_mtime_ns))
+    os.utime(folder / "0004.bmp")
+    output = finish(run())
+    assert f"1 inputs have changed since they were encoded, such as {folder}/0003.bmp: 1 chunks" in output
+
+
+def test_a_finished_tokenisation_whose_scratch_cannot_be_removed_ends_well(dataset, tmp_path):
+    """As a network disk leaves it: a file that another process has open stays under a hidden name."""
+    folder = write_pictures(tmp_path / "in", 10)
+    process = launch([sys.executable, "tokenize_data.py", *tokenise(dataset, folder, tmp_path / "out")])
+    wait_for((tmp_path / "out.codes/plan.json").exists, process)
+    (tmp_path / "out.codes/.nfs000000000000002a00000001").write_text("")
+    output = finish(process)
+    assert f"{tmp_path / 'out.codes'} could not be removed whole" in output
+    assert [path.name for path in (tmp_path / "out.codes").iterdir()] == [".nfs000000000000002a00000001"] and len(read_all(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("where", variants(["codes"], "dataset"))
+def test_fault_23_tokenising_on_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_space(dataset, tmp_path, where):
+    folder = write_pictures(tmp_path / "in", 400)
+    small = {"codes": 40, "dataset": 100}[where]  # chunks of 16 x 2 pictures of 16 codes: 26 KB of codes in all, as many of tokens, and records
+    run = [sys.executable, "-c", CHUNKS, "0", *tokenise(dataset, folder, tmp_path / "disk/out")]
+    first, second = on_a_full_disk(tmp_path, small, run)
+    assert re.search(rf"^error: {tmp_path}/disk/out\S*: No space left on device", first[1], re.M) and first[0] == 2 and "Traceback" not in first[1]
+    assert second[0] == 0, second[1]
+    finish(launch([sys.executable, "-c", CHUNKS, "0", *tokenise(dataset, folder, tmp_path / "clean")]))
+    assert bytes_of(tmp_path / "kept/out") == bytes_of(tmp_path / "clean")
+
+
+def on_a_full_disk(folder, kilobytes, command):
+    """Runs a command twice, on a file system of so many KB at FOLDER/disk and when it has grown -> [(status, output)] of both;
+    what stands there at the end is copied to FOLDER/kept."""
+    (folder / "disk").mkdir()
+    script = f"""mount -t tmpfs -o size={kilobytes}k none "$1/disk" || exit 77
+        for n in 1 2; do (shift; exec "$@") >"$1/output$n" 2>&1; echo $? >"$1/status$n"; mount -o remount,size=64m "$1/disk"; done
+        cp -r "$1/disk" "$1/kept" """
+    process = launch(["unshare", "-rm", "sh", "-c", script, "sh", str(folder), *command])
+    output, _ = process.communicate(timeout=600)
+    if process.returncode == 77 or "unshare" in output:
+        pytest.skip("no file system can be mounted here")
+    return [(int((folder / f"status{n}").read_text()), (folder / f"output{n}").read_text()) for n in (1, 2)]
+
+
+NAMES = [b"with space.png", b"line\nbreak.png", b"quote's \"two\".png", b"latin-\xe9\xff.png", b"-leading.png", b"c:olon.png", b"x" * 236 + b".png",
+         "画像.png".encode(), "٣².png".encode(), b"%s{}$HOME.png"]
+
+
+def test_fault_36_any_file_name_is_read_or_listed(dataset, tmp_path):
+    folder, encoded = tmp_path / "in", tmp_path / "plain"
+    folder.mkdir(), encoded.mkdir()
+    for i, name in enumerate(sorted(NAMES)):
+        for where in (os.fsencode(folder / "x")[:-1] + name, os.fsencode(encoded / f"{i:02}.png")):
+            with open(where, "wb") as file:
+                picture(i).save(file, "PNG")
+    bad = os.fsencode(folder) + b"/bad-\xe9.png"
+    with open(bad, "wb") as file:
+        file.write(b"no picture")
+    for workers in (0, 1):
+        finish(launch([sys.executable, "tokenize_data.py", *tokenise(dataset, folder, tmp_path / f"out{workers}", "--workers", workers, "--max-rejected", 0.2)]))
+        [listed] = map(json.loads, pathlib.Path(f"{tmp_path}/out{workers}.rejected.jsonl").read_bytes().splitlines())
+        assert os.fsencode(listed["path"]) == bad and len(read_all(tmp_path / f"out{workers}")) == 2
+    finish(launch([sys.executable, "tokenize_data.py", *tokenise(dataset, encoded, tmp_path / "plain-out")]))
+    assert sorted(sum([row[1:-1] for row in read_all(tmp_path / "out0")], [])) == sorted(sum([row[1:-1] for row in read_all(tmp_path / "plain-out")], []))
+    pathlib.Path(os.fsdecode(bad)).unlink()
+    finish(launch([sys.executable, "evaluate.py", "reconstruction", "--data", str(folder), "--tokenizer", str(dataset[1]), "--out", str(tmp_path / "report")]))
+    report = json.loads((tmp_path / "report/reconstruction.json").read_text())
+    assert {os.path.basename(os.fsencode(example["path"])) for example in report["examples"]} == set(NAMES)
+
+
+@pytest.mark.parametrize("flag", variants(["colorize"], "inpaint", "category", "frames"))
+def test_fault_36_a_folder_of_latin_1_names_is_tokenized_by_every_kind(dataset, tmp_path, flag):
+    for k in range(4):
+        folder = os.fsencode(tmp_path / "in") + b"/class-\xe9-%d" % k
+        os.makedirs(folder)
+        for i in range(4):
+            picture(4 * k + i).save(os.fsdecode(folder + b"/\xfc%d.png" % i))
+    more = {"category": ("--per-class", 2, "--pictures", 8), "frames": ("--frames", 3)}.get(flag, ("--shots", 4))
+    process = launch([sys.executable, "tokenize_data.py", flag, "--inputs", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--tokenizer", str(dataset[1]),
+                      "--flip", *map(str, more)])
+    finish(process)
+    assert len(read_all(tmp_path / "out")) >= 2
+
+
+def test_fault_37_a_worker_without_memory_ends_the_run_which_names_the_file(dataset, tmp_path):
+    folder = write_pictures(tmp_path / "in", 400)
+    process = launch([sys.executable, "tokenize_data.py", *tokenise(dataset, folder, tmp_path / "out", "--workers", 2)], start_new_session=True)
+    wait_for(lambda: len(workers_of(process)) == 2, process)
+    for worker in workers_of(process):
+        resource.prlimit(worker, resource.RLIMIT_AS, (1 << 20, 1 << 20))
+    output = finish(process, status=1, timeout=60)
+    assert re.search(rf"error: (there is not enough memory to read|a worker ended with status -?\d+ while it read) {folder}/\d+.png", output)
+    assert_no_orphans(process)
+
+
+@pytest.mark.parametrize("count", variants([1000], 100_000))
+def test_fault_37_many_small_files_and_few_descriptors(dataset, tmp_path, count):
+    folder = write_pictures(tmp_path / "some", 100)
+    for i in range(count):
+        if i % 1000 == 0:
+            (tmp_path / f"in/{i // 1000:03}").mkdir(parents=True)
+        os.link(folder / f"{i % 100:04}.png", tmp_path / f"in/{i // 1000:03}/{i:06}.png")
+    limited = ["sh", "-c", 'ulimit -n 64; exec "$@"', "sh", sys.executable, "tokenize_data.py", *tokenise(dataset, tmp_path / "in", tmp_path / "out", "--workers", 2)]
+    finish(launch(limited), timeout=1500)
+    assert len(tokenize_data.Shards(tmp_path / "out")) == count // 5
+
+
+HUNG = """
+import functools, time
+import tokenize_data
+
+items = [tokenize_data.Item(name, functools.partial(time.sleep)) for name in ("slow.png", "other.png")]  # 1000 seconds each
+tokenize_data.COMMANDS = {"inspect": (tokenize_data.Inspect, lambda config: list(tokenize_data.read_ahead(items, range(2), 1000, 0, 2.0))),
+                          "show": (tokenize_data.Show, tokenize_data.show)}
+tokenize_data.main()
+"""
+
+
+def test_fault_15_a_file_that_never_comes_is_named_where_threads_read_it():
+    output = finish(launch([sys.executable, "-c", HUNG, "inspect", "--data", "none"]), status=1, timeout=60)
+    assert "error: no worker gave a sign of life for 2 seconds; they were reading slow.png" in output and "Traceback" not in output
+
+
+# ------------------------------------------------------------------------------------------------ batch prompting and evaluation
+
+
+def many_prompts(tiny, folder, count=12):
+    lines = [{"input": [str(tiny[0] / f"{(n + i) % 3}.png") for i in range(1 + n % 3)], "output": f"{n}.png", "target": [str(tiny[0] / "0.png")]} for n in range(count)]
+    (folder / "many.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [sys.executable, str(ROOT / "sample.py"), "--model", str(tiny[0] / "model"), "--tokenizer", str(tiny[0] / "tokenizer"), "--prompts", str(folder / "many.jsonl"),
+            "--temperature", "0.9", "--candidates", "3", "--batch", "2", "--out"]
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def killed_at_random(command, seed, seconds):
+    """Starts it, kills it after a random time, again and again until it ends by itself -> how often it was killed."""
+    rng, kills = random.Random(seed), 0
+    while True:
+        process = launch(command)
+        try:
+            finish(process, timeout=rng.uniform(0, seconds) if kills < 8 else 600)
+            return kills
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+
+
+def test_fault_31_batch_prompting_killed_between_answers_ends_with_the_bytes_of_an_undisturbed_run(tiny, tmp_path):
+    command = many_prompts(tiny, tmp_path)
+    finish(launch([*command, str(tmp_path / "whole")]))
+    out = tmp_path / "killed"
+    process = launch([*command, str(out)])
+    wait_for(lambda: (out / "answers.record.jsonl").exists() and (out / "answers.record.jsonl").read_text().count('"sha256"') >= 4, process)
+    process.kill()
+    process.wait()
+    assert not (out / "answers.jsonl").exists()
+    (out / "1.png").write_bytes((out / "1.png").read_bytes()[:40])  # cut by a disk that lost it
+    kept = (out / "2.png").stat().st_ino
+    refused = finish(launch([*command, str(out), "--seed", "1"]), status=2)
+    assert "seed: 0 -> 1" in refused and "Traceback" not in refused
+    finish(launch([*command, str(out)]))
+    assert contents(out) == contents(tmp_path / "whole") and (out / "2.png").stat().st_ino == kept
+    assert "MSE" in finish(launch([*command, str(out)]))  # killed after its last word, it may be asked again
+    assert contents(out) == contents(tmp_path / "whole") and len(contents(out)) == 14
+
+
+@pytest.mark.all_faults
+@pytest.mark.parametrize("seed", range(5))
+def test_fault_31_batch_prompting_killed_at_random_ends_with_the_bytes_of_an_undisturbed_run(tiny, tmp_path, seed):
+    command = many_prompts(tiny, tmp_path)
+    finish(launch([*command, str(tmp_path / "whole")]))
+    assert killed_at_random([*command, str(tmp_path / "killed")], seed, 12)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_fault_31_a_bad_picture_of_the_last_prompt_is_found_before_the_first_is_drawn(tiny, tmp_path):
+    command = many_prompts(tiny, tmp_path)
+    (tmp_path / "bad.png").write_bytes((tiny[0] / "0.png").read_bytes()[:60])
+    with open(tmp_path / "many.jsonl", "a") as file:
+        file.write(json.dumps({"input": [str(tmp_path / "bad.png")], "output": "last.png"}) + "\n")
+    output = finish(launch([*command, str(tmp_path / "out")]), status=2)
+    assert "bad.png" in output and "Traceback" not in output and not contents(tmp_path / "out")
+
+
+def test_fault_31_a_prompt_whose_picture_changed_is_drawn_again(tiny, tmp_path):
+    for i in range(2):
+        shutil.copy(tiny[0] / f"{i}.png", tmp_path / f"{i}.png")
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps({"input": [str(tmp_path / f"{i}.png")], "output": f"{i}.png"}) + "\n" for i in range(2)))
+    command = [*many_prompts(tiny, tmp_path)[:6], "--prompts", str(tmp_path / "two.jsonl"), "--batch", "1", "--temperature", "0", "--out"]
+    finish(launch([*command, str(tmp_path / "out")]))
+    before = {name: (tmp_path / "out" / name).stat().st_ino for name in ("0.png", "1.png")}
+    shutil.copy(tiny[0] / "2.png", tmp_path / "1.png")
+    finish(launch([*command, str(tmp_path / "out")]))
+    after = {name: (tmp_path / "out" / name).stat().st_ino for name in before}
+    assert after["0.png"] == before["0.png"] and after["1.png"] != before["1.png"]
+    finish(launch([*command, str(tmp_path / "anew")]))
+    assert contents(tmp_path / "out") == contents(tmp_path / "anew")
+
+
+def evaluation(tiny, folder, out):
+    for i in range(40):
+        if not (folder / f"pictures/{i:02}.png").exists():
+            (folder / "pictures").mkdir(exist_ok=True)
+            picture(i, 4).save(folder / f"pictures/{i:02}.png")
+    return [sys.executable, str(ROOT / "evaluate.py"), "colorization", "--model", str(tiny[0] / "model"), "--tokenizer", str(tiny[0] / "tokenizer"), "--data",
+            str(folder / "pictures"), "--shots", "1", "--batch", "2", "--sheet", "2", "--out", str(folder / out)]
+
+
+def results(folder):
+    return {name: re.sub(rb'"command": ".*?"', b"", content) for name, content in contents(folder).items()}
+
+
+def test_fault_31_an_evaluation_killed_between_examples_ends_with_the_bytes_of_an_undisturbed_run(tiny, tmp_path):
+    finish(launch(evaluation(tiny, tmp_path, "whole")))
+    out, record = tmp_path / "killed", tmp_path / "killed/colorization.record.jsonl"
+    process = launch(evaluation(tiny, tmp_path, "killed"))
+    wait_for(lambda: record.exists() and record.read_text().count("\n") >= 5, process)
+    process.kill()
+    process.wait()
+    assert not (out / "colorization.json").exists()
+    finish(launch(evaluation(tiny, tmp_path, "killed")))
+    assert results(out) == results(tmp_path / "whole")
+    finish(launch(evaluation(tiny, tmp_path, "killed")))  # finished, it may be asked again
+    assert results(out) == results(tmp_path / "whole")
+    picture(99, 4).save(tmp_path / "pictures/07.png")
+    finish(launch(evaluation(tiny, tmp_path, "killed")))
+    finish(launch(evaluation(tiny, tmp_path, "anew")))
+    assert results(out) == results(tmp_path / "anew") != results(tmp_path / "whole")
+
+
+@pytest.mark.all_faults
+@pytest.mark.parametrize("seed", range(5))
+def test_fault_31_an_evaluation_killed_at_random_ends_with_the_bytes_of_an_undisturbed_run(tiny, tmp_path, seed):
+    finish(launch(evaluation(tiny, tmp_path, "whole")))
+    assert killed_at_random(evaluation(tiny, tmp_path, "killed"), seed, 15)
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("what", variants(["prompts"], "evaluation"))
+def test_fault_23_answers_and_reports_on_a_full_disk_end_with_one_line_and_go_on_when_there_is_space(tiny, tmp_path, what):
+    command = [*many_prompts(tiny, tmp_path), str(tmp_path / "disk/out")] if what == "prompts" else evaluation(tiny, tmp_path, "disk/out")
+    first, second = on_a_full_disk(tmp_path, 32, command)
+    assert first[0] == 2 and re.search(rf"^error: {tmp_path}/disk/out/\S+: No space left on device", first[1], re.M) and "Traceback" not in first[1], first
+    assert second[0] == 0, second[1]
+    finish(launch([*many_prompts(tiny, tmp_path), str(tmp_path / "whole")] if what == "prompts" else evaluation(tiny, tmp_path, "whole")))
+    assert results(tmp_path / "kept/out") == results(tmp_path / "whole")
+
+
+SAVES = """
+import pathlib, re, resource, sys
+import jax.numpy as jnp
+from common import runs
+checkpoints = runs.Checkpoints(pathlib.Path(sys.argv[1]), 2)
+state = {"model": {"w": jnp.ones((50, 1000, 1000))}}
+checkpoints.save(1, state)
+checkpoints.wait()
+used = int(re.search(r"VmSize:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + 4_000_000, resource.RLIM_INFINITY))
+checkpoints.save(2, state)
+checkpoints.wait()
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print("whole:", [step.name for step in runs.whole_steps(checkpoints.folder)], flush=True)
+checkpoints.save(3, state)
+checkpoints.finish(3, state, patience=0)
+"""
+
+
+def test_fault_37_a_save_that_gets_no_memory_is_tried_again_and_harms_none_before(tmp_path):
+    output = finish(launch([sys.executable, "-c", SAVES, str(tmp_path)]))
+    assert "warning: " in output and f"{tmp_path / '2'} could not be saved" in output and "whole: ['1']" in output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
+    runs.check_digests(tmp_path / "3")

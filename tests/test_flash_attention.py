@@ -120,7 +120,7 @@ def test_large_scores_do_not_overflow():
 def traced_for(device_kind, platform, call, *shapes):
     """call(*arrays) while a program for such devices is being traced, by shard_map inside jit, gradient, checkpoint and scan."""
     device = mesh_lib.AbstractDevice(device_kind=device_kind, num_cores=None, platform=platform)
-    mesh, found = AbstractMesh((1,), ("data",), abstract_device=device), []
+    mesh, found = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device), []
 
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=P(), out_specs=P())
     def program(x):
@@ -237,7 +237,9 @@ def test_the_hopper_kernels_interpreted_are_the_definition_and_have_no_races(K, 
     attend = functools.partial(flash_attention.flash_attention, implementation="hopper")
     with interpreter:
         ours = forward_and_gradients(attend, *arrays)
+        verdict = flash_attention._compare_with_reference(attend, K) if K == 64 else None
     assert_equal(ours, definition(*arrays), TOLERANCE[jnp.bfloat16])
+    assert verdict is None  # what `_hopper_trial` says where they run
 
 
 def test_a_model_with_padded_projections_is_the_same_function_with_the_same_gradients(monkeypatch):
@@ -274,7 +276,7 @@ def test_a_model_for_hopper_gpus_takes_the_hopper_kernels_by_itself():
     """The training loss as train.py builds it, with no implementation named, over a mesh of GPUs that are not here: shard_map,
     gradient, scan and checkpoint. Its program calls the three kernels, and heads of 100 are born 112 wide."""
     device = mesh_lib.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    mesh = AbstractMesh((1, 2, 2, 1), train.AXES, abstract_device=device)
+    mesh = AbstractMesh((1, 2, 2, 1), train.AXES, axis_types=(AxisType.Auto,) * 4, abstract_device=device)
     config = lvm.LVMConfig(hidden=400, ffn=256, layers=2, heads=4, codes=60, context=256)
     model = eqx.filter_eval_shape(lvm.LVM, config, key=jax.random.key(0))
     ids_BT = jax.ShapeDtypeStruct((2, 256), jnp.int32)

@@ -1,7 +1,9 @@
 import base64
 import dataclasses
 import json
+import math
 import sys
+import zlib
 
 import equinox as eqx
 import jax
@@ -92,6 +94,13 @@ def test_a_run_leaves_what_the_interfaces_promise(uninterrupted):
     assert "entropy of the unigram distribution" in output and "python sample.py" in output
 
 
+def test_where_nothing_is_withheld_there_is_no_held_out_loss_and_a_line_says_so(uninterrupted):
+    out, output = uninterrupted
+    assert not any("heldout" in key for line in log_of(out) for key in line)
+    assert "no held-out loss: no sentence is withheld" in output and "sample pictures are of training sentences" in output
+    assert f"(training loss {log_of(out)[-1]['loss']:.3f} of the last batch, none held out" in output
+
+
 def test_a_finished_run_is_not_trained_further(dataset, uninterrupted):
     out, _ = uninterrupted
     before = (out / "metrics.jsonl").read_bytes()
@@ -117,7 +126,9 @@ def test_a_run_is_not_resumed_with_other_settings(dataset, uninterrupted, capsys
     (["--data", "nowhere"], "no dataset here"),
     (["--mesh", "2,2"], "four numbers"),
     (["--mesh", "3,1,1,1"], "8 devices"),
-    (["--steps", "0"], "at least 1"),
+    (["--steps", "0"], "--steps must be an integer in [1, inf)"),
+    (["--learning-rate", "nan"], "--learning-rate must be"),
+    (["--special-ids", "1", "2", "3"], "--special-ids 1 2 3"),
     (["--batch", "3", "--accumulate", "2"], "multiple of"),
     (["--init", "nowhere"], "nowhere"),
     (["--log", "trackio"], "pip install trackio"),
@@ -128,11 +139,25 @@ def test_bad_flags_give_one_clear_line_and_status_2(dataset, tmp_path, capsys, m
     assert words in " ".join(main(capsys, monkeypatch, *base, *flags).replace("│", " ").split())
 
 
+@pytest.mark.parametrize("field, values", [
+    ("learning_rate", (math.nan, math.inf, 0.0, -1.0, 1e39)), ("final_learning_rate", (math.nan, -0.1, 2.0)), ("weight_decay", (math.nan, math.inf, -1.0)),
+    ("z_loss", (math.nan, math.inf, -1.0)), ("clip", (math.nan, math.inf, 0.0, -1.0)), ("b1", (math.nan, 1.0, -0.1)), ("b2", (math.nan, 1.0, math.inf)),
+    ("heldout_fraction", (math.nan, 1.0, -0.1)), ("decay_fraction", (math.nan, 0.0, 2.0)), ("context", (1, 0, -5)), ("warmup", (-5, 2**40)),
+    ("seed", (-1, 2**40)), ("steps", (0, -1)), ("batch", (0,)), ("accumulate", (0,)), ("save_every", (0,)), ("keep", (0,)), ("milestone_every", (0,)),
+    ("evaluate_every", (-1,)), ("log_every", (0,)), ("patience", (0,)), ("heartbeat", (0,)), ("demo_sentences", (0,)),
+])
+def test_a_number_that_makes_no_sense_is_refused_by_the_name_of_its_flag(field, values):
+    for value in values:
+        with pytest.raises(UserError, match=f"^--{field.replace('_', '-')} must be "):
+            train.Config(**{field: value})
+
+
 def test_a_tokenizer_that_did_not_make_the_data_draws_no_pictures(dataset, tmp_path, capsys):
     other = vqgan.VQGAN(vqgan.load(dataset[1]).config, key=jax.random.key(9))
     vqgan.save(other, tmp_path / "other")
-    config = train.Config(data=(str(dataset[0]),), tokenizer=tmp_path / "other")
-    train.sample_picture(config, lvm.LVM(dataclasses.replace(TINY), key=jax.random.key(0)), dataset[0], tmp_path / "s.png")
+    config, shards = train.Config(data=(str(dataset[0]),), tokenizer=tmp_path / "other"), tokenize_data.Shards(dataset[0])
+    chosen = [train.Sentences("data", shards, np.arange(len(shards)), 1.0)]
+    train.sample_picture(config, lvm.LVM(dataclasses.replace(TINY), key=jax.random.key(0)), chosen, tmp_path / "s.png")
     assert "not made by" in capsys.readouterr().err and not (tmp_path / "s.png").exists()
 
 
@@ -213,13 +238,118 @@ def test_the_logs_that_were_asked_for_get_every_line(finetuned):
     assert list((finetuned / "trace").rglob("*.xplane.pb"))
 
 
-def test_the_held_out_loss_of_a_kind_is_the_mean_over_its_sentences(dataset, uninterrupted):
-    model, shards, line = lvm.load(uninterrupted[0]), tokenize_data.Shards(dataset[0]), log_of(uninterrupted[0])[-1]
-    specials = (32, 33, 34)
-    for kind, name in enumerate(shards.kinds):
-        chosen = [i for i in range(len(shards)) if shards[i][0] == kind]
-        ids_NT = np.stack([shards.row(chosen[n], specials)[0] for n in np.linspace(0, len(chosen) - 1, 16).astype(int)])
-        loss, _ = lvm.next_token_loss(model(ids_NT), ids_NT, np.ones(ids_NT.shape))
-        assert np.isclose(line[f"heldout_loss/{name}"], loss, rtol=1e-5)
-    assert np.isclose(line["heldout_loss"], (line["heldout_loss/up"] + line["heldout_loss/down"]) / 2)
+# ------------------------------------------------------------------------------------------------ the held-out loss
+
+THREE = ("data:3", "short:1", "lines.jsonl:1")
+
+
+@pytest.fixture(scope="module")
+def withheld(dataset, tmp_path_factory):
+    """A run of the real command on three datasets, 30% of the sentences withheld: (its place, what it printed)."""
+    place, rng = tmp_path_factory.mktemp("withheld"), np.random.default_rng(3)
+    (place / "data").symlink_to(dataset[0])
+    twins = [tokenize_data.Shards(dataset[0])[i][1] for i in range(8)]
+    short = [(0, rng.integers(0, 32, 16).astype(np.uint16)) for _ in range(40)] + [(0, twin) for twin in twins]
+    tokenize_data.write_dataset(place / "short", vqgan.load(dataset[1]), ["random"], short)
+    encode = lambda ids: base64.b64encode(ids.astype("<i4").tobytes()).decode()
+    (place / "lines.jsonl").write_text("".join(json.dumps({"tokens": encode(rng.integers(0, 32, 24))}) + "\n" for _ in range(30)))
+    flags = ["--size", "debug", "--tokenizer", dataset[1], "--data", *THREE, "--heldout-fraction", "0.3", "--context", "50", "--batch", "4",
+             "--steps", "4", "--save-every", "2", "--log-every", "1", "--out", "run"]
+    process = launch([sys.executable, str(ROOT / "train.py"), *map(str, flags)], cwd=place)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return place, output
+
+
+def parts_of(place):
+    """{name: (dataset, which of its sentences are withheld)}"""
+    parts = {text: tokenize_data.open_sentences(place / text.split(":")[0], 32, (32, 33, 34)) for text in THREE}
+    return {text: (part, tokenize_data.is_heldout(part, 0.3)) for text, part in parts.items()}
+
+
+def test_rows_are_withheld_from_every_dataset_and_their_losses_are_of_each_kind_of_each(withheld):
+    place, output = withheld
+    line, model, expected = log_of(place / "run")[-1], lvm.load(place / "run"), {}
+    for text, (part, held_N) in parts_of(place).items():
+        name = text.split(":")[0]
+        assert 0 < held_N.sum() < len(part) and f"{name}: {held_N.sum()} of {len(part)} sentences are withheld" in output
+        for kind, kind_name in enumerate(part.kinds):
+            members = [i for i in np.flatnonzero(held_N) if part[i][0] == kind]
+            taken = min(len(members), 8)  # 32 among four kinds
+            rows = [part.row(members[n], (32, 33, 34))[0] for n in np.linspace(0, len(members) - 1, taken).astype(int)]
+            losses = [lvm.next_token_loss(model(row[None]), row[None], np.ones((1, len(row))))[0] for row in rows]
+            key = f"heldout_loss/{name.removesuffix('.jsonl')}/{kind_name}"
+            assert np.isclose(line[key], np.mean(losses), rtol=1e-4), key
+            assert f"held-out loss of {key.removeprefix('heldout_loss/')}: of {taken} of {len(members)} sentences" in output
+            expected[key] = float(text.split(":")[1]) / 5 * len(members) / held_N.sum()
+    assert expected.keys() == {key for key in line if key.startswith("heldout_loss/")} and np.isclose(sum(expected.values()), 1)
+    assert np.isclose(line["heldout_loss"], sum(share * line[key] for key, share in expected.items()))
     assert np.isclose(np.log(line["heldout_perplexity"]), line["heldout_loss"])
+    assert f"held-out loss {line['heldout_loss']:.3f} at step 4" in output.split("done: ")[1]
+
+
+def test_no_withheld_sentence_is_trained_on_from_any_dataset_and_tokens_are_the_targets_of_those_that_are(withheld):
+    place, _ = withheld
+    held = {tuple(part[i][1].tolist()) for part, held_N in parts_of(place).values() for i in np.flatnonzero(held_N)}
+    batches = iter(tokenize_data.open_dataset([str(place / text) for text in THREE], context=50, batch=4, seed=0, heldout_fraction=0.3))
+    targets = []
+    for _ in range(60):
+        ids_BT = next(batches)["ids_BT"]
+        assert not held & {tuple(row[1:(row == 33).argmax()].tolist()) for row in ids_BT}
+        targets.append(int((ids_BT[:, 1:] != 34).sum()))
+    assert [line["tokens"] for line in log_of(place / "run")] == np.cumsum(targets)[:4].tolist()
+    assert targets[0] < 4 * 49
+
+
+def test_a_longer_run_goes_on_with_its_tokens_and_its_warm_up(withheld):
+    place, _ = withheld
+    before = log_of(place / "run")[-1]
+    flags = json.loads((place / "run" / "config.json").read_text())["train"]
+    assert flags["warmup"] == 0  # a tenth of 4 steps
+    arguments = ["--size", "debug", "--tokenizer", flags["tokenizer"], "--data", *THREE, "--heldout-fraction", "0.3", "--context", "50", "--batch", "4",
+                 "--steps", "10", "--save-every", "10", "--log-every", "1", "--out", "run", "--evaluate-every", "0"]
+    process = launch([sys.executable, str(ROOT / "train.py"), *arguments], cwd=place)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    lines = log_of(place / "run")
+    assert [line["step"] for line in lines] == list(range(1, 11)) and 4 * 17 <= lines[4]["tokens"] - before["tokens"] <= 4 * 33
+    assert json.loads((place / "run" / "config.json").read_text())["train"]["warmup"] == 0  # of 10 steps it would be 1
+    assert f"held-out loss {before['heldout_loss']:.3f} at step 4" in output.split("done: ")[1]
+
+
+def test_held_out_sentences_that_are_trained_on_are_left_out_or_refused(dataset, tmp_path, capsys, monkeypatch):
+    shards, rng = tokenize_data.Shards(dataset[0]), np.random.default_rng(5)
+    fresh = rng.integers(0, 32, (200_000, 32)).astype(np.uint16)
+    hashes = np.array([zlib.crc32(row.tobytes()) for row in fresh])
+    order = np.argsort(hashes, kind="stable")
+    same = np.flatnonzero(np.diff(hashes[order]) == 0)
+    a, b = next((fresh[order[n]], fresh[order[n + 1]]) for n in same if (fresh[order[n]] != fresh[order[n + 1]]).any())  # one hash, other tokens
+    tokenizer = vqgan.load(dataset[1])
+    tokenize_data.write_dataset(tmp_path / "train", tokenizer, ["x"], [(0, a), (0, shards[3][1])])
+    tokenize_data.write_dataset(tmp_path / "mixed", tokenizer, ["x"], [(0, shards[3][1]), (0, b), (0, rng.permutation(32).astype(np.uint16))])
+    trained = [train.Sentences(str(path), part := tokenize_data.Shards(path), np.arange(len(part)), 1.0) for path in (dataset[0], tmp_path / "train")]
+    [held] = train.find_heldout(trained, ("mixed", tokenize_data.Shards(tmp_path / "mixed")), 0.0, print)
+    assert held.chosen_N.tolist() == [1, 2] and "1 of its 3 sentences are trained on" in capsys.readouterr().out
+    base = ["--data", dataset[0], "--heldout", dataset[0], "--context", 34, "--out", tmp_path / "run", "--batch", 8, "--size", "debug"]
+    assert "all of its 64 sentences are among those of --data" in " ".join(main(capsys, monkeypatch, *base).split())
+    assert train.find_heldout(trained, None, 0.0, print) == [] == train.find_heldout(trained, None, 1e-9, print)
+
+
+def test_shares_and_rates_stay_right_when_the_clock_of_the_machine_is_set_back(monkeypatch):
+    monkeypatch.setattr(train.time, "time", lambda: -train.time.monotonic())
+    meter = train.Meter(0, 1.0, {"mfu": 1e6})
+    with meter.clock("checkpoint"):
+        train.time.sleep(0.2)
+    train.time.sleep(0.2)
+    meter.tokens += 1000
+    line = meter.line(1, {"loss": 1.0})
+    assert 0.1 < line["share_compute"] < 0.9 and np.isclose(line["share_compute"] + line["share_checkpoint"], 1)
+    assert 500 < line["tokens_per_second"] < 5001 and line["seconds"] > 0 and line["tokens"] == 1000
+
+
+def test_the_measured_peak_is_that_of_a_product_of_random_matrices(monkeypatch):
+    """By what it hands to the devices: constant matrices draw less power, and GPUs multiply them faster."""
+    seen, put = [], jax.device_put
+    monkeypatch.setattr(train.jax, "device_put", lambda x, device: seen.append(x) or put(x, device))
+    rates = train.peak_rates(jnp.float32)
+    assert 1e8 < rates["mfu_measured"] < 1e15 and seen and all(len(np.unique(x)) > 0.9 * x.size for x in seen[:2])

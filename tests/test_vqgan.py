@@ -209,7 +209,7 @@ def test_saving_and_loading_returns_every_bit_and_writes_the_published_layout(ti
 
 def test_saving_refuses_to_replace_a_model_unless_told_to(tiny, tmp_path):
     vqgan.save(tiny, tmp_path)
-    with pytest.raises(FileExistsError, match="model.safetensors"):
+    with pytest.raises(UserError, match="model.safetensors"):
         vqgan.save(tiny, tmp_path)
     vqgan.save(tiny, tmp_path, overwrite=True)
 
