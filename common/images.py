@@ -352,7 +352,7 @@ def displayed(image: Image.Image) -> Image.Image:
 
 def check_grey(grey_HW):
     if not np.isfinite(grey_HW).all():
-        raise UserError("holds NaN or infinity; write a number in [0, 1] in their place")
+        raise UserError("holds NaN or infinity; wanted [0, 1]")
     if grey_HW.min() < 0 or grey_HW.max() > 1:
         raise UserError(f"values lie in [{grey_HW.min():g}, {grey_HW.max():g}] of full scale; wanted [0, 1]")
 

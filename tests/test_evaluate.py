@@ -954,7 +954,7 @@ def test_an_edge_map_is_read_by_its_own_scale_in_every_format(tmp_path):
         saved(damaged_HW, tmp_path / "nan.tif"): "wanted [0, 1]",
         saved(soft_HW.astype(np.float32) * 255, tmp_path / "255.tif"): "wanted [0, 1]",
         saved(soft_HW.astype(np.uint8), tmp_path / "01.png"): "draw them white",
-        tmp_path / "text.png": "cannot identify",
+        tmp_path / "text.png": "not a JPEG",
         tmp_path / "clear.png": "transparent",
     }.items():
         with pytest.raises(UserError, match=re.escape(reason)) as error:
