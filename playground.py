@@ -31,7 +31,7 @@ from PIL import Image, ImageOps
 import lvm
 import sample
 import vqgan
-from common.images import FORMATS, MAX_PIXELS, UserError, read_pictures
+from common.images import FORMATS, MAX_PIXELS, UserError, frames_in, read_pictures
 from common.weights import strict_json
 
 MOST_UPLOAD = 16 << 20  # bytes of one request that brings pictures
@@ -288,7 +288,7 @@ def make_smaller(paths: list[Path]) -> tuple[Path, ...]:
             continue
         with image:
             try:
-                pixels, frames = image.width * image.height, getattr(image, "n_frames", 1)
+                pixels, frames = image.width * image.height, frames_in(image)
                 work += pixels * frames * (frames + 1) // 2  # a later frame is made of those before it
                 if work > MOST_WORK:
                     raise UserError("with this picture they have too many pixels or frames; scale them down")
@@ -304,7 +304,7 @@ def smaller_copy(image: Image.Image, path: Path) -> Path:
         raise UserError(f"{said} are over the limit of {MAX_PIXELS:,}")
     if memory_for(image, path) > MOST_MEMORY:
         raise UserError(f"{said} take too much memory as {image.format}; scale it down")
-    if getattr(image, "n_frames", 1) > 1:
+    if frames_in(image) > 1:
         raise UserError(f"{said} are too many for an animation; scale it down")
     if image.mode.startswith("I") or image.mode == "F":
         return path

@@ -53,6 +53,8 @@ def run_command(command, *arguments, leave=sys.exit):
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if callable(signal.getsignal(number)):  # that of the first seconds
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names can hold bytes that are no text
     message, status = None, 0
     try:
         command(*arguments)
