@@ -1166,10 +1166,10 @@ def tiny(tmp_path_factory):
     return folder, model, tokenizer
 
 
-def answers(tiny, out, *flags, prompts="prompts.jsonl"):
+def answers(tiny, out, *flags, prompts="prompts.jsonl", **how):
     """Runs sample.py in a process of its own -> ({prompt: pictures of its candidates, uint8 [N, H, W, C]}, what it printed)."""
     arguments = ["--model", "model", "--tokenizer", "tokenizer", "--prompts", prompts, "--out", out, "--temperature", 0.9, "--top-p", 1, *flags]
-    printed = finish(launch([sys.executable, str(ROOT / "sample.py"), *map(str, arguments)], cwd=tiny[0]))
+    printed = finish(launch([sys.executable, str(ROOT / "sample.py"), *map(str, arguments)], cwd=tiny[0], **how))
     return {path.stem: np.asarray(Image.open(path)).reshape(-1, 4, 4, 3) for path in (tiny[0] / out).glob("*.png")}, printed
 
 
@@ -1578,3 +1578,46 @@ def test_fault_37_a_run_needs_no_more_than_64_open_files(dataset, uninterrupted,
     output = finish(launch(command(dataset, tmp_path / "run", *SLOW), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))))
     assert "Traceback" not in output
     assert_equal_runs(tmp_path / "run", uninterrupted[0])
+
+
+LAST_CORE = max(os.sched_getaffinity(0))
+THREADS = {"preexec_fn": lambda: os.sched_setaffinity(0, {LAST_CORE}), "environment": {"OMP_NUM_THREADS": "1"}}
+OTHER_WORDS = {"PYTHONHASHSEED": "4242", "PYTHONOPTIMIZE": "1", "TZ": "Pacific/Kiritimati", "LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0",
+               "PYTHONCOERCECLOCALE": "0"}
+SURROUNDINGS = {
+    "all of it at once": THREADS | {"environment": OTHER_WORDS | THREADS["environment"]},
+    "one core": THREADS,
+    "five threads": {"environment": {"NPROC": "5", "PJRT_NPROC": "5"}},  # what XLA reads instead of counting cores
+    "hash seed, -O, locale and time zone": {"environment": OTHER_WORDS},
+}
+
+
+@pytest.mark.parametrize("where", variants(["all of it at once"], *list(SURROUNDINGS)[1:]))
+def test_fault_40_losses_codes_and_pictures_are_the_same_in_other_surroundings(dataset, uninterrupted, tiny, drawn, tmp_path, where):
+    finish(launch(command(dataset, tmp_path / "run"), **SURROUNDINGS[where]))
+    assert_equal_runs(tmp_path / "run", uninterrupted[0])
+    few, _ = answers(tiny, f"in {where}", "--candidates", 3, **SURROUNDINGS[where])
+    for prompt in ("short", "long"):
+        np.testing.assert_array_equal(few[prompt], drawn[prompt][:3])
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i, name in enumerate(("b.png", "B.png", "a.png", "ä.png", "_.png", "10.png", "9.png", "i.png", "ı.png", "z z.png")):
+        picture(i).save(folder / name)
+    for name, how in (("here", {}), ("there", SURROUNDINGS[where])):
+        finish(launch([sys.executable, "tokenize_data.py", *tokenise(dataset, folder, tmp_path / name)], **how))
+    assert bytes_of(tmp_path / "here") == bytes_of(tmp_path / "there")
+    assert (tmp_path / "here/dataset.json").read_bytes() == (tmp_path / "there/dataset.json").read_bytes()
+
+
+@pytest.mark.all_faults
+@pytest.mark.parametrize("where", list(SURROUNDINGS)[1:])
+def test_fault_40_a_tokenizers_weights_and_a_report_are_the_same_in_other_surroundings(dataset, uninterrupted, undisturbed_tokenizer, tmp_path, where):
+    finish(launch(tokenizer_command(tmp_path, tmp_path / "run"), **SURROUNDINGS[where]))
+    assert_equal_tokenizer_runs(tmp_path / "run", undisturbed_tokenizer)
+    measured = []
+    for name, how in (("here", {}), ("there", SURROUNDINGS[where])):
+        flags = ["--model", uninterrupted[0], "--tokenizer", dataset[1], "--data", dataset[0], "--out", tmp_path / name]
+        finish(launch([sys.executable, "evaluate.py", "perplexity", *map(str, flags)], **how))
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        measured.append((report["rows"], report["examples"]))
+    assert measured[0] == measured[1]
