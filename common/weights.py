@@ -306,22 +306,22 @@ def parse_json(text, source, kind=dict):
         value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
-        level = [value]
-        for _ in range(DEEPEST_JSON):
-            level = [
-                one
-                for outer in level
-                if isinstance(outer, dict | list)
-                for one in (outer.values() if isinstance(outer, dict) else outer)
-            ]
-        if level:
-            raise RecursionError
+        level, depth = [value], 0
+        while level:
+            level = [inside for outer in level if isinstance(outer, dict | list) for inside in _entries(outer)]
+            depth += 1
+            if depth > DEEPEST_JSON:
+                raise RecursionError
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
         raise UserError(f"{source}: no readable JSON ({reason[:200]})") from None
     if not isinstance(value, kind):
         raise UserError(f"{source}: wanted a JSON {kind.__name__}, got a {type(value).__name__}")
     return value
+
+
+def _entries(outer):
+    return outer.values() if isinstance(outer, dict) else outer
 
 
 def read_json(file, kind=dict):
@@ -363,8 +363,7 @@ def _fits(value, kind) -> bool:
     if isinstance(kind, types.UnionType):
         return any(_fits(value, one) for one in typing.get_args(kind))
     if (outer := typing.get_origin(kind)) is not None:
-        inside = value.values() if isinstance(value, dict) else value
-        return isinstance(value, outer) and all(_fits(one, typing.get_args(kind)[-1]) for one in inside)
+        return isinstance(value, outer) and all(_fits(one, typing.get_args(kind)[-1]) for one in _entries(value))
     return type(value) is kind or kind is float and type(value) is int
 
 
