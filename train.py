@@ -49,8 +49,8 @@ import tokenize_data
 import vqgan
 from common.images import UserError
 from common.runs import (
-    Checkpoints, RunStopped, asked_to_stop, begin_run, check_hosts_agree, check_numbers, keep_compiled, keep_log_until, leads,
-    open_log, own_run_folder, run_command, side_work, steps_of, warn)
+    Checkpoints, asked_to_stop, begin_run, check_health, check_hosts_agree, check_numbers, keep_compiled, keep_log_until,
+    leads, new_guard, open_log, own_run_folder, run_command, side_work, skip_bad_step, steps_of, warn)
 from common.weights import read_json
 from flash_attention import zigzag
 
@@ -83,6 +83,8 @@ class Config:
     heldout_fraction: float = 0.0
     """Keep this fraction of the sentences of every --data, chosen by the hash of their tokens, out of the training. Where
     --heldout is not given, the held-out loss and the sample pictures come from them; with neither there is no such loss."""
+    accept_new_data: bool = False
+    """Go on with a run though the data under the same paths are others than they were, such as tokenized anew."""
     out: Path = Path("runs/mini")
     """Run folder; a run that it already holds is resumed."""
     init: Path | None = None
@@ -225,7 +227,7 @@ def preset(arguments) -> Config:
 # These may differ when a run is resumed; everything else must be as it was.
 MAY_CHANGE = {"preset", "out", "steps", "save_every", "keep", "milestone_every", "evaluate_every", "log_every", "log", "profile", "patience", "save_patience", "mesh",
               "remat", "compile_only", "topology", "compilation_cache", "learning_rate", "final_learning_rate", "warmup", "tokenizer", "heldout",
-              "coordinator", "processes", "process", "heartbeat"}
+              "coordinator", "processes", "process", "heartbeat", "accept_new_data"}
 
 
 def warmup_of(config: Config) -> int:
@@ -270,14 +272,17 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
     shards = [open_sentences(path) for path in paths]
     trained = [Sentences(str(path), part, np.arange(len(part)), weight) for path, part, weight in zip(paths, shards, weights)]
     heldout = find_heldout(trained, (str(asked), open_sentences(str(asked))) if asked else None, config.heldout_fraction, say)
-    check_hosts_agree({f"data {path}": data_digest(part) for path, part in zip(paths, shards)})
+    check_hosts_agree({f"data {path}": part.digest for path, part in zip(paths, shards)})
     auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     dtype = jnp.dtype(auto if config.dtype == "auto" else config.dtype)
     context = config.context or model_config.context
     if config.init:
         check_init(config.init, shards[0].about["tokenizer"])
     flags, defaults = (json.loads(json.dumps(dataclasses.asdict(c), default=str)) for c in (config, Config()))
-    begin_run(config.out / "config.json", flags, defaults, MAY_CHANGE, about={"model": dataclasses.asdict(model_config), "tokenizer": shards[0].about["tokenizer"]})
+    check_same_data(config, facts := [
+        {"path": path, "digest": part.digest, **{k: part.about[k] for k in ("tokenizer", "sentences", "tokens", "kinds")}} for path, part in zip(paths, shards)])
+    begin_run(config.out / "config.json", flags, defaults, MAY_CHANGE, about={"model": dataclasses.asdict(model_config), "tokenizer": shards[0].about["tokenizer"]},
+              noted={"data": facts})
 
     # The state: the newest whole checkpoint, or else random weights or those of --init. What is wrong with the data is said before.
     checkpoints = Checkpoints(config.out / "checkpoints", config.keep, config.milestone_every)
@@ -332,7 +337,7 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
                 done, metrics = pending.popleft()
                 metrics = {k: v.item() for k, v in jax.device_get(metrics).items()}
                 meter.tokens += metrics.pop("targets")
-                check_health(config, done, metrics, checkpoints.newest)
+                check_health(done, metrics, config.patience, checkpoints.newest)
                 if done % config.log_every == 0 or done == step and (saving or evaluating):
                     line = meter.line(done, metrics) | {"learning_rate": float(schedule(done - 1 - metrics["skipped"]))}
                     bar.set_postfix(loss=f"{line['loss']:.3f}", tokens=f"{line['tokens_per_second']:,.0f}/s")
@@ -423,28 +428,12 @@ def make_train_step(loss_fn, optimizer, accumulate, shardings):
             loss, grads = jax.tree.map(lambda x: x / accumulate, total)
         updates, moments = optimizer.update(grads, state["optimizer"], state["model"])
         norm = optax.global_norm(grads)
-        good, guard = judge(state["guard"], loss, norm)
-        new = {"model": optax.apply_updates(state["model"], updates), "optimizer": moments}
-        new = {k: jax.tree.map(functools.partial(jnp.where, good), new[k], state[k]) for k in new}
+        new = skip_bad_step({"model": optax.apply_updates(state["model"], updates), "optimizer": moments}, state, loss, norm)
+        counts = {name: new["guard"][name] for name in ("skipped", "in_a_row")}
         targets = jnp.count_nonzero(batch["mask_BT"][:, 1:])  # the first of a row is nobody's target
-        return new | {"guard": guard}, {"loss": loss, "grad_norm": norm, "skipped": guard["skipped"], "in_a_row": guard["in_a_row"], "targets": targets}
+        return new, {"loss": loss, "grad_norm": norm, **counts, "targets": targets}
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
-
-
-def new_guard():
-    """What a step is judged by: running means of the loss and the gradient norm, and counts of steps."""
-    return {name: jnp.zeros((), jnp.float32) for name in ("loss", "norm")} | {name: jnp.zeros((), jnp.int32) for name in ("taken", "skipped", "in_a_row")}
-
-
-def judge(guard, loss, norm):
-    """Shall this step be taken? Not if its loss or gradient norm is no finite number, nor, once twenty steps have been
-    taken, if one is a hundred times its running mean. Returns (bool, the guard after it)."""
-    good = jnp.isfinite(loss) & jnp.isfinite(norm)
-    good &= (guard["taken"] < 20) | (loss <= 100 * guard["loss"]) & (norm <= 100 * guard["norm"])
-    mean = lambda old, value: jnp.where(good, jnp.where(guard["taken"] > 0, 0.95 * old + 0.05 * value, value), old)
-    return good, {"loss": mean(guard["loss"], loss), "norm": mean(guard["norm"], norm), "taken": guard["taken"] + good,
-                  "skipped": guard["skipped"] + ~good, "in_a_row": jnp.where(good, 0, guard["in_a_row"] + 1)}
 
 
 def make_optimizer(config: Config):
@@ -656,10 +645,16 @@ def facts_of(config: Config) -> dict[str, str]:
     return flags | {"code": code, "versions": f"jax {jax.__version__}, numpy {np.__version__}", "devices of a host": str(jax.local_device_count())}
 
 
-def data_digest(part) -> str:
-    """Names what a dataset holds; dataset.json names the digest of every file of its folder."""
-    is_folder = isinstance(part, tokenize_data.Shards)
-    return hashlib.sha256((part.folder / "dataset.json").read_bytes() if is_folder else part.hashes_N.tobytes()).hexdigest()[:16]
+def check_same_data(config: Config, data: list[dict]):
+    """Raises UserError where a dataset of a run that goes on is not what it was, with the difference."""
+    before = []
+    if not config.accept_new_data and lvm.steps_of(config.out / "checkpoints"):
+        with contextlib.suppress(UserError):  # `begin_run` says what is wrong with this file, and older runs do not say what their data were
+            before = read_json(config.out / "config.json").get("data", [])
+    differ = [f"{new['path']}: " + ", ".join(f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v)
+              for old, new in zip(before, data) if old["path"] == new["path"] and old != new]
+    if differ:
+        raise UserError(f"the data were changed since this run began ({'; '.join(differ)}): put them back, or go on with the new ones by --accept-new-data")
 
 
 def on_host(model):
@@ -1171,14 +1166,6 @@ def tell_xla(platform: str | None = None):
 
 
 # ---------------------------------------------------------------------------------------------------- the log's numbers
-
-
-def check_health(config: Config, step: int, metrics, last_saved: int):
-    """Stops a run that leaves out one step after another."""
-    if metrics["in_a_row"] >= config.patience:
-        raise RunStopped(
-            f"{metrics['in_a_row']} steps in a row were left out, the last, {step}, for a loss of {metrics['loss']} and a gradient norm of "
-            f"{metrics['grad_norm']}; the last checkpoint is that of step {last_saved}; try a lower --learning-rate, or look for bad data")
 
 
 class Meter:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib
 import json
@@ -26,6 +27,7 @@ import threading
 import time
 import traceback
 import typing
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,7 +38,7 @@ from jax.experimental import multihost_utils
 
 from common import end_at_signals
 from common.images import UserError
-from common.weights import no_room, parse_json, read_json, strict_json, write_whole
+from common.weights import naming, no_room, parse_json, read_json, strict_json, write_whole
 
 
 class RunStopped(Exception):
@@ -266,11 +268,12 @@ def asked_to_stop():
 # ---------------------------------------------------------------------------------------------------- settings
 
 
-def begin_run(file: Path, flags: dict, defaults: dict, may_change: set[str], about: dict = {}):
+def begin_run(file: Path, flags: dict, defaults: dict, may_change: set[str], about: dict = {}, noted: dict = {}):
     """Writes a run's flags to its settings file, or refuses to resume a run whose flags are others, naming them.
 
     `flags` and `defaults` are {field: value}; a flag that is newer than the run had its default in it. `about` says what
-    else must be the same. With it the file holds {**about, "train": flags}, without it the flags alone. All are JSON."""
+    else must be the same; what is `noted` may differ. With `about` the file holds {**about, **noted, "train": flags}, without
+    it the flags alone. All are JSON."""
     if steps := steps_of(file.parent / "checkpoints"):  # before the first checkpoint there is nothing to resume
         newest = max(int(step.name) for step in steps)
         if not file.exists():
@@ -290,7 +293,7 @@ def begin_run(file: Path, flags: dict, defaults: dict, may_change: set[str], abo
             if changed:
                 raise UserError(f"{file.parent} holds a run with other settings ({'; '.join(changed)}); choose another --out, or repeat its settings")
     if leads():
-        write_whole(file, strict_json({**about, "train": flags} if about else flags, indent=1) + "\n")
+        write_whole(file, strict_json({**about, **noted, "train": flags} if about else flags, indent=1) + "\n")
 
 
 def _same(before, now) -> bool:
@@ -456,6 +459,8 @@ class Checkpoints:
         self.writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self.thread, self.commit, self.failure, self.failed, self.newest = ThreadPoolExecutor(1), None, None, [], 0
         self.told = False
+        # A save that fails for want of threads leaves some of orbax's steps undone: said once is enough.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited")
         if leads():
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in {*self.folder.glob("*.partial*"), *self.folder.glob("*.orbax-checkpoint-tmp*")}:
@@ -634,3 +639,76 @@ def _digests(folder, files):
 
     with ThreadPoolExecutor(8) as pool:
         yield from pool.map(digest, files)
+
+
+# ---------------------------------------------------------------------------------------------------- records of finished work
+
+
+class Record:
+    """JSON lines beside the results of a command, one for each piece of work that is finished; the first holds the settings.
+
+    `lines` are those of an earlier call, which a kill or a full disk may have stopped at any point; what stands after a
+    damaged line does not count. Raises UserError, naming what differs, where the file is of other settings, unless such a
+    file is `replaced`."""
+
+    def __init__(self, file: Path, settings: dict, replaced: bool = False):
+        self.file, self.lines = file, []
+        self.head = strict_json({"settings": settings}, default=str) + "\n"
+        head, *lines = file.read_bytes().splitlines(keepends=True) if file.exists() else [b""]
+        if head and head != self.head.encode():
+            before, now = parse_json(head, f"{file} line 1").get("settings"), json.loads(self.head)["settings"]
+            before = before if isinstance(before, dict) else {}
+            if not replaced:
+                changed = [f"{k}: {str(before.get(k))[:60]} -> {str(now.get(k))[:60]}" for k in before | now if before.get(k) != now.get(k)]
+                raise UserError(f"{file} is of work with other settings ({'; '.join(changed)}); repeat them, delete it, or choose another --out")
+            lines = []
+        for line in lines:
+            try:
+                self.lines.append(parse_json(line if line.endswith(b"\n") else b"", file))
+            except UserError:
+                break
+
+    def write(self, lines: list[dict]):
+        """Replaces all lines, whole or not at all."""
+        write_whole(self.file, self.head + "".join(strict_json(line) + "\n" for line in lines))
+
+    def append(self, lines: list[dict]):
+        with naming(self.file), open(self.file, "a") as out:
+            out.write("".join(strict_json(line) + "\n" for line in lines))
+
+
+@functools.cache
+def code_digest() -> str:
+    """Tells apart versions of this program."""
+    root = Path(__file__).resolve().parent.parent
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted([*root.glob("*.py"), *root.glob("common/*.py")]))).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------- bad steps
+
+
+def new_guard() -> dict:
+    """What a step is judged by: running means of the loss and the gradient norm, and counts of steps."""
+    return {name: jnp.zeros((), jnp.float32) for name in ("loss", "norm")} | {name: jnp.zeros((), jnp.int32) for name in ("taken", "skipped", "in_a_row")}
+
+
+def skip_bad_step(new: dict, old: dict, loss, norm) -> dict:
+    """The state after a step: the parts of `new`, or those of the state `old` where the step is bad; and the guard after it.
+
+    A step is bad if its loss or gradient norm is no finite number, or, once twenty steps have been taken, if one is a
+    hundred times its running mean."""
+    guard = old["guard"]
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    good &= (guard["taken"] < 20) | (loss <= 100 * guard["loss"]) & (norm <= 100 * guard["norm"])
+    mean = lambda old, value: jnp.where(good, jnp.where(guard["taken"] > 0, 0.95 * old + 0.05 * value, value), old)
+    state = {k: jax.tree.map(lambda a, b: jnp.where(good, a, b), new[k], old[k]) for k in new}
+    return state | {"guard": {"loss": mean(guard["loss"], loss), "norm": mean(guard["norm"], norm), "taken": guard["taken"] + good,
+                              "skipped": guard["skipped"] + ~good, "in_a_row": jnp.where(good, 0, guard["in_a_row"] + 1)}}
+
+
+def check_health(step: int, metrics: dict, patience: int, last_saved: int):
+    """Stops a run that leaves out one step after another."""
+    if metrics["in_a_row"] >= patience:
+        raise RunStopped(
+            f"{metrics['in_a_row']:.0f} steps in a row were left out, the last, {step}, for a loss of {metrics['loss']} and a gradient norm of "
+            f"{metrics['grad_norm']}; the last checkpoint is that of step {last_saved}; try a lower --learning-rate, or look for bad data")

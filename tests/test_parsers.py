@@ -11,6 +11,7 @@ those whose names hold a word are drawn by
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import math
@@ -355,17 +356,23 @@ def easylm_stream(files):
 
 @reader
 def dataset(files):
+    """A file of it is replaced, and for half of the inputs the digests say that it was written so."""
+    about = json.loads((files.dataset / "dataset.json").read_text())
+
     def mutated(name):
         content = (files.dataset / name).read_bytes()
-        strategy = (
-            bytes_or_json(content)
-            if name.endswith(".json")
-            else arrays(content) if name.endswith(".npy") else damaged(content)
-        )
-        return strategy.map(lambda new: (name, new))
+        inputs = arrays(content) if name.endswith(".npy") else damaged(content)
+        inputs = changed(about) | bytes_or_json(content) if name.endswith(".json") else inputs
+        return st.tuples(st.just(name), inputs, st.booleans())
 
     def read(named):
-        copy = files.copy(files.dataset, *named)
+        name, new, signed = named
+        copy = files.copy(files.dataset, name, new)
+        if signed and name != "dataset.json":
+            digest = hashlib.sha256((copy / name).read_bytes()).hexdigest()
+            new = about | {"sha256": about["sha256"] | {name: digest}}
+        if signed and isinstance(new, dict):
+            (copy / "dataset.json").write_bytes(tokenize_data.describe(new))
         shards = tokenize_data.Shards(copy)
         for i in range(len(shards)):
             shards.row(i, (shards.codes, shards.codes + 1, shards.codes + 2))
@@ -400,7 +407,7 @@ def chunk_of_codes(files):
     codes_NS = np.zeros((3, 16), np.uint16)
     (files.root / "chunks").mkdir()
     tokenize_data.write_chunk(
-        files.root / "chunks", 0, [1, 2], codes_NS, [{"path": "a", "reason": "b", "bad": True}], 1
+        files.root / "chunks", 0, [1, 2], codes_NS, [{"path": "a", "reason": "b", "bad": True}], 1, ["a"] * 2
     )
     content = (files.root / "chunks" / "000000.json").read_bytes()
     return bytes_or_json(content), lambda new: tokenize_data.read_chunk(
@@ -605,8 +612,13 @@ def test_an_xml_entity_is_refused_before_it_is_expanded(files):
     [((10**13, 3), "<i8"), ((-5, 3), "<i8"), ((10**30, 3), "<i8"), ((2, 3), "|O"), ((1 << 60, 3), "<i8")],
 )
 def test_an_npy_header_that_claims_what_is_not_there_is_refused_by_the_file(files, shape, dtype):
-    with pytest.raises(UserError, match="00000.index.npy"):
-        tokenize_data.Shards(files.copy(files.dataset, "00000.index.npy", header(shape, dtype) + bytes(64)))
+    content = header(shape, dtype) + bytes(64)
+    about = json.loads((files.dataset / "dataset.json").read_text())
+    about["sha256"]["00000.index.npy"] = hashlib.sha256(content).hexdigest()
+    copy = files.copy(files.dataset, "00000.index.npy", content)
+    (copy / "dataset.json").write_bytes(tokenize_data.describe(about))
+    with pytest.raises(UserError, match="00000.index.npy: (no whole .npy file|wanted int64)"):
+        tokenize_data.Shards(copy)
 
 
 def test_a_compressed_npz_is_refused_before_it_grows(files):
@@ -632,7 +644,7 @@ def test_a_compressed_npz_is_refused_before_it_grows(files):
 def test_a_field_of_the_wrong_type_is_named_with_its_file(files, field, value, wanted):
     about = json.loads((files.dataset / "dataset.json").read_text())
     with pytest.raises(UserError, match=rf"dataset\.json: .*{wanted}"):
-        tokenize_data.Shards(files.copy(files.dataset, "dataset.json", about | {field: value}))
+        tokenize_data.Shards(files.copy(files.dataset, "dataset.json", tokenize_data.describe(about | {field: value})))
 
 
 # ---------------------------------------------------------------------------------------------------- numbers of flags
