@@ -86,12 +86,25 @@ class VQGANConfig:
                 if not isinstance(value, (tuple, list)) or len(value) > 16:
                     raise UserError(f"{field.name} must be a list of at most 16 integers, got {value!r:.80}")
                 object.__setattr__(self, field.name, tuple(value))
-        check_numbers(self, {
-            "[1, 8192]": "resolution", "[1, 64]": "num_channels", "[1, 16384]": "hidden_channels z_channels quantized_embed_dim",
-            "[1, 1024]": "channel_mult num_res_blocks norm_groups", "[1, inf)": "attn_resolutions", "[1, 16777216]": "num_embeddings",
-            "[0, 1)": "dropout", "[0, 1000]": "commitment_cost"}, called=str)
+        check_numbers(
+            self,
+            {
+                "[1, 8192]": "resolution",
+                "[1, 64]": "num_channels",
+                "[1, 16384]": "hidden_channels z_channels quantized_embed_dim",
+                "[1, 1024]": "channel_mult num_res_blocks norm_groups",
+                "[1, inf)": "attn_resolutions",
+                "[1, 16777216]": "num_embeddings",
+                "[0, 1)": "dropout",
+                "[0, 1000]": "commitment_cost",
+            },
+            called=str,
+        )
         if not self.channel_mult or self.hidden_channels * max(self.channel_mult) > 1 << 16:
-            raise UserError(f"channel_mult {self.channel_mult} must name a level, and none of more than {1 << 16:,} channels")
+            raise UserError(
+                f"channel_mult {self.channel_mult} must name a level, and none of more than {1 << 16:,} "
+                f"channels"
+            )
         if self.resolution % self.factor:
             raise UserError(f"resolution {self.resolution} is not a multiple of {self.factor}, the downsampling of {len(self.channel_mult)} levels")
         if self.hidden_channels % self.norm_groups:
@@ -552,11 +565,21 @@ class TrainConfig:
     """Seed of the weights and of the order of the pictures."""
 
     def __post_init__(self):
-        check_numbers(self, {
-            "[1, inf)": "steps accumulate save_every log_every patience", "[1, 65536]": "batch", "[1, 8192]": "resolution gan_channels",
-            "[0, inf)": "gan_from gan_warmup quantize_from seed save_patience", "[0, 8192]": "l2_codes", "[0, 1]": "max_rejected", "(0, 1]": "crop",
-            "(0, 10]": "learning_rate gan_learning_rate", "[0, 1)": "ema",
-            "[0, 1000000]": "gradient_weight perceptual_weight gan_weight gan_penalty_weight"})
+        check_numbers(
+            self,
+            {
+                "[1, inf)": "steps accumulate save_every log_every patience",
+                "[1, 65536]": "batch",
+                "[1, 8192]": "resolution gan_channels",
+                "[0, inf)": "gan_from gan_warmup quantize_from seed save_patience",
+                "[0, 8192]": "l2_codes",
+                "[0, 1]": "max_rejected",
+                "(0, 1]": "crop",
+                "(0, 10]": "learning_rate gan_learning_rate",
+                "[0, 1)": "ema",
+                "[0, 1000000]": "gradient_weight perceptual_weight gan_weight gan_penalty_weight",
+            },
+        )
         if (self.lpips_vgg is None) != (self.lpips_heads is None):
             raise UserError("LPIPS needs both --lpips-vgg and --lpips-heads")
         if self.freeze_encoder and self.init is None:
@@ -939,7 +962,10 @@ def open_pictures(data: Path, resolution: int, crop: float = 1.0, notes: list | 
     if data.suffix == ".npy":
         array = read_array(data, np.uint8, (None, None, None, 3))
         if not array.size or crop == 1 and array.shape[1:3] != (resolution, resolution):
-            raise UserError(f"{data}: wanted uint8 pictures [N, {resolution}, {resolution}, 3] (of any size with --crop), got {list(array.shape)}")
+            raise UserError(
+                f"{data}: wanted uint8 pictures [N, {resolution}, {resolution}, 3] (of any size with "
+                f"--crop), got {list(array.shape)}"
+            )
         if crop == 1:
             return lambda i, _: array[i].astype(np.float32) / 255, len(array)
         return lambda i, u_3: to_pixels(Image.fromarray(array[i]), resolution, "crop", box(u_3)), len(array)
@@ -1253,11 +1279,21 @@ def recognise(file: Path, tensors):
     attended = [i for i in range(levels) if f"{block.rsplit('.', 2)[0].format(i)}.attn.0.q.weight" in tensors]
     try:
         config = VQGANConfig(
-            resolution=256, num_channels=channels, hidden_channels=width, channel_mult=[int(m) if m == int(m) else m for m in mult],
-            num_res_blocks=blocks, attn_resolutions=[256 >> i for i in attended], no_attn_mid_block=attention + ".q.weight" not in tensors,
-            z_channels=shape("post_quant_conv.weight")[0], num_embeddings=embeddings, quantized_embed_dim=embed,
-            resample_with_conv=levels == 1 or any("downsample" in name for name in tensors), symmetric_pixels=True,
-            l2_codes=layout == "llamagen", attend_single_blocks=blocks == 1 and bool(attended))
+            resolution=256,
+            num_channels=channels,
+            hidden_channels=width,
+            channel_mult=[int(m) if m == int(m) else m for m in mult],
+            num_res_blocks=blocks,
+            attn_resolutions=[256 >> i for i in attended],
+            no_attn_mid_block=attention + ".q.weight" not in tensors,
+            z_channels=shape("post_quant_conv.weight")[0],
+            num_embeddings=embeddings,
+            quantized_embed_dim=embed,
+            resample_with_conv=levels == 1 or any("downsample" in name for name in tensors),
+            symmetric_pixels=True,
+            l2_codes=layout == "llamagen",
+            attend_single_blocks=blocks == 1 and bool(attended),
+        )
     except UserError as error:
         raise UserError(f"{file}: no network has these shapes ({error})") from None
     return layout, config, eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
@@ -1319,19 +1355,38 @@ def config_fields(layout, config) -> dict:
 
 
 def from_diffusers(fields) -> dict:
-    """Fields of VQGANConfig from a config.json of diffusers' VQModel. Raises UserError for another network."""
-    check_fields(fields, {
-        "in_channels": int, "out_channels": int | None, "block_out_channels": list[int], "down_block_types": list[str],
-        "up_block_types": list[str], "layers_per_block": int, "latent_channels": int, "num_vq_embeddings": int, "norm_type": str | None,
-        "vq_embed_dim": int | None, "norm_num_groups": int | None, "sample_size": int | None, "act_fn": str | None,
-        "mid_block_add_attention": bool | None}, "VQModel")
+    """Fields of VQGANConfig from a config.json of diffusers' VQModel. Raises UserError for another
+    network."""
+    check_fields(
+        fields,
+        {
+            "in_channels": int,
+            "out_channels": int | None,
+            "block_out_channels": list[int],
+            "down_block_types": list[str],
+            "up_block_types": list[str],
+            "layers_per_block": int,
+            "latent_channels": int,
+            "num_vq_embeddings": int,
+            "norm_type": str | None,
+            "vq_embed_dim": int | None,
+            "norm_num_groups": int | None,
+            "sample_size": int | None,
+            "act_fn": str | None,
+            "mid_block_add_attention": bool | None,
+        },
+        "VQModel",
+    )
     for name, wanted in {"norm_type": "group", "act_fn": "silu", "out_channels": fields["in_channels"]}.items():
         if fields.get(name, wanted) != wanted:
             raise UserError(f"{name} {fields[name]!r:.80} is another network; {wanted!r} is known")
     widths, kinds = fields["block_out_channels"], {"": ("DownEncoderBlock2D", "UpDecoderBlock2D"), "Attn": ("AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D")}
     down, up = fields["down_block_types"], fields["up_block_types"][::-1]
     if any(pair not in kinds.values() for pair in zip(down, up)) or not len(down) == len(up) == len(widths):
-        raise UserError(f"down_block_types {down!r:.200} and up_block_types {up[::-1]!r:.200} are no levels with or without attention, the same on the way up")
+        raise UserError(
+            f"down_block_types {down!r:.200} and up_block_types {up[::-1]!r:.200} are no levels with or "
+            f"without attention, the same on the way up"
+        )
     if not 1 <= len(widths) <= 16 or min(widths) < 1 or any(width % widths[0] for width in widths):
         raise UserError(f"block_out_channels {widths!r:.80} are not 1 to 16 multiples of the first")
     resolution = diffusers_resolution(fields.get("sample_size", 32), len(widths))

@@ -496,7 +496,11 @@ def test_every_bad_input_gives_exit_status_2_and_one_line(folder, monkeypatch, c
     }
     for arguments, reason in cases.items():
         status, _, errors = command(monkeypatch, capsys, *BASE, *arguments)
-        assert status == 2 and reason in " ".join(errors) and "Traceback" not in "".join(errors), (arguments, status, errors)
+        assert status == 2 and reason in " ".join(errors) and "Traceback" not in "".join(errors), (
+            arguments,
+            status,
+            errors,
+        )
     assert not Path("sample.png").exists()
 
 
