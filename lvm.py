@@ -16,7 +16,6 @@ import common  # noqa: F401  first, so that Ctrl-C while the others load is one 
 
 import dataclasses
 import functools
-import json
 import math
 import sys
 from pathlib import Path
@@ -35,7 +34,7 @@ from jaxtyping import Array, Float, Int
 from common.images import UserError
 from common.runs import check_numbers, run_command, steps_of, whole_steps
 from common.weights import (
-    FLOATS, check_fields, open_tensors, read_json, read_stream, write_folder, write_safetensors, write_whole)
+    FLOATS, check_fields, open_tensors, read_json, read_stream, strict_json, write_folder, write_safetensors, write_whole)
 from flash_attention import cache_slots, decode_attention, flash_attention, join, native_head_dim, ring_attention, zigzag_here
 
 
@@ -732,10 +731,10 @@ def save(model: LVM, path, *, shard_bytes: float = 5e9, tokenizer: str | None = 
             weight_map |= dict.fromkeys(arrays, file)
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(array.nbytes for _, _, array in tensors)}, "weight_map": weight_map}
-            write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
+            write_whole(folder / "model.safetensors.index.json", strict_json(index, indent=2))
         config = _hf_config(model.config) | {"torch_dtype": leaves["head_DV"].dtype.name}
         config |= {"tokenizer": tokenizer} if tokenizer else {}
-        write_whole(folder / "config.json", json.dumps(config, indent=2))
+        write_whole(folder / "config.json", strict_json(config, indent=2))
 
 
 def _load_hf(path, hf, dtype):

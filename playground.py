@@ -6,28 +6,48 @@
 Dimension key: as in sample.py.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import os
+import re
 import shlex
+import signal
 import socket
+import sys
 import tempfile
+import threading
+import time
+import urllib.parse
 import zipfile
 from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 import lvm
 import sample
 import vqgan
-from common.images import UserError, read_pictures
+from common.images import FORMATS, MAX_PIXELS, UserError, read_pictures
+from common.weights import strict_json
 
-MOST_UPLOAD = 16 << 20  # bytes of one request to the playground
+MOST_UPLOAD = 16 << 20  # bytes of one request that brings pictures
+MOST_MESSAGE = 1 << 19  # of any other request
+MOST_SCRATCH = 256 << 20  # of all uploads and drawn pictures on disk; the oldest go first
+OLDEST = 3600  # seconds that they are kept at most
+MOST_REQUESTS = 64  # at once; more are answered with 503
+MOST_CONNECTIONS = 256  # with those that ask nothing
+PATIENCE = 10  # seconds for a request to come, for its next bytes, and for a reader to read on
+MOST_SECONDS = 1800  # of one request, with its time in the queue
+MOST_MEMORY = 200 << 20  # bytes that reading one picture may take
+MOST_WORK = 1_000_000_000  # pixels that one request may have decoded
+LARGE = 4_000_000  # pixels; larger pictures are made smaller as they are read
+FILES = "/playground-files"  # what answers call the folder of uploads and drawn pictures
+PAGES = re.compile(r"/(config/?|theme\.css|favicon\.ico|manifest\.json|robots\.txt|pwa_icon(/\d+)?|(assets|static|svelte)/.*|gradio_api/"
+                   r"(info|startup-events|app_id|theme\.css|upload|upload_progress|queue/(join|data)|file=.*|cancel|reset))?/?", re.DOTALL)
 CSS = "#prompt .grid-container {grid-template-columns: repeat(8, minmax(0, 1fr)); gap: 4px} #picture {min-height: 320px} #picture img {width: 100%}"
 
 
@@ -91,15 +111,15 @@ def save_replay(config: sample.Config, size: int, path: Path) -> str:
                 sample.to_image(pixels_HWC).save(file, format="PNG")
         again = dataclasses.replace(config, prompt=(sample.PROMPT,), prompts=Path("prompts.jsonl"), out=Path("answers"), serve=False, stride=1,
                                     port=sample.Config.port, kind="analogy" if sample.is_analogy(config, pictures) else "sequence")
-        archive.writestr("prompts.jsonl", json.dumps({"input": names, "output": "answer.png"}) + "\n")
+        archive.writestr("prompts.jsonl", strict_json({"input": names, "output": "answer.png"}) + "\n")
         archive.writestr("command.txt", command_line(again) + "\n")
     return command_line(again)
 
 
 def serve(config: sample.Config):
-    """`--serve`: the page on this machine alone, one drawing at a time, a short queue before it."""
+    """`--serve`: the page on this machine alone, one drawing at a time, a short queue before it. Ctrl-C ends the process."""
     # A request can name files of gradio's working and temporary directories, so both are this one.
-    with tempfile.TemporaryDirectory() as scratch, temporary_files_in(scratch):
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, temporary_files_in(scratch := os.path.realpath(scratch)):
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": scratch}
         try:
             import fastapi
@@ -111,16 +131,44 @@ def serve(config: sample.Config):
             listener = socket.create_server(("127.0.0.1", config.port))  # found out before the model is read
         except OSError as error:
             raise UserError(f"--port {config.port}: {error.strerror}; name another one") from None
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is removed then too
         config = dataclasses.replace(config, model=sample.find_models(config.model, config.tokenizer)[0])  # a later run does not change the replay
         tokenizer, _, model = sample.open_all(config, lambda size: None)
+        config = dataclasses.replace(config, model=shown_path(config.model), tokenizer=config.tokenizer and Path(shown_path(config.tokenizer)))
         theme = gradio.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # named fonts would be fetched
-        with contextlib.chdir(scratch), contextlib.suppress(KeyboardInterrupt):
-            page = build_page(config, model, tokenizer, Path(scratch)).queue(max_size=16, default_concurrency_limit=1, api_open=False)
-            app = gradio.mount_gradio_app(fastapi.FastAPI(), page, "/", server_name="127.0.0.1", server_port=config.port, theme=theme, css=CSS,
+        with contextlib.chdir(scratch):
+            files = Scratch(Path(scratch))
+            page = build_page(config, model, tokenizer, files).queue(max_size=16, default_concurrency_limit=1, api_open=False)
+            outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+            app = gradio.mount_gradio_app(outer, page, "/", server_name="127.0.0.1", server_port=config.port, theme=theme, css=CSS, show_error=False,
                                           max_file_size=MOST_UPLOAD, footer_links=[], ssr_mode=False)
             page.has_launched = True  # without, gradio lets a request name any file at all: it skips that check in mounted pages
+            files.keep_present()
             print(f"playground http://127.0.0.1:{config.port}   (Ctrl-C ends it)", flush=True)
-            uvicorn.Server(uvicorn.Config(guarded(app, config.port), log_level="warning", limit_concurrency=64)).run([listener])
+            server = uvicorn.Server(uvicorn.Config(Guard(app, config.port, files), http=impatient_protocol(), ws="none", log_level="warning",
+                                                   limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=1))
+            thread, status = threading.Thread(target=server.run, args=([listener],), daemon=True), 1
+            thread.start()
+            try:
+                while thread.is_alive():
+                    thread.join(60)
+                    files.sweep()
+            except KeyboardInterrupt:
+                server.should_exit, status = True, 0
+                with contextlib.suppress(KeyboardInterrupt):
+                    thread.join(2)
+    sys.stdout.flush()
+    os._exit(status)  # a drawing that is under way or being compiled cannot be interrupted
+
+
+def shown_path(path) -> str:
+    """A path of this machine as the replay's command may show it: as it was given if relative, else from this folder or the code's, or
+    the name alone."""
+    path = Path(path)
+    for folder in (Path.cwd(), vqgan.HERE) if path.is_absolute() else ():
+        if path.is_relative_to(folder):
+            return str(path.relative_to(folder))
+    return path.name if path.is_absolute() else str(path)
 
 
 @contextlib.contextmanager
@@ -132,14 +180,14 @@ def temporary_files_in(folder: str):
         tempfile.tempdir = before
 
 
-def build_page(config: sample.Config, model, tokenizer, scratch: Path):
-    """The page, a gradio.Blocks. Downloads are written to `scratch`, the last 64 of them."""
+def build_page(config: sample.Config, model, tokenizer, files: "Scratch"):
+    """The page, a gradio.Blocks. Downloads are written to the folder of `files`, the last 64 of them."""
     import gradio as gr
 
     bundled = {folder.name: [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))] for folder in sorted(sample.BOOK.iterdir()) if folder.is_dir()}
     first = sample.PROMPT.name if sample.PROMPT.name in bundled else next(iter(bundled))
     drawn = itertools.count()
-    with gr.Blocks(title="LVM playground", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as page:
+    with gr.Blocks(title="LVM playground", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(f"# LVM playground\nShow pairs of picture and answer, then a query, and the model draws its answer; or show frames, and it goes on. "
                     f"`{Path(config.model).name}`, {lvm.parameter_count(model.config):,} parameters.")
         with gr.Row():
@@ -180,22 +228,25 @@ def build_page(config: sample.Config, model, tokenizer, scratch: Path):
                         replay = gr.DownloadButton("Replay (JSONL, command)", interactive=False)
                 command = gr.Textbox(label="The command in the replay", lines=2, buttons=["copy"], elem_id="command")
 
-        def draw(files, *values):
+        def draw(pictures, *values):
             try:
-                if not files:
+                if not pictures:
                     raise UserError("the prompt is empty: drop pictures, or pick a bundled prompt")
                 changes = {name: type(getattr(sample.Config(), name))(value) for name, value in zip(controls, values)}
                 if not (1 <= changes["candidates"] <= 8 and 1 <= changes["frames"] <= 8 and 0 <= changes["jacobi"] <= 32):
                     raise UserError("at most 8 candidates of 8 new pictures, and a draft of 32 codes")
-                mine = dataclasses.replace(config, prompt=tuple(Path(file[0]) for file in files), **changes)
+                mine = dataclasses.replace(config, prompt=make_smaller([Path(file) for file, _ in pictures]), **changes)
                 for image, likelihoods in play(mine, model, tokenizer):
+                    files.sweep()
                     yield image, likelihoods, gr.DownloadButton(interactive=False), gr.DownloadButton(interactive=False), ""
-                place = scratch / str(next(drawn) % 64)
+                place = files.folder / str(next(drawn) % 64)
                 image.save(f"{place}.png")
                 again = save_replay(mine, tokenizer.config.resolution, Path(f"{place}.zip"))
                 yield image, likelihoods, *(gr.DownloadButton(value=f"{place}{end}", interactive=True) for end in (".png", ".zip")), again
-            except (ValueError, OSError, TypeError) as error:
-                raise gr.Error(str(error), print_exception=False) from None
+            except (ValueError, TypeError) as error:  # of a file it says the name, not where the file lies
+                raise gr.Error(re.sub(rf"{re.escape(str(files.folder))}\S*/", "", str(error)), print_exception=False) from None
+            except OSError as error:
+                raise gr.Error(error.strerror or "a picture is no longer here; drop it again", print_exception=False) from None
 
         choice.input(lambda name: bundled[name], choice, prompt, queue=False)
         outputs = [picture, ranking, png, replay, command]
@@ -205,23 +256,241 @@ def build_page(config: sample.Config, model, tokenizer, scratch: Path):
     return page
 
 
-def guarded(app, port: int):
-    """Refuses what our own page never sends: foreign origins, other names for this host (a rebound DNS name), bodies that are large or
-    do not say their length."""
-    ours = {f"127.0.0.1:{port}", f"localhost:{port}"}
+def make_smaller(paths: list[Path]) -> tuple[Path, ...]:
+    """Replaces pictures of more than `LARGE` pixels by smaller copies beside them, as most of theirs are not needed.
 
-    async def guard(scope, receive, send):
-        if scope["type"] != "http":
-            return await app(scope, receive, send)
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        length, status = headers.get("content-length", "0"), None
-        if headers.get("host") not in ours or headers.get("origin", "http://" + headers["host"]).removeprefix("http://") not in ours:
-            status, reason = 403, "this playground answers its own page only"
-        elif "transfer-encoding" in headers or not length.isdigit() or int(length) > MOST_UPLOAD:
-            status, reason = 413, f"more than {MOST_UPLOAD >> 20} MiB in one request"
-        if status is None:
-            return await app(scope, receive, send)
-        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain"), (b"connection", b"close")]})
-        await send({"type": "http.response.body", "body": reason.encode()})
+    Raises UserError for a picture whose reading takes more than `MOST_MEMORY`, and where all together are more than
+    `MOST_WORK` pixels; what is no picture is left to `read_pictures`, which says so."""
+    work, smaller = 0, []
+    for path in paths:
+        try:
+            image = Image.open(path, formats=FORMATS)
+        except Exception:
+            smaller.append(path)
+            continue
+        with image:
+            try:
+                pixels, frames = image.width * image.height, getattr(image, "n_frames", 1)
+                work += pixels * frames * (frames + 1) // 2  # a later frame is made of those before it
+                if work > MOST_WORK:
+                    raise UserError("with this picture they have too many pixels or frames; scale them down")
+                smaller.append(path if pixels <= LARGE else smaller_copy(image, path))
+            except Exception as error:  # Pillow raises many kinds
+                raise UserError(f"{path.name}: {error}") from None
+    return tuple(smaller)
 
-    return guard
+
+def smaller_copy(image: Image.Image, path: Path) -> Path:
+    pixels, said = image.width * image.height, f"{image.width}x{image.height} pixels"
+    if pixels > MAX_PIXELS:
+        raise UserError(f"{said} are over the limit of {MAX_PIXELS:,}")
+    if memory_for(image, path) > MOST_MEMORY:
+        raise UserError(f"{said} take too much memory as {image.format}; scale it down")
+    if getattr(image, "n_frames", 1) > 1:
+        raise UserError(f"{said} are too many for an animation; scale it down")
+    if image.mode.startswith("I") or image.mode == "F":
+        return path
+    image.draft(None, (1024, 1024))  # a JPEG is decoded at an eighth of its size or more
+    if image.mode not in ("L", "RGB", "RGBA", "CMYK") or "transparency" in image.info:
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    image = image.reduce(max(1, min(image.size) // 1024, math.isqrt(image.width * image.height // LARGE)))
+    image = ImageOps.exif_transpose(image)
+    copy = path.with_name(f"{path.stem}.smaller.png")
+    image.convert("RGBA" if image.has_transparency_data else "RGB").save(copy, compress_level=1)
+    return copy
+
+
+def memory_for(image: Image.Image, path: Path) -> int:
+    """Bytes that decoding a picture takes, about."""
+    pixels = image.width * image.height
+    if image.format == "JPEG":  # one that comes in several scans is held whole, as 2 bytes a value
+        several = path.read_bytes().count(b"\xff\xda") > 1
+        scale = next((by for by in (8, 4, 2) if min(image.size) // 1024 >= by), 1)
+        return pixels * 4 // scale**2 + pixels * 2 * len(image.getbands()) * several
+    if image.mode.startswith("I") or image.mode == "F" or image.format == "WEBP":
+        return pixels * 24
+    return pixels * (4 if image.format in ("PNG", "BMP") and image.mode in ("L", "RGB") and not image.info.get("transparency") else 8)
+
+
+class Scratch:
+    """The folder of uploads, of the pictures that gradio keeps and of downloads."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.kept, self.coming = folder, set(), 0
+
+    def keep_present(self):
+        """The bundled prompts are shown as long as the page is."""
+        self.kept = {file for file, *_ in self.list()}
+
+    def list(self):
+        """(file, when written, bytes on disk) of each."""
+        found = []
+        for folder, _, names in os.walk(self.folder):
+            for file in (os.path.join(folder, name) for name in names):
+                with contextlib.suppress(OSError):  # gone meanwhile
+                    stat = os.lstat(file)
+                    found.append((file, stat.st_ctime, max(stat.st_size, 4096)))
+        return found
+
+    def sweep(self, room: int = 0):
+        """Removes what is older than `OLDEST`, and of the rest the oldest until `room` bytes of `MOST_SCRATCH` are free."""
+        found = sorted((file for file in self.list() if file[0] not in self.kept), key=lambda file: file[1])
+        used = sum(size for *_, size in found)
+        for file, written, size in found:
+            if used + room <= MOST_SCRATCH and written > time.time() - OLDEST:
+                break
+            with contextlib.suppress(OSError):
+                os.unlink(file)
+                used -= size
+                if (folder := os.path.dirname(file)) != str(self.folder):
+                    os.rmdir(folder)
+
+
+class Guard:
+    """The ASGI application around gradio's. It lets through what our own page sends: to the paths that it uses, from this origin, to this
+    host's name (not another one that was bound to it), of a limited size, in time. Where files lie on this machine it hides: answers
+    call the folder of `files` FILES, and requests that name FILES mean that folder."""
+
+    def __init__(self, app, port: int, files: Scratch):
+        self.app, self.files, self.running = app, files, 0
+        self.ours = {f"127.0.0.1:{port}", f"localhost:{port}"}
+        folder = str(files.folder)
+        self.spellings = sorted({text.encode() for text in (folder, json.dumps(folder)[1:-1], urllib.parse.quote(folder))}, key=len, reverse=True)
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        upload, length = scope["path"] == "/gradio_api/upload", headers.get(b"content-length", "0")
+        if headers.get(b"host") not in self.ours or headers.get(b"origin", f"http://{headers.get(b'host')}").removeprefix("http://") not in self.ours:
+            return await answer(send, 403, "this playground answers its own page only")
+        if not PAGES.fullmatch(scope["path"]):
+            return await answer(send, 404, "no such page")
+        most = MOST_UPLOAD if upload else MOST_MESSAGE
+        if b"transfer-encoding" in headers or not (length.isascii() and length.isdigit()) or int(length[:20]) > most:
+            return await answer(send, 413, f"more than {most >> 10} KiB in one request")
+        if not upload:
+            receive = await self.read_request(receive)
+        if self.running >= MOST_REQUESTS or upload and self.files.coming + int(length) > MOST_SCRATCH // 2:
+            return await answer(send, 503, "busy; try again")
+        self.running += 1
+        self.files.coming += int(length) * upload
+        try:
+            async with asyncio.timeout(MOST_SECONDS):
+                if upload:
+                    await asyncio.to_thread(self.files.sweep, 2 * self.files.coming)  # gradio copies them
+                    receive = in_time(receive)
+                scope = scope | {"headers": [(name, self.shown_to_real(value)) for name, value in scope["headers"] if name != b"accept-encoding"],
+                                 "path": self.shown_to_real(scope["path"].encode()).decode(), "raw_path": self.shown_to_real(scope.get("raw_path", b""))}
+                await self.app(scope, receive, self.hiding(send))
+        except TimeoutError:
+            pass  # uvicorn closes what has no whole answer
+        finally:
+            self.running -= 1
+            self.files.coming -= int(length) * upload
+
+    def shown_to_real(self, text: bytes) -> bytes:
+        return text.replace(FILES.encode(), str(self.files.folder).encode())
+
+    def real_to_shown(self, text: bytes) -> bytes:
+        for spelling in self.spellings:
+            text = text.replace(spelling, FILES.encode())
+        return text
+
+    async def read_request(self, receive):
+        """Reads the body, at most MOST_MESSAGE, and gives a `receive` that hands it on in one piece."""
+        parts, message = [], {"more_body": True}
+        while message.get("more_body"):
+            message = await in_time(receive)()
+            parts.append(message.get("body", b""))
+        first = [message if message["type"] == "http.disconnect" else
+                 {"type": "http.request", "body": self.shown_to_real(b"".join(parts)), "more_body": False}]
+
+        async def receive_read():
+            return first.pop() if first else await receive()
+
+        return receive_read
+
+    def hiding(self, send):
+        """A `send` that hands on answers with FILES for the folder's path: texts as a whole, the pieces of streams each by itself."""
+        held, parts, stream = None, [], False
+
+        async def send_hidden(message):
+            nonlocal held, stream
+            if message["type"] == "http.response.start":
+                headers = [(name, self.real_to_shown(value)) for name, value in message.get("headers", [])]
+                kind, message = dict(headers).get(b"content-type", b""), message | {"headers": headers}
+                stream = kind.startswith(b"text/event-stream")
+                if kind.startswith((b"text/html", b"text/plain", b"application/json")):
+                    held = message
+                    return
+            elif held is not None:
+                parts.append(message.get("body", b""))
+                if message.get("more_body"):
+                    return
+                body = self.real_to_shown(b"".join(parts))
+                headers = [(name, str(len(body)).encode() if name == b"content-length" and body else value) for name, value in held["headers"]]
+                await send(held | {"headers": headers})
+                held, message = None, {"type": "http.response.body", "body": body}
+            elif stream:
+                message = message | {"body": self.real_to_shown(message.get("body", b""))}
+            await send(message)
+
+        return send_hidden
+
+
+async def answer(send, status: int, text: str):
+    headers = [(b"content-type", b"text/plain"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": text.encode()})
+
+
+def in_time(receive):
+    """A `receive` for which a client that stops in the middle of its request is gone after PATIENCE seconds."""
+    whole = False
+
+    async def receive_in_time():
+        nonlocal whole
+        if whole:
+            return await receive()
+        try:
+            message = await asyncio.wait_for(receive(), PATIENCE)
+        except TimeoutError:
+            message = {"type": "http.disconnect"}
+        whole = not message.get("more_body")
+        return message
+
+    return receive_in_time
+
+
+def impatient_protocol():
+    """uvicorn's HTTP protocol, for clients that do nothing for PATIENCE seconds: a connection without a whole request, or whose
+    answer is not read, is cut. (uvicorn itself waits for ever in both cases.)"""
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Impatient(H11Protocol):
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            self.request, self.unread, self.drained, self.lost, self.idle = None, 0, False, False, 0
+            self.watch()
+
+        def watch(self):
+            unread, answering = self.transport.get_write_buffer_size(), self.cycle is not None and not self.cycle.response_complete
+            stuck = unread > 0 and unread >= self.unread and not self.drained
+            silent = unread == 0 and not answering and self.cycle is self.request
+            self.idle = self.idle + 1 if stuck or silent else 0
+            self.request, self.unread, self.drained = self.cycle, unread, False
+            if self.idle > PATIENCE:
+                self.transport.abort()
+            elif not self.lost:
+                self.loop.call_later(1, self.watch)
+
+        def resume_writing(self):
+            self.drained = True
+            super().resume_writing()
+
+        def connection_lost(self, error):
+            self.lost = True
+            super().connection_lost(error)
+
+    return Impatient

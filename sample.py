@@ -20,7 +20,6 @@ import common  # noqa: F401  first, so that Ctrl-C while the others load is one 
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import os
 import re
@@ -41,7 +40,7 @@ import lvm
 import vqgan
 from common.images import UserError, count_frames, find_images, read_pictures, shown_size
 from common.runs import check_numbers, run_command
-from common.weights import check_fields, parse_json, read_json, read_text
+from common.weights import check_fields, parse_json, read_json, read_text, strict_json
 
 MINI = vqgan.HERE / "assets" / "mini" / "lvm"
 BOOK = vqgan.HERE / "assets" / "prompts"
@@ -175,7 +174,7 @@ def answer_file(config: Config, out: Path):
                     errors.append(line["mse"])
                 rows = [[*(prompt_THWC if config.include_input else ()), *pixels_MHWC] for pixels_MHWC in answer.pixels_NMHWC]
                 write_grid(inside(out, prompt.output), rows, prompt.size)
-                print(json.dumps(line), file=log, flush=True)
+                print(strict_json(line), file=log, flush=True)
             print(f"{min(i + config.batch, len(prompts))} of {len(prompts)} prompts answered in {out}")
     if errors:
         print(f"MSE        {np.mean(errors):.5f} over {len(errors)} prompts, summed over the channels")

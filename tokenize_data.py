@@ -68,7 +68,8 @@ from common.images import (
     FORMATS, UserError, count_frames, encode_image, find_clips, find_stems, find_tracks, find_videos, natural, read_frames,
     read_half, read_image, read_integers, to_pixels)
 from common.runs import RunStopped, check_numbers, run_command
-from common.weights import MOST_JSON, check_fields, parse_json, read_array, read_json, write_folder, write_whole
+from common.weights import (
+    MOST_JSON, check_fields, parse_json, read_array, read_json, strict_json, write_folder, write_whole)
 
 FORMAT = 1
 PICTURES = vqgan.HERE / "assets" / "pictures"
@@ -931,7 +932,7 @@ def begin_chunks(folder: Path, source: Source, tokenizer, items, batch):
         before = read_json(file)
         if changed := [f"{k}: {before.get(k)} -> {v}" for k, v in plan.items() if before.get(k) != v]:
             raise UserError(f"{folder} holds an unfinished run with other settings ({'; '.join(changed)}); repeat them, delete it, or choose another --out")
-    write_whole(file, (json.dumps(plan, indent=1) + "\n").encode())
+    write_whole(file, (strict_json(plan, indent=1) + "\n").encode())
 
 
 def write_chunk(folder: Path, chunk: int, counts, codes_NS, notes, bad: int):
@@ -939,7 +940,7 @@ def write_chunk(folder: Path, chunk: int, counts, codes_NS, notes, bad: int):
     data = codes_NS.astype("<u2").tobytes()
     write_whole(folder / f"{chunk:06d}.codes", data)
     about = {"counts": counts, "notes": notes, "bad": bad, "sha256": hashlib.sha256(data).hexdigest()}
-    write_whole(folder / f"{chunk:06d}.json", (json.dumps(about) + "\n").encode())
+    write_whole(folder / f"{chunk:06d}.json", (strict_json(about) + "\n").encode())
 
 
 def read_chunk(folder: Path, chunk: int, S: int) -> dict:
@@ -966,7 +967,7 @@ def remove_chunks(out: Path):
 
 
 def write_lines(path, records):
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in records).encode())
+    write_whole(path, "".join(strict_json(record) + "\n" for record in records).encode())
 
 
 def report(out: Path, notes):
@@ -1023,7 +1024,7 @@ def write_dataset(out: Path, tokenizer, kinds: list[str], sentences: Iterable[tu
     about = {"format": FORMAT, "tokenizer": vqgan.fingerprint(tokenizer), "codes": tokenizer.config.num_embeddings,
              "codes_per_image": tokenizer.config.codes_per_image, "sentences": sum(counts), "tokens": tokens,
              "kinds": dict(zip(kinds, counts)), "rejected": len(rejected), "sha256": files}
-    (partial / "dataset.json").write_text(json.dumps(about, indent=1) + "\n")
+    (partial / "dataset.json").write_text(strict_json(about, indent=1) + "\n")
     report(out, rejected)
     try:
         partial.rename(out)
@@ -1610,7 +1611,7 @@ def export_jsonl(config: ExportJsonl):
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with open(partial, "w") as file:
         for i in tqdm(range(len(shards)), unit="sentence", dynamic_ncols=True):
-            file.write(json.dumps({"tokens": base64.b64encode(shards[i][1].astype("<i4").tobytes()).decode()}) + "\n")
+            file.write(strict_json({"tokens": base64.b64encode(shards[i][1].astype("<i4").tobytes()).decode()}) + "\n")
     partial.rename(config.out)
     print(f"wrote {len(shards):,} sentences to {config.out}")
 
@@ -1671,7 +1672,7 @@ def recolor(config: Recolor):
             file = folder / f"{stem}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, encode_image(image, file))
-        write_whole(folder / "palette.json", json.dumps(palette_K3.tolist()) + "\n")
+        write_whole(folder / "palette.json", strict_json(palette_K3.tolist()) + "\n")
         report(config.out, notes)
     print(f"wrote {len(stems) - bad} pictures and palette.json to {config.out}")
 

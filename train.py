@@ -50,7 +50,7 @@ import vqgan
 from common.images import UserError
 from common.runs import (
     Checkpoints, asked_to_stop, begin_run, check_health, check_hosts_agree, check_numbers, keep_compiled, keep_log_until,
-    leads, new_guard, open_log, own_run_folder, run_command, side_work, skip_bad_step)
+    leads, new_guard, open_log, own_run_folder, run_command, side_work, skip_bad_step, steps_of, warn)
 from common.weights import read_json
 from flash_attention import zigzag
 
@@ -176,7 +176,7 @@ class Config:
     def __post_init__(self):
         check_numbers(self, {
             "[1, inf)": "steps batch accumulate save_every log_every demo_sentences keep patience heartbeat milestone_every processes",
-            "[0, inf)": "warmup evaluate_every process seed weight_decay z_loss save_patience", "[2, inf)": "context", "(0, inf)": "learning_rate clip",
+            "[0, inf)": "warmup evaluate_every save_patience process seed weight_decay z_loss", "[2, inf)": "context", "(0, inf)": "learning_rate clip",
             "[0, 1)": "b1 b2 heldout_fraction", "[0, 1]": "final_learning_rate", "(0, 1]": "decay_fraction"})  # fmt: skip
         if (self.processes is None) != (self.process is None) or self.processes and not (self.coordinator and 0 <= self.process < self.processes):
             raise UserError(f"wanted --coordinator HOST:PORT --processes N --process I with I from 0 to N - 1, got {self.coordinator}, {self.processes}, {self.process}")
@@ -236,10 +236,12 @@ def warmup_of(config: Config) -> int:
 def with_warmup(config: Config) -> Config:
     """The config with its number of warm-up steps. A run that is resumed keeps the one it began with, also where --steps has
     grown: it would fall back into a longer warm-up."""
-    warmup, before = warmup_of(config), None
-    if config.warmup is None and lvm.steps_of(config.out / "checkpoints"):
-        before = (read_json(config.out / "config.json").get("train") or {}).get("warmup")
-    return dataclasses.replace(config, warmup=before if type(before) is int and 0 <= before < config.steps else warmup)
+    before = None
+    if config.warmup is None and steps_of(config.out / "checkpoints"):
+        with contextlib.suppress(UserError):  # `begin_run` says what is wrong with a file of settings
+            before = read_json(config.out / "config.json").get("train")
+    before = before.get("warmup") if isinstance(before, dict) else None
+    return dataclasses.replace(config, warmup=before if type(before) is int and 0 <= before < config.steps else warmup_of(config))
 
 
 def train(config: Config) -> lvm.LVM:
@@ -305,7 +307,7 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
     loss_fn = make_loss(mesh, lvm.partition_specs(state["model"]), dtype, config.remat, config.z_loss)
     eval_fn = jax.jit(make_loss(mesh, lvm.partition_specs(state["model"]), dtype))
     evaluate_every = config.save_every if config.evaluate_every is None else config.evaluate_every
-    meter = Meter(first, tokens_until(config.out / "metrics.jsonl", first), lvm.training_flops(model_config, context), peak_rates(dtype))
+    meter = Meter(tokens_until(config.out / "metrics.jsonl", first) if leads() else 0, lvm.training_flops(model_config, context), peak_rates(dtype))
     pending, stopping, step = collections.deque(), False, first
 
     if first < config.steps:
@@ -357,7 +359,7 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
     if stopping:
         say(f"stopped at step {step} of {config.steps}, as a signal asked; the same command goes on from there")
     else:
-        say(f"""done: {config.out} ({last_loss(config.out)}, unigram entropy {entropy:.3f}); look at {config.out}/samples/{config.steps}.png, then type
+        say(f"""done: {config.out} ({last_loss(config.out / "metrics.jsonl")}, unigram entropy {entropy:.3f}); look at {config.out}/samples/{config.steps}.png, then type
     python sample.py --model {config.out}
     python evaluate.py shots --model {config.out}""")
     return state["model"]
@@ -671,25 +673,28 @@ def check_init(init: Path, fingerprint: str | None):
         raise UserError(f"--init {init} was trained on the codes of tokenizer {known}, and the data are codes of {fingerprint}: tokenize them with the first one")
 
 
-def last_loss(out: Path) -> str:
-    """What a run has come to, in words: its last held-out loss, or, where it has none, the loss of its last batch."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+def last_loss(log: Path) -> str:
+    """What a run has come to by its metrics.jsonl: the last held-out loss, or, where it has none, the loss of the last batch."""
+    lines = read_log(log)
     number = lambda loss: "no finite number" if loss is None else f"{loss:.3f}"
     for line in reversed(lines):
         if "heldout_loss" in line:
             return f"held-out loss {number(line['heldout_loss'])} at step {line['step']}"
-    return f"training loss {number(lines[-1]['loss'])} of the last batch, none held out"
+    return f"training loss {number(lines[-1]['loss'])} of the last batch, none held out" if lines else "no loss was logged"
 
 
 def tokens_until(log: Path, step: int) -> int:
     """The targets counted until `step`, by its line of the log, or by the newest before it where a full disk has swallowed it."""
-    counted = {0: 0}
-    for line in map(json.loads, log.read_text().splitlines() if log.exists() else ()):
-        counted[line["step"]] = line["tokens"]
+    counted = {0: 0} | {line["step"]: line.get("tokens", 0) for line in read_log(log)}
     newest = max(n for n in counted if n <= step)
-    if newest < step and jax.process_index() == 0:
-        print(f"{log} has no line of step {step}: its tokens are counted on from step {newest}", file=sys.stderr)
+    if newest < step:
+        warn(f"{log} has no line of step {step}: its tokens are counted on from step {newest}")
     return counted[newest]
+
+
+def read_log(log: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; `keep_log_until` has mended it."""
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def rows_of_process(mesh, batch: int, process: int) -> tuple[int, int]:
@@ -1155,9 +1160,9 @@ def tell_xla(platform: str | None = None):
 class Meter:
     """Turns metrics into lines of the log, with the speed, the MFU and where the time since the start went."""
 
-    def __init__(self, first: int, tokens: int, flops: float, peaks: dict[str, float]):
-        """`tokens` until the step `first`, after which the run begins: targets that the loss counts, so neither padding nor
-        what --fields leaves out; whoever has the metrics adds those of each step. `flops` a token, `peaks` of `peak_rates`."""
+    def __init__(self, tokens: int, flops: float, peaks: dict[str, float]):
+        """`tokens` before the first step of this start: targets that the loss counts, so neither padding nor what --fields
+        leaves out; whoever has the metrics adds those of each step. `flops` a token, `peaks` of `peak_rates`."""
         self.tokens, self.flops, self.peaks, self.spent = tokens, flops, peaks, collections.Counter()
         self.began = self.last_time = time.monotonic()
         self.last_tokens, self.last_paused = tokens, 0.0

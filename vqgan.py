@@ -41,6 +41,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.images import UserError, encode_image, find_images, read_image, to_pixels
+from common.metrics import bootstrap, psnr, reconstruction_values, ssim  # noqa: F401 (promised here)
 from common.runs import (
     Checkpoints, RunStopped, asked_to_stop, begin_run, check_numbers, keep_log_until, open_log, own_run_folder, run_command, side_work, with_patience)
 from common.weights import (
@@ -634,7 +635,7 @@ def train_in_own_folder(config: TrainConfig) -> VQGAN:
                                                        state, (codebook_KD, codebook_KD.copy())), sharding)
                 revive = config.revive and not config.freeze_encoder and step > config.first_quantized and step % 50 == 0 and step < 0.8 * config.steps
                 adversarial = bool(config.gan_weight) and step >= config.gan_from
-                state, metrics = train_step((optimizers, config, sharding, adversarial, networks), state, pixels_BHWC, jax.random.key(step),
+                state, metrics = train_step((optimizers, config, sharding, adversarial, networks), state, pixels_BHWC, jax.random.fold_in(jax.random.key(config.seed), step),
                                             jnp.array(step >= config.first_quantized), jnp.array(revive), jnp.array(step))
                 done = step + 1
                 waiting.append((done, metrics))
@@ -954,7 +955,7 @@ def leave_out_unreadable(read_picture, count: int, report: Path, most: float, no
     def write_report():
         with side_work(str(report)):
             lines = (*notes, *({"reason": reason} for reason in reasons.values()))
-            write_whole(report, "".join(json.dumps(line) + "\n" for line in lines))
+            write_whole(report, "".join(strict_json(line) + "\n" for line in lines))
 
     if notes:
         write_report()
@@ -1125,29 +1126,6 @@ def save_rows(rows, path: Path, gap: int = 2):
     write_whole(path, encode_image(Image.fromarray((grid * 255 + 0.5).astype(np.uint8)), path))
 
 
-def psnr(a_BHWC, b_BHWC) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB of each picture, values in [0, 1]; identical pictures give inf."""
-    with np.errstate(divide="ignore"):
-        return -10 * np.log10(np.square(np.asarray(a_BHWC, np.float64) - b_BHWC).mean((1, 2, 3)))
-
-
-def ssim(a_BHWC, b_BHWC) -> np.ndarray:
-    """Mean structural similarity of each picture (Wang et al. 2004: 11x11 Gaussian of sigma 1.5, K = .01, .03, values in [0, 1])."""
-    window = np.exp(-np.square(np.arange(-5, 6)) / (2 * 1.5**2))
-    window /= window.sum()
-
-    def blur(x):
-        for axis in (1, 2):
-            x = np.apply_along_axis(np.convolve, axis, x, window, mode="valid")
-        return x
-
-    a, b = np.asarray(a_BHWC, np.float64), np.asarray(b_BHWC, np.float64)
-    mean_a, mean_b = blur(a), blur(b)
-    var_a, var_b, covariance = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2, blur(a * b) - mean_a * mean_b
-    similarity = ((2 * mean_a * mean_b + 1e-4) * (2 * covariance + 9e-4)) / ((mean_a**2 + mean_b**2 + 1e-4) * (var_a + var_b + 9e-4))
-    return similarity.mean((1, 2, 3))
-
-
 # ---------------------------------------------------------------------------------------------------- files
 
 
@@ -1200,7 +1178,7 @@ def save(model: VQGAN, path, overwrite: bool = False, layout: str = "open-muse")
         tensors[their_name(layout, name, model.config)] = array[:, :, 0, 0] if layout == "diffusers" and array.shape[2:] == (1, 1) and "attn" in name else array
     contents = {}
     if file.suffix == ".safetensors":
-        contents[folder / "config.json"] = json.dumps(config_fields(layout, model.config), indent=2) + "\n"
+        contents[folder / "config.json"] = strict_json(config_fields(layout, model.config), indent=2) + "\n"
         contents[file] = safetensors.numpy.save(tensors, metadata={"format": "pt"})
     else:
         write_pickle(content := io.BytesIO(), tensors, {"taming": "state_dict", "llamagen": "model"}[layout])
@@ -1446,9 +1424,9 @@ def reconstruct(images: tuple[Path, ...], model: Path = MINI, out: Path | None =
         raise UserError(f"--out: {taken[0]} exists; choose another name or delete it")
     vqgan, networks = load(model), {"lpips": load_lpips(lpips_vgg, lpips_heads)} if lpips_vgg else {}
     report, sheet = measure_reconstruction(vqgan, paths, fit, networks, seed)
+    shown = lambda value, digits: "     -" if value is None else f"{value:6.{digits}f}"
     for example in report["examples"]:
-        print(f"{example['psnr']:6.2f} dB  SSIM {example['ssim']:.3f}  {example['path']}")
-    print(f"{report['mean']['psnr']['mean']:6.2f} dB  SSIM {report['mean']['ssim']['mean']:.3f}  mean of {len(paths)}")
+        print(f"{shown(example['psnr'], 2)} dB  SSIM {shown(example['ssim'], 3)}  {example['path']}")
     print("\n".join(describe(report)))
     save_rows(sheet, out)
     write_whole(out.with_suffix(".json"), strict_json({"model": str(model), "fingerprint": fingerprint(vqgan), "fit": fit, "seed": seed} | report, indent=1) + "\n")
@@ -1466,18 +1444,27 @@ def measure_reconstruction(model: VQGAN, paths, fit="stretch", networks={}, seed
         codes_BS = np.asarray(encode(model, pixels_BHWC))
         output_BHWC = np.asarray(decode(model, codes_BS))
         counts_K += np.bincount(codes_BS.ravel(), minlength=len(counts_K))
-        values = {"psnr": psnr(pixels_BHWC, output_BHWC), "ssim": ssim(pixels_BHWC, output_BHWC)}
-        values |= {name: np.asarray(distance(network, pixels_BHWC, output_BHWC)) for name, network in networks.items()}
-        examples += [{"path": str(path)} | {name: float(v[i]) for name, v in values.items()} for i, path in enumerate(chosen)]
+        values_B = reconstruction_values(pixels_BHWC, output_BHWC)
+        distances = {name: np.asarray(distance(network, pixels_BHWC, output_BHWC)) for name, network in networks.items()}
+        for i, path in enumerate(chosen):
+            examples.append({"path": str(path)} | values_B[i] | {name: float(v[i]) for name, v in distances.items()})
         shown += list(zip(pixels_BHWC, output_BHWC))[:32 - len(shown)]
     return summarise_reconstruction(examples, counts_K, seed), reconstruction_rows(*map(np.stack, zip(*shown)))
 
 
 def summarise_reconstruction(examples, counts_K, seed) -> dict:
-    """The report of some pictures {"path", measure: value, ...}, from how often each code stands in all of them."""
+    """The report of some pictures {"path", measure: value, ...}, from how often each code stands in all of them.
+
+    A picture without a value of some measure (None: an identical picture has no PSNR) is left out of that mean,
+    which says so."""
     p_K = counts_K / counts_K.sum()
     entropy = float(-(p_K[p_K > 0] * np.log(p_K[p_K > 0])).sum())
-    mean = {name: bootstrap([example[name] for example in examples], seed) for name in examples[0] if name != "path"}
+    mean = {}
+    for name in dict.fromkeys(name for example in examples for name in example if name not in ("path", "reason")):
+        values = [example[name] for example in examples if example[name] is not None]
+        mean[name] = bootstrap(values, seed)
+        if left_out := len(examples) - len(values):
+            mean[name] |= {"left_out": left_out}
     return {"pictures": len(examples), "codes": int(counts_K.sum()), "mean": mean, "codebook": {
         "entries": len(counts_K), "used": int((counts_K > 0).sum()), "entropy_nats": entropy, "perplexity": math.exp(entropy)}, "examples": examples}
 
@@ -1488,17 +1475,14 @@ def reconstruction_rows(pixels_BHWC, output_BHWC):
     return [pad_row(kind_BHWC[i:i + columns], columns) for i in range(0, len(pixels_BHWC), columns) for kind_BHWC in kinds]
 
 
-def bootstrap(values, seed, rounds=2000) -> dict[str, float]:
-    """Mean, and the 2.5th and 97.5th percentiles of the means of resamples."""
-    values_N, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
-    means = [values_N[rng.integers(len(values_N), size=len(values_N))].mean() for _ in range(rounds)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"mean": float(values_N.mean()), "low": float(low), "high": float(high)}
-
-
 def describe(report) -> list[str]:
     names = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "efficientnet_lite0": "EfficientNet-Lite0 distance"}
-    rows = [f"| {names[name]} | {v['mean']:.3f} | {v['low']:.3f} - {v['high']:.3f} |" for name, v in report["mean"].items()]
+    rows = []
+    for name, v in report["mean"].items():
+        value = "none" if v["mean"] is None else f"{v['mean']:.3f}"
+        interval = "" if v["low"] is None else f"{v['low']:.3f} - {v['high']:.3f}"
+        without = f" ({v['left_out']} without a value left out)" if "left_out" in v else ""
+        rows.append(f"| {names[name]}{without} | {value} | {interval} |")
     book = report["codebook"]
     return [f"| mean of {report['pictures']} pictures | | 95% interval |", "|---|---:|---:|", *rows,
             f"| codebook used | {book['used']} of {book['entries']} | by {report['codes']} codes |", f"| codebook perplexity | {book['perplexity']:.1f} | |"]

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import importlib
 import json
+import math
 import os
 import queue
 import re
@@ -107,7 +108,7 @@ def check_numbers(config, intervals: dict[str, str], called=lambda field: "--" +
             continue
         interval = interval_of[field.name]
         low, high = map(float, interval[1:-1].split(","))
-        most = 2**31 - 1 if float not in kinds else 3.4e38
+        most = 2**31 - 1 if float not in kinds and high == math.inf else 3.4e38
         for number in value if isinstance(value, tuple) else [value]:
             fits = type(number) in (int, *kinds) and abs(number) <= most and low <= number <= high
             if not fits or (number == low and interval[0] == "(") or (number == high and interval[-1] == ")"):
@@ -206,7 +207,7 @@ def _take_lock(out: Path, mine: dict) -> int:
         except OSError as error:  # some network disks have no locks
             warn(f"{file} cannot be locked ({error.strerror}); take care that no other training uses this folder")
         os.ftruncate(lock, 0)
-        os.write(lock, json.dumps(mine).encode())
+        os.write(lock, strict_json(mine).encode())
         os.fsync(lock)
         return lock
     except OSError as error:
@@ -290,7 +291,7 @@ def begin_run(file: Path, flags: dict, defaults: dict, may_change: set[str], abo
             if changed:
                 raise UserError(f"{file.parent} holds a run with other settings ({'; '.join(changed)}); choose another --out, or repeat its settings")
     if leads():
-        write_whole(file, json.dumps({**about, "train": flags} if about else flags, indent=1) + "\n")
+        write_whole(file, strict_json({**about, "train": flags} if about else flags, indent=1) + "\n")
 
 
 def _same(before, now) -> bool:
@@ -391,7 +392,7 @@ class Logger:
         try:
             if self.package == "tensorboard":
                 board = importlib.import_module("tensorboardX").SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
-                log = lambda line: [board.add_scalar(k, v, line["step"]) for k, v in line.items() if k != "step" and v is not None]
+                log = lambda line: [board.add_scalar(k, v, line["step"]) for k, v in line.items() if k not in ("step", "reason") and v is not None]
                 end = board.close
             else:
                 service = importlib.import_module(self.package)

@@ -417,8 +417,9 @@ def _refuse_doctype(*_):
 
 
 def strict_json(value, **options) -> str:
-    """`value` as JSON that every parser reads: numbers that are not finite become null."""
-    return json.dumps(_finite(value), allow_nan=False, **options)
+    """`value` as JSON that every parser reads: numbers that are not finite become null, and a `reason` beside
+    them names them."""
+    return json.dumps(_finite(value)[0], allow_nan=False, **options)
 
 
 def write_whole(file, content):
@@ -518,8 +519,15 @@ def _finite_float(text):
 
 
 def _finite(value):
+    """-> (the same with None for floats that are not finite, whether `value` is one of them or lists one)."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        parts = {name: _finite(v) for name, v in value.items()}
+        lost = ", ".join(str(name) for name, (_, missing) in parts.items() if missing)
+        return {name: v for name, (v, _) in parts.items()} | (
+            {"reason": f"not finite: {lost}"} if lost and "reason" not in value else {}
+        ), False
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        parts = [_finite(v) for v in value]
+        return [v for v, _ in parts], any(missing for _, missing in parts)
+    missing = isinstance(value, float) and not math.isfinite(value)
+    return None if missing else value, missing

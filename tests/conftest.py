@@ -6,6 +6,7 @@ time goes to compiling programs that run a few times.
 """
 
 import contextlib
+import http.client
 import json
 import os
 import pathlib
@@ -96,17 +97,17 @@ def free_port():
         return probe.getsockname()[1]
 
 
-@pytest.fixture(scope="session")
-def served(dataset, tmp_path_factory):
-    """A playground with a tiny random model as a process of its own: (process, its address)."""
+@contextlib.contextmanager
+def serving(dataset, place, **options):
+    """A playground with a tiny random model as a process of its own, in a folder of its own: (process, its address)."""
     import jax
 
     import lvm
 
-    place, port = tmp_path_factory.mktemp("playground"), free_port()
+    port = free_port()
     lvm.save(lvm.LVM(lvm.LVMConfig(hidden=16, ffn=24, layers=2, heads=2, codes=32, context=80), key=jax.random.key(0)), place / "model")
     arguments = ["--serve", "--port", port, "--model", "model", "--tokenizer", dataset[1]]
-    with launch([sys.executable, str(ROOT / "sample.py"), *map(str, arguments)], cwd=place, stderr=None) as process:
+    with launch([sys.executable, str(ROOT / "sample.py"), *map(str, arguments)], cwd=place, **{"stderr": None} | options) as process:
         assert any("127.0.0.1" in line for line in iter(process.stdout.readline, ""))
         deadline = time.time() + 60
         while time.time() < deadline:
@@ -118,11 +119,20 @@ def served(dataset, tmp_path_factory):
         process.terminate()
 
 
+@pytest.fixture(scope="session")
+def served(dataset, tmp_path_factory):
+    """(process, address) of a playground."""
+    with serving(dataset, tmp_path_factory.mktemp("playground")) as playground:
+        yield playground
+
+
 def post(url, data, headers, timeout=120):
-    """-> (HTTP status, body); 0 where the connection is closed on us."""
+    """-> (HTTP status, body); 0 where the connection is closed on us before the end."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=timeout) as answer:
-            return answer.status, answer.read().decode()
+            return answer.status, answer.read().decode(errors="replace")
+    except http.client.IncompleteRead as error:
+        return 0, error.partial.decode(errors="replace")
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode(errors="replace")
     except OSError:

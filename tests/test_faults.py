@@ -46,7 +46,7 @@ import vqgan
 from common import runs
 from common.images import UserError
 from common.runs import RunStopped
-from conftest import ROOT, command, free_port, launch, log_of, post
+from conftest import ROOT, command, free_port, launch, log_of, post, serving
 
 
 def finish(process, status=0, timeout=600):
@@ -881,17 +881,17 @@ def upload(address, name, content):
     return post(f"{address}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=b"})
 
 
-def ask(address, path, session):
-    """Presses Draw with one picture -> everything that the queue says until it ends."""
+def ask(address, path, session, wait=True):
+    """Presses Draw with one picture -> everything that the queue says until it ends, or that it took the request."""
     config = json.loads(urllib.request.urlopen(f"{address}/config", timeout=60).read())
     draw = next(d for d in config["dependencies"] if len(d["inputs"]) > 5)
     values = [next(c for c in config["components"] if c["id"] == i)["props"].get("value") for i in draw["inputs"][1:]]
     data = [[{"image": {"path": path, "meta": {"_type": "gradio.FileData"}}, "caption": None}], *values]
     body = json.dumps({"data": data, "fn_index": draw["id"], "session_hash": session}).encode()
     status, text = post(f"{address}/gradio_api/queue/join", body, {"Content-Type": "application/json"})
-    if status != 200:
+    if status != 200 or not wait:
         return status, text
-    with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash={session}", timeout=120) as stream:
+    with urllib.request.urlopen(f"{address}/gradio_api/queue/data?session_hash={urllib.parse.quote(session)}", timeout=120) as stream:
         return status, "".join(line.decode() for line in stream)
 
 
@@ -949,6 +949,196 @@ def test_fault_19_the_playground_answers_or_refuses_64_requests_at_once_in_bound
     assert answered >= 8 and answered + refused == 64, [text[-300:] for _, text in said]
     assert peak_mb(process) - before < 300 and process.poll() is None
     assert "candidate 4" in ask(address, path, "after")[1]
+
+
+# ------------------------------------------------------------------------------------------------ the playground
+
+
+def rise_of_memory(process, action):
+    """-> (what `action` gives, by how many MB the process was larger than before at its peak)."""
+    pathlib.Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # the peak begins anew
+    before = peak_mb(process)
+    return action(), peak_mb(process) - before
+
+
+def scratch_of(process):
+    return pathlib.Path(os.readlink(f"/proc/{process.pid}/cwd"))
+
+
+def as_file(image, kind, **how):
+    file = io.BytesIO()
+    image.save(file, kind, **how)
+    return file.getvalue()
+
+
+def endless_animation():
+    """A PNG of one pixel that promises two thousand million frames."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    whole = as_file(Image.new("RGB", (1, 1)), "PNG")
+    return whole[:33] + chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0)) + whole[33:]
+
+
+LARGE_PICTURES = {
+    "jpeg": ("jpg", lambda: as_file(Image.new("RGB", (8000, 8000), "red"), "JPEG"), "candidate 4"),
+    "png": ("png", lambda: as_file(Image.new("RGB", (8000, 8000), "red"), "PNG", compress_level=1), "large.png: 8000x8000"),
+    "png of 49 Mpx": ("png", lambda: as_file(Image.new("RGB", (7000, 7000), "red"), "PNG", compress_level=1), "candidate 4"),
+    "transparent": ("png", lambda: as_file(Image.new("RGBA", (5000, 5000), "red"), "PNG", compress_level=1), "candidate 4"),
+    "progressive": ("jpg", lambda: as_file(Image.new("RGB", (8000, 8000), "red"), "JPEG", progressive=True), "large.jpg: 8000x8000"),
+    "progressive of 30 Mpx": ("jpg", lambda: as_file(Image.new("RGB", (5000, 6000), "red"), "JPEG", progressive=True), "candidate 4"),
+    "16 bits": ("png", lambda: as_file(Image.new("I;16", (2900, 2900), 9999), "PNG"), "candidate 4"),
+    "bits": ("tif", lambda: as_file(Image.new("1", (5000, 5000)), "TIFF", compression="group4"), "candidate 4"),
+    "webp": ("webp", lambda: as_file(Image.new("RGBA", (2900, 2900), "red"), "WEBP", lossless=True, method=0), "candidate 4"),
+    "animation": ("gif", lambda: as_file(Image.new("P", (1000, 1000)), "GIF", save_all=True,
+                                         append_images=[Image.new("P", (1000, 1000), i % 2) for i in range(1, 60)]), "too many pixels or frames"),
+    "endless": ("png", endless_animation, "too many pixels or frames"),
+}
+
+
+@needs_gradio
+@pytest.mark.parametrize("kind", variants(["jpeg", "png"], *list(LARGE_PICTURES)[2:]))
+def test_fault_39_large_pictures_are_made_smaller_or_refused_by_name_in_bounded_memory(served, kind):
+    process, address = served
+    ask(address, json.loads(upload(address, "red.png", red_png())[1])[0], "warm")
+    suffix, make, answer = LARGE_PICTURES[kind]
+    content = make()
+    (status, said), rise = rise_of_memory(process, lambda: ask(address, json.loads(upload(address, f"large.{suffix}", content)[1])[0], kind))
+    assert status == 200 and answer in said, said[-500:]
+    print(f"RISE {kind} {rise:.0f} MB")
+    assert rise < 300
+
+
+def connect(address, request=b"", receive=None):
+    """A connection that has sent `request`; of what comes back it takes a buffer of `receive` bytes and no more."""
+    stream = socket.socket()
+    if receive:
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
+    stream.connect(("127.0.0.1", int(address.rsplit(":", 1)[1])))
+    stream.sendall(request.replace(b"HOST", address.removeprefix("http://").encode()))
+    return stream
+
+
+def connections_to(address):
+    """How many connections the server holds open."""
+    port = f":{int(address.rsplit(':', 1)[1]):04X}"
+    lines = [line.split() for line in pathlib.Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(line[1].endswith(port) and line[3] in ("01", "08") for line in lines)
+
+
+@needs_gradio
+def test_fault_39_half_open_connections_and_streams_nobody_reads_are_dropped(served):
+    process, address = served
+    path = json.loads(upload(address, "red.png", red_png())[1])[0]
+    ask(address, path, "warm")
+    largest = max((ROOT / importlib.util.find_spec("gradio").submodule_search_locations[0] / "templates/frontend/assets").glob("*.js"),
+                  key=lambda file: file.stat().st_size)
+    assert largest.stat().st_size > 500_000
+
+    def attack():
+        begun = [b"", b"GET / HTTP/1.1\r\nHost: HO", b"GET /config HTTP/1.1\r\nHost: HOST\r\n\r\nGET ",
+                 b"POST /gradio_api/queue/join HTTP/1.1\r\nHost: HOST\r\nContent-Length: 9\r\n\r\n{",
+                 b"POST /gradio_api/upload HTTP/1.1\r\nHost: HOST\r\nContent-Type: multipart/form-data; boundary=b\r\nContent-Length: 999\r\n\r\n--b"]
+        streams = [connect(address, begun[i % 5]) for i in range(80)]
+        for i in range(16):
+            assert ask(address, path, f"unread {i}", wait=False)[0] in (200, 503)
+            streams.append(connect(address, f"GET /gradio_api/queue/data?session_hash=unread%20{i} HTTP/1.1\r\nHost: HOST\r\n\r\n".encode(), 2048))
+        streams += [connect(address, f"GET /assets/{largest.name} HTTP/1.1\r\nHost: HOST\r\n\r\n".encode(), 2048) for i in range(16)]
+        assert connections_to(address) >= 80
+        assert post(f"{address}/config", None, {})[0] == 200  # meanwhile it answers others
+        wait_for(lambda: connections_to(address) == 0, process, seconds=60)
+        for stream in streams:
+            stream.close()
+
+    _, rise = rise_of_memory(process, attack)
+    assert rise < 300 and "candidate 4" in ask(address, path, "after")[1]
+
+
+@needs_gradio
+def test_fault_39_300_requests_at_once_are_answered_or_refused(served):
+    process, address = served
+    path = json.loads(upload(address, "red.png", red_png())[1])[0]
+    ask(address, path, "warm")
+
+    def one(i):
+        if i % 3 == 0:
+            return post(f"{address}/config", None, {})[0]
+        if i % 3 == 1:
+            return upload(address, "red.png", red_png())[0]
+        with contextlib.suppress(OSError):
+            return ask(address, path, f"one of many {i}")[0]
+        return 0
+
+    with concurrent.futures.ThreadPoolExecutor(300) as pool:
+        statuses, rise = rise_of_memory(process, lambda: list(pool.map(one, range(300))))
+    assert set(statuses) <= {0, 200, 503} and statuses.count(200) >= 30, statuses
+    assert rise < 300 and process.poll() is None and "candidate 4" in ask(address, path, "after")[1]
+
+
+@needs_gradio
+def test_fault_39_uploads_that_are_never_used_take_bounded_space(served):
+    process, address = served
+    used = lambda: sum(file.stat().st_size for file in scratch_of(process).rglob("*") if file.is_file())
+    bundled = urllib.request.urlopen(f"{address}/config").read()
+    for i in range(24):
+        assert upload(address, f"{i}.png", i.to_bytes(2, "big") * (7 << 20))[0] == 200
+        assert used() < playground.MOST_SCRATCH + (32 << 20)
+    begun = b"POST /gradio_api/upload HTTP/1.1\r\nHost: HOST\r\nContent-Type: multipart/form-data; boundary=b\r\nContent-Length: 16000000\r\n\r\n"
+    part = b'--b\r\nContent-Disposition: form-data; name="files"; filename="half.png"\r\n\r\n' + bytes(4 << 20)
+    for _ in range(4):
+        connect(address, begun + part).close()  # breaks off
+    assert used() < playground.MOST_SCRATCH + (64 << 20)
+    for shown in re.findall(rb'"path":"(/[^"]+png)"', bundled)[:3]:
+        assert post(f"{address}/gradio_api/file={shown.decode()}", None, {})[0] == 200  # of the bundled prompts
+    assert "candidate 4" in ask(address, json.loads(upload(address, "red.png", red_png())[1])[0], "after")[1]
+
+
+@needs_gradio
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_fault_39_a_signal_ends_it_within_five_seconds_with_work_pending(dataset, tmp_path, number):
+    with serving(dataset, tmp_path, stderr=subprocess.STDOUT) as (process, address):
+        path = json.loads(upload(address, "red.png", red_png())[1])[0]
+        streams = []
+        for i in range(8):  # the first is compiled, the others wait
+            assert ask(address, path, f"pending {i}", wait=False)[0] == 200
+            streams.append(connect(address, f"GET /gradio_api/queue/data?session_hash=pending%20{i} HTTP/1.1\r\nHost: HOST\r\n\r\n".encode()))
+        scratch, began = scratch_of(process), time.time()
+        assert scratch.is_dir()
+        process.send_signal(number)
+        output = finish(process, timeout=60)
+        assert time.time() - began < 5 and not scratch.exists() and "Traceback" not in output, output
+
+
+@needs_gradio
+def test_fault_39_no_answer_shows_a_path_of_the_server(dataset, served):
+    process, address = served
+    get = lambda path: post(f"{address}{path}", None, {})
+    said = {path: get(path) for path in ("/", "/config", "/theme.css", "/manifest.json", "/gradio_api/info", "/gradio_api/startup-events", "/nothing", "/assets/nothing",
+                                         "/static/..%2f..%2fnothing", "/gradio_api/file=/etc/passwd", "/gradio_api/file=nothing", "/gradio_api/upload_progress?upload_id=x",
+                                         "/gradio_api/queue/data?session_hash=nobody", f"/gradio_api/file={playground.FILES}/nothing.png")}
+    assert said["/"][0] == said["/config"][0] == 200
+    off = ("/docs", "/redoc", "/openapi.json", "/gradio_api/openapi.json", "/gradio_api/docs", "/monitoring", "/gradio_api/run/draw", "/gradio_api/heartbeat/x",
+           "/gradio_api/proxy=http://127.0.0.1:1/", "/gradio_api/runs", "/gradio_api/vibe-code")
+    assert {get(path)[0] for path in off} == {404}
+    said["upload"] = upload(address, "red.png", red_png())
+    path = json.loads(said["upload"][1])[0]
+    said["drawn"] = ask(address, path, "drawn")
+    assert "candidate 4" in said["drawn"][1] and "--model model --tokenizer tokenizer" in said["drawn"][1]
+    shown = re.findall(rf'"path":"({playground.FILES}/[^"]+)"', said["drawn"][1])
+    assert shown and {get(f"/gradio_api/file={file}")[0] for file in shown} == {200} and any(file.endswith("zip") for file in shown)
+    for name, content in {"text.png": b"no picture", "text.txt": b"no picture", "cut.jpg": as_file(Image.effect_noise((64, 64), 99), "JPEG")[:700],
+                          "many words.png": b"no picture"}.items():
+        said[name] = ask(address, json.loads(upload(address, name, content)[1])[0], name.replace(" ", ""))
+        assert '"success":false' in said[name][1], said[name]
+    assert '"error":"many_words.png: not a JPEG' in said["many words.png"][1].replace("many words.png", "many_words.png")
+    for file in ("/etc/passwd", f"{playground.FILES}/../../etc/passwd", "../x.png", "http://127.0.0.1:1/x.png", f"{playground.FILES}/gone.png", str(ROOT / "README.md")):
+        said[file] = ask(address, file, "stranger")
+    for i, body in enumerate((b"{", b"{}", b'{"data": [], "fn_index": 999, "session_hash": "x"}', b'{"data": 1, "fn_index": "x"}', b"[" * 10_000)):
+        said[f"body {i}"] = post(f"{address}/gradio_api/queue/join", body, {"Content-Type": "application/json"})
+    said["multipart"] = post(f"{address}/gradio_api/upload", b"--b\r\nnothing", {"Content-Type": "multipart/form-data; boundary=b"})
+    secrets = {str(scratch_of(process)), str(dataset[1].parent), str(pathlib.Path(sys.prefix)), str(pathlib.Path.home()), "site-packages", "Traceback"} | {str(ROOT)}
+    for what, (status, text) in said.items():
+        for secret in secrets:
+            assert secret not in text.replace(what, ""), (what, status, secret)  # the name that it was asked for may come back
+    assert process.poll() is None
 
 
 # ------------------------------------------------------------------------------------------------ determinism

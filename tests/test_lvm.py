@@ -562,7 +562,11 @@ def test_the_sizes_command_prints_the_table(monkeypatch, capsys):
     [
         (dict(heads=5), "hidden 48 / heads 5"),
         (dict(heads=16), "even"),
-        (dict(layers=0), "layers is 0"),
+        (dict(layers=0), "layers must be an integer in"),
+        (dict(context=1), "context must be"),
+        (dict(rms_eps=float("nan")), "rms_eps must be"),
+        (dict(rope_theta=0.0), "rope_theta must be"),
+        (dict(eos_id=2.5), "eos_id must be"),
         (dict(specials=2), r"pad id 30 must be a special, 28 to 29"),
         (dict(bos_id=1), "bos id 1 must be a special"),
     ],

@@ -526,27 +526,32 @@ def test_the_playground_shows_row_after_row_and_its_replay_draws_the_same(folder
     np.testing.assert_allclose(np.asarray(Image.open("answers/answer.png")) / 255, expected, atol=1 / 250)
 
 
-def test_the_playgrounds_guard_lets_only_its_own_page_through():
+def test_the_playgrounds_guard_lets_only_its_own_page_through(tmp_path):
+    async def receive():
+        return {"type": "http.request"}
+
     async def app(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
-    def status(**headers):
-        sent, scope = [], {"type": "http", "headers": [(k.replace("_", "-").encode(), v.encode()) for k, v in headers.items()]}
+    def status(path="/", **headers):
+        sent, scope = [], {"type": "http", "path": path, "headers": [(k.replace("_", "-").encode(), v.encode()) for k, v in headers.items()]}
 
         async def send(message):
             sent.append(message)
 
-        asyncio.run(playground.guarded(app, 7860)(scope, None, send))
+        asyncio.run(playground.Guard(app, 7860, playground.Scratch(tmp_path))(scope, receive, send))
         return sent[0]["status"]
 
     host = dict(host="127.0.0.1:7860")
     assert status(**host) == status(**host, origin="http://127.0.0.1:7860") == status(host="localhost:7860", origin="http://localhost:7860") == 200
-    assert status(**host, content_length=str(playground.MOST_UPLOAD)) == 200
+    assert status("/gradio_api/upload", **host, content_length=str(playground.MOST_UPLOAD)) == status(**host, content_length=str(playground.MOST_MESSAGE)) == 200
+    assert status("/gradio_api/queue/join", **host, content_length=str(playground.MOST_MESSAGE + 1)) == 413
+    assert status("/docs", **host) == status("/gradio_api/run/draw", **host) == 404
     for bad in (dict(host="evil.example:7860"), {}, host | dict(origin="http://evil.example"), host | dict(origin="null"),
                 host | dict(origin="https://127.0.0.1.evil.example:7860")):
         assert status(**bad) == 403, bad
     for bad in (dict(content_length=str(playground.MOST_UPLOAD + 1)), dict(content_length="-1"), dict(transfer_encoding="chunked")):
-        assert status(**host, **bad) == 413, bad
+        assert status("/gradio_api/upload", **host, **bad) == 413, bad
 
 
 def test_without_gradio_the_playground_says_what_to_install(folder, monkeypatch, capsys):
