@@ -209,10 +209,10 @@ def pair(dataset, tmp_path_factory):
     return start
 
 
-def test_fault_03_sigterm_to_one_process_of_two_stops_both_at_one_step(pair):
+def test_fault_03_a_signal_to_one_process_of_two_stops_both_at_one_step(pair):
     out, processes = pair(*SLOW)
     wait_for(logged(out, 2), *processes)
-    processes[1].send_signal(signal.SIGTERM)
+    processes[1].send_signal(signal.SIGHUP)
     time.sleep(0.02)
     processes[1].send_signal(signal.SIGTERM)
     outputs = [finish(process) for process in processes]
