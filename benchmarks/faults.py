@@ -117,6 +117,7 @@ def kill(config: tyro.conf.OmitArgPrefixes[Kill]):
                 compared += 1
                 same = status == 0 and result_of(name, out) == whole
                 equal += same
+                print(f"{name}: {kills} kills, {equal} of {compared} runs equal", file=sys.stderr, flush=True)
                 if not same:
                     failures.append(f"{name} after {kills} kills: status {status}\n{output[-2000:]}")
                     shutil.copytree(out, f"/tmp/{name}-not-equal-{compared}", dirs_exist_ok=True)
