@@ -34,9 +34,9 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
-import os
 import re
 import shlex
 import subprocess
@@ -62,7 +62,7 @@ import tokenize_data
 import vqgan
 from common import metrics
 from common.images import UserError, count_frames, find_stems, find_videos, read_clip, read_depth, read_edges, read_frames, read_integers
-from common.runs import RunStopped, check_numbers, run_command
+from common.runs import Record, RunStopped, check_numbers, code_digest, run_command
 from common.weights import check_fields, parse_json, read_npz, read_text, read_xml, strict_json, write_whole
 
 REPORTS = Path("runs") / "evaluate"
@@ -96,7 +96,7 @@ class Common(Checked):
     tokenizer: Path | None = None
     """Tokenizer folder; by default the one that the run names, else the bundled one."""
     out: Path | None = None
-    """Folder for the results; must not exist, or hold this very evaluation, unfinished. By default
+    """Folder for the results; must not exist, or hold this very evaluation, which goes on. By default
     runs/evaluate/COMMAND-MODEL, whose files are replaced."""
     batch: int = 8
     """Rows at a time, over all devices."""
@@ -144,8 +144,8 @@ def perplexity(config: Perplexity):
         sentences, targets = encode_prompts(config, models, examples)
         names, kinds = [f"line {n}" for n in range(1, len(examples) + 1)], [str(config.prompts)] * len(examples)
     else:
-        about |= {"data": str(config.data), "protocol": "exp(mean NLL of all codes) of each sentence, arithmetic mean over sentences"}
         shards = open_data(config.data, models.tokenizer)
+        about |= {"data": str(config.data), "data_digest": shards.digest, "protocol": "exp(mean NLL of all codes) of each sentence, arithmetic mean over sentences"}
         chosen, kinds = choose(shards, config.sentences)
         names, sentences = [int(i) for i in chosen], [shards[i][1] for i in chosen]
         targets = [len(s) - (not config.bos) for s in sentences]  # without BOS nothing predicts the first code
@@ -171,7 +171,8 @@ def perplexity(config: Perplexity):
             }
 
     plot = can_draw("perplexity.png")
-    report = run(config, "perplexity", out, about, names, measure, "model")
+    inputs = [inputs_of(*example["input"], *example["target"]) for example in examples] if examples else None
+    report = run(config, "perplexity", out, about, names, measure, "model", inputs)
     if plot and config.prompts:
         (row,) = [
             row
@@ -227,6 +228,7 @@ class Query(NamedTuple):
     pictures: Callable[[int], list[np.ndarray]]  # of the tokenizer's resolution -> the pictures, float32 [H, W, 3] in [0, 1]
     truth: Callable[[int], Any] | None = None  # what the measures compare with, where it is not the last picture
     codes_TS: np.ndarray | None = None  # of sentences that are stored as codes: their pictures are what these decode to
+    inputs: str | None = None  # `inputs_of` the files that are read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -295,7 +297,7 @@ def run_prompted(config: Prompted, command, queries: list[Query], prompts: dict[
                 values[line] = {"perplexity": exp(nats[line][b][-S:].mean())} | values[line]
             yield {"kind": query.kind, "values": values}
 
-    report = run(config, command, out, about, [q.name for q in queries], measure, main=list(prompts)[-1])
+    report = run(config, command, out, about, [q.name for q in queries], measure, list(prompts)[-1], [q.inputs for q in queries])
     print(f"wrote {out}/{command}.json")
     if config.sheet:
         kinds = dict.fromkeys(q.kind for q in queries)
@@ -308,7 +310,7 @@ def run_prompted(config: Prompted, command, queries: list[Query], prompts: dict[
                 before = list(zip(pictures_BTHWC[b, -min(most, 4):], [*captions, "true answer"][-min(most, 4):]))
                 shown = [line for line in answers if line == main or line not in prompts and not line.startswith("copy")]  # what is copied is there
                 rows.append([*before, *((answers[line][b], f"after {line}" if line == main else line.replace("nearest example's", "nearest")) for line in shown)])
-        sample.sheet(rows, columns=max(map(len, rows))).save(out / "examples.webp", quality=90)
+        write_picture(out / "examples.webp", lambda file: sample.sheet(rows, columns=max(map(len, rows))).save(file, "WEBP", quality=90))
         print(f"wrote {out}/examples.webp")
     return out, report
 
@@ -368,7 +370,7 @@ def shots(config: Shots):
         config, "shots", queries, prompts, judge_sentence,
         "exp(mean NLL of the last answer's codes) given the query and the last k example pairs before it; the same answers for every k; "
         "arithmetic mean over sentences; drawn answers are compared with the true one as the tokenizer shows it, two colours by the nearer "
-        f"one, edges within {metrics.EDGE_TOLERANCE} of the diagonal", {"data": str(shards.folder)})
+        f"one, edges within {metrics.EDGE_TOLERANCE} of the diagonal", {"data": str(shards.folder), "data_digest": shards.digest})
     print_beside(report["rows"], list(prompts))
     if plot:
         curves, titles = {}, {}
@@ -436,7 +438,7 @@ def video(config: Video):
             elif frames is None:
                 too_short.append({"path": name, "frames": count})
             else:
-                queries.append(Query(name, "video", functools.partial(read_clip, path, frames, fit=config.fit)))
+                queries.append(Query(name, "video", functools.partial(read_clip, path, frames, fit=config.fit), inputs=inputs_of(path)))
     if not queries:
         raise UserError(f"{config.data}: no video has the {config.frames * config.stride + 1} frames that {config.frames} and one more at stride "
                          f"{config.stride} take; lower --frames or --stride")
@@ -513,8 +515,9 @@ def segmentation(config: Segmentation):
                     examples.append(drawn)
             # The example that is drawn first stands next to the query: so it is the one example of one pair.
             names = [*examples[::-1], name]
-            check_files([root / "JPEGImages" / f"{n}.jpg" for n in names] + [root / "SegmentationClassAug" / f"{n}.png" for n in names], VOC_LAYOUT)
-            queries.append(Query(f"fold {fold} item {item}: {name}, class {number}", f"fold {fold}", functools.partial(read_masked, root, names, number)))
+            files = [root / "JPEGImages" / f"{n}.jpg" for n in names] + [root / "SegmentationClassAug" / f"{n}.png" for n in names]
+            check_files(files, VOC_LAYOUT)
+            queries.append(Query(f"fold {fold} item {item}: {name}, class {number}", f"fold {fold}", functools.partial(read_masked, root, names, number), inputs=inputs_of(*files)))
     run_prompted(config, "segmentation", queries, prompts, judge_mask,
                  "Pascal-5i of Bar et al. (2022): items by index modulo the list, examples of the same class and list (numpy RandomState), IoU of white after "
                  "rounding answer and truth to white and black, empty union 1, plain mean over items; ours: numbers of pairs, the tokenizer's resolution",
@@ -577,9 +580,10 @@ def detection(config: Detection):
             raise UserError(f"{root}: train has {len(of_class[category])} pictures with a single small {category}, too few for "
                              f"{max(config.shots)} examples; lower --shots")
         names = [str(n) for n in rng.permutation(of_class[category])[:max(config.shots)]] + [name]
-        check_files([root / "JPEGImages" / f"{n}.jpg" for n in names], VOC_LAYOUT)
+        files = [root / "JPEGImages" / f"{n}.jpg" for n in names]
+        check_files(files, VOC_LAYOUT)
         boxes = [found["train"][n][1] for n in names[:-1]] + [found["val"][name][1]]
-        queries.append(Query(name, category, functools.partial(read_boxed, root, names, boxes)))
+        queries.append(Query(name, category, functools.partial(read_boxed, root, names, boxes), inputs=inputs_of(*files, more=boxes)))
     if not queries:
         raise UserError(f"{root}: no picture of val has exactly one object, in a box under 20% of the picture")
     run_prompted(config, "detection", queries, prompts, judge_box,
@@ -667,7 +671,7 @@ def colorization(config: Colorization):
     for i in rng.choice(np.arange(len(paths) - 1), size=min(config.items, len(paths) - 1), replace=False):
         others = rng.choice(len(paths) - 1, size=max(config.shots), replace=False)
         chosen = [paths[j + (j >= i)] for j in others] + [paths[i]]
-        queries.append(Query(str(paths[i].relative_to(config.data)), "colorization", functools.partial(read_coloured, chosen, config.fit)))
+        queries.append(Query(str(paths[i].relative_to(config.data)), "colorization", functools.partial(read_coloured, chosen, config.fit), inputs=inputs_of(*chosen)))
 
     def judge(answer_HWC, truth_HWC, pictures_THWC, kind):
         values = metrics.colour_errors(answer_HWC, truth_HWC)
@@ -803,7 +807,7 @@ def paired_queries(config: Paired, answers: str, read, truth=None) -> list[Query
     for i in np.linspace(0, len(names) - 1, min(config.items, len(names))).astype(int):
         chosen = [names[j + (j >= i)] for j in rng.choice(len(names) - 1, most, replace=False)] + [names[i]]
         paths = [[of[name] for name in chosen] for of in found]
-        queries.append(Query(names[i], answers, functools.partial(read, *paths), truth and functools.partial(truth, paths[1][-1])))
+        queries.append(Query(names[i], answers, functools.partial(read, *paths), truth and functools.partial(truth, paths[1][-1]), inputs=inputs_of(*paths[0], *paths[1])))
     return queries
 
 
@@ -820,7 +824,7 @@ class Reconstruction(Checked):
     """Tokenizer folder or checkpoint in any format that vqgan.py reads; the bundled one by default."""
     out: Path | None = None
     """Folder for reconstruction.json, reconstruction.png (originals, reconstructions, errors times 4) and psnr.png; must not
-    exist, or hold this very evaluation, unfinished. By default runs/evaluate/reconstruction-TOKENIZER, whose files are replaced."""
+    exist, or hold this very evaluation, which goes on. By default runs/evaluate/reconstruction-TOKENIZER, whose files are replaced."""
     fit: Literal["stretch", "crop"] = "crop"
     """Crop each picture to the square, or stretch it."""
     lpips_vgg: Path | None = None
@@ -844,10 +848,10 @@ def reconstruction(config: Reconstruction):
     paths, tokenizer = vqgan.find_images(config.data), vqgan.load(config.tokenizer)
     networks = {"lpips": vqgan.load_lpips(config.lpips_vgg, config.lpips_heads)} if config.lpips_vgg else {}
     networks |= {"efficientnet_lite0": vqgan.load_efficientnet_lite0(config.efficientnet)} if config.efficientnet else {}
-    out, size = open_out(config.out, f"reconstruction-{config.tokenizer.name}"), tokenizer.config.resolution
+    out, size = open_out(config.out, "reconstruction", config.tokenizer.name), tokenizer.config.resolution
     about = {
         "command": "python evaluate.py " + shlex.join(sys.argv[1:]), "tokenizer": str(config.tokenizer), "fingerprint": vqgan.fingerprint(tokenizer),
-        "weights": weights_digest(tokenizer), "data": str(config.data), "fit": config.fit, "resolution": size, "seed": config.seed,
+        "weights": sample.weights_digest(tokenizer), "data": str(config.data), "fit": config.fit, "resolution": size, "seed": config.seed,
         "protocol": "codes and pixels in float32; SSIM with an 11x11 Gaussian of sigma 1.5; means over pictures, 95% bootstrap intervals",
         "device": jax.devices()[0].device_kind}
     tokenizer, networks = jax.device_put((tokenizer, networks), NamedSharding(mesh, P()))
@@ -871,8 +875,8 @@ def reconstruction(config: Reconstruction):
             )
 
     plot = can_draw("psnr.png")
-    about["networks"] = {name: weights_digest(network) for name, network in networks.items()}
-    examples = measured(out, "reconstruction", about, [str(path) for path in paths], measure, batch)
+    about["networks"] = {name: sample.weights_digest(network) for name, network in networks.items()}
+    examples = measured(out, "reconstruction", about, [str(path) for path in paths], measure, batch, list(map(inputs_of, paths)))
     counts_K = np.bincount(np.concatenate([e.pop("codes") for e in examples]), minlength=tokenizer.config.num_embeddings)
     report = vqgan.summarise_reconstruction([{"path": e.pop("example")} | e for e in examples], counts_K, config.seed)
     print("\n".join(vqgan.describe(report)))
@@ -888,7 +892,6 @@ def reconstruction(config: Reconstruction):
         draw_ranks(
             out / "psnr.png", decibels, "PSNR of each picture", "PSNR in dB", mean=report["mean"]["psnr"]
         )
-    partial_file(out, "reconstruction").unlink()
     print(f"wrote {out}/reconstruction.json, reconstruction.png{' and psnr.png' * bool(plot and decibels)}")
 
 
@@ -926,7 +929,7 @@ class Fid(Checked):
     network scales it to its own size; those that are such squares already stay as they are."""
     out: Path | None = None
     """Folder for fid.json, features-data.npz and features-generated.npz; must not exist, or hold this very evaluation,
-    unfinished. By default runs/evaluate/fid-NETWORK, whose files are replaced."""
+    which goes on. By default runs/evaluate/fid-NETWORK, whose files are replaced."""
     batch: int = 32
     """Pictures at a time, over all devices."""
     devices: int | None = None
@@ -969,7 +972,7 @@ def fid(config: Fid):
     mesh, batch = share(config.devices, config.batch)
     network, tokenizer = jax.device_put((network, tokenizer), NamedSharding(mesh, P()))
     extract = jax.jit(Inception.pooled if config.network == "inception" else efficientnet_pooled)
-    out = open_out(config.out, f"fid-{config.network}")
+    out = open_out(config.out, "fid", config.network)
     about = {
         "command": "python evaluate.py " + shlex.join(sys.argv[1:]),
         "definition": definition,
@@ -999,9 +1002,11 @@ def fid(config: Fid):
     features = dict(stored)
     for side in paths:  # one after the other, so that no batch holds both
         first = next(n for n, (s, _) in enumerate(names) if s == side)
-        examples = measured(out, f"fid-{side}", about, [str(p) for p in paths[side]], lambda at, first=first: measure([first + n for n in at]), batch)
+        examples = measured(out, f"fid-{side}", about, [str(p) for p in paths[side]], lambda at, first=first: measure([first + n for n in at]), batch,
+                            list(map(inputs_of, paths[side])))
         features[side] = np.stack([np.frombuffer(base64.b64decode(e["features"]), "<f4") for e in examples])
-        np.savez(out / f"features-{side}.npz", features_ND=features[side], definition=definition, names=[str(p) for p in paths[side]])
+        np.savez(content := io.BytesIO(), features_ND=features[side], definition=definition, names=[str(p) for p in paths[side]])
+        write_whole(out / f"features-{side}.npz", content.getbuffer())
 
     a_ND, b_ND = (features[side].astype(np.float64) for side in sides)
     if not (np.isfinite(a_ND).all() and np.isfinite(b_ND).all()):
@@ -1025,8 +1030,6 @@ def fid(config: Fid):
         draw_shares(
             out / "fid.png", far, "How far the pictures' features lie from the mean of the data", "distance"
         )
-    for side in paths:
-        partial_file(out, f"fid-{side}").unlink()
     print(
         f"wrote {out}/fid.json{', fid.png' * plot} and the features; never compare figures of different "
         "definitions"
@@ -1194,7 +1197,7 @@ def scaling(config: Scaling):
     mesh, batch = share(config.devices, 8)
     for size in config.sizes:
         model = lvm.load(config.out / size)
-        parameters[size], about = lvm.parameter_count(model.config), {"weights": weights_digest(model), "heldout": shards.about["sha256"]}
+        parameters[size], about = lvm.parameter_count(model.config), {"weights": sample.weights_digest(model), "heldout": shards.about["sha256"]}
         models = Models(jax.device_put(model, NamedSharding(mesh, P())), None, mesh, batch, True)
 
         def measure(at, models=models):
@@ -1255,8 +1258,6 @@ def scaling(config: Scaling):
         "protocol": "each size sees the same sentences in the same order; loss: mean over held-out sentences of nats a code; perplexity: of the last "
         "picture's codes given all before; loss = E + A / N^a by least squares, N all parameters, E and A not negative; intervals over held-out sentences, "
         "not over training runs", "fit": fit | {"residual": fitted["residual"]}, "device": jax.devices()[0].device_kind, "rows": rows, "examples": examples})
-    for size in config.sizes:
-        partial_file(config.out, f"scaling-{size}").unlink()
     print(f"wrote {config.out}/scaling.json{', loss.png and tasks.png' * plot}")
 
 
@@ -1278,52 +1279,45 @@ class Models(NamedTuple):
     bos: bool
 
 
-def run(config, command, out, about, names, measure, main):
+def run(config, command, out, about, names, measure, main, inputs=None):
     """Measures all examples, prints the tables and writes OUT/COMMAND.json; returns what is in it. `main` is the model's line.
 
     `measure(numbers)` -> one {"kind", "values": {line: {measure: value}}} for each of these examples."""
-    examples = measured(out, command, about, names, measure, config.batch)
+    examples = measured(out, command, about, names, measure, config.batch, inputs)
     rows = summarise(examples, config.seed)
     print_tables(rows, main)
     report = about | {"rows": rows, "examples": examples}
     write_report(out, command, report)
-    partial_file(out, command).unlink()
     return report
 
 
-def measured(out, command, about, names, measure, batch) -> list[dict]:
-    """What `measure` says of every example, batch by batch; each is kept in OUT/COMMAND.partial.jsonl as soon as it is
-    known. A killed evaluation goes on after its last whole batch: the values are those of one that was never stopped."""
-    file = partial_file(out, command)
-    settings = json.dumps([{k: v for k, v in about.items() if k != "command"}, names, batch], default=str)
-    head = json.dumps({"settings": hashlib.sha256(settings.encode()).hexdigest()}) + "\n"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    if lines and lines[0] != head:
-        if out.parent != REPORTS:
-            raise UserError(f"{file} is left of an evaluation with other settings; delete it, or choose another --out")
-        lines = []  # the default folder's files are replaced
-    done = [json.loads(line) for line in lines[1:] if line.endswith("\n")]
-    if len(done) < len(names):
-        done = done[:len(done) // batch * batch]
-    if done:
-        print(f"{file}: {len(done)} of {len(names)} examples are measured already")
+def measured(out, command, about, names, measure, batch, inputs=None) -> list[dict]:
+    """What `measure` says of every example, batch by batch; each is kept in OUT/COMMAND.record.jsonl as soon as it is known.
+
+    A killed evaluation goes on: the values are those of one that was never stopped. A batch is measured anew where one of
+    its `inputs` (a digest of the files of each example) is another one than it was."""
     out.mkdir(parents=True, exist_ok=True)
-    whole = file.with_suffix(".new")
-    whole.write_text(head + "".join(strict_json(e) + "\n" for e in done))
-    os.replace(whole, file)
-    with open(file, "a") as stream, tqdm(total=len(names), initial=len(done), unit="example", desc=command, dynamic_ncols=True) as bar:
-        for n in range(len(done), len(names), batch):
+    settings = {k: v for k, v in about.items() if k != "command"} | {
+        "examples": hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16], "batch": batch, "devices": jax.device_count(), "code": code_digest()}
+    record = Record(out / f"{command}.record.jsonl", settings, replaced=out.parent == REPORTS)  # the default folder's files are
+    record.write(record.lines)  # without what a kill cut short
+    known, done = {line["number"]: line for line in record.lines if isinstance(line.get("number"), int)}, []
+    with tqdm(total=len(names), unit="example", desc=command, dynamic_ncols=True) as bar:
+        for n in range(0, len(names), batch):
             at = list(range(n, min(n + batch, len(names))))
-            new = [{"example": names[i], **record} for i, record in zip(at, measure(at), strict=True)]
-            stream.write("".join(strict_json(e) + "\n" for e in new))
-            stream.flush()
-            done += new
-            bar.update(len(new))
-    return done
+            lines = [known.get(i, {}) for i in at]
+            if any("measured" not in line or line.get("inputs") != (inputs and inputs[i]) for i, line in zip(at, lines)):
+                lines = [{"number": i, "inputs": inputs and inputs[i], "measured": new} for i, new in zip(at, measure(at), strict=True)]
+                record.append(lines)
+            done += lines
+            bar.update(len(at))
+    record.write(done)
+    return [{"example": names[line["number"]], **line["measured"]} for line in done]
 
 
-def partial_file(out, command) -> Path:
-    return out / f"{command}.partial.jsonl"
+def inputs_of(*files, more=None) -> str:
+    """Tells changed inputs of an example: a digest of the sizes and times of change of its files, and of `more`."""
+    return hashlib.sha256(repr([*map(tokenize_data.file_state, files), more]).encode()).hexdigest()[:16]
 
 
 def share(devices, batch):
@@ -1438,28 +1432,22 @@ def open_all(config: Common, command):
     """Checks the flags, opens model and tokenizer -> (output folder, Models, the head of the report)."""
     mesh, batch = share(config.devices, config.batch)
     model_path, tokenizer_path = sample.find_models(config.model, config.tokenizer)
-    out = open_out(config.out, f"{command}-{Path(model_path).name}")
+    out = open_out(config.out, command, Path(model_path).name)
     tokenizer = sample.open_tokenizer(tokenizer_path, model_path)
     model = sample.open_model(model_path, tokenizer, tokenizer_path, config.dtype)
     print(f"model      {model_path}: {lvm.parameter_count(model.config):,} parameters\ntokenizer  {tokenizer_path}")
     about = {"command": "python evaluate.py " + shlex.join(sys.argv[1:]), "model": model_path, "parameters": lvm.parameter_count(model.config),
-             "weights": weights_digest(model), "tokenizer": str(tokenizer_path), "fingerprint": vqgan.fingerprint(tokenizer), **{k: getattr(config, k) for k in ("seed", "bos", "dtype")},
+             "weights": sample.weights_digest(model), "tokenizer": str(tokenizer_path), "fingerprint": vqgan.fingerprint(tokenizer), **{k: getattr(config, k) for k in ("seed", "bos", "dtype")},
              "device": jax.devices()[0].device_kind}
     model, tokenizer = jax.device_put((model, tokenizer), NamedSharding(mesh, P()))
     return out, Models(model, tokenizer, mesh, batch, config.bos), about
 
 
-def weights_digest(model) -> str:
-    """Tells apart the steps of a run whose path is one: a hash of each weight's absolute sum."""
-    sums = jax.jit(lambda leaves: jnp.stack([jnp.abs(leaf.astype(jnp.float32)).sum() for leaf in leaves]))(jax.tree.leaves(model))
-    return hashlib.sha256(np.asarray(sums).tobytes()).hexdigest()[:16]
-
-
-def open_out(out, default) -> Path:
-    """Refuses a folder that holds anything but an unfinished evaluation."""
+def open_out(out, command, name) -> Path:
+    """Refuses a folder that holds anything but this evaluation."""
     if out is None:
-        return REPORTS / default
-    if out.exists() and not any(out.glob("*.partial.jsonl")):
+        return REPORTS / f"{command}-{name}"
+    if out.exists() and not any(out.glob(f"{command}*.record.jsonl")):
         raise UserError(f"--out {out} exists; choose another folder or delete it")
     return out
 
@@ -1652,6 +1640,12 @@ def write_report(out: Path, name, report):
     write_whole(out / f"{name}.json", strict_json(report, indent=1) + "\n")
 
 
+def write_picture(path: Path, save):
+    """Whole or not at all; `save(file)` writes it."""
+    save(content := io.BytesIO())
+    write_whole(path, content.getbuffer())
+
+
 # ---------------------------------------------------------------------------------------------------- plots
 
 
@@ -1732,7 +1726,7 @@ def draw_panels(
     figure.suptitle(title + ("; grey: pooled" if POOLED in curves and len(curves) > 1 else ""), fontsize=13)
     figure.supxlabel(x_label)
     figure.supylabel(y_label)
-    figure.savefig(path)
+    write_picture(path, lambda file: figure.savefig(file, format="png"))
     return figure
 
 
@@ -1790,7 +1784,7 @@ def draw_ranks(path, values: dict[str, float], title, y_label, log=False, mean=N
     set_x_ticks(ax, [1, len(names)], None)
     ax.margins(y=0.15)
     ax.set(xlabel="rank, from the lowest to the highest", ylabel=y_label)
-    figure.savefig(path)
+    write_picture(path, lambda file: figure.savefig(file, format="png"))
     return figure
 
 
@@ -1801,7 +1795,7 @@ def draw_shares(path, values: dict[str, np.ndarray], title, x_label):
         ax.ecdf(values_N, color=colour, linewidth=2, label=f"{name}, {len(values_N):,} pictures")
     ax.legend(frameon=False, loc="upper left")
     ax.set(title=title, xlabel=x_label, ylabel="share of pictures that are no farther")
-    figure.savefig(path)
+    write_picture(path, lambda file: figure.savefig(file, format="png"))
     return figure
 
 
@@ -1828,7 +1822,7 @@ def draw_law(path, points: list[dict], law, name, ticks):
     set_x_ticks(ax, xs, ticks)
     ax.legend(frameon=False)
     ax.set(title="Held-out loss against size", xlabel="parameters (logarithmic)", ylabel="nats a code")
-    figure.savefig(path)
+    write_picture(path, lambda file: figure.savefig(file, format="png"))
     return figure
 
 

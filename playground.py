@@ -291,9 +291,12 @@ def smaller_copy(image: Image.Image, path: Path) -> Path:
     if image.mode.startswith("I") or image.mode == "F":
         return path
     image.draft(None, (1024, 1024))  # a JPEG is decoded at an eighth of its size or more
+    image.load()  # which turns a TIFF
+    turned = image.getexif().get(0x0112, 1)
     if image.mode not in ("L", "RGB", "RGBA", "CMYK") or "transparency" in image.info:
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     image = image.reduce(max(1, min(image.size) // 1024, math.isqrt(image.width * image.height // LARGE)))
+    image.getexif()[0x0112] = turned
     image = ImageOps.exif_transpose(image)
     copy = path.with_name(f"{path.stem}.smaller.png")
     image.convert("RGBA" if image.has_transparency_data else "RGB").save(copy, compress_level=1)
@@ -369,8 +372,8 @@ class Guard:
         most = MOST_UPLOAD if upload else MOST_MESSAGE
         if b"transfer-encoding" in headers or not (length.isascii() and length.isdigit()) or int(length[:20]) > most:
             return await answer(send, 413, f"more than {most >> 10} KiB in one request")
-        if not upload:
-            receive = await self.read_request(receive)
+        if not upload and (receive := await self.read_request(receive)) is None:
+            return await answer(send, 408, "the request did not come to its end")
         if self.running >= MOST_REQUESTS or upload and self.files.coming + int(length) > MOST_SCRATCH // 2:
             return await answer(send, 503, "busy; try again")
         self.running += 1
@@ -398,16 +401,17 @@ class Guard:
         return text
 
     async def read_request(self, receive):
-        """Reads the body, at most MOST_MESSAGE, and gives a `receive` that hands it on in one piece."""
+        """Reads the body, at most MOST_MESSAGE, and gives a `receive` that hands it on in one piece, or None where it does not come."""
         parts, message = [], {"more_body": True}
         while message.get("more_body"):
             message = await in_time(receive)()
+            if message["type"] == "http.disconnect":
+                return None
             parts.append(message.get("body", b""))
-        first = [message if message["type"] == "http.disconnect" else
-                 {"type": "http.request", "body": self.shown_to_real(b"".join(parts)), "more_body": False}]
+        whole = [{"type": "http.request", "body": self.shown_to_real(b"".join(parts)), "more_body": False}]
 
         async def receive_read():
-            return first.pop() if first else await receive()
+            return whole.pop() if whole else await receive()
 
         return receive_read
 

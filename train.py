@@ -83,6 +83,8 @@ class Config:
     heldout_fraction: float = 0.0
     """Keep this fraction of the sentences of every --data, chosen by the hash of their tokens, out of the training. Where
     --heldout is not given, the held-out loss and the sample pictures come from them; with neither there is no such loss."""
+    accept_new_data: bool = False
+    """Go on with a run though the data under the same paths are others than they were, such as tokenized anew."""
     out: Path = Path("runs/mini")
     """Run folder; a run that it already holds is resumed."""
     init: Path | None = None
@@ -225,7 +227,7 @@ def preset(arguments) -> Config:
 # These may differ when a run is resumed; everything else must be as it was.
 MAY_CHANGE = {"preset", "out", "steps", "save_every", "keep", "milestone_every", "evaluate_every", "log_every", "log", "profile", "patience", "save_patience", "mesh",
               "remat", "compile_only", "topology", "compilation_cache", "learning_rate", "final_learning_rate", "warmup", "tokenizer", "heldout",
-              "coordinator", "processes", "process", "heartbeat"}
+              "coordinator", "processes", "process", "heartbeat", "accept_new_data"}
 
 
 def warmup_of(config: Config) -> int:
@@ -271,14 +273,17 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
     shards = [open_sentences(path) for path in paths]
     trained = [Sentences(str(path), part, np.arange(len(part)), weight) for path, part, weight in zip(paths, shards, weights)]
     heldout = find_heldout(trained, (str(asked), open_sentences(str(asked))) if asked else None, config.heldout_fraction, say)
-    check_hosts_agree({f"data {path}": data_digest(part) for path, part in zip(paths, shards)})
+    check_hosts_agree({f"data {path}": part.digest for path, part in zip(paths, shards)})
     auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     dtype = jnp.dtype(auto if config.dtype == "auto" else config.dtype)
     context = config.context or model_config.context
     if config.init:
         check_init(config.init, shards[0].about["tokenizer"])
     flags, defaults = (json.loads(json.dumps(dataclasses.asdict(c), default=str)) for c in (config, Config()))
-    begin_run(config.out / "config.json", flags, defaults, MAY_CHANGE, about={"model": dataclasses.asdict(model_config), "tokenizer": shards[0].about["tokenizer"]})
+    check_same_data(config, facts := [
+        {"path": path, "digest": part.digest, **{k: part.about[k] for k in ("tokenizer", "sentences", "tokens", "kinds")}} for path, part in zip(paths, shards)])
+    begin_run(config.out / "config.json", flags, defaults, MAY_CHANGE, about={"model": dataclasses.asdict(model_config), "tokenizer": shards[0].about["tokenizer"]},
+              noted={"data": facts})
 
     # The state: the newest whole checkpoint, or else random weights or those of --init. What is wrong with the data is said before.
     checkpoints = Checkpoints(config.out / "checkpoints", config.keep, config.milestone_every)
@@ -641,10 +646,16 @@ def facts_of(config: Config) -> dict[str, str]:
     return flags | {"code": code, "versions": f"jax {jax.__version__}, numpy {np.__version__}", "devices of a host": str(jax.local_device_count())}
 
 
-def data_digest(part) -> str:
-    """Names what a dataset holds; dataset.json names the digest of every file of its folder."""
-    is_folder = isinstance(part, tokenize_data.Shards)
-    return hashlib.sha256((part.folder / "dataset.json").read_bytes() if is_folder else part.hashes_N.tobytes()).hexdigest()[:16]
+def check_same_data(config: Config, data: list[dict]):
+    """Raises UserError where a dataset of a run that goes on is not what it was, with the difference."""
+    before = []
+    if not config.accept_new_data and lvm.steps_of(config.out / "checkpoints"):
+        with contextlib.suppress(UserError):  # `begin_run` says what is wrong with this file, and older runs do not say what their data were
+            before = read_json(config.out / "config.json").get("data", [])
+    differ = [f"{new['path']}: " + ", ".join(f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v)
+              for old, new in zip(before, data) if old["path"] == new["path"] and old != new]
+    if differ:
+        raise UserError(f"the data were changed since this run began ({'; '.join(differ)}): put them back, or go on with the new ones by --accept-new-data")
 
 
 def on_host(model):

@@ -1428,6 +1428,8 @@ def reconstruct(images: tuple[Path, ...], model: Path = MINI, out: Path | None =
     shown = lambda value, digits: "     -" if value is None else f"{value:6.{digits}f}"
     for example in report["examples"]:
         print(f"{shown(example['psnr'], 2)} dB  SSIM {shown(example['ssim'], 3)}  {example['path']}")
+    mean = {name: value["mean"] for name, value in report["mean"].items()}
+    print(f"{shown(mean['psnr'], 2)} dB  SSIM {shown(mean['ssim'], 3)}  mean of {len(paths)}")
     print("\n".join(describe(report)))
     save_rows(sheet, out)
     write_whole(out.with_suffix(".json"), strict_json({"model": str(model), "fingerprint": fingerprint(vqgan), "fit": fit, "seed": seed} | report, indent=1) + "\n")

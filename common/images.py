@@ -30,6 +30,10 @@ class UserError(ValueError):
 
     Commands print it as one line and end with status 2; any other exception is a bug of ours and keeps its traceback."""
 
+    def __init__(self, message):
+        message = str(message)  # what is quoted in it may be megabytes long
+        super().__init__(message if len(message) <= 4000 else f"{message[:2000]} ... {message[-1900:]}")
+
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"}

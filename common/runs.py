@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib
 import json
@@ -37,7 +38,7 @@ from jax.experimental import multihost_utils
 
 from common import end_at_signals, end_now
 from common.images import UserError
-from common.weights import no_room, parse_json, read_json, strict_json, write_whole
+from common.weights import naming, no_room, parse_json, read_json, strict_json, write_whole
 
 
 class RunStopped(Exception):
@@ -97,8 +98,8 @@ def check_numbers(config, intervals: dict[str, str], called=lambda field: "--" +
     """Raises UserError, naming the flag, where a number of the dataclass `config` makes no sense.
 
     `intervals` holds the names of all its fields of numbers, by the interval in which they must lie:
-    {"[1, inf)": "steps batch", "[0, 1)": "ema"}. Integers lie below 2**31 and floats in the range of float32 in any
-    case; None passes where the field may be None; every entry of a tuple is checked. A message calls a field
+    {"[1, inf)": "steps batch", "[0, 1)": "ema"}. Without an upper end integers lie below 2**31, and floats in the range
+    of float32; None passes where the field may be None; every entry of a tuple is checked. A message calls a field
     `called(field)`. Raises KeyError for a field of numbers that has no interval."""
     interval_of = {field: interval for interval, fields in intervals.items() for field in fields.split()}
     for field in dataclasses.fields(config):
@@ -268,11 +269,12 @@ def asked_to_stop():
 # ---------------------------------------------------------------------------------------------------- settings
 
 
-def begin_run(file: Path, flags: dict, defaults: dict, may_change: set[str], about: dict = {}):
+def begin_run(file: Path, flags: dict, defaults: dict, may_change: set[str], about: dict = {}, noted: dict = {}):
     """Writes a run's flags to its settings file, or refuses to resume a run whose flags are others, naming them.
 
     `flags` and `defaults` are {field: value}; a flag that is newer than the run had its default in it. `about` says what
-    else must be the same. With it the file holds {**about, "train": flags}, without it the flags alone. All are JSON."""
+    else must be the same; what is `noted` may differ. With `about` the file holds {**about, **noted, "train": flags}, without
+    it the flags alone. All are JSON."""
     if steps := steps_of(file.parent / "checkpoints"):  # before the first checkpoint there is nothing to resume
         newest = max(int(step.name) for step in steps)
         if not file.exists():
@@ -292,7 +294,7 @@ def begin_run(file: Path, flags: dict, defaults: dict, may_change: set[str], abo
             if changed:
                 raise UserError(f"{file.parent} holds a run with other settings ({'; '.join(changed)}); choose another --out, or repeat its settings")
     if leads():
-        write_whole(file, strict_json({**about, "train": flags} if about else flags, indent=1) + "\n")
+        write_whole(file, strict_json({**about, **noted, "train": flags} if about else flags, indent=1) + "\n")
 
 
 def _same(before, now) -> bool:
@@ -638,6 +640,49 @@ def _digests(folder, files):
 
     with ThreadPoolExecutor(8) as pool:
         yield from pool.map(digest, files)
+
+
+# ---------------------------------------------------------------------------------------------------- records of finished work
+
+
+class Record:
+    """JSON lines beside the results of a command, one for each piece of work that is finished; the first holds the settings.
+
+    `lines` are those of an earlier call, which a kill or a full disk may have stopped at any point; what stands after a
+    damaged line does not count. Raises UserError, naming what differs, where the file is of other settings, unless such a
+    file is `replaced`."""
+
+    def __init__(self, file: Path, settings: dict, replaced: bool = False):
+        self.file, self.lines = file, []
+        self.head = strict_json({"settings": settings}, default=str) + "\n"
+        head, *lines = file.read_bytes().splitlines(keepends=True) if file.exists() else [b""]
+        if head and head != self.head.encode():
+            before, now = parse_json(head, f"{file} line 1").get("settings"), json.loads(self.head)["settings"]
+            before = before if isinstance(before, dict) else {}
+            if not replaced:
+                changed = [f"{k}: {str(before.get(k))[:60]} -> {str(now.get(k))[:60]}" for k in before | now if before.get(k) != now.get(k)]
+                raise UserError(f"{file} is of work with other settings ({'; '.join(changed)}); repeat them, delete it, or choose another --out")
+            lines = []
+        for line in lines:
+            try:
+                self.lines.append(parse_json(line if line.endswith(b"\n") else b"", file))
+            except UserError:
+                break
+
+    def write(self, lines: list[dict]):
+        """Replaces all lines, whole or not at all."""
+        write_whole(self.file, self.head + "".join(strict_json(line) + "\n" for line in lines))
+
+    def append(self, lines: list[dict]):
+        with naming(self.file), open(self.file, "a") as out:
+            out.write("".join(strict_json(line) + "\n" for line in lines))
+
+
+@functools.cache
+def code_digest() -> str:
+    """Tells apart versions of this program."""
+    root = Path(__file__).resolve().parent.parent
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted([*root.glob("*.py"), *root.glob("common/*.py")]))).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------- bad steps

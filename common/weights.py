@@ -15,6 +15,7 @@ import re
 import reprlib
 import shutil
 import struct
+import sys
 import types
 import typing
 import zipfile
@@ -452,6 +453,27 @@ def write_together(contents: dict):
         raise
 
 
+@contextlib.contextmanager
+def naming(file):
+    """An OSError inside, such as a full disk's, which knows no path or a temporary one, names `file`."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from None
+
+
+def cache_folder(name: str) -> Path | None:
+    """The folder `name` of this program's in the user's cache, made where it is not there; None, with one line, without a
+    place that can be written to (no home, a disk that may only be read)."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lvm-jax" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "cannot be written to", str(folder))
+        return folder
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        print(f"nothing is kept in a cache between two starts: {error}", file=sys.stderr)
+        return None
 def _partial(path: Path) -> Path:
     """A name beside `path` that no other process takes, on this host or another; `.NAME.*.partial` finds it."""
     return path.with_name(f".{path.name[:40]}.{os.uname().nodename[:40]}-{os.getpid()}.partial")

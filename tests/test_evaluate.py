@@ -250,14 +250,14 @@ def test_a_killed_evaluation_goes_on_where_it_was_and_ends_the_same(folder, monk
     monkeypatch.setattr(evaluate, "score", killed)
     with pytest.raises(KeyboardInterrupt):
         command(monkeypatch, *arguments, "--out", "parts")
-    with open("parts/perplexity.partial.jsonl", "a") as file:
+    with open("parts/perplexity.record.jsonl", "a") as file:
         file.write('{"example": 4, "ki')  # cut short by the kill
     assert command(monkeypatch, *arguments, "--seed", 1, "--out", "parts") == 2  # another evaluation
     assert command(monkeypatch, *arguments, "--out", "parts") == 0
     assert len(calls) == 5  # 7 examples are 4 batches: two before the kill, one lost, two after
     whole, parts = read("whole/perplexity.json"), read("parts/perplexity.json")
     assert {k: v for k, v in whole.items() if k != "command"} == {k: v for k, v in parts.items() if k != "command"}
-    assert not list(Path("parts").glob("*.partial*"))
+    assert not list(Path("parts").glob("*.partial*")) and Path("parts/perplexity.record.jsonl").read_bytes() == Path("whole/perplexity.record.jsonl").read_bytes()
 
 
 def test_without_data_the_heldout_demo_is_composed_once_and_the_untrained_task_is_not_pooled(folder, monkeypatch, capsys):

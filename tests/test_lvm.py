@@ -499,7 +499,7 @@ def one_step_run(path, model):
     (path / "config.json").write_text(json.dumps({"model": dataclasses.asdict(model.config)}))
     with ocp.CheckpointManager(path / "checkpoints") as manager:
         manager.save(8, args=ocp.args.Composite(model=ocp.args.StandardSave(model)))
-    lvm.write_digests(path / "checkpoints" / "8")
+    runs.write_digests(path / "checkpoints" / "8")
     return path
 
 
