@@ -255,6 +255,7 @@ def train(config: Config) -> lvm.LVM:
 
 
 def train_in_own_folder(config: Config) -> lvm.LVM:
+    """`train`, once no other training can use the run folder."""
     check_hosts_agree(facts_of(config))
     say = print if leads() else lambda text: None
 

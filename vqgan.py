@@ -600,13 +600,14 @@ MAY_CHANGE = {"out", "save_every", "save_patience", "log_every", "mesh", "patien
 
 
 def train(config: TrainConfig) -> VQGAN:
-    """Trains until `config.steps`, or until SIGTERM or Ctrl-C asks to stop, resuming from `config.out` where it holds a checkpoint, and
+    """Trains until `config.steps`, or until a signal asks to stop, resuming from `config.out` where it holds a checkpoint, and
     returns the averaged model, which at the end is also saved."""
     with own_run_folder(config.out):
         return train_in_own_folder(config)
 
 
 def train_in_own_folder(config: TrainConfig) -> VQGAN:
+    """`train`, once no other training can use the run folder."""
     mesh = make_mesh(config.mesh)
     if config.batch % (mesh.size * config.accumulate):
         raise UserError(f"--batch {config.batch} is not a multiple of the {mesh.size} devices times --accumulate {config.accumulate}")

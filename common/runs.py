@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from common import end_at_signals
+from common import end_at_signals, end_now
 from common.images import UserError
 from common.weights import naming, no_room, parse_json, read_json, strict_json, write_whole
 
@@ -264,7 +264,8 @@ def asked_to_stop():
         yield multihost_utils.reached_preemption_sync_point if several else lambda step: bool(asked)
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not end_now:  # there is something now, and it is saved: one more signal does no harm
+                signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------- settings
