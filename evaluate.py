@@ -10,9 +10,14 @@
     python evaluate.py fid --data PICTURES --generated OTHERS --weights FILE    # Frechet and kernel distances
     python evaluate.py scaling                                # trains a ladder of sizes, fits loss = E + A / N^a
 
-Perplexity is LVM's: exp of the mean negative log-likelihood of an example's codes, then the arithmetic mean over
-examples. Probabilities are over the whole vocabulary. Intervals are 95% bootstrap intervals over examples. Each batch is
-split over the devices, and a killed evaluation that is started again goes on where it was.
+Plots need matplotlib (pip install matplotlib); without it, one line at the start says so, and tables and JSON
+are the same.
+
+Perplexity is LVM's: exp of the mean negative log-likelihood of an example's codes, then the arithmetic mean
+over examples. Probabilities are over the whole vocabulary. Intervals are 95% bootstrap intervals over
+examples (of the Frechet distance: its normal limit's); a value that does not exist is null in the JSON, with
+a reason beside it. Each batch is split over the devices, and a killed evaluation that is started again goes
+on where it was.
 
 The published evaluation code of LVM's benchmarks does not exist, so each command's docstring states a protocol, and the
 JSON repeats it. A figure means little beside `copy the query`, `mean of the answers` and `nearest example's answer`, which
@@ -29,6 +34,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -48,7 +54,7 @@ import numpy as np
 import tyro
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 
 import lvm
@@ -57,7 +63,7 @@ import tokenize_data
 import vqgan
 from common import metrics
 from common.images import UserError, count_frames, find_stems, find_videos, read_clip, read_depth, read_edges, read_frames, read_integers
-from common.runs import RunStopped, run_command
+from common.runs import Record, RunStopped, check_numbers, code_digest, run_command
 from common.weights import check_fields, parse_json, read_npz, read_text, read_xml, strict_json, write_whole
 
 REPORTS = Path("runs") / "evaluate"
@@ -66,14 +72,32 @@ NEVER_TRAINED = {task for task, share in tokenize_data.TASKS.items() if not shar
 POOLED = "pooled"
 
 
+INTERVALS = {
+    "[0, inf)": "sheet temperature shots",
+    "[1, inf)": "batch devices sentences items frames stride limit size demo_sentences",
+    "[1, 1e15]": "tokens",
+    "[2, inf)": "context",
+    "(0, inf)": "learning_rates",
+    "[0, 3]": "fold",
+    "[0, 2147483647]": "seed",
+}
+
+
+class Checked:
+    """A command's flags, refused by name where a number makes no sense."""
+
+    def __post_init__(self):
+        check_numbers(self, INTERVALS)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Common:
+class Common(Checked):
     model: str | None = None
     """Run folder, Hugging Face folder or EasyLM stream; by default the newest run in runs/, else the bundled model."""
     tokenizer: Path | None = None
     """Tokenizer folder; by default the one that the run names, else the bundled one."""
     out: Path | None = None
-    """Folder for the results; must not exist, or hold this very evaluation, unfinished. By default
+    """Folder for the results; must not exist, or hold this very evaluation, which goes on. By default
     runs/evaluate/COMMAND-MODEL, whose files are replaced."""
     batch: int = 8
     """Rows at a time, over all devices."""
@@ -113,7 +137,6 @@ def perplexity(config: Perplexity):
     if (config.data is None) == (config.prompts is None):
         raise UserError("name a dataset with --data, or a file with --prompts, and not both")
     examples = read_prompts(config.prompts) if config.prompts else None
-    check_at_least(1, sentences=config.sentences)
     out, models, about = open_all(config, "perplexity")
     S, frequency_V = models.tokenizer.config.codes_per_image, None
     if examples:
@@ -122,8 +145,8 @@ def perplexity(config: Perplexity):
         sentences, targets = encode_prompts(config, models, examples)
         names, kinds = [f"line {n}" for n in range(1, len(examples) + 1)], [str(config.prompts)] * len(examples)
     else:
-        about |= {"data": str(config.data), "protocol": "exp(mean NLL of all codes) of each sentence, arithmetic mean over sentences"}
         shards = open_data(config.data, models.tokenizer)
+        about |= {"data": str(config.data), "data_digest": shards.digest, "protocol": "exp(mean NLL of all codes) of each sentence, arithmetic mean over sentences"}
         chosen, kinds = choose(shards, config.sentences)
         names, sentences = [int(i) for i in chosen], [shards[i][1] for i in chosen]
         targets = [len(s) - (not config.bos) for s in sentences]  # without BOS nothing predicts the first code
@@ -142,23 +165,57 @@ def perplexity(config: Perplexity):
             if frequency_V is not None:
                 values["unigram"] = likelihood(-np.log(frequency_V[sentences[n][-targets[n]:]]))
             # The first picture may lack its first code, so pictures are cut from the end.
-            yield {"kind": kinds[n], "values": values, "perplexity of each picture": np.exp(pictures[::-1]).tolist()}
+            yield {
+                "kind": kinds[n],
+                "values": values,
+                "perplexity of each picture": list(map(exp, pictures[::-1])),
+            }
 
-    report = run(config, "perplexity", out, about, names, measure, "model")
-    if config.prompts:
-        values = sorted(e["values"]["model"]["perplexity"] for e in report["examples"])
-        line_chart(out / "perplexity.png", {"targets": [(n + 1, y) for n, y in enumerate(values)]}, "Perplexity of the targets", "example, in rising order")
-    else:
-        member = lambda kind, e: kind == label(e["kind"]) or kind == POOLED and e["kind"] not in NEVER_TRAINED
-        of_kind = {kind: [e["perplexity of each picture"] for e in report["examples"] if member(kind, e)]
-                   for kind in dict.fromkeys(row["kind"] for row in report["rows"])}
-        lines = {kind: [(t + 1, *metrics.bootstrap(np.array(values), config.seed).values()) for t, values in enumerate(zip(*pictures))] for kind, pictures in of_kind.items()}
-        line_chart(out / "perplexity.png", lines, "Perplexity of each picture of a sentence", "picture")
-    print(f"wrote {out}/perplexity.json and perplexity.png")
+    plot = can_draw("perplexity.png")
+    inputs = [inputs_of(*example["input"], *example["target"]) for example in examples] if examples else None
+    report = run(config, "perplexity", out, about, names, measure, "model", inputs)
+    if plot and config.prompts:
+        (row,) = [
+            row
+            for row in report["rows"]
+            if row["line"] == "model" and row["kind"] == label(str(config.prompts))
+        ]
+        values = {e["example"]: e["values"]["model"]["perplexity"] for e in report["examples"]}
+        draw_ranks(
+            out / "perplexity.png",
+            values,
+            "Perplexity of each line's targets",
+            "perplexity",
+            log=True,
+            mean=row["measures"]["perplexity"],
+        )
+    elif plot:
+        pictures = {
+            kind: zip(*(e["perplexity of each picture"] for e in members))
+            for kind, members in groups_of(report["examples"]).items()
+        }
+        curves = {
+            kind: [{"x": t} | metrics.bootstrap(values, config.seed) for t, values in enumerate(of_kind, 1)]
+            for kind, of_kind in pictures.items()
+        }
+        draw_panels(
+            out / "perplexity.png",
+            curves,
+            "Perplexity of each picture, given those before it",
+            "picture of the sentence",
+            "perplexity",
+            log=True,
+        )
+    print(f"wrote {out}/perplexity.json{' and perplexity.png' * plot}")
 
 
 def likelihood(nats_T) -> dict:
-    return {"perplexity": float(np.exp(nats_T.mean())), "nats": float(nats_T.mean()), "codes": len(nats_T)}
+    return {"perplexity": exp(nats_T.mean()), "nats": float(nats_T.mean()), "codes": len(nats_T)}
+
+
+def exp(nats) -> float:
+    """Infinity where it overflows, which a report shows as null."""
+    return math.exp(nats) if nats < 709 else math.inf
 
 
 # ---------------------------------------------------------------------------------------------------- prompts with one answer
@@ -172,6 +229,7 @@ class Query(NamedTuple):
     pictures: Callable[[int], list[np.ndarray]]  # of the tokenizer's resolution -> the pictures, float32 [H, W, 3] in [0, 1]
     truth: Callable[[int], Any] | None = None  # what the measures compare with, where it is not the last picture
     codes_TS: np.ndarray | None = None  # of sentences that are stored as codes: their pictures are what these decode to
+    inputs: str | None = None  # `inputs_of` the files that are read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,13 +242,18 @@ class Prompted(Common):
     sheet: int = 4
     """Examples of each kind on examples.webp."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if 0 < self.temperature < 1e-6:
+            raise UserError(
+                f"--temperature must be 0 (the likeliest code) or at least 1e-6, got {self.temperature}"
+            )
+
 
 def run_prompted(config: Prompted, command, queries: list[Query], prompts: dict[str, int], judge, protocol: str, settings=None):
     """Measures the answers after each of `prompts` (name: how many pictures stand before the answer), and the baselines.
 
     `judge(answer_HWC, truth, pictures_THWC, kind)` -> the measures of one answer. Adds the perplexity of the true answer."""
-    if config.sheet < 0 or config.temperature < 0:
-        raise UserError(f"--sheet and --temperature must be at least 0, got {config.sheet} and {config.temperature}")
     if not queries:
         raise UserError("no example to measure")
     out, models, about = open_all(config, command)
@@ -211,8 +274,13 @@ def run_prompted(config: Prompted, command, queries: list[Query], prompts: dict[
             with ThreadPoolExecutor(8) as readers:
                 pictures_BTHWC = np.stack(list(readers.map(lambda q: np.stack(q.pictures(models.tokenizer.config.resolution)), members)))
             codes_BTS = encode_all(models, pictures_BTHWC)
-        answers = {line: decode_all(models, draw_answers(models, codes_BTS[:, -1 - T:-1], at, config.temperature)[:, None])[:, 0]
-                   for line, T in prompts.items()}
+        answers = {
+            line: decode_all(
+                models,
+                draw_answers(models, codes_BTS[:, -1 - T : -1], at, config.temperature, config.seed)[:, None],
+            )[:, 0]
+            for line, T in prompts.items()
+        }
         if config.baseline:
             answers |= {line: np.stack([guess(p_THWC) for p_THWC in pictures_BTHWC]) for line, guess in baselines(most, command).items()}
             if members[0].codes_TS is None:
@@ -227,10 +295,10 @@ def run_prompted(config: Prompted, command, queries: list[Query], prompts: dict[
             truth = query.truth(models.tokenizer.config.resolution) if query.truth else pictures_BTHWC[b, -1]
             values = {line: judge(answer_BHWC[b], truth, pictures_BTHWC[b], query.kind) for line, answer_BHWC in answers.items()}
             for line in prompts:
-                values[line] = {"perplexity": float(np.exp(nats[line][b][-S:].mean()))} | values[line]
+                values[line] = {"perplexity": exp(nats[line][b][-S:].mean())} | values[line]
             yield {"kind": query.kind, "values": values}
 
-    report = run(config, command, out, about, [q.name for q in queries], measure, main=list(prompts)[-1])
+    report = run(config, command, out, about, [q.name for q in queries], measure, list(prompts)[-1], [q.inputs for q in queries])
     print(f"wrote {out}/{command}.json")
     if config.sheet:
         kinds = dict.fromkeys(q.kind for q in queries)
@@ -243,7 +311,7 @@ def run_prompted(config: Prompted, command, queries: list[Query], prompts: dict[
                 before = list(zip(pictures_BTHWC[b, -min(most, 4):], [*captions, "true answer"][-min(most, 4):]))
                 shown = [line for line in answers if line == main or line not in prompts and not line.startswith("copy")]  # what is copied is there
                 rows.append([*before, *((answers[line][b], f"after {line}" if line == main else line.replace("nearest example's", "nearest")) for line in shown)])
-        sample.sheet(rows, columns=max(map(len, rows))).save(out / "examples.webp", quality=90)
+        write_picture(out / "examples.webp", lambda file: sample.sheet(rows, columns=max(map(len, rows))).save(file, "WEBP", quality=90))
         print(f"wrote {out}/examples.webp")
     return out, report
 
@@ -262,7 +330,7 @@ def baselines(T, command) -> dict[str, Callable]:
 
 def check_shots(shots) -> dict[str, int]:
     """Numbers of example pairs -> {name: pictures before the answer}."""
-    if not shots or min(shots) < 0 or len(set(shots)) < len(shots):
+    if not shots or len(set(shots)) < len(shots):
         raise UserError(f"--shots wants different numbers of example pairs, such as 1 7, got {' '.join(map(str, shots))}")
     return {f"{k} pairs" if k != 1 else "1 pair": 2 * k + 1 for k in sorted(shots)}
 
@@ -289,7 +357,8 @@ class Shots(Prompted):
 
 
 def shots(config: Shots):
-    check_at_least(1, shots=config.shots, sentences=config.sentences)
+    if config.shots < 1:
+        raise UserError("--shots must be at least 1: a curve begins at no pairs and ends at so many")
     model_path, tokenizer_path = sample.find_models(config.model, config.tokenizer)
     tokenizer, pairs = sample.open_tokenizer(tokenizer_path, model_path), config.shots + 1
     S = tokenizer.config.codes_per_image
@@ -297,18 +366,37 @@ def shots(config: Shots):
     chosen, kinds = choose(shards, config.sentences, leave_out=SEQUENCES)
     sentences_NTS = last_pairs([shards[i][1] for i in chosen], pairs, S, shards.folder)
     queries, prompts = [Query(int(i), kind, None, None, codes_TS) for i, kind, codes_TS in zip(chosen, kinds, sentences_NTS)], check_shots(range(pairs))
+    plot = can_draw("shots.png")
     out, report = run_prompted(
         config, "shots", queries, prompts, judge_sentence,
         "exp(mean NLL of the last answer's codes) given the query and the last k example pairs before it; the same answers for every k; "
         "arithmetic mean over sentences; drawn answers are compared with the true one as the tokenizer shows it, two colours by the nearer "
-        f"one, edges within {metrics.EDGE_TOLERANCE} of the diagonal", {"data": str(shards.folder)})
+        f"one, edges within {metrics.EDGE_TOLERANCE} of the diagonal", {"data": str(shards.folder), "data_digest": shards.digest})
     print_beside(report["rows"], list(prompts))
-    curves = {}
-    for row in report["rows"]:
-        if "perplexity" in row["measures"]:
-            curves.setdefault(row["kind"], []).append((int(row["line"].split()[0]), *row["measures"]["perplexity"].values()))
-    line_chart(out / "shots.png", curves, "Perplexity of the answer", "example pairs in the prompt")
-    print(f"wrote {out}/shots.png")
+    if plot:
+        curves, titles = {}, {}
+        for kind, members in groups_of(report["examples"]).items():
+            values = {
+                line: np.array([e["values"][line]["perplexity"] for e in members], np.float64)
+                for line in prompts
+            }
+            none_N, last_N = values["0 pairs"], values[list(prompts)[-1]]
+            # A ratio of means is the mean of ratios weighed by what divides: so the bootstrap draws pairs.
+            curves[kind] = [
+                {"x": k} | metrics.bootstrap(values_N / none_N, config.seed, weights=none_N)
+                for k, values_N in enumerate(values.values())
+            ]
+            titles[kind] = f"{kind}: {none_N.mean():.3g} to {last_N.mean():.3g}"
+        draw_panels(
+            out / "shots.png",
+            curves,
+            "Perplexity of the answer after k example pairs, as a ratio to no pairs",
+            "example pairs in the prompt",
+            "ratio, 95% interval",
+            level=1,
+            titles=titles,
+        )
+        print(f"wrote {out}/shots.png")
 
 
 def judge_sentence(answer_HWC, truth_HWC, pictures_THWC, kind) -> dict:
@@ -341,7 +429,6 @@ class Video(Prompted):
 
 
 def video(config: Video):
-    check_at_least(1, frames=config.frames, stride=config.stride, limit=config.limit or 1)
     queries, too_short, unreadable = [], [], []
     paths = find_videos(config.data)[:config.limit]
     with ThreadPoolExecutor(8) as readers:
@@ -352,7 +439,7 @@ def video(config: Video):
             elif frames is None:
                 too_short.append({"path": name, "frames": count})
             else:
-                queries.append(Query(name, "video", functools.partial(read_clip, path, frames, fit=config.fit)))
+                queries.append(Query(name, "video", functools.partial(read_clip, path, frames, fit=config.fit), inputs=inputs_of(path)))
     if not queries:
         raise UserError(f"{config.data}: no video has the {config.frames * config.stride + 1} frames that {config.frames} and one more at stride "
                          f"{config.stride} take; lower --frames or --stride")
@@ -408,7 +495,10 @@ class Segmentation(Prompted):
 
 
 def segmentation(config: Segmentation):
-    check_at_least(1, items=config.items)
+    if not config.fold or len(set(config.fold)) < len(config.fold):
+        raise UserError(
+            f"--fold wants some of 0 1 2 3, each once, got {' '.join(map(str, config.fold)) or 'none'}"
+        )
     prompts, root, queries = check_shots(config.shots), voc_root(config.data, ("JPEGImages", "SegmentationClassAug")), []
     for fold in config.fold:
         listed = read_fold(config.folds / f"fold{fold}.txt")
@@ -426,8 +516,9 @@ def segmentation(config: Segmentation):
                     examples.append(drawn)
             # The example that is drawn first stands next to the query: so it is the one example of one pair.
             names = [*examples[::-1], name]
-            check_files([root / "JPEGImages" / f"{n}.jpg" for n in names] + [root / "SegmentationClassAug" / f"{n}.png" for n in names], VOC_LAYOUT)
-            queries.append(Query(f"fold {fold} item {item}: {name}, class {number}", f"fold {fold}", functools.partial(read_masked, root, names, number)))
+            files = [root / "JPEGImages" / f"{n}.jpg" for n in names] + [root / "SegmentationClassAug" / f"{n}.png" for n in names]
+            check_files(files, VOC_LAYOUT)
+            queries.append(Query(f"fold {fold} item {item}: {name}, class {number}", f"fold {fold}", functools.partial(read_masked, root, names, number), inputs=inputs_of(*files)))
     run_prompted(config, "segmentation", queries, prompts, judge_mask,
                  "Pascal-5i of Bar et al. (2022): items by index modulo the list, examples of the same class and list (numpy RandomState), IoU of white after "
                  "rounding answer and truth to white and black, empty union 1, plain mean over items; ours: numbers of pairs, the tokenizer's resolution",
@@ -439,7 +530,9 @@ def read_fold(file) -> list[tuple[str, int]]:
     lines = read_lines(file, "the list of a fold of Pascal-5i, with lines NAME__CC such as 2007_000033__01")
     matches = [re.fullmatch(r"([\w.-]+)__([0-9]{1,3})", line) for line in lines]
     if None in matches:
-        raise UserError(f"{file}: line {lines[matches.index(None)]!r:.80}: wanted NAME__CC such as 2007_000033__01")
+        raise UserError(
+            f"{file}: line {lines[matches.index(None)]!r:.80}: wanted NAME__CC such as 2007_000033__01"
+        )
     return [(match[1], int(match[2])) for match in matches]
 
 
@@ -476,7 +569,6 @@ class Detection(Prompted):
 
 
 def detection(config: Detection):
-    check_at_least(1, items=config.items)
     prompts, root, found = check_shots(config.shots), voc_root(config.data, ("JPEGImages", "Annotations", "ImageSets/Main")), {}
     for split in ("train", "val"):
         names = read_lines(root / "ImageSets" / "Main" / f"{split}.txt", VOC_LAYOUT)
@@ -491,9 +583,10 @@ def detection(config: Detection):
             raise UserError(f"{root}: train has {len(of_class[category])} pictures with a single small {category}, too few for "
                              f"{max(config.shots)} examples; lower --shots")
         names = [str(n) for n in rng.permutation(of_class[category])[:max(config.shots)]] + [name]
-        check_files([root / "JPEGImages" / f"{n}.jpg" for n in names], VOC_LAYOUT)
+        files = [root / "JPEGImages" / f"{n}.jpg" for n in names]
+        check_files(files, VOC_LAYOUT)
         boxes = [found["train"][n][1] for n in names[:-1]] + [found["val"][name][1]]
-        queries.append(Query(name, category, functools.partial(read_boxed, root, names, boxes)))
+        queries.append(Query(name, category, functools.partial(read_boxed, root, names, boxes), inputs=inputs_of(*files, more=boxes)))
     if not queries:
         raise UserError(f"{root}: no picture of val has exactly one object, in a box under 20% of the picture")
     run_prompted(config, "detection", queries, prompts, judge_box,
@@ -523,7 +616,10 @@ def single_object(file) -> tuple[str, tuple[float, ...]] | None:
         return None
     (left, top, right, bottom), = boxes  # pixels are counted from 1, and the last one is inside
     if not (left < right and top < bottom and left <= width and top <= height):
-        raise UserError(f"{file}: the box {left:g} {top:g} {right:g} {bottom:g} does not lie in the picture of {width:g} x {height:g}")
+        raise UserError(
+            f"{file}: the box {left:g} {top:g} {right:g} {bottom:g} does not lie in the picture of "
+            f"{width:g} x {height:g}"
+        )
     if not (category := objects[0].findtext("name")):
         raise UserError(f"{file}: the object has no name")
     box = ((left - 1) / width, (top - 1) / height, right / width, bottom / height)
@@ -570,7 +666,6 @@ class Colorization(Prompted):
 
 
 def colorization(config: Colorization):
-    check_at_least(1, items=config.items)
     if (config.lpips_vgg is None) != (config.lpips_heads is None):
         raise UserError("LPIPS needs both --lpips-vgg and --lpips-heads")
     network = vqgan.load_lpips(config.lpips_vgg, config.lpips_heads) if config.lpips_vgg else None
@@ -582,7 +677,7 @@ def colorization(config: Colorization):
     for i in rng.choice(np.arange(len(paths) - 1), size=min(config.items, len(paths) - 1), replace=False):
         others = rng.choice(len(paths) - 1, size=max(config.shots), replace=False)
         chosen = [paths[j + (j >= i)] for j in others] + [paths[i]]
-        queries.append(Query(str(paths[i].relative_to(config.data)), "colorization", functools.partial(read_coloured, chosen, config.fit)))
+        queries.append(Query(str(paths[i].relative_to(config.data)), "colorization", functools.partial(read_coloured, chosen, config.fit), inputs=inputs_of(*chosen)))
 
     def judge(answer_HWC, truth_HWC, pictures_THWC, kind):
         values = metrics.colour_errors(answer_HWC, truth_HWC)
@@ -704,7 +799,6 @@ def check_files(paths, layout):
 
 def paired_queries(config: Paired, answers: str, read, truth=None) -> list[Query]:
     """Queries of `DATA/images/NAME.*` and `DATA/ANSWERS/NAME.*`."""
-    check_at_least(1, items=config.items)
     layout = f"wanted there: images/NAME.jpg (or .png ...) and, of the same names, {answers}/NAME.png"
     for name in ("images", answers):
         if not (config.data / name).is_dir():
@@ -719,7 +813,7 @@ def paired_queries(config: Paired, answers: str, read, truth=None) -> list[Query
     for i in np.linspace(0, len(names) - 1, min(config.items, len(names))).astype(int):
         chosen = [names[j + (j >= i)] for j in rng.choice(len(names) - 1, most, replace=False)] + [names[i]]
         paths = [[of[name] for name in chosen] for of in found]
-        queries.append(Query(names[i], answers, functools.partial(read, *paths), truth and functools.partial(truth, paths[1][-1])))
+        queries.append(Query(names[i], answers, functools.partial(read, *paths), truth and functools.partial(truth, paths[1][-1]), inputs=inputs_of(*paths[0], *paths[1])))
     return queries
 
 
@@ -727,7 +821,7 @@ def paired_queries(config: Paired, answers: str, read, truth=None) -> list[Query
 
 
 @dataclasses.dataclass(frozen=True)
-class Reconstruction:
+class Reconstruction(Checked):
     """PSNR, SSIM and, with their weights at hand, perceptual distances of a tokenizer over a folder of pictures; how much of the codebook it uses."""
 
     data: Path
@@ -736,7 +830,7 @@ class Reconstruction:
     """Tokenizer folder or checkpoint in any format that vqgan.py reads; the bundled one by default."""
     out: Path | None = None
     """Folder for reconstruction.json, reconstruction.png (originals, reconstructions, errors times 4) and psnr.png; must not
-    exist, or hold this very evaluation, unfinished. By default runs/evaluate/reconstruction-TOKENIZER, whose files are replaced."""
+    exist, or hold this very evaluation, which goes on. By default runs/evaluate/reconstruction-TOKENIZER, whose files are replaced."""
     fit: Literal["stretch", "crop"] = "crop"
     """Crop each picture to the square, or stretch it."""
     lpips_vgg: Path | None = None
@@ -760,10 +854,10 @@ def reconstruction(config: Reconstruction):
     paths, tokenizer = vqgan.find_images(config.data), vqgan.load(config.tokenizer)
     networks = {"lpips": vqgan.load_lpips(config.lpips_vgg, config.lpips_heads)} if config.lpips_vgg else {}
     networks |= {"efficientnet_lite0": vqgan.load_efficientnet_lite0(config.efficientnet)} if config.efficientnet else {}
-    out, size = open_out(config.out, f"reconstruction-{config.tokenizer.name}"), tokenizer.config.resolution
+    out, size = open_out(config.out, "reconstruction", config.tokenizer.name), tokenizer.config.resolution
     about = {
         "command": "python evaluate.py " + shlex.join(sys.argv[1:]), "tokenizer": str(config.tokenizer), "fingerprint": vqgan.fingerprint(tokenizer),
-        "weights": weights_digest(tokenizer), "data": str(config.data), "fit": config.fit, "resolution": size, "seed": config.seed,
+        "weights": sample.weights_digest(tokenizer), "data": str(config.data), "fit": config.fit, "resolution": size, "seed": config.seed,
         "protocol": "codes and pixels in float32; SSIM with an 11x11 Gaussian of sigma 1.5; means over pictures, 95% bootstrap intervals",
         "device": jax.devices()[0].device_kind}
     tokenizer, networks = jax.device_put((tokenizer, networks), NamedSharding(mesh, P()))
@@ -777,32 +871,47 @@ def reconstruction(config: Reconstruction):
 
     def measure(at):
         pixels_BHWC, codes_BS, output_BHWC = rebuild(at)
-        values = {"psnr": vqgan.psnr(pixels_BHWC, output_BHWC), "ssim": vqgan.ssim(pixels_BHWC, output_BHWC)}
-        values |= {name: by_batches(distance, network, mesh, batch, pixels_BHWC, output_BHWC) for name, network in networks.items()}
-        for b in range(len(at)):
-            yield {name: float(v[b]) for name, v in values.items()} | {"codes": codes_BS[b].tolist()}
+        values = {
+            name: by_batches(distance, network, mesh, batch, pixels_BHWC, output_BHWC)
+            for name, network in networks.items()
+        }
+        for b, example in enumerate(metrics.reconstruction_values(pixels_BHWC, output_BHWC)):
+            yield (
+                example | {name: float(v[b]) for name, v in values.items()} | {"codes": codes_BS[b].tolist()}
+            )
 
-    about["networks"] = {name: weights_digest(network) for name, network in networks.items()}
-    examples = measured(out, "reconstruction", about, [str(path) for path in paths], measure, batch)
+    plot = can_draw("psnr.png")
+    about["networks"] = {name: sample.weights_digest(network) for name, network in networks.items()}
+    examples = measured(out, "reconstruction", about, [str(path) for path in paths], measure, batch, list(map(inputs_of, paths)))
     counts_K = np.bincount(np.concatenate([e.pop("codes") for e in examples]), minlength=tokenizer.config.num_embeddings)
     report = vqgan.summarise_reconstruction([{"path": e.pop("example")} | e for e in examples], counts_K, config.seed)
     print("\n".join(vqgan.describe(report)))
     write_report(out, "reconstruction", about | report)
     shown = [rebuild(range(n, min(n + batch, len(paths), 32))) for n in range(0, min(len(paths), 32), batch)]
     vqgan.save_rows(vqgan.reconstruction_rows(*(np.concatenate(part) for part in list(zip(*shown))[::2])), out / "reconstruction.png")
-    line_chart(out / "psnr.png", {"PSNR": [(n + 1, y) for n, y in enumerate(sorted(min(e["psnr"], 99.0) for e in report["examples"]))]},
-               "PSNR in dB of each picture", "picture, in rising order")
-    partial_file(out, "reconstruction").unlink()
-    print(f"wrote {out}/reconstruction.json, reconstruction.png and psnr.png")
+    decibels = {
+        Path(e["path"]).relative_to(config.data).as_posix(): e["psnr"]
+        for e in report["examples"]
+        if e["psnr"] is not None
+    }
+    if plot and decibels:
+        draw_ranks(
+            out / "psnr.png", decibels, "PSNR of each picture", "PSNR in dB", mean=report["mean"]["psnr"]
+        )
+    print(f"wrote {out}/reconstruction.json, reconstruction.png{' and psnr.png' * bool(plot and decibels)}")
 
 
 # ---------------------------------------------------------------------------------------------------- distances of two sets of pictures
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Fid:
+class Fid(Checked):
     """Frechet and kernel distance of two sets of pictures: --data against --generated, or against their own reconstructions
     by --tokenizer.
+
+    The Frechet distance's 95% interval is that of its normal limit over pictures (Rippl, Munk and Sturm
+    2016), in closed form; it tells how other pictures of the same numbers would scatter, and not how much
+    too few of them raise the distance.
 
     A figure belongs to its definition: the network, its weights, the size of the pictures and the numbers of them are in its
     name and in the JSON, and figures of different definitions cannot be compared. `inception` is the network of the usual FID
@@ -826,15 +935,13 @@ class Fid:
     network scales it to its own size; those that are such squares already stay as they are."""
     out: Path | None = None
     """Folder for fid.json, features-data.npz and features-generated.npz; must not exist, or hold this very evaluation,
-    unfinished. By default runs/evaluate/fid-NETWORK, whose files are replaced."""
+    which goes on. By default runs/evaluate/fid-NETWORK, whose files are replaced."""
     batch: int = 32
     """Pictures at a time, over all devices."""
     devices: int | None = None
     """Devices that share a batch; by default as many as divide it."""
-    rounds: int = 20
-    """Resamples for the interval of the Frechet distance."""
     seed: int = 0
-    """Seed of the resamples, and of the order in which pictures fall into blocks."""
+    """Seed of the kernel distance: of how pictures fall into blocks, and of the bootstrap over blocks."""
 
 
 NETWORKS = {  # name: features, and where its weights come from
@@ -851,13 +958,14 @@ def fid(config: Fid):
         raise UserError(f"--weights: {'missing' if config.weights is None else f'no file {config.weights}'}; the network {config.network} has none of its own: {where}")
     if (config.generated is None) == (config.tokenizer is None):
         raise UserError("name pictures to compare with --generated, or with --tokenizer a tokenizer that reconstructs those of --data, and not both")
-    check_at_least(1, batch=config.batch, rounds=config.rounds, size=config.size)
     tokenizer = vqgan.load(config.tokenizer) if config.tokenizer else None
     size = tokenizer.config.resolution if tokenizer else config.size
     digest = hashlib.sha256(config.weights.read_bytes()).hexdigest()[:16]
     definition = f"{config.network} (weights sha256 {digest}), {D} pooled features, squares of {size} pixels"
     sides = {"data": config.data, "generated": config.data if tokenizer else config.generated}
-    stored = {side: read_features(path, definition, D) for side, path in sides.items() if path.suffix == ".npz"}
+    stored = {
+        side: read_features(path, definition, D) for side, path in sides.items() if path.suffix == ".npz"
+    }
     if tokenizer and stored:
         raise UserError(f"{config.data} holds features; --tokenizer needs the pictures")
     paths = {side: vqgan.find_images(path) for side, path in sides.items() if side not in stored}
@@ -872,14 +980,24 @@ def fid(config: Fid):
     mesh, batch = share(config.devices, config.batch)
     network, tokenizer = jax.device_put((network, tokenizer), NamedSharding(mesh, P()))
     extract = jax.jit(Inception.pooled if config.network == "inception" else efficientnet_pooled)
-    out = open_out(config.out, f"fid-{config.network}")
-    about = {"command": "python evaluate.py " + shlex.join(sys.argv[1:]), "definition": definition, "network": config.network, "weights_sha256": digest,
-             "size": size, "data": str(config.data), "generated": f"reconstructions by {config.tokenizer}" if tokenizer else str(config.generated),
-             "pictures": counts, "seed": config.seed, "device": jax.devices()[0].device_kind,
-             "protocol": "statistics in float64; Frechet: |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2), covariances over n - 1, interval: the "
-             "spread of resamples of pictures about their own mean, turned round (a resample repeats pictures, which raises the distance); kernel: unbiased MMD^2 of "
-             "disjoint blocks of at most 1,000 pictures, mean, bootstrap over blocks"}
-    names = [(side, path) for side in paths for path in paths[side]]
+    out = open_out(config.out, "fid", config.network)
+    about = {
+        "command": "python evaluate.py " + shlex.join(sys.argv[1:]),
+        "definition": definition,
+        "network": config.network,
+        "weights_sha256": digest,
+        "size": size,
+        "data": str(config.data),
+        "generated": f"reconstructions by {config.tokenizer}" if tokenizer else str(config.generated),
+        "pictures": counts,
+        "seed": config.seed,
+        "device": jax.devices()[0].device_kind,
+        "protocol": "statistics in float64; Frechet: |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2), "
+        "covariances over n - 1, interval: of its normal limit, value +- 1.96 standard errors over pictures "
+        "(Rippl, Munk and Sturm 2016), the bias of few pictures not in it; "
+        "kernel: unbiased MMD^2 of disjoint blocks of at most 1,000 pictures, mean, bootstrap over blocks",
+    }
+    names, plot = [(side, path) for side in paths for path in paths[side]], can_draw("fid.png")
 
     def measure(at):
         pixels_BHWC = np.stack([vqgan.read_image(names[n][1], size, "crop") for n in at])
@@ -892,34 +1010,52 @@ def fid(config: Fid):
     features = dict(stored)
     for side in paths:  # one after the other, so that no batch holds both
         first = next(n for n, (s, _) in enumerate(names) if s == side)
-        examples = measured(out, f"fid-{side}", about, [str(p) for p in paths[side]], lambda at, first=first: measure([first + n for n in at]), batch)
+        examples = measured(out, f"fid-{side}", about, [str(p) for p in paths[side]], lambda at, first=first: measure([first + n for n in at]), batch,
+                            list(map(inputs_of, paths[side])))
         features[side] = np.stack([np.frombuffer(base64.b64decode(e["features"]), "<f4") for e in examples])
-        np.savez(out / f"features-{side}.npz", features_ND=features[side], definition=definition, names=[str(p) for p in paths[side]])
+        np.savez(content := io.BytesIO(), features_ND=features[side], definition=definition, names=[str(p) for p in paths[side]])
+        write_whole(out / f"features-{side}.npz", content.getbuffer())
 
     a_ND, b_ND = (features[side].astype(np.float64) for side in sides)
+    if not (np.isfinite(a_ND).all() and np.isfinite(b_ND).all()):
+        raise UserError(
+            f"features of {config.network} are not finite; the weights {config.weights} or stored features "
+            "are damaged"
+        )
     distances = {}
     if config.distance != "kernel":
-        distances["frechet"] = metrics.frechet_interval(a_ND, b_ND, config.seed, config.rounds)
+        distances["frechet"] = metrics.frechet_interval(a_ND, b_ND)
     if config.distance != "frechet":
         distances["kernel"] = metrics.kernel_interval(a_ND, b_ND, config.seed)
     print_table(["distance", "definition", "pictures", "value", "95% interval"], [
         [name, definition, f"{counts['data']} and {counts['generated']}", f"{d['mean']:.6g}", f"{d['low']:.6g} - {d['high']:.6g}"] for name, d in distances.items()])
     write_report(out, "fid", about | {"distances": distances, "examples": {side: [str(p) for p in paths[side]] for side in paths}})
-    far = {side: np.sort(np.linalg.norm(x_ND - a_ND.mean(0), axis=1)) for side, x_ND in (("generated", b_ND), ("data", a_ND))}
-    line_chart(out / "fid.png", {side: list(enumerate(far_N, 1)) for side, far_N in far.items()},
-               "Distance of each picture's features from the mean of the data", "picture, in rising order")
-    for side in paths:
-        partial_file(out, f"fid-{side}").unlink()
-    print(f"wrote {out}/fid.json, fid.png and the features; never compare figures of different definitions")
+    far = {
+        side: np.linalg.norm(x_ND - a_ND.mean(0), axis=1)
+        for side, x_ND in (("generated", b_ND), ("data", a_ND))
+    }
+    if plot:
+        draw_shares(
+            out / "fid.png", far, "How far the pictures' features lie from the mean of the data", "distance"
+        )
+    print(
+        f"wrote {out}/fid.json{', fid.png' * plot} and the features; never compare figures of different "
+        "definitions"
+    )
 
 
 def read_features(file, definition, D: int) -> np.ndarray:
-    features_ND, theirs = read_npz(file, {"features_ND": (np.float32, (None, D)), "definition": (np.str_, ())})
+    features_ND, theirs = read_npz(
+        file, {"features_ND": (np.float32, (None, D)), "definition": (np.str_, ())}
+    )
     theirs = str(theirs)
     if not np.isfinite(features_ND).all():
         raise UserError(f"{file}: features_ND holds NaN or infinity")
     if theirs != definition:
-        raise UserError(f"{file} holds features by another definition, which cannot be compared: {theirs[:200]}; this call's is {definition}")
+        raise UserError(
+            f"{file} holds features by another definition, which cannot be compared: {theirs[:200]}; this "
+            f"call's is {definition}"
+        )
     return features_ND
 
 
@@ -1001,7 +1137,7 @@ def load_inception(file: Path) -> Inception:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Scaling:
+class Scaling(Checked):
     """Trains a ladder of sizes on one dataset for one number of tokens, fits loss = E + A / N^a, and draws the held-out loss and
     each task's perplexity against the number of parameters: the paper's Figures 2 and 3 in small.
 
@@ -1039,11 +1175,15 @@ class Scaling:
 
 
 def scaling(config: Scaling):
-    check_at_least(1, tokens=config.tokens, batch=config.batch, sentences=config.sentences)
-    if len(set(config.sizes)) < 3:
-        raise UserError(f"--sizes wants three different sizes or more, got {' '.join(config.sizes)}; `python lvm.py sizes` lists them")
+    if not 3 <= len(config.sizes) == len(set(config.sizes)):
+        raise UserError(
+            f"--sizes wants three or more sizes, each once, got {' '.join(config.sizes)}; "
+            "`python lvm.py sizes` lists them"
+        )
     if len(config.learning_rates) not in (1, len(config.sizes)):
         raise UserError(f"--learning-rates wants one value, or one for each of {len(config.sizes)} sizes, got {len(config.learning_rates)}")
+    if odd := [flag for flag in config.train if "=" not in flag or flag.startswith("-")]:
+        raise UserError(f"--train wants flags of train.py as NAME=VALUE, such as optimizer=muon, got {odd[0]}")
     if bool(config.data) != bool(config.heldout):
         raise UserError("name both --data and --heldout, or neither")
     context = config.context or lvm.SIZES[config.sizes[0]].context
@@ -1051,7 +1191,7 @@ def scaling(config: Scaling):
     if steps < 10:
         raise UserError(f"--tokens {config.tokens} are {steps} updates of {config.batch} x {context}; wanted ten or more")
     config.out.mkdir(parents=True, exist_ok=True)
-    data, heldout = config.data, config.heldout
+    data, heldout, plot = config.data, config.heldout, can_draw("loss.png", "tasks.png")
     if not data:
         data, heldout = (str(config.out / "data" / "train"),), config.out / "data" / "heldout"
         for split, folder, count in (("train", Path(data[0]), config.demo_sentences), ("heldout", heldout, 128)):
@@ -1070,12 +1210,12 @@ def scaling(config: Scaling):
     mesh, batch = share(config.devices, 8)
     for size in config.sizes:
         model = lvm.load(config.out / size)
-        parameters[size], about = lvm.parameter_count(model.config), {"weights": weights_digest(model), "heldout": shards.about["sha256"]}
+        parameters[size], about = lvm.parameter_count(model.config), {"weights": sample.weights_digest(model), "heldout": shards.about["sha256"]}
         models = Models(jax.device_put(model, NamedSharding(mesh, P())), None, mesh, batch, True)
 
         def measure(at, models=models):
             for nats_T in score(models, [sentences[n] for n in at], max(map(len, sentences))):
-                yield {"loss": float(nats_T.mean()), "perplexity": float(np.exp(nats_T[-S:].mean()))}
+                yield {"loss": float(nats_T.mean()), "perplexity": exp(nats_T[-S:].mean())}
 
         measured_by_size[size] = measured(config.out, f"scaling-{size}", about, [int(i) for i in chosen], measure, batch)
     values = [{size: {name: measured_by_size[size][n][name] for name in ("loss", "perplexity")} for size in config.sizes} for n in range(len(chosen))]
@@ -1086,28 +1226,52 @@ def scaling(config: Scaling):
 
     N_M, loss_NM = np.array([parameters[s] for s in config.sizes], float), np.array([[v[s]["loss"] for s in config.sizes] for v in values])
     fitted, rng = metrics.fit_power_law(N_M, loss_NM.mean(0)), np.random.default_rng(config.seed)
-    resampled = [metrics.fit_power_law(N_M, loss_NM[rng.integers(len(loss_NM), size=len(loss_NM))].mean(0)) for _ in range(200)]
+    resampled = [
+        metrics.fit_power_law(N_M, loss_NM[rng.integers(len(loss_NM), size=len(loss_NM))].mean(0))
+        for _ in range(1000)
+    ]
     between = {name: np.percentile([r[name] for r in resampled], [2.5, 97.5]) for name in ("E", "A", "a")}
     fit = {name: {"value": fitted[name], "low": float(low), "high": float(high)} for name, (low, high) in between.items()}
     print(f"loss = {fitted['E']:.3f} + {fitted['A']:.3g} / N^{fitted['a']:.3f}, largest residual {fitted['residual']:.2g} nats"
           + ("; three sizes fix three parameters: this is no test of the law" if len(N_M) == 3 else ""))
-    ticks = {math.log(n): f"{size} {n / 1e6:.3g} M" for size, n in parameters.items()}
-    law = lambda n: fitted["E"] + fitted["A"] * n ** -fitted["a"]
-    losses = [(math.log(parameters[size]), *metrics.bootstrap(loss_NM[:, m], config.seed).values()) for m, size in enumerate(config.sizes)]
-    curve = [(x, law(math.exp(x))) for x in np.linspace(min(ticks), max(ticks), 50)]
-    name = f"{fitted['E']:.3g} + {fitted['A']:.3g} / N^{fitted['a']:.2g}"
-    line_chart(config.out / "loss.png", {name: curve, "held-out loss": losses}, "Held-out loss in nats a code", "parameters", ticks, alone=["held-out loss"])
-    line_chart(config.out / "tasks.png", {kind: [(math.log(parameters[r["line"]]), *r["measures"]["perplexity"].values()) for r in rows if r["kind"] == kind]
-                                          for kind in dict.fromkeys(r["kind"] for r in rows)}, "Perplexity of the last picture", "parameters", ticks)
+    if plot:
+        ticks = {n: f"{size}\n{n / 1e6:.3g} M" for size, n in parameters.items()}
+        losses = [
+            {"x": parameters[size]} | metrics.bootstrap(loss_NM[:, m], config.seed)
+            for m, size in enumerate(config.sizes)
+        ]
+        name = f"{fitted['E']:.3g} + {fitted['A']:.3g} / N^{fitted['a']:.2g}" + (
+            ", which three points fix" if len(N_M) == 3 else ", fitted"
+        )
+        draw_law(
+            config.out / "loss.png",
+            losses,
+            lambda n: fitted["E"] + fitted["A"] * n ** -fitted["a"],
+            name,
+            ticks,
+        )
+        tasks = {
+            kind: [
+                {"x": parameters[r["line"]]} | r["measures"]["perplexity"] for r in rows if r["kind"] == kind
+            ]
+            for kind in dict.fromkeys(r["kind"] for r in rows)
+        }
+        draw_panels(
+            config.out / "tasks.png",
+            tasks,
+            "Perplexity of the last picture against size",
+            "parameters (logarithmic)",
+            "perplexity, 95% interval",
+            log=True,
+            ticks=ticks,
+        )
     write_report(config.out, "scaling", {
         "command": "python evaluate.py " + shlex.join(sys.argv[1:]), "sizes": parameters, "tokens": steps * config.batch * context, "steps": steps,
         "learning_rates": config.learning_rates, "train": config.train, "data": list(map(str, data)), "heldout": str(heldout), "seed": config.seed,
         "protocol": "each size sees the same sentences in the same order; loss: mean over held-out sentences of nats a code; perplexity: of the last "
         "picture's codes given all before; loss = E + A / N^a by least squares, N all parameters, E and A not negative; intervals over held-out sentences, "
         "not over training runs", "fit": fit | {"residual": fitted["residual"]}, "device": jax.devices()[0].device_kind, "rows": rows, "examples": examples})
-    for size in config.sizes:
-        partial_file(config.out, f"scaling-{size}").unlink()
-    print(f"wrote {config.out}/scaling.json, loss.png and tasks.png")
+    print(f"wrote {config.out}/scaling.json{', loss.png and tasks.png' * plot}")
 
 
 def start(script, *arguments):
@@ -1128,57 +1292,49 @@ class Models(NamedTuple):
     bos: bool
 
 
-def run(config, command, out, about, names, measure, main):
+def run(config, command, out, about, names, measure, main, inputs=None):
     """Measures all examples, prints the tables and writes OUT/COMMAND.json; returns what is in it. `main` is the model's line.
 
     `measure(numbers)` -> one {"kind", "values": {line: {measure: value}}} for each of these examples."""
-    examples = measured(out, command, about, names, measure, config.batch)
+    examples = measured(out, command, about, names, measure, config.batch, inputs)
     rows = summarise(examples, config.seed)
     print_tables(rows, main)
     report = about | {"rows": rows, "examples": examples}
     write_report(out, command, report)
-    partial_file(out, command).unlink()
     return report
 
 
-def measured(out, command, about, names, measure, batch) -> list[dict]:
-    """What `measure` says of every example, batch by batch; each is kept in OUT/COMMAND.partial.jsonl as soon as it is
-    known. A killed evaluation goes on after its last whole batch: the values are those of one that was never stopped."""
-    file = partial_file(out, command)
-    settings = json.dumps([{k: v for k, v in about.items() if k != "command"}, names, batch], default=str)
-    head = json.dumps({"settings": hashlib.sha256(settings.encode()).hexdigest()}) + "\n"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    if lines and lines[0] != head:
-        if out.parent != REPORTS:
-            raise UserError(f"{file} is left of an evaluation with other settings; delete it, or choose another --out")
-        lines = []  # the default folder's files are replaced
-    done = [json.loads(line) for line in lines[1:] if line.endswith("\n")]
-    if len(done) < len(names):
-        done = done[:len(done) // batch * batch]
-    if done:
-        print(f"{file}: {len(done)} of {len(names)} examples are measured already")
+def measured(out, command, about, names, measure, batch, inputs=None) -> list[dict]:
+    """What `measure` says of every example, batch by batch; each is kept in OUT/COMMAND.record.jsonl as soon as it is known.
+
+    A killed evaluation goes on: the values are those of one that was never stopped. A batch is measured anew where one of
+    its `inputs` (a digest of the files of each example) is another one than it was."""
     out.mkdir(parents=True, exist_ok=True)
-    whole = file.with_suffix(".new")
-    whole.write_text(head + "".join(json.dumps(e) + "\n" for e in done))
-    os.replace(whole, file)
-    with open(file, "a") as stream, tqdm(total=len(names), initial=len(done), unit="example", desc=command, dynamic_ncols=True) as bar:
-        for n in range(len(done), len(names), batch):
+    settings = {k: v for k, v in about.items() if k != "command"} | {
+        "examples": hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16], "batch": batch, "devices": jax.device_count(), "code": code_digest()}
+    record = Record(out / f"{command}.record.jsonl", settings, replaced=out.parent == REPORTS)  # the default folder's files are
+    record.write(record.lines)  # without what a kill cut short
+    known, done = {line["number"]: line for line in record.lines if isinstance(line.get("number"), int)}, []
+    with tqdm(total=len(names), unit="example", desc=command, dynamic_ncols=True) as bar:
+        for n in range(0, len(names), batch):
             at = list(range(n, min(n + batch, len(names))))
-            new = [{"example": names[i], **record} for i, record in zip(at, measure(at), strict=True)]
-            stream.write("".join(json.dumps(e) + "\n" for e in new))
-            stream.flush()
-            done += new
-            bar.update(len(new))
-    return done
+            lines = [known.get(i, {}) for i in at]
+            if any("measured" not in line or line.get("inputs") != (inputs and inputs[i]) for i, line in zip(at, lines)):
+                lines = [{"number": i, "inputs": inputs and inputs[i], "measured": new} for i, new in zip(at, measure(at), strict=True)]
+                record.append(lines)
+            done += lines
+            bar.update(len(at))
+    record.write(done)
+    return [{"example": names[line["number"]], **line["measured"]} for line in done]
 
 
-def partial_file(out, command) -> Path:
-    return out / f"{command}.partial.jsonl"
+def inputs_of(*files, more=None) -> str:
+    """Tells changed inputs of an example: a digest of the sizes and times of change of its files, and of `more`."""
+    return hashlib.sha256(repr([*map(tokenize_data.file_state, files), more]).encode()).hexdigest()[:16]
 
 
 def share(devices, batch):
     """-> (mesh over the devices that share a batch, the batch)."""
-    check_at_least(1, batch=batch, devices=devices or 1)
     if devices is None:
         devices = max(n for n in range(1, min(batch, jax.device_count()) + 1) if batch % n == 0)
     if devices > jax.device_count() or batch % devices:
@@ -1193,6 +1349,10 @@ def by_batches(function, weights, mesh, batch, *arrays) -> np.ndarray:
     for n in range(0, N, batch):
         rows = [np.concatenate([x[n:n + batch], np.repeat(x[:1], max(0, n + batch - N), axis=0)]) for x in arrays]
         results.append(np.asarray(function(weights, *(jax.device_put(x, split) for x in rows)))[:N - n])
+        if not np.isfinite(results[-1]).all():
+            raise UserError(
+                "a network gives NaN or infinity; its weights are damaged, or overflow in this dtype"
+            )
     return np.concatenate(results)
 
 
@@ -1218,10 +1378,9 @@ def score(models, sentences, longest) -> list[np.ndarray]:
     for n, sentence in enumerate(sentences):
         ids_NT[n, bos:bos + len(sentence)] = sentence
     nats_NT = by_batches(functools.partial(id_nats, mesh=models.mesh), model, models.mesh, models.batch, ids_NT)
-    scored = [nats_T[:bos + len(sentence) - 1].astype(np.float64) for nats_T, sentence in zip(nats_NT, sentences)]
-    if not all(np.isfinite(nats_T).all() for nats_T in scored):
-        raise UserError("the model gives NaN; its weights are damaged or overflow in this dtype")
-    return scored
+    return [
+        nats_T[: bos + len(sentence) - 1].astype(np.float64) for nats_T, sentence in zip(nats_NT, sentences)
+    ]
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -1237,27 +1396,35 @@ def id_nats(model, ids_BT, *, mesh):
     return jax.shard_map(shard, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=False)(model, ids_BT)
 
 
-def draw_answers(models, prompts_BTS, numbers, temperature) -> np.ndarray:
-    """The codes of the next picture of each prompt, [B, S]; what is drawn of an example depends on its number, not on the others."""
+def draw_answers(models, prompts_BTS, numbers, temperature, seed) -> np.ndarray:
+    """The codes of the next picture of each prompt, [B, S]; what is drawn of an example depends on the seed
+    and its number, not on the others."""
     B, T, S = prompts_BTS.shape
     ids_BT = np.pad(prompts_BTS.reshape(B, T * S).astype(np.int32), ((0, 0), (int(models.bos), 0)), constant_values=models.model.config.bos)
     draw = functools.partial(next_picture, mesh=models.mesh, S=S, temperature=temperature)
-    return by_batches(draw, models.model, models.mesh, models.batch, ids_BT, np.asarray(numbers, np.uint32))
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.asarray(numbers, np.uint32))
+    return by_batches(
+        draw, models.model, models.mesh, models.batch, ids_BT, np.asarray(jax.random.key_data(keys_B))
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "S", "temperature"))
-def next_picture(model, ids_BT, numbers_B, *, mesh, S, temperature):
+def next_picture(model, ids_BT, key_data_B2, *, mesh, S, temperature):
 
-    def shard(model, ids_BT, numbers_B):
+    def shard(model, ids_BT, key_data_B2):
         # The last code is drawn and never read, so the cache, which may just fill the context, has no room for it.
         logits_BV, cache = lvm.prefill(model, ids_BT, ids_BT.shape[1] + S - 1)
-        keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), numbers_B)
+        keys_B = jax.random.wrap_key_data(key_data_B2)
 
         def step(carry, s):
             logits_BV, cache = carry
             logits_BV = logits_BV[:, :model.config.codes]  # special ids are never drawn
             if temperature:
-                code_B = jax.vmap(lambda key, logits_V: jax.random.categorical(jax.random.fold_in(key, s), logits_V / temperature))(keys_B, logits_BV)
+                # The largest logit is made 0: divided by a small temperature, all overflow downwards alone.
+                logits_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / temperature
+                code_B = jax.vmap(
+                    lambda key, logits_V: jax.random.categorical(jax.random.fold_in(key, s), logits_V)
+                )(keys_B, logits_BV)
             else:
                 code_B = jnp.argmax(logits_BV, axis=-1)
             code_B = code_B.astype(jnp.int32)
@@ -1266,44 +1433,34 @@ def next_picture(model, ids_BT, numbers_B, *, mesh, S, temperature):
         _, codes_SB = lax.scan(step, (logits_BV, cache), jnp.arange(S))
         return codes_SB.T
 
-    return jax.shard_map(shard, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P("data"), check_vma=False)(model, ids_BT, numbers_B)
+    return jax.shard_map(
+        shard, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P("data"), check_vma=False
+    )(model, ids_BT, key_data_B2)
 
 
 # ---------------------------------------------------------------------------------------------------- what is opened
-
-
-def check_at_least(least, **values):
-    for name, value in values.items():
-        if value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
 def open_all(config: Common, command):
     """Checks the flags, opens model and tokenizer -> (output folder, Models, the head of the report)."""
     mesh, batch = share(config.devices, config.batch)
     model_path, tokenizer_path = sample.find_models(config.model, config.tokenizer)
-    out = open_out(config.out, f"{command}-{Path(model_path).name}")
+    out = open_out(config.out, command, Path(model_path).name)
     tokenizer = sample.open_tokenizer(tokenizer_path, model_path)
     model = sample.open_model(model_path, tokenizer, tokenizer_path, config.dtype)
     print(f"model      {model_path}: {lvm.parameter_count(model.config):,} parameters\ntokenizer  {tokenizer_path}")
     about = {"command": "python evaluate.py " + shlex.join(sys.argv[1:]), "model": model_path, "parameters": lvm.parameter_count(model.config),
-             "weights": weights_digest(model), "tokenizer": str(tokenizer_path), "fingerprint": vqgan.fingerprint(tokenizer), **{k: getattr(config, k) for k in ("seed", "bos", "dtype")},
+             "weights": sample.weights_digest(model), "tokenizer": str(tokenizer_path), "fingerprint": vqgan.fingerprint(tokenizer), **{k: getattr(config, k) for k in ("seed", "bos", "dtype")},
              "device": jax.devices()[0].device_kind}
     model, tokenizer = jax.device_put((model, tokenizer), NamedSharding(mesh, P()))
     return out, Models(model, tokenizer, mesh, batch, config.bos), about
 
 
-def weights_digest(model) -> str:
-    """Tells apart the steps of a run whose path is one: a hash of each weight's absolute sum."""
-    sums = jax.jit(lambda leaves: jnp.stack([jnp.abs(leaf.astype(jnp.float32)).sum() for leaf in leaves]))(jax.tree.leaves(model))
-    return hashlib.sha256(np.asarray(sums).tobytes()).hexdigest()[:16]
-
-
-def open_out(out, default) -> Path:
-    """Refuses a folder that holds anything but an unfinished evaluation."""
+def open_out(out, command, name) -> Path:
+    """Refuses a folder that holds anything but this evaluation."""
     if out is None:
-        return REPORTS / default
-    if out.exists() and not any(out.glob("*.partial.jsonl")):
+        return REPORTS / f"{command}-{name}"
+    if out.exists() and not any(out.glob(f"{command}*.record.jsonl")):
         raise UserError(f"--out {out} exists; choose another folder or delete it")
     return out
 
@@ -1398,24 +1555,32 @@ def label(kind) -> str:
     return kind + (" (never trained)" if kind in NEVER_TRAINED else "")
 
 
-def summarise(examples, seed) -> list[dict]:
-    """One row for each kind and line; of several kinds, also all together but for what is never trained on."""
+def groups_of(examples) -> dict[str, list[dict]]:
+    """The examples of each kind; of several kinds, also all together but for what is never trained on."""
     groups = {}
     for example in examples:
-        groups.setdefault(example["kind"], []).append(example)
+        groups.setdefault(label(example["kind"]), []).append(example)
     trained = [e for e in examples if e["kind"] not in NEVER_TRAINED]
-    several, rows = len(groups) > 1, []
-    groups = {label(kind): members for kind, members in groups.items()} | ({POOLED: trained} if several and trained else {})
-    for kind, members in groups.items():
+    return groups | ({POOLED: trained} if len(groups) > 1 and trained else {})
+
+
+def summarise(examples, seed) -> list[dict]:
+    """One row for each group of examples and line."""
+    rows = []
+    for kind, members in groups_of(examples).items():
         for line in dict.fromkeys(line for e in members for line in e["values"]):
             values, measures = [e["values"][line] for e in members if line in e["values"]], {}
-            for name in dict.fromkeys(name for v in values for name in v if name != "codes"):
-                values_N = np.array([v[name] for v in values if name in v])
-                if len(values_N) < len(values):
+            for name in dict.fromkeys(name for v in values for name in v if name not in ("codes", "reason")):
+                if not all(name in v for v in values):
                     continue  # kinds that are measured otherwise are not pooled
+                values_N = [v[name] for v in values]
                 if name == "nats":  # pooled: every code counts alike
-                    nats = metrics.bootstrap(values_N, seed, np.array([v["codes"] for v in values]))
-                    measures |= {"pooled perplexity": {k: math.exp(v) for k, v in nats.items()}, "bits a code": {k: v / math.log(2) for k, v in nats.items()}}
+                    nats = metrics.bootstrap(values_N, seed, weights=[v["codes"] for v in values])
+                    change = lambda f: {k: f(v) if isinstance(v, float) else v for k, v in nats.items()}
+                    measures |= {
+                        "pooled perplexity": change(exp),
+                        "bits a code": change(lambda v: v / math.log(2)),
+                    }
                 else:
                     measures[name] = metrics.bootstrap(values_N, seed)
             rows.append({"kind": kind, "line": line, "examples": len(values), "measures": measures})
@@ -1423,7 +1588,16 @@ def summarise(examples, seed) -> list[dict]:
 
 
 def show(value) -> str:
-    return f"{value['mean']:.3g} ({value['low']:.3g} - {value['high']:.3g})" if value else ""
+    """A mean with its interval, as far as they exist."""
+    return "" if not value else f"{show_mean(value)} {show_interval(value)}".rstrip()
+
+
+def show_mean(value) -> str:
+    return "-" if value["mean"] is None else f"{value['mean']:.3g}"
+
+
+def show_interval(value) -> str:
+    return "" if value["low"] is None else f"({value['low']:.3g} - {value['high']:.3g})"
 
 
 def print_tables(rows, main):
@@ -1443,8 +1617,18 @@ def print_tables(rows, main):
             print_table(["kind", "examples", *there], [[kind, n, *map(show, values)] for kind, n, *values in body])
         else:
             at = there.index(main)
-            print_table(["kind", "examples", *there, f"interval of {main}"], [
-                [kind, n, *(f"{v['mean']:.3g}" if v else "" for v in values), show(values[at]).partition(" ")[2].strip("()")] for kind, n, *values in body])
+            print_table(
+                ["kind", "examples", *there, f"interval of {main}"],
+                [
+                    [
+                        kind,
+                        n,
+                        *(show_mean(v) if v else "" for v in values),
+                        show_interval(values[at]).strip("()"),
+                    ]
+                    for kind, n, *values in body
+                ],
+            )
 
 
 def print_beside(rows, prompts):
@@ -1466,67 +1650,193 @@ def print_table(head, rows):
 
 def write_report(out: Path, name, report):
     """Whole or not at all."""
-    partial = out / f"{name}.json.partial"
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(partial, out / f"{name}.json")
+    write_whole(out / f"{name}.json", strict_json(report, indent=1) + "\n")
 
 
-ROUND = [step * 10.0**power for power in range(-6, 12) for step in (1, 2, 5)]
+def write_picture(path: Path, save):
+    """Whole or not at all; `save(file)` writes it."""
+    save(content := io.BytesIO())
+    write_whole(path, content.getbuffer())
 
 
-def multiples(low, high, most, least=0.0) -> np.ndarray:
-    """The multiples between low and high of the smallest round number, no smaller than `least`, that makes no more than `most` steps."""
-    step = next(step for step in ROUND if step >= least and (high - low) / step <= most)
-    return np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
+# ---------------------------------------------------------------------------------------------------- plots
 
 
-COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999933", "#ee8866", "#882255", "#44aa99", "#77aadd", "#7a7a7a"]
+def can_draw(*names) -> bool:
+    """Whether matplotlib is installed; if not, one line says, before any work, what will be missing."""
+    try:
+        import matplotlib.figure  # noqa: F401 (optional: only plots need it)
+    except ImportError:
+        print(
+            f"matplotlib is not installed: {' and '.join(names)} will not be drawn, tables and JSON are the "
+            "same; to have it, type: pip install matplotlib"
+        )
+        return False
+    return True
 
 
-def line_chart(path, lines: dict[str, list[tuple]], title, x_label, ticks_at=None, alone=()):
-    """One line for each name through its points (x, y) or (x, y, low, high), y on a logarithmic scale; the pooled or first
-    one is black and thick, with its interval as a band. Intervals of the others are bars, set a little apart. Points of `alone`
-    are not joined. `ticks_at` (x: text) are the marks below, else round numbers. Drawn twice as large and halved, which smooths it."""
-    W, H, left, right, top, bottom = 1920, 1160, 130, 470, 100, 120
-    image = Image.new("RGB", (W, H), "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(28)
-    points = [p for line in lines.values() for p in line]
-    bold = POOLED if POOLED in lines else next(iter(lines))
-    values = [v for p in points for v in p[1:]]
-    low, high = math.log(min(values)), math.log(max(values))
-    low, high = low - 0.05 * (high - low) - 1e-3, high + 0.05 * (high - low) + 1e-3
-    first, last = min(p[0] for p in points), max(p[0] for p in points)
-    at_x = lambda x: left + 50 + (x - first) / (last - first or 1) * (W - left - right - 100)
-    at_y = lambda y: H - bottom - (math.log(y) - low) / (high - low) * (H - top - bottom)
+def new_figure(rows, columns, width, height, **options):
+    """-> (matplotlib figure, its axes [rows, columns]). `width` and `height` in inches; no window is
+    opened."""
+    from matplotlib.figure import Figure
 
-    ticks = [tick for tick in ROUND if low <= math.log(tick) <= high]
-    for tick in ticks if len(ticks) >= 3 else multiples(math.exp(low), math.exp(high), 8):
-        draw.line([(left, at_y(tick)), (W - right, at_y(tick))], "#dddddd", 2)
-        draw.text((left - 14, at_y(tick)), f"{tick:g}", "black", font, anchor="rm")
-    for x, text in (ticks_at or {x: f"{x:g}" for x in multiples(first, last, 16, least=1)}).items():
-        draw.line([(at_x(x), H - bottom), (at_x(x), H - bottom + 10)], "black", 2)
-        draw.text((at_x(x), H - bottom + 16), text, "black", font, anchor="ma")
-    draw.line([(left, top), (left, H - bottom), (W - right, H - bottom)], "black", 3)
-    draw.text((left, 30), title, "black", ImageFont.load_default(36))
-    draw.text(((left + W - right) / 2, H - 44), x_label, "black", font, anchor="ma")
+    figure = Figure((width, height), dpi=110, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    for ax in axes.flat:
+        ax.grid(color="#e0e0e0", linewidth=0.8)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
-    if len(lines[bold][0]) == 4:
-        draw.polygon([(at_x(x), at_y(b)) for x, _, b, _ in lines[bold]] + [(at_x(x), at_y(b)) for x, _, _, b in reversed(lines[bold])], "#e4e4e4")
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(lines)} | {bold: "black"}
-    for n, (name, line) in enumerate(lines.items()):
-        width, aside = 9 if name == bold or name in alone else 5, 6 * (n - len(lines) // 2) * (name != bold and len(line[0]) == 4)
-        at = [(at_x(x) + aside, at_y(y), *map(at_y, interval)) for x, y, *interval in line]
-        if name not in alone:
-            draw.line([(x, y) for x, y, *_ in at], colours[name], width, joint="curve")
-        for x, y, *interval in at if len(at) <= 20 else ():
-            if interval and name != bold:
-                draw.line([(x, v) for v in interval], colours[name], 2)
-            draw.ellipse((x - width, y - width, x + width, y + width), colours[name])
-    for row, name in enumerate(sorted(lines, key=lambda name: -lines[name][-1][1])):  # as the lines end
-        y = top + 30 + 44 * row
-        draw.line([(W - right + 40, y), (W - right + 90, y)], colours[name], 9 if name == bold else 5)
-        draw.text((W - right + 104, y), name, "black", font, anchor="lm")
-    image.resize((W // 2, H // 2), Image.Resampling.LANCZOS).save(path)
+
+def plain_numbers(axis):
+    """Marks of a logarithmic axis as 20, 50, 100, and not as powers of ten."""
+    from matplotlib import ticker
+
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=8))
+    axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def draw_panels(
+    path, curves: dict[str, list[dict]], title, x_label, y_label, log=False, level=None, ticks=None, titles={}
+):
+    """One small chart for each name, all on the same axes: points {"x", "mean", "low", "high"} joined by a
+    line, their 95% interval as a band. `ticks` {x: text} are the marks of a logarithmic x axis. A dashed
+    line marks the y of `level`; pooled is grey in each. `titles` {name: text} stand in for names."""
+    columns = min(4, len(curves))
+    rows = -(-len(curves) // columns)
+    wide, high = (4, 2.6) if len(curves) > 1 else (7, 4.5)
+    figure, axes = new_figure(rows, columns, wide * columns, high * rows + 0.8, sharex=True, sharey=True)
+    column = lambda points, key: [math.nan if p[key] is None else p[key] for p in points]
+    for ax, (name, points) in zip(axes.flat, curves.items()):
+        if level is not None:
+            ax.axhline(level, color="#888888", linestyle="--", linewidth=1)
+        if POOLED in curves and name != POOLED:
+            ax.plot(
+                column(curves[POOLED], "x"), column(curves[POOLED], "mean"), color="#bbbbbb", linewidth=1.5
+            )
+        colour = "black" if name == POOLED else "#3366aa"
+        ax.fill_between(
+            column(points, "x"),
+            column(points, "low"),
+            column(points, "high"),
+            color=colour,
+            alpha=0.2,
+            linewidth=0,
+        )
+        ax.plot(
+            column(points, "x"), column(points, "mean"), color=colour, marker="o", markersize=4, linewidth=2
+        )
+        ax.set_title(titles.get(name, name), fontsize=11)
+    for ax in axes.flat[len(curves):]:
+        ax.set_visible(False)
+    for ax in axes.flat[max(0, len(curves) - columns):len(curves)]:
+        ax.tick_params(labelbottom=True)
+    if log:
+        axes[0, 0].set_yscale("log")
+        plain_numbers(axes[0, 0].yaxis)
+    set_x_ticks(axes[0, 0], [p["x"] for points in curves.values() for p in points], ticks)
+    figure.suptitle(title + ("; grey: pooled" if POOLED in curves and len(curves) > 1 else ""), fontsize=13)
+    figure.supxlabel(x_label)
+    figure.supylabel(y_label)
+    write_picture(path, lambda file: figure.savefig(file, format="png"))
+    return figure
+
+
+def set_x_ticks(ax, places, ticks):
+    """Whole numbers, or the places of `ticks` {x: text} on a logarithmic axis."""
+    from matplotlib import ticker
+
+    if ticks:
+        ax.set_xscale("log")
+        ax.set_xticks(list(ticks), list(ticks.values()))
+        ax.xaxis.set_minor_locator(ticker.NullLocator())
+        ax.set_xlim(min(ticks) / 1.3, max(ticks) * 1.3)
+    else:
+        ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        margin = max(0.5, 0.02 * (max(places) - min(places)))
+        ax.set_xlim(min(places) - margin, max(places) + margin)
+
+
+def draw_ranks(path, values: dict[str, float], title, y_label, log=False, mean=None):
+    """A dot for each name's value, from the smallest to the largest, with the outermost named; a line and a
+    band at `mean` {"mean", "low", "high"}."""
+    figure, ((ax,),) = new_figure(1, 1, 7.5, 4.5)
+    names = sorted(values, key=values.get)
+    ax.set_title(title)
+    if mean and mean["mean"] is not None:
+        ax.axhline(mean["mean"], color="black", linewidth=1.5)
+        if mean["low"] is not None:
+            ax.axhspan(mean["low"], mean["high"], color="black", alpha=0.12, linewidth=0)
+        ax.set_title(
+            f"{title}\nline: mean {show_mean(mean)}"
+            + (f"; band: its 95% interval {show_interval(mean)}" if mean["low"] is not None else "")
+        )
+    ax.plot(
+        range(1, len(names) + 1),
+        [values[name] for name in names],
+        "o",
+        color="#3366aa",
+        markersize=5 if len(names) <= 200 else 2,
+    )
+    for place, above in {0: False, len(names) - 1: True}.items():
+        ax.annotate(
+            names[place],
+            (place + 1, values[names[place]]),
+            (0, 9 if above else -9),
+            textcoords="offset points",
+            fontsize=9,
+            color="#555555",
+            ha="right" if place else "left",
+            va="bottom" if above else "top",
+            parse_math=False,
+        )
+    if log:
+        ax.set_yscale("log")
+        plain_numbers(ax.yaxis)
+    set_x_ticks(ax, [1, len(names)], None)
+    ax.margins(y=0.15)
+    ax.set(xlabel="rank, from the lowest to the highest", ylabel=y_label)
+    write_picture(path, lambda file: figure.savefig(file, format="png"))
+    return figure
+
+
+def draw_shares(path, values: dict[str, np.ndarray], title, x_label):
+    """Of each set the share of values up to x."""
+    figure, ((ax,),) = new_figure(1, 1, 7.5, 4.5)
+    for (name, values_N), colour in zip(values.items(), ("#cc3355", "black")):
+        ax.ecdf(values_N, color=colour, linewidth=2, label=f"{name}, {len(values_N):,} pictures")
+    ax.legend(frameon=False, loc="upper left")
+    ax.set(title=title, xlabel=x_label, ylabel="share of pictures that are no farther")
+    write_picture(path, lambda file: figure.savefig(file, format="png"))
+    return figure
+
+
+def draw_law(path, points: list[dict], law, name, ticks):
+    """Losses against numbers of parameters with their 95% intervals, and the curve that was fitted to
+    them."""
+    figure, ((ax,),) = new_figure(1, 1, 7.5, 4.8)
+    xs, means = [p["x"] for p in points], [p["mean"] for p in points]
+    curve = np.geomspace(min(xs), max(xs), 100)
+    ax.plot(curve, law(curve), color="#cc3355", linestyle="--", linewidth=1.5, label=name)
+    spread = [
+        [0 if p[end] is None else sign * (p[end] - p["mean"]) for p in points]
+        for end, sign in (("low", -1), ("high", 1))
+    ]
+    ax.errorbar(
+        xs,
+        means,
+        spread,
+        fmt="o",
+        color="black",
+        capsize=4,
+        label="held-out loss, 95% interval over sentences",
+    )
+    set_x_ticks(ax, xs, ticks)
+    ax.legend(frameon=False)
+    ax.set(title="Held-out loss against size", xlabel="parameters (logarithmic)", ylabel="nats a code")
+    write_picture(path, lambda file: figure.savefig(file, format="png"))
+    return figure
 
 
 COMMANDS = {"perplexity": (Perplexity, perplexity), "shots": (Shots, shots), "video": (Video, video), "segmentation": (Segmentation, segmentation),

@@ -16,7 +16,6 @@ import common  # noqa: F401  first, so that Ctrl-C while the others load is one 
 
 import dataclasses
 import functools
-import json
 import math
 import sys
 from pathlib import Path
@@ -35,7 +34,7 @@ from jaxtyping import Array, Float, Int
 from common.images import UserError
 from common.runs import check_numbers, run_command, steps_of, whole_steps
 from common.weights import (
-    FLOATS, check_fields, open_tensors, read_json, read_stream, write_folder, write_safetensors, write_whole)
+    FLOATS, check_fields, open_tensors, read_json, read_stream, strict_json, write_folder, write_safetensors, write_whole)
 from flash_attention import cache_slots, decode_attention, flash_attention, join, native_head_dim, ring_attention, zigzag_here
 
 
@@ -69,7 +68,8 @@ class LVMConfig:
     def __post_init__(self):
         # What no model is beyond: a damaged config is refused by it before anything of that size is made.
         check_numbers(self, {
-            "[1, 1048576]": "hidden ffn codes", "[0, 1048576]": "specials", "[1, 4096]": "layers", "[1, 16384]": "heads",
+            "[1, 1048576]": "hidden ffn codes", "[0, 1048576]": "specials", "[1, 4096]": "layers",
+            "[1, 16384]": "heads",
             "[2, 16777216]": "context",  # one token predicts nothing
             "[0, inf)": "bos_id eos_id pad_id", "(0, inf)": "rope_theta rms_eps"}, called=str)  # fmt: skip
         if self.hidden % self.heads or self.hidden // self.heads % 2:
@@ -732,10 +732,10 @@ def save(model: LVM, path, *, shard_bytes: float = 5e9, tokenizer: str | None = 
             weight_map |= dict.fromkeys(arrays, file)
         if len(shards) > 1:
             index = {"metadata": {"total_size": sum(array.nbytes for _, _, array in tensors)}, "weight_map": weight_map}
-            write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2))
+            write_whole(folder / "model.safetensors.index.json", strict_json(index, indent=2))
         config = _hf_config(model.config) | {"torch_dtype": leaves["head_DV"].dtype.name}
         config |= {"tokenizer": tokenizer} if tokenizer else {}
-        write_whole(folder / "config.json", json.dumps(config, indent=2))
+        write_whole(folder / "config.json", strict_json(config, indent=2))
 
 
 def _load_hf(path, hf, dtype):
@@ -805,10 +805,15 @@ def _load_run(path, fields, dtype):
     import orbax.checkpoint as ocp  # takes seconds to import, and only runs need it
 
     known = dataclasses.fields(LVMConfig)
-    wrong = fields.keys() - {f.name for f in known} or {f.name for f in known if f.default is dataclasses.MISSING} - fields.keys()
+    wrong = (
+        fields.keys() - {f.name for f in known}
+        or {f.name for f in known if f.default is dataclasses.MISSING} - fields.keys()
+    )
     try:
         if wrong:
-            raise UserError(f"{min(wrong)!r:.80} is {'no field of it' if min(wrong) in fields else 'missing'}")
+            raise UserError(
+                f"{min(wrong)!r:.80} is {'no field of it' if min(wrong) in fields else 'missing'}"
+            )
         config = LVMConfig(**fields)
     except UserError as error:
         raise UserError(f"{path / 'config.json'}: 'model' is not an LVM config: {error}") from None
@@ -917,15 +922,35 @@ def _hf_config(config):
 
 
 def _config_from_hf(hf, file):
-    check_fields(hf, {
-        "model_type": str, "vocab_size": int, "hidden_size": int, "intermediate_size": int, "num_hidden_layers": int,
-        "num_attention_heads": int, "rope_scaling": dict | None, "rope_parameters": dict | None, "max_position_embeddings": int | None,
-        "rms_norm_eps": float | None, "rope_theta": float | None, "codes": int | None, "specials": int | None,
-        "bos_token_id": int | list | None, "eos_token_id": int | list | None, "pad_token_id": int | None}, file)
+    check_fields(
+        hf,
+        {
+            "model_type": str,
+            "vocab_size": int,
+            "hidden_size": int,
+            "intermediate_size": int,
+            "num_hidden_layers": int,
+            "num_attention_heads": int,
+            "rope_scaling": dict | None,
+            "rope_parameters": dict | None,
+            "max_position_embeddings": int | None,
+            "rms_norm_eps": float | None,
+            "rope_theta": float | None,
+            "codes": int | None,
+            "specials": int | None,
+            "bos_token_id": int | list | None,
+            "eos_token_id": int | list | None,
+            "pad_token_id": int | None,
+        },
+        file,
+    )
     vocab, heads = hf["vocab_size"], hf["num_attention_heads"]
     hidden, ffn, layers = hf["hidden_size"], hf["intermediate_size"], hf["num_hidden_layers"]
     if min(vocab, heads, hidden, ffn, layers) < 1:
-        raise UserError(f"{file}: vocab_size, hidden_size, intermediate_size, num_hidden_layers and num_attention_heads must be at least 1")
+        raise UserError(
+            f"{file}: vocab_size, hidden_size, intermediate_size, num_hidden_layers and "
+            f"num_attention_heads must be at least 1"
+        )
     # transformers 5 keeps rope_theta inside rope_parameters, transformers 4 beside a rope_scaling that may be null.
     rope = (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
     refused = {
@@ -952,7 +977,8 @@ def _config_from_hf(hf, file):
             ids[f"{name}_id"] = None if value == codes + i else value
     try:
         config = LVMConfig(
-            hidden=hidden, ffn=ffn, layers=layers, heads=heads, codes=codes, specials=vocab - codes if hf.get("specials") is None else hf["specials"],
+            hidden=hidden, ffn=ffn, layers=layers, heads=heads, codes=codes,
+            specials=vocab - codes if hf.get("specials") is None else hf["specials"],
             context=hf.get("max_position_embeddings") or 4096, rms_eps=hf.get("rms_norm_eps") or 1e-6,
             rope_theta=rope.get("rope_theta") or hf.get("rope_theta") or 1e4, **ids,
         )  # fmt: skip

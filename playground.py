@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
-import json
 import math
 import os
 import re
@@ -32,7 +31,8 @@ from PIL import Image, ImageOps
 import lvm
 import sample
 import vqgan
-from common.images import FORMATS, MAX_PIXELS, UserError, read_pictures
+from common.images import FORMATS, MAX_PIXELS, UserError, frames_in, read_pictures
+from common.weights import strict_json
 
 MOST_UPLOAD = 16 << 20  # bytes of one request that brings pictures
 MOST_MESSAGE = 1 << 19  # of any other request
@@ -113,7 +113,7 @@ def save_replay(config: sample.Config, size: int, path: Path) -> str:
                 sample.to_image(pixels_HWC).save(file, format="PNG")
         again = dataclasses.replace(config, prompt=(sample.PROMPT,), prompts=Path("prompts.jsonl"), out=Path("answers"), serve=False, stride=1,
                                     port=sample.Config.port, kind="analogy" if sample.is_analogy(config, pictures) else "sequence")
-        archive.writestr("prompts.jsonl", json.dumps({"input": names, "output": "answer.png"}) + "\n")
+        archive.writestr("prompts.jsonl", strict_json({"input": names, "output": "answer.png"}) + "\n")
         archive.writestr("command.txt", command_line(again) + "\n")
     return command_line(again)
 
@@ -289,7 +289,7 @@ def make_smaller(paths: list[Path]) -> tuple[Path, ...]:
             continue
         with image:
             try:
-                pixels, frames = image.width * image.height, getattr(image, "n_frames", 1)
+                pixels, frames = image.width * image.height, frames_in(image)
                 work += pixels * frames * (frames + 1) // 2  # a later frame is made of those before it
                 if work > MOST_WORK:
                     raise UserError("with this picture they have too many pixels or frames; scale them down")
@@ -305,7 +305,7 @@ def smaller_copy(image: Image.Image, path: Path) -> Path:
         raise UserError(f"{said} are over the limit of {MAX_PIXELS:,}")
     if memory_for(image, path) > MOST_MEMORY:
         raise UserError(f"{said} take too much memory as {image.format}; scale it down")
-    if getattr(image, "n_frames", 1) > 1:
+    if frames_in(image) > 1:
         raise UserError(f"{said} are too many for an animation; scale it down")
     if image.mode.startswith("I") or image.mode == "F":
         return path

@@ -20,7 +20,7 @@ import common  # noqa: F401  first, so that Ctrl-C while the others load is one 
 import contextlib
 import dataclasses
 import functools
-import json
+import hashlib
 import math
 import os
 import re
@@ -40,8 +40,8 @@ from PIL import Image, ImageDraw, ImageFont
 import lvm
 import vqgan
 from common.images import UserError, count_frames, find_images, read_pictures, shown_size
-from common.runs import check_numbers, run_command
-from common.weights import check_fields, parse_json, read_json, read_text
+from common.runs import Record, check_numbers, code_digest, run_command
+from common.weights import check_fields, naming, parse_json, read_json, read_text, strict_json, write_whole
 
 MINI = vqgan.HERE / "assets" / "mini" / "lvm"
 BOOK = vqgan.HERE / "assets" / "prompts"
@@ -70,7 +70,8 @@ class Config:
     """Tokenizer folder; by default the one that the run names, else the bundled one."""
     out: Path | None = None
     """Picture (.png .webp .jpg), animation (.gif .mp4) or folder of single pictures (no suffix) to write; must not exist.
-    By default sample.png or prompt-book.png, which is replaced. With --prompts the folder of the outputs."""
+    By default sample.png or prompt-book.png, which is replaced. With --prompts the folder of the outputs, where a call that
+    was stopped goes on."""
     candidates: int = 4
     """Continuations to draw, each by its own random numbers."""
     best: bool = False
@@ -98,8 +99,9 @@ class Config:
     seed: int = 0
     """Seed of the drawing. Candidate i depends on the seed and i, not on how many there are."""
     jacobi: int = 0
-    """Speculative Jacobi decoding: draft this many codes and keep those that the model draws again, which makes the same picture
-    in fewer, larger steps. 0 draws code by code; a row of codes is a good draft."""
+    """Speculative Jacobi decoding: draft this many codes and keep those that the model draws again, in fewer, larger steps; a row
+    of codes is a good draft. 0 draws code by code. In float32 both make the same picture. In bfloat16 a step over several codes
+    rounds otherwise than a step over one, so that the picture may be another one; each of its codes is as fair a draw."""
     fit: Literal["stretch", "crop"] = "stretch"
     """Stretch each picture to the square, as LVM does, or crop it."""
     captions: bool = True
@@ -122,12 +124,26 @@ class Config:
     """Devices over which heads and feed-forward width are split, for models bigger than one device."""
 
     def __post_init__(self):
-        check_numbers(self, {
-            "[1, 65535]": "port", "[1, 10000]": "candidates frames batch", "[1, inf)": "stride", "[2, inf)": "context_frames",
-            "[0, 1000]": "temperature guidance", "[0, inf)": "top_k seed", "(0, 1]": "top_p", "[0, 1]": "min_p",
-            "[0, 10000]": "jacobi", "[1, 4096]": "tensor"})
+        check_numbers(
+            self,
+            {
+                "[1, 65535]": "port",
+                "[1, 10000]": "candidates frames batch",
+                "[1, inf)": "stride",
+                "[2, inf)": "context_frames",
+                "[0, 1000]": "temperature guidance",
+                "[0, inf)": "top_k seed",
+                "(0, 1]": "top_p",
+                "[0, 1]": "min_p",
+                "[0, 10000]": "jacobi",
+                "[1, 4096]": "tensor",
+            },
+        )
         if 0 < self.temperature < 1e-4:
-            raise UserError(f"--temperature {self.temperature} is too small to divide by; 0 takes the likeliest code every time")
+            raise UserError(
+                f"--temperature {self.temperature} is too small to divide by; 0 takes the likeliest code "
+                f"every time"
+            )
 
 
 def sample(config: Config):
@@ -156,29 +172,78 @@ def sample(config: Config):
 
 
 def answer_file(config: Config, out: Path):
-    """`--prompts`: grids as published (a row a candidate, a column a frame, nothing between them), and answers.jsonl beside them."""
+    """`--prompts`: grids as published (a row a candidate, a column a frame, nothing between them), and answers.jsonl beside them.
+
+    A call that was stopped goes on: batches whose answers are all there, and whose inputs, settings and model are the same, are kept."""
     prompts = read_prompts(config, out)
-    read = lambda group, size: [read_pictures(prompt.pictures, size, config.fit) for prompt in group]
-    tokenizer, first, model = open_all(config, lambda size: read(prompts[:config.batch], size))
-    out.mkdir(parents=True, exist_ok=True)
-    errors, size = [], tokenizer.config.resolution
-    with open(inside(out, "answers.jsonl"), "x") as log:
-        for i in range(0, len(prompts), config.batch):
-            group = prompts[i:i + config.batch]
-            inputs = read(group, size) if i else first
-            inputs = [pixels_THWC[-fit_context(config, model, tokenizer, prompt.pictures)[1]:] for prompt, pixels_THWC in zip(group, inputs)]
-            for prompt, prompt_THWC, answer in zip(group, inputs, draw_answers(config, model, tokenizer, inputs)):
-                line = {"output": prompt.output, "log_likelihood": [round(float(nats_M.mean()), 4) for nats_M in answer.nats_NM]}
-                if prompt.target:
-                    target_MHWC = read_pictures(prompt.target, size, config.fit)
-                    line["mse"] = float(np.square(answer.pixels_NMHWC - target_MHWC).mean()) * 3  # summed over the channels, as published
-                    errors.append(line["mse"])
-                rows = [[*(prompt_THWC if config.include_input else ()), *pixels_MHWC] for pixels_MHWC in answer.pixels_NMHWC]
-                write_grid(inside(out, prompt.output), rows, prompt.size)
-                print(json.dumps(line), file=log, flush=True)
-            print(f"{min(i + config.batch, len(prompts))} of {len(prompts)} prompts answered in {out}")
-    if errors:
+    tokenizer, inputs, model = open_all(config, lambda size: [open_prompt(prompt, size, config.fit) for prompt in prompts])
+    size, groups = tokenizer.config.resolution, [range(i, min(i + config.batch, len(prompts))) for i in range(0, len(prompts), config.batch)]
+    record = Record(inside(out, RECORD), settings_of(config, model, tokenizer))
+    known, finished = {line["output"]: line for line in record.lines if isinstance(line.get("output"), str)}, []
+    record.write(record.lines)
+    for group in groups:
+        # Only the rounding of batched products joins an answer to those beside it, yet it may decide a close draw.
+        digests = [hashlib.sha256(" ".join([inputs[p], *(inputs[q] for q in group)]).encode()).hexdigest()[:16] for p in group]
+        lines = [known.get(prompts[p].output, {}) for p in group]
+        if all(line.get("inputs") == digest and line.get("sha256") == file_digest(inside(out, prompts[p].output)) for p, digest, line in zip(group, digests, lines)):
+            finished += lines
+            continue
+        pixels = [read_pictures(prompts[p].pictures, size, config.fit)[-fit_context(config, model, tokenizer, prompts[p].pictures)[1]:] for p in group]
+        answers, lines = draw_answers(config, model, tokenizer, pixels), []
+        record.append([{"writing": [prompts[p].output for p in group]}])
+        for p, digest, prompt_THWC, answer in zip(group, digests, pixels, answers):
+            prompt = prompts[p]
+            line = {"output": prompt.output, "log_likelihood": [round(float(nats_M.mean()), 4) for nats_M in answer.nats_NM]}
+            if prompt.target:
+                target_MHWC = read_pictures(prompt.target, size, config.fit)
+                line["mse"] = float(np.square(answer.pixels_NMHWC - target_MHWC).mean()) * 3  # summed over the channels, as published
+            rows = [[*(prompt_THWC if config.include_input else ()), *pixels_MHWC] for pixels_MHWC in answer.pixels_NMHWC]
+            write_grid(inside(out, prompt.output), rows, prompt.size)
+            lines.append({"output": prompt.output, "inputs": digest, "sha256": file_digest(inside(out, prompt.output)), "answer": line})
+        record.append(lines)
+        finished += lines
+        print(f"{group.stop} of {len(prompts)} prompts answered in {out}")
+    record.write(finished)
+    lines = [line["answer"] for line in finished]
+    write_whole(inside(out, "answers.jsonl"), "".join(strict_json(line) + "\n" for line in lines))
+    if errors := [line["mse"] for line in lines if "mse" in line]:
         print(f"MSE        {np.mean(errors):.5f} over {len(errors)} prompts, summed over the channels")
+
+
+RECORD = "answers.record.jsonl"  # beside the answers: of each its inputs, settings and digest, from which a later call goes on
+
+
+def open_prompt(prompt, size, fit) -> str:
+    """Reads every picture of a prompt, so that a bad one is found before anything is drawn -> a digest of what was read."""
+    found = []
+    for pictures in (prompt.pictures, prompt.target):
+        if pictures:
+            read_pictures(pictures, size, fit)
+        digests = {path: file_digest(path) for path, _ in pictures}
+        found.append([(digests[path], frame) for path, frame in pictures])
+    return hashlib.sha256(repr((found, prompt.output, prompt.size)).encode()).hexdigest()
+
+
+def file_digest(path) -> str | None:
+    """SHA-256 of a file; None where there is none."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
+
+
+def settings_of(config: Config, model, tokenizer) -> dict:
+    """All that decides what is drawn after a prompt."""
+    free = {"prompt", "prompts", "prompt_book", "serve", "port", "model", "tokenizer", "out", "captions"}
+    return {"weights": weights_digest(model), "tokenizer": weights_digest(tokenizer), "code": code_digest(), "jax": jax.__version__, "device": jax.devices()[0].device_kind,
+            **{name: value for name, value in dataclasses.asdict(config).items() if name not in free}}
+
+
+def weights_digest(model) -> str:
+    """Tells apart the steps of a run whose path is one: a hash of each weight's absolute sum."""
+    sums = jax.jit(lambda leaves: jnp.stack([jnp.abs(leaf.astype(jnp.float32)).sum() for leaf in leaves]))(jax.tree.leaves(model))
+    return hashlib.sha256(np.asarray(sums).tobytes()).hexdigest()[:16]
 
 
 def answer_book(config: Config, out: Path):
@@ -248,8 +313,16 @@ def generate(
     Of a prompt that does not fit the context the last pictures are kept. Codes are drawn by temperature, then `top_k`
     (0: all), then `top_p`, then `min_p`; temperature 0 takes the likeliest. `key` and i decide candidate i, whatever N is (up to
     the rounding of a batched product). Raises UserError for what these cannot be and for a model and tokenizer that do not fit."""
-    Config(frames=frames, candidates=candidates, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, guidance=guidance,
-           jacobi=jacobi)  # checks them
+    Config(
+        frames=frames,
+        candidates=candidates,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        guidance=guidance,
+        jacobi=jacobi,
+    )  # checks them
     if tokenizer.config.num_embeddings != model.config.codes:
         raise UserError(f"the tokenizer has {tokenizer.config.num_embeddings} codes and the model {model.config.codes}")
     if not len(prompt_THWC):
@@ -379,8 +452,14 @@ def draw_by_drafts(model, last_R, cache, keys_N, first, drawing, *, count, reduc
     that the model does not draw again, and takes what it drew after that as the next draft.
 
     Where the paper accepts a draft by a coin of p / q and draws anew otherwise, each place here has its own random numbers for
-    good (`draw_code`): a draft is right if those draw it again after what is now known to stand before it. So what comes out is to the
-    code what drawing one by one gives, at any temperature; as many drafts are kept as by the coin (benchmarks/RESULTS.md)."""
+    good (`draw_code`): a draft is right if those draw it again after what is now known to stand before it. As many drafts are kept
+    as by the coin (benchmarks/RESULTS.md).
+
+    What is promised, at any temperature. In every dtype a code is what the random numbers of its place draw from the logits that a
+    pass of this width gives after the codes before it, whatever was drafted on the way: an exact draw from the model as this pass
+    computes it. In float32 that is to the code what drawing one by one gives, unless two codes are equal to rounding. In bfloat16 a
+    pass over one code rounds its products otherwise, and now and then another code wins, after which the pictures differ: 24 of 32
+    rows of 36 codes agreed on the bundled model."""
     N, R = len(keys_N), len(last_R)
     row_N1, place_C = jnp.arange(N)[:, None], jnp.arange(C)
 
@@ -542,7 +621,7 @@ def check_out(config: Config) -> Path:
             raise UserError("--prompts wants a folder for its outputs; name one with --out")
         if out.exists() and not out.is_dir():
             raise UserError(f"--out {out} is a file; name a folder")
-        if (out / "answers.jsonl").exists():
+        if (out / "answers.jsonl").exists() and not (out / RECORD).exists():
             raise UserError(f"--out {out} holds answers already; choose another folder or delete it")
     elif out is None:
         out = Path("prompt-book.png" if config.prompt_book else "sample.png")
@@ -640,7 +719,7 @@ class Prompt(NamedTuple):
 
 def read_prompts(config: Config, out: Path) -> list[Prompt]:
     """Checks every line of --prompts, before any model is opened. Raises UserError with the file and line."""
-    prompts = {}
+    prompts, folders, ours = {}, {}, outputs_of(out / RECORD)
     for number, line in enumerate(read_text(config.prompts).split("\n"), 1):
         if not line.strip():
             continue
@@ -649,8 +728,16 @@ def read_prompts(config: Config, out: Path) -> list[Prompt]:
         check_fields(record, {"input": list[str], "output": str, "target": list[str] | None}, source)
         try:
             prompt = read_prompt(record, config, out)
-            if prompts.setdefault(inside(out, prompt.output), prompt) is not prompt:
+            path = inside(out, prompt.output)
+            if path.exists() and (prompt.output not in ours or path.is_dir()):
+                raise UserError(f"output {path} exists; choose another --out or delete it")
+            if prompts.setdefault(path, prompt) is not prompt:
                 raise UserError(f"output {prompt.output!r} is another line's too")
+            for folder in path.parents:
+                folders.setdefault(folder, prompt.output)
+            for folder in (path, *path.parents):
+                if folder in prompts and folder in folders:
+                    raise UserError(f"output {folders[folder]!r} lies in {prompts[folder].output!r}, which is another line's picture")
         except (UserError, OSError) as error:
             raise UserError(f"{source}: {error}") from None
     if not prompts:
@@ -658,13 +745,21 @@ def read_prompts(config: Config, out: Path) -> list[Prompt]:
     return list(prompts.values())
 
 
+def outputs_of(record: Path) -> set[str]:
+    """The outputs that an earlier call wrote or was writing, which may be replaced."""
+    names = set()
+    for line in record.read_bytes().splitlines() if record.exists() else ():
+        with contextlib.suppress(UserError):
+            line = parse_json(line, record)
+            names.update(map(str, [*line.get("writing", ()), line.get("output")]))
+    return names
+
+
 def read_prompt(record: dict, config: Config, out: Path) -> Prompt:
     output = record["output"]
     path = inside(out, output)
     if path.suffix not in STILLS + ANIMATIONS:
         raise UserError(f"output {output!r} must end in {' '.join(STILLS + ANIMATIONS)}")
-    if path.exists():
-        raise UserError(f"output {path} exists; choose another --out or delete it")
     pictures = list_prompt([Path(file) for file in record["input"]], config.stride)
     target = list_prompt([Path(file) for file in record["target"]]) if record.get("target") else []
     if target and len(target) != config.frames:
@@ -728,10 +823,16 @@ def write_grid(out: Path, rows, size):
         return image.resize((size[0] * len(rows[0]), size[1] * len(rows))) if size else image
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix in ANIMATIONS:
-        save_animation([grid([column]) for column in zip(*rows)], out)
-    else:
-        grid(rows).save(out)
+    partial = out.with_name(f".{os.getpid()}.partial{out.suffix}")
+    try:
+        with naming(out):
+            if out.suffix in ANIMATIONS:
+                save_animation([grid([column]) for column in zip(*rows)], partial)
+            else:
+                grid(rows).save(partial)
+            os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def save_animation(images: list[Image.Image], out: Path, rate: int = 5):

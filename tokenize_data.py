@@ -17,6 +17,7 @@
 A sentence is `codes of picture 1, codes of picture 2, ...`, uint16, without special ids; the reader adds BOS and EOS.
 A dataset is a folder: `dataset.json`, `NNNNN.tokens` (flat uint16) and `NNNNN.index.npy` (int64 [sentences, 3]: where
 each sentence ends, its kind, and the CRC-32 of its tokens). It is written as `DIR.partial` and renamed when whole.
+`dataset.json` holds the SHA-256 of every file and of itself, which are compared when a dataset is opened.
 
 Pictures are encoded in chunks that are kept in `DIR.codes` until all are there. A run that was killed goes on with the
 chunks that are missing; several hosts that share a disk each take a part (`--part 0/4`), and the last one to finish
@@ -45,10 +46,11 @@ import multiprocessing.connection
 import os
 import re
 import reprlib
-import shutil
 import signal
+import stat
 import sys
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -65,16 +67,16 @@ from tqdm import tqdm
 
 import vqgan
 from common.images import (
-    FORMATS, UserError, count_frames, encode_image, find_clips, find_stems, find_tracks, find_videos, natural, read_frames,
-    read_half, read_image, read_integers, to_pixels)
+    UserError, count_frames, encode_image, find_clips, find_stems, find_tracks, find_videos, natural, read_frames,
+    read_half, read_image, read_integers, shown_size, to_pixels)
 from common.runs import RunStopped, check_numbers, run_command
-from common.weights import MOST_JSON, check_fields, parse_json, read_array, read_json, write_folder, write_whole
+from common.weights import (
+    MOST_JSON, cache_folder, check_fields, naming, parse_json, read_array, read_json, strict_json, write_folder, write_whole)
 
-FORMAT = 1
+FORMAT = 2  # of dataset.json; 1 had no digest of its own content
 PICTURES = vqgan.HERE / "assets" / "pictures"
 SENTENCES_PER_SHARD = 65_536
 CHUNK = 4096  # pictures encoded between two points from which a killed run can go on
-CHECKED_WHOLE = 1 << 30  # datasets of more tokens have their ids checked as they are read, not when they are opened
 MOST_CODES = 1 << 16  # that a token of uint16 can name
 BAD_LINES = 0.05  # of a jsonl that is read directly: more than this fraction stops the run
 
@@ -109,7 +111,8 @@ class Source:
     seed: int = 0
     """Seed of orders, masks, strides, starts and augmentations."""
     max_rejected: float = 0.05
-    """Stop where more than this fraction of the pictures, videos or clips has to be left out as it cannot be read."""
+    """Stop where more than this fraction of the pictures, videos or clips has to be left out as it cannot be
+    read."""
     context: int = 4098
     """Report the sentences that are longer than this with BOS and EOS."""
     workers: int | None = None
@@ -122,14 +125,28 @@ class Source:
     """`i/n`: encode the i-th of n parts, on this host; the others run the same command with the same --out and their own i."""
     patience: float = 45.0
     """Seconds without a sign of life from the workers after which they are stopped; raise it for clips that take longer."""
+    check_contents: bool = False
+    """A run that goes on encodes anew what was changed since: compare the contents of the files, instead of their sizes and times."""
 
     def __post_init__(self):
         if self.out.exists():
             raise UserError(f"--out {self.out} exists; choose another folder or delete it")
-        check_numbers(self, {
-            "[1, inf)": "limit", "[1, 10000]": "epochs shots frames max_stride pictures strides", "[3, inf)": "context",
-            "[0, inf)": "seed", "[1, 65536]": "batch", "[-1, 65536]": "mesh", "[0, 4096]": "workers", "[0.1, 86400]": "patience",
-            "[0, 1]": "jitter max_rejected squares", "[0.05, 1]": "random_crop", "[0, 7]": "duplicates"})
+        check_numbers(
+            self,
+            {
+                "[1, inf)": "limit",
+                "[1, 10000]": "epochs shots frames max_stride pictures strides",
+                "[3, inf)": "context",
+                "[0, inf)": "seed",
+                "[1, 65536]": "batch",
+                "[-1, 65536]": "mesh",
+                "[0, 4096]": "workers",
+                "[0.1, 86400]": "patience",
+                "[0, 1]": "jitter max_rejected squares",
+                "[0.05, 1]": "random_crop",
+                "[0, 7]": "duplicates",
+            },
+        )
         split_part(self.part)
 
 
@@ -455,8 +472,11 @@ def write_sentences(source: Source, kinds, items: list[Item], series, notes=(), 
     def too_few(readable, notes):
         report(source.out, notes)
         shots = f"one sentence of {series[0].shots}" if not callable(series) and series[0].shots > 1 else "one sentence"
-        return UserError(f"{source.inputs if isinstance(source.inputs, Path) else source.inputs[0]}: {readable} readable items do not fill {shots}; "
-                          f"lower --shots, --frames, --strides or --per-class, or see {source.out}.rejected.jsonl")
+        return UserError(
+            f"{source.inputs if isinstance(source.inputs, Path) else source.inputs[0]}: {readable} "
+            f"readable items do not fill {shots}; "
+            f"lower --shots, --frames, --strides or --per-class, or see {source.out}.rejected.jsonl"
+        )
 
     if not callable(series) and all(len(some.units) < some.shots for some in series):  # however many of them can be read
         raise too_few(f"at most {len(items)}", notes)
@@ -486,7 +506,7 @@ def write_sentences(source: Source, kinds, items: list[Item], series, notes=(), 
     if (first := next(strung, None)) is None:
         raise too_few(int(good_N.sum()), [*notes, *found])
     write_dataset(source.out, tokenizer, kinds, itertools.chain([first], strung), [*notes, *found], source.context, "" if split_part(source.part)[1] == 1 else f"-{split_part(source.part)[0]}")
-    remove_chunks(source.out)
+    remove_scratch(Path(f"{source.out}.codes"))
     for kind, count in unused.items():
         if count:
             print(f"{kind}: {count} readable shots or clips did not fill another sentence and were left out")
@@ -635,7 +655,10 @@ def read_clip(size, tracks, name, strides, frames, half, view, seed):
         count = min(map(count_frames, tracks))
         while (stride := fitting(count)) is not None:
             start = int(np.random.default_rng((*seed, stride)).integers(count - stride * (frames - 1)))
-            read = [read_frames(track, range(start, start + stride * (frames - 1) + 1, stride), size, *view[:2]) for track in tracks]
+            read = [
+                read_frames(track, range(start, start + stride * (frames - 1) + 1, stride), size, *view[:2])
+                for track in tracks
+            ]
             if all(there is None for _, there in read):
                 return [adjust(picture, view) for pictures, _ in read for picture in pictures], []
             count = min(there for _, there in read if there is not None)  # the container promised more than there are
@@ -672,7 +695,9 @@ def read_clip(size, tracks, name, strides, frames, half, view, seed):
             shots = [tried[k, key, True] for key in chosen]
             if half[k]:
                 scale = np.float32(max(1e-9, max(float(shot.max()) for shot in shots)))
-                shots = [adjust(to_pixels(Image.fromarray(shot / scale), size, *view[:2]), view) for shot in shots]
+                shots = [
+                    adjust(to_pixels(Image.fromarray(shot / scale), size, *view[:2]), view) for shot in shots
+                ]
             pictures += shots
         return pictures, notes
     return [], [*notes, short(len(left))]
@@ -702,25 +727,36 @@ def count_workers(source: Source, pictures: int) -> int:
     return source.workers if source.workers is not None else 0 if pictures < 2000 else os.cpu_count() or 1
 
 
+READER = "reader"  # begins the names of threads that read
+
+
 def read_ahead(items: list[Item], todo, size: int, workers: int, patience: float):
     """Yields (number of the item, pictures, notes) in the order of `todo`, read by other processes (0: by two threads).
 
-    Raises RunStopped where a worker dies, or none gives a sign of life for `patience` seconds, naming the file."""
+    Raises RunStopped, naming the file, where a worker dies, has no memory left, or none gives a sign of life for `patience` seconds."""
+    again = "the same command goes on where this one stopped"
+    hung = lambda names: RunStopped(f"no worker gave a sign of life for {patience:g} seconds; they were reading {', '.join(names)}. "
+                                    f"Raise --patience, or take the file away; {again}")
+    no_memory = lambda name: RunStopped(f"there is not enough memory to read {name}; take fewer --workers, or the file away; {again}")
     if not workers:
-        waiting = collections.deque()
-        with ThreadPoolExecutor(2) as pool:
-            try:
-                for i in todo:
+        waiting, pool = collections.deque(), ThreadPoolExecutor(2, READER)
+        numbers = iter(todo)
+        try:
+            while True:
+                while len(waiting) < 16 and (i := next(numbers, None)) is not None:
                     waiting.append((i, pool.submit(read_item, items[i].read, size, False)))
-                    if len(waiting) > 16:
-                        i, future = waiting.popleft()
-                        yield i, *named(future.result(), items[i].name)
-                while waiting:
-                    i, future = waiting.popleft()
-                    yield i, *named(future.result(), items[i].name)
-            finally:
-                pool.shutdown(cancel_futures=True)
-        return
+                if not waiting:
+                    return
+                i, future = waiting.popleft()
+                try:
+                    answer = future.result(patience)
+                except TimeoutError:
+                    raise hung([items[i].name]) from None
+                except MemoryError:
+                    raise no_memory(items[i].name) from None
+                yield i, *named(answer, items[i].name)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # a thread that hangs is not waited for
     # A fork of this process would copy JAX's locks; a server that only imported the modules forks in a millisecond.
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
@@ -745,17 +781,19 @@ def read_ahead(items: list[Item], todo, size: int, workers: int, patience: float
                             pipe.send((i, items[i].read))
                         except OSError:
                             pass  # it died: the answer that does not come says so below
-                for pipe in multiprocessing.connection.wait(list(busy), 0 if wanted in done else patience) or ([] if wanted in done else [None]):
-                    if pipe is None:
-                        raise RunStopped(f"no worker gave a sign of life for {patience:g} seconds; they were reading {', '.join(map(doing, busy))}. "
-                                                "Raise --patience, or take the file away; the same command goes on where this one stopped")
+                pipes = multiprocessing.connection.wait(list(busy), 0 if wanted in done else patience)
+                if not pipes and wanted not in done:
+                    raise hung([doing(pipe) for pipe in busy if busy[pipe]])
+                for pipe in pipes:
                     try:
                         i, *answer = pipe.recv()
                     except (EOFError, OSError):
                         processes[pipe].join(1)
-                        raise RunStopped(f"a worker ended with status {processes[pipe].exitcode} while it read {doing(pipe)} (-9: killed, perhaps for memory); "
-                                                "the same command goes on where this one stopped") from None
+                        raise RunStopped(f"a worker ended with status {processes[pipe].exitcode} while it read {doing(pipe)} "
+                                         f"(-9: killed, perhaps for memory); {again}") from None
                     busy[pipe].remove(i)
+                    if isinstance(answer[0], MemoryError):
+                        raise no_memory(items[i].name)
                     done[i] = answer
                 if wanted in done:
                     break
@@ -780,7 +818,11 @@ def serve(pipe, size: int):
     try:
         while True:
             i, read = pipe.recv()
-            pipe.send((i, *read_item(read, size, True)))
+            try:
+                answer = read_item(read, size, True)
+            except MemoryError as error:
+                answer = error, []
+            pipe.send((i, *answer))
     except (EOFError, OSError):
         pass
 
@@ -789,11 +831,15 @@ def serve(pipe, size: int):
 
 
 def open_tokenizer(path) -> vqgan.VQGAN:
-    """`vqgan.load` of a tokenizer whose codes fit into the 16 bits of a shard; raises UserError for a larger codebook."""
+    """`vqgan.load` of a tokenizer whose codes fit into the 16 bits of a shard; raises UserError for a larger
+    codebook."""
     tokenizer = vqgan.load(path)
     if tokenizer.config.num_embeddings > MOST_CODES:
-        raise UserError(f"{path}: its codebook of {tokenizer.config.num_embeddings:,} entries is over the {MOST_CODES:,} that the "
-                        "16 bits of a dataset's tokens can tell apart; take a tokenizer with fewer")
+        raise UserError(
+            f"{path}: its codebook of {tokenizer.config.num_embeddings:,} entries is over the "
+            f"{MOST_CODES:,} that the "
+            "16 bits of a dataset's tokens can tell apart; take a tokenizer with fewer"
+        )
     return tokenizer
 
 
@@ -873,7 +919,8 @@ def encode_chunks(source: Source, tokenizer, items: list[Item], pictures: int, n
     per_chunk = max(1, CHUNK // pictures)
     chunks = range(-(-len(items) // per_chunk))
     numbers = lambda chunk: range(chunk * per_chunk, min(len(items), (chunk + 1) * per_chunk))
-    about = {chunk: read_chunk(folder, chunk, S) for chunk in chunks if (folder / f"{chunk:06d}.json").exists()}
+    states_N = input_states(items, source.check_contents)
+    about = unchanged_chunks(folder, [chunk for chunk in chunks if (folder / f"{chunk:06d}.json").exists()], S, items, states_N, numbers)
     todo = [i for chunk in chunks if chunk % parts == part and chunk not in about for i in numbers(chunk)]
     is_bad = lambda read, notes: not read and any(note.get("bad") for note in notes)
     bad = sum(done["bad"] for done in about.values())
@@ -893,26 +940,35 @@ def encode_chunks(source: Source, tokenizer, items: list[Item], pictures: int, n
                 report(source.out, [*notes, *(note for done in about.values() for note in done["notes"]), *found])
                 check_rejected(bad + bad_here, len(items), source.max_rejected, item_notes)
             if last_of(i):
-                write_chunk(folder, i // per_chunk, counts, np.concatenate(codes), found, bad_here)
+                here = slice(numbers(i // per_chunk).start, i + 1)
+                about[i // per_chunk] = write_chunk(folder, i // per_chunk, counts, np.concatenate(codes), found, bad_here, states_N[here])
                 counts, found, codes, bad, bad_here = [], [], [], bad + bad_here, 0
-    missing = [chunk for chunk in chunks if not (folder / f"{chunk:06d}.json").exists()]
+    of_others = [chunk for chunk in chunks if chunk not in about and (folder / f"{chunk:06d}.json").exists()]
+    about |= unchanged_chunks(folder, of_others, S, items, states_N, numbers)
+    missing = [chunk for chunk in chunks if chunk not in about]
     if source.out.exists():
         print(f"another part wrote {source.out} in the meantime")
         return None
     if missing:
         print(f"part {source.part} is encoded; {len(missing)} of {len(chunks)} chunks are still to come from other parts; the last to finish writes {source.out}")
         return None
-    about = [read_chunk(folder, chunk, S) for chunk in chunks]
+    about = [about[chunk] for chunk in chunks]
     counts_N = np.concatenate([done["counts"] for done in about]) if about else np.zeros(0, int)
     starts_N = np.concatenate([np.cumsum([0, *done["counts"][:-1]]) for done in about]) if about else np.zeros(0, int)
-    open_chunk = functools.lru_cache(256)(lambda chunk: np.memmap(folder / f"{chunk:06d}.codes", "<u2", mode="r").reshape(-1, S))
-    codes_of = lambda i: open_chunk(i // per_chunk)[starts_N[i]:starts_N[i] + counts_N[i]]
+
+    def codes_of(i):
+        codes = read_at(folder / f"{i // per_chunk:06d}.codes", 2 * S * int(starts_N[i]), 2 * S * int(counts_N[i]))
+        return np.frombuffer(codes, "<u2").reshape(counts_N[i], S)
+
     return counts_N > 0, codes_of, [note for done in about for note in done["notes"]]
 
 
 def check_rejected(bad: int, total: int, most: float, notes):
     if bad > most * total:
-        raise UserError(f"{bad} of {total} inputs cannot be read, more than --max-rejected {most}; the last: {notes[-1]['reason'] if notes else ''}")
+        raise UserError(
+            f"{bad} of {total} inputs cannot be read, more than --max-rejected {most}; the last: "
+            f"{notes[-1]['reason'] if notes else ''}"
+        )
 
 
 def begin_chunks(folder: Path, source: Source, tokenizer, items, batch):
@@ -924,49 +980,106 @@ def begin_chunks(folder: Path, source: Source, tokenizer, items, batch):
     plan = {"kind": type(source).__name__, "tokenizer": vqgan.fingerprint(tokenizer), "batch": batch, "files": f"{len(items)} items, {names.hexdigest()[:16]}",
             **json.loads(json.dumps({k: v for k, v in dataclasses.asdict(source).items() if k not in free}, default=str))}
     file = folder / "plan.json"
-    if folder.exists() and not file.exists() and any(folder.iterdir()):
+    if folder.exists() and not file.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise UserError(f"{folder} is in the way: it is no unfinished run; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     if file.exists():
-        before = read_json(file)
+        before = {"check_contents": False} | read_json(file)  # of runs that are older than the flag
         if changed := [f"{k}: {before.get(k)} -> {v}" for k, v in plan.items() if before.get(k) != v]:
             raise UserError(f"{folder} holds an unfinished run with other settings ({'; '.join(changed)}); repeat them, delete it, or choose another --out")
-    write_whole(file, (json.dumps(plan, indent=1) + "\n").encode())
+    write_whole(file, strict_json(plan, indent=1) + "\n")
 
 
-def write_chunk(folder: Path, chunk: int, counts, codes_NS, notes, bad: int):
+def input_states(items: list[Item], contents: bool) -> list[str]:
+    """For each item a digest of the states of its files: another one, another picture."""
+    files = [files_of(item) for item in items]
+    every = list(dict.fromkeys(itertools.chain(*files)))
+    with ThreadPoolExecutor(16) as pool:
+        states = dict(zip(every, pool.map(functools.partial(file_state, contents=contents), every)))
+    return [hashlib.sha256(" ".join(states[file] for file in some).encode()).hexdigest()[:16] for some in files]
+
+
+def file_state(file, contents=False) -> str:
+    """Size and time of change of a file, or a digest of its content."""
+    try:
+        found = os.stat(file)
+        if contents and stat.S_ISREG(found.st_mode):
+            with open(file, "rb") as opened:
+                return hashlib.file_digest(opened, "sha256").hexdigest()
+        return f"{found.st_size} {found.st_mtime_ns}"
+    except OSError as error:  # its reader says what is wrong with it
+        return f"error {error.errno}"
+
+
+def files_of(item: Item) -> list[Path]:
+    """The files that an item is read from: a picture, a video, or every frame of the folders of a clip."""
+    tracks = item.read.keywords.get("tracks") or [item.read.keywords["path"]]
+    return [file for track in tracks for file in ([track] if isinstance(track, Path) else track)]
+
+
+def unchanged_chunks(folder: Path, chunks, S: int, items, states_N, numbers) -> dict[int, dict]:
+    """{chunk: what is known of it} for those whose inputs are what they were when they were encoded; the others are taken away."""
+    about, changed, anew = {chunk: read_chunk(folder, chunk, S) for chunk in chunks}, [], 0
+    for chunk in chunks:
+        before, now = about[chunk].get("inputs") or [], [states_N[i] for i in numbers(chunk)]
+        if before != now:
+            changed += [items[i].name for i, was in itertools.zip_longest(numbers(chunk), before) if i is not None and was != states_N[i]]
+            (folder / f"{chunk:06d}.json").unlink(missing_ok=True)
+            del about[chunk]
+            anew += 1
+    if anew:
+        print(f"{len(changed)} inputs have changed since they were encoded, such as {', '.join(changed[:3])}: {anew} chunks are encoded anew")
+    return about
+
+
+def write_chunk(folder: Path, chunk: int, counts, codes_NS, notes, bad: int, states) -> dict:
     """The codes first, then what vouches for them; either appears whole."""
     data = codes_NS.astype("<u2").tobytes()
     write_whole(folder / f"{chunk:06d}.codes", data)
-    about = {"counts": counts, "notes": notes, "bad": bad, "sha256": hashlib.sha256(data).hexdigest()}
-    write_whole(folder / f"{chunk:06d}.json", (json.dumps(about) + "\n").encode())
+    about = {"counts": counts, "notes": notes, "bad": bad, "inputs": states, "sha256": hashlib.sha256(data).hexdigest()}
+    write_whole(folder / f"{chunk:06d}.json", strict_json(about) + "\n")
+    return about
 
 
 def read_chunk(folder: Path, chunk: int, S: int) -> dict:
     file = folder / f"{chunk:06d}.json"
     try:
         about = read_json(file)
-        check_fields(about, {"counts": list[int], "notes": list[dict[str, str | bool]], "bad": int, "sha256": str}, file)
+        check_fields(about, {
+            "counts": list[int], "notes": list[dict[str, str | bool]], "bad": int, "inputs": list[str] | None,
+            "sha256": str}, file)
         if not all({"path", "reason"} <= note.keys() for note in about["notes"]):
             raise UserError(f"{file}: a note without path or reason")
         data = (folder / f"{chunk:06d}.codes").read_bytes()
-        if len(data) != 2 * S * sum(about["counts"]) or min(about["counts"], default=0) < 0 or hashlib.sha256(data).hexdigest() != about["sha256"]:
+        if (
+            len(data) != 2 * S * sum(about["counts"])
+            or min(about["counts"], default=0) < 0
+            or hashlib.sha256(data).hexdigest() != about["sha256"]
+        ):
             raise UserError(f"{file}: its codes are others than it says")
         return about
     except (OSError, UserError) as error:
         raise UserError(f"{error}; delete {file} and run the same command again") from None
 
 
-def remove_chunks(out: Path):
-    folder = Path(f"{out}.codes")
-    for file in folder.iterdir():
-        if re.fullmatch(r"\d{6}\.(codes|json)(\.[0-9a-z.-]+)?|plan\.json(\.[0-9a-z.-]+)?", file.name):
-            file.unlink()
-    folder.rmdir()
+OURS = re.compile(r"\d{6}\.(codes|json)|plan\.json|\d{5}\.(tokens|index\.npy)|dataset\.json|\..*\.partial")  # names of files of scratch
+
+
+def remove_scratch(folder: Path):
+    """Takes away a folder that is not needed any more. What stays, such as files that a network disk keeps for whoever has
+    them open, or that another part is taking away, is no reason to fail: the work is done."""
+    with contextlib.suppress(OSError):
+        for file in list(folder.iterdir()):
+            if OURS.fullmatch(file.name):
+                with contextlib.suppress(OSError):
+                    file.unlink()
+        folder.rmdir()
+    if folder.exists():
+        print(f"{folder} could not be removed whole; it is not needed any more", file=sys.stderr)
 
 
 def write_lines(path, records):
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in records).encode())
+    write_whole(path, "".join(strict_json(record) + "\n" for record in records))
 
 
 def report(out: Path, notes):
@@ -990,21 +1103,21 @@ def split_part(text: str) -> tuple[int, int]:
 
 
 def write_dataset(out: Path, tokenizer, kinds: list[str], sentences: Iterable[tuple[int, np.ndarray]], rejected=(), context: int | None = None, suffix: str = ""):
-    """Writes (kind, uint16 tokens) sentences as a dataset folder, whole or not at all. Raises UserError for an old one."""
+    """Writes (kind, uint16 tokens) sentences as a dataset folder, whole or not at all. Raises UserError where there is one already."""
     out, partial = Path(out), Path(f"{out}.partial{suffix}")
     if out.exists():
         raise UserError(f"{out} exists; choose another --out or delete it")
     if partial.exists():  # what a killed run left behind
-        if any(not re.fullmatch(r"\d{5}\.(tokens|index\.npy)|dataset\.json", file.name) for file in partial.iterdir()):
+        if any(not OURS.fullmatch(file.name) and not file.name.startswith(".nfs") for file in partial.iterdir()):
             raise UserError(f"{partial} is in the way, and holds files that no run left there; choose another --out")
         for file in partial.iterdir():
-            file.unlink()
+            file.unlink(missing_ok=True)
     partial.mkdir(parents=True, exist_ok=True)
     files, tokens, counts, longer = {}, 0, [0] * len(kinds), 0
     sentences = iter(sentences)
     while (first := next(sentences, None)) is not None:
         stem, index, end, digest = partial / f"{len(files) // 2:05d}", [], 0, hashlib.sha256()
-        with open(f"{stem}.tokens", "wb") as file:
+        with naming(f"{stem}.tokens"), open(f"{stem}.tokens", "wb") as file:
             for kind, codes in itertools.chain([first], itertools.islice(sentences, SENTENCES_PER_SHARD - 1)):
                 codes = np.asarray(codes).reshape(-1)
                 if not len(codes) or codes.min() < 0 or codes.max() >= tokenizer.config.num_embeddings:
@@ -1016,90 +1129,71 @@ def write_dataset(out: Path, tokenizer, kinds: list[str], sentences: Iterable[tu
                 index.append((end, kind, zlib.crc32(data)))
                 counts[kind] += 1
                 longer += context is not None and len(codes) + 2 > context
-        np.save(f"{stem}.index.npy", np.array(index, np.int64))
+            file.flush()
+            os.fsync(file.fileno())
+        np.save(content := io.BytesIO(), np.array(index, "<i8"))
+        write_whole(f"{stem}.index.npy", content.getvalue())
         files[f"{stem.name}.tokens"] = digest.hexdigest()
-        files[f"{stem.name}.index.npy"] = hashlib.sha256(Path(f"{stem}.index.npy").read_bytes()).hexdigest()
+        files[f"{stem.name}.index.npy"] = hashlib.sha256(content.getvalue()).hexdigest()
         tokens += end
     about = {"format": FORMAT, "tokenizer": vqgan.fingerprint(tokenizer), "codes": tokenizer.config.num_embeddings,
              "codes_per_image": tokenizer.config.codes_per_image, "sentences": sum(counts), "tokens": tokens,
              "kinds": dict(zip(kinds, counts)), "rejected": len(rejected), "sha256": files}
-    (partial / "dataset.json").write_text(json.dumps(about, indent=1) + "\n")
+    write_whole(partial / "dataset.json", describe(about))
     report(out, rejected)
     try:
         partial.rename(out)
     except OSError:
         if not out.exists():
             raise
-        shutil.rmtree(partial)  # another part was faster, with the same result
+        remove_scratch(partial)  # another part was faster, with the same result
     if longer:
         print(f"{longer:,} of {sum(counts):,} sentences are longer than --context {context} with BOS and EOS: train with a longer one, or with --packing concat")
     print(f"wrote {sum(counts):,} sentences, {tokens:,} tokens to {out}")
 
 
 class Shards:
-    """Random access to a dataset folder: `shards[i]` is (kind, uint16 tokens); tokens are memory-mapped.
+    """Random access to a dataset folder: `shards[i]` is (kind, uint16 tokens).
 
-    Raises UserError, naming the file, for a folder that is no dataset, of another format
-    version, truncated, or with codes outside the codebook."""
+    Opening it reads every file once and compares its digest; what was compared is remembered in the user's cache folder,
+    so that another start reads the indices alone. Every sentence is compared with its checksum when it is read. Files are
+    opened for each sentence: any number of shards takes no descriptors, and a file that is emptied, replaced or deleted
+    meanwhile is an error, never a fault of memory or a wrong sentence.
+    Raises UserError, naming the file, for a folder that is no dataset, of another format version, changed since it was
+    written, truncated, or with codes outside the codebook."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        if not (self.folder / "dataset.json").is_file():
-            raise UserError(f"{folder}: no dataset here (dataset.json is missing); make one with: python tokenize_data.py KIND --out {folder}")
         file = self.folder / "dataset.json"
+        if not file.is_file():
+            raise UserError(f"{folder}: no dataset here (dataset.json is missing); make one with: python tokenize_data.py KIND --out {folder}")
         self.about = read_json(file)
-        if self.about.get("format") != FORMAT:
-            raise UserError(f"{file}: format {reprlib.repr(self.about.get('format'))}, this program reads {FORMAT}")
-        check_fields(self.about, {
-            "tokenizer": str, "codes": int, "codes_per_image": int, "sentences": int, "tokens": int, "kinds": dict[str, int],
-            "sha256": dict[str, str], "rejected": int | None}, file)
-        names, self.codes, self.kinds = self.about["sha256"], self.about["codes"], list(self.about["kinds"])
-        if not (1 <= self.codes <= MOST_CODES and self.about["codes_per_image"] >= 1):
-            raise UserError(f"{file}: codes {self.codes} must be in [1, {MOST_CODES}] and codes_per_image at least 1")
-        self.shards = []
-        for name in names:
-            if not re.fullmatch(r"[0-9]{5,9}\.(tokens|index\.npy)", name):
-                raise UserError(f"{file}: sha256 names {name!r:.80}, which is no file of a dataset")
-        for name in sorted(n for n in names if n.endswith(".tokens")):
-            path, index = self.folder / name, self.folder / name.replace(".tokens", ".index.npy")
-            index_N3 = np.array(read_array(index, np.int64, (None, None)))
-            if index_N3.shape[1] not in (2, 3) or not len(index_N3):
-                raise UserError(f"{index}: wanted int64 [sentences, 3], got {list(index_N3.shape)}")
-            try:
-                size = path.stat().st_size
-            except OSError as error:
-                raise UserError(f"{path}: {error.strerror}") from None
-            ends_N, kinds_N = index_N3[:, 0], index_N3[:, 1]
-            if size != 2 * int(ends_N[-1]):
-                raise UserError(f"{path}: {size:,} bytes, {index.name} asks for {2 * int(ends_N[-1]):,}; the file is truncated or mixed up")
-            rising = 0 < ends_N.min() <= ends_N.max() <= size // 2 and np.diff(ends_N, prepend=0).min() >= 1
-            if not rising or not 0 <= kinds_N.min() <= kinds_N.max() < len(self.kinds):
-                raise UserError(f"{index}: damaged, its ends do not rise or it names kinds that dataset.json does not")
-            self.shards.append((np.memmap(path, "<u2", mode="r"), index_N3))
-        self.firsts = np.cumsum([0] + [len(index_N3) for _, index_N3 in self.shards])
-        if not self.firsts[-1]:
+        self.digest = check_description(file, self.about)  # names what the whole dataset holds
+        self.codes, self.kinds, digests = self.about["codes"], list(self.about["kinds"]), self.about["sha256"]
+        self.shards = []  # of each token file: its path, int64 [sentences, 3] of ends, kinds and CRC-32
+        for name in sorted(n for n in digests if n.endswith(".tokens")):
+            path, index = self.folder / name, name.removesuffix(".tokens") + ".index.npy"
+            if index not in digests:
+                raise UserError(f"{file}: sha256 names {name} and not {index}")
+            self.shards.append((path, read_index(self.folder / index, digests[index], path, len(self.kinds))))
+        if not self.shards:
             raise UserError(f"{folder}: the dataset holds no sentence")
+        verify_tokens(self.folder, {path: digests[path.name] for path, _ in self.shards}, self.codes)
+        self.firsts = np.cumsum([0] + [len(index_N3) for _, index_N3 in self.shards])
         self.starts_N = np.concatenate([np.concatenate([[0], index_N3[:-1, 0]]) for _, index_N3 in self.shards])
         self.lengths_N = np.concatenate([np.diff(index_N3[:, 0], prepend=0) for _, index_N3 in self.shards])
+        self.kinds_N, self.hashes_N = (np.concatenate([index_N3[:, column] for _, index_N3 in self.shards]) for column in (1, 2))
         self.longest = int(self.lengths_N.max())
-        self.checked = int(self.lengths_N.sum()) <= CHECKED_WHOLE
-        if self.checked:
-            self.check_codes()
-
-    def check_codes(self):
-        for n, (tokens, _) in enumerate(self.shards):
-            for start in range(0, len(tokens), 1 << 24):
-                if (highest := int(tokens[start:start + (1 << 24)].max())) >= self.codes:
-                    raise UserError(f"{self.folder} shard {n}: code {highest} is outside the codebook of {self.codes}")
 
     def __len__(self):
         return int(self.firsts[-1])
 
     def __getitem__(self, i):
-        shard = bisect.bisect_right(self.firsts, i) - 1 if len(self.shards) > 1 else 0
-        tokens, index_N3 = self.shards[shard]
-        start = self.starts_N[i]
-        return int(index_N3[int(i) - self.firsts[shard], 1]), tokens[start:start + self.lengths_N[i]]
+        path, _ = self.shards[bisect.bisect_right(self.firsts, i) - 1 if len(self.shards) > 1 else 0]
+        data = read_at(path, 2 * int(self.starts_N[i]), 2 * int(self.lengths_N[i]))
+        if zlib.crc32(data) != self.hashes_N[i]:  # fewer bytes have another one too
+            raise UserError(f"{path}: sentence {i} is not the one that was written: the file was changed, cut or damaged after it was opened")
+        return int(self.kinds_N[i]), np.frombuffer(data, "<u2")
 
     @property
     def row_lengths_N(self):
@@ -1110,19 +1204,119 @@ class Shards:
         tokens = self[i][1]
         ids_T = np.empty(len(tokens) + 2, np.int32)
         ids_T[0], ids_T[1:-1], ids_T[-1] = specials[0], tokens, specials[1]
-        if not self.checked and tokens.max() >= self.codes:
-            raise UserError(f"{self.folder}: sentence {i} holds code {tokens.max()}, outside the codebook of {self.codes}")
         return ids_T, None
 
-    @functools.cached_property
-    def hashes_N(self):
-        """CRC-32 of the tokens of each sentence; datasets of the first version do not store it."""
-        if all(index_N3.shape[1] == 3 for _, index_N3 in self.shards):
-            return np.concatenate([index_N3[:, 2] for _, index_N3 in self.shards])
-        return np.array([zlib.crc32(self[i][1].tobytes()) for i in range(len(self))])
-
     def code_counts(self):
-        return sum(np.bincount(tokens, minlength=self.codes) for tokens, _ in self.shards)
+        counts_K = np.zeros(self.codes, np.int64)
+        for path, _ in self.shards:
+            with open(path, "rb") as file:
+                while len(tokens := np.frombuffer(file.read(1 << 22), "<u2")):
+                    counts_K += np.bincount(tokens, minlength=self.codes)
+        return counts_K
+
+
+def describe(about: dict) -> bytes:
+    """The content of dataset.json: what it says, and last the digest of that. No other bytes say the same."""
+    about = {name: value for name, value in about.items() if name != "digest"}
+    digest = hashlib.sha256(strict_json(about, indent=1).encode()).hexdigest()
+    return (strict_json(about | {"digest": digest}, indent=1) + "\n").encode()
+
+
+def check_description(file: Path, about: dict) -> str:
+    """Raises UserError, naming dataset.json and the field, for one that was changed or is no description of a dataset -> its digest."""
+    content, version = file.read_bytes(), about.get("format")
+    if version not in (1, FORMAT):
+        raise UserError(f"{file}: format {reprlib.repr(version)}, this program reads {FORMAT} and 1")
+    if version == FORMAT and describe(about) != content:  # format 1 carried no digest of its own
+        raise UserError(f"{file}: not as it was written (its digest differs); copy it again, or make the dataset anew")
+    check_fields(about, {"tokenizer": str, "codes": int, "codes_per_image": int, "sentences": int, "tokens": int, "kinds": dict[str, int],
+                         "sha256": dict[str, str], "rejected": int | None}, file)
+    if not (1 <= about["codes"] <= MOST_CODES and about["codes_per_image"] >= 1):
+        raise UserError(f"{file}: codes {about['codes']} must be in [1, {MOST_CODES}] and codes_per_image at least 1")
+    for name in about["sha256"]:
+        if not re.fullmatch(r"[0-9]{5,9}\.(tokens|index\.npy)", name):
+            raise UserError(f"{file}: sha256 names {name!r:.80}, which is no file of a dataset")
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def read_index(file: Path, digest: str, tokens: Path, kinds: int) -> np.ndarray:
+    """NNNNN.index.npy -> int64 [sentences, 3]: where each sentence ends in `tokens`, its kind, and the CRC-32 of its tokens."""
+    try:
+        content, size = file.read_bytes(), tokens.stat().st_size
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from None
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise UserError(f"{file}: its bytes are not those that were written (sha256 differs); copy it again, or make the dataset anew")
+    index_NC = np.array(read_array(file, np.int64, (None, None)))
+    if index_NC.shape[1] not in (2, 3) or not len(index_NC):
+        raise UserError(f"{file}: wanted int64 [sentences, 3], got {list(index_NC.shape)}")
+    ends_N, kinds_N = index_NC[:, 0], index_NC[:, 1]
+    if size != 2 * int(ends_N[-1]):
+        raise UserError(f"{tokens}: {size:,} bytes, {file.name} asks for {2 * int(ends_N[-1]):,}; the file is truncated or mixed up")
+    starts_N = np.concatenate([[0], ends_N[:-1]])
+    if not 0 < ends_N.min() <= ends_N.max() <= size // 2 or (ends_N <= starts_N).any() or not 0 <= kinds_N.min() <= kinds_N.max() < kinds:
+        raise UserError(f"{file}: damaged, its ends do not rise or it names kinds that dataset.json does not")
+    if index_NC.shape[1] == 2:  # the first datasets stored no checksums
+        sums_N = [zlib.crc32(read_at(tokens, 2 * start, 2 * (end - start))) for start, end in zip(starts_N.tolist(), ends_N.tolist())]
+        index_NC = np.column_stack([index_NC, sums_N])
+    return index_NC
+
+
+def verify_tokens(folder: Path, digests: dict[Path, str], codes: int):
+    """Reads token files and compares their digests, but for those that the cache folder says were compared already and
+    that have the size, times and inode that they had then. Raises UserError, naming the file."""
+    cache = cache_folder("verified")
+    record = cache and cache / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.json"
+    try:
+        known = read_json(record) if record else {}
+    except UserError:
+        known = {}
+    states = {path: stamp(path) for path in digests}
+    todo = [path for path in digests if known.get(path.name) != [*states[path], digests[path], codes]]
+    total = sum(states[path][0] for path in todo)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"verifying {folder}", disable=total < 1 << 30, dynamic_ncols=True) as bar:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing does not hold Python's lock
+            for _ in pool.map(lambda path: verify_file(path, digests[path], codes, bar.update), todo):
+                pass
+    # A file may be changed again within the same tick of its clock, so that of the last seconds is not vouched for.
+    known = {path.name: [*states[path], digests[path], codes] for path in digests if time.time_ns() - max(states[path][1:3]) > 2e9}
+    if record and todo and known:
+        with contextlib.suppress(OSError):  # such as a full disk
+            write_whole(record, strict_json(known) + "\n")
+
+
+def verify_file(path: Path, digest: str, codes: int, progress):
+    sha256, highest = hashlib.sha256(), 0
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                sha256.update(block)
+                highest = max(highest, int(np.frombuffer(block[:len(block) & ~1], "<u2").max(initial=0)))
+                progress(len(block))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if sha256.hexdigest() != digest:
+        raise UserError(f"{path}: its bytes are not those that were written (sha256 differs); copy it again, or make the dataset anew")
+    if highest >= codes:
+        raise UserError(f"{path}: code {highest} is outside the codebook of {codes}")
+
+
+def stamp(path) -> list[int]:
+    """Size, times of change of content and inode, and the inode of a file: what changes when its content does."""
+    found = os.stat(path)
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def read_at(path: Path, offset: int, count: int) -> bytes:
+    """`count` bytes of a file, or fewer where it ends."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            return os.pread(descriptor, count, offset)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; it was there when it was opened") from None
 
 
 class Jsonl:
@@ -1174,6 +1368,7 @@ class Jsonl:
             raise UserError(f"{path}: no line in it")
         self.places_NK2, self.lengths_N, self.hashes_N = np.array(places), np.array(lengths), np.array(hashes)
         self.row_lengths_N, self.longest = self.lengths_N + len(self.fields) - len(self.keys), int(self.lengths_N.max())
+        self.kinds_N, self.digest = np.zeros(len(places), int), hashlib.sha256(self.hashes_N.tobytes()).hexdigest()[:16]
         self.about = {"tokenizer": None, "codes": codes, "codes_per_image": None, "sentences": len(places), "tokens": sum(lengths), "kinds": {"jsonl": len(places)}}
 
     def texts(self, line: bytes) -> list[bytes]:
@@ -1192,7 +1387,9 @@ class Jsonl:
         except ValueError:
             raise UserError(f"{key!r} is no base64 of int32 tokens") from None
         if len(ids_T) >= 8 and len(ids_T) % 2 == 0 and ids_T.any() and not ids_T[1::2].any():
-            raise UserError(f"{key!r} holds int64 tokens (every second int32 is 0); write them with tokens.astype('<i4')")
+            raise UserError(
+                f"{key!r} holds int64 tokens (every second int32 is 0); write them with tokens.astype('<i4')"
+            )
         if not len(ids_T) or ids_T.view("<u4").max() >= self.vocabulary:  # as unsigned ones negative ids are large too
             raise UserError(f"{key!r} holds {f'tokens from {ids_T.min()} to {ids_T.max()}' if len(ids_T) else 'no tokens'}; wanted ids below {self.vocabulary}")
         return ids_T
@@ -1333,9 +1530,13 @@ def pack(opened, chosen, weights, *, seed: int, context: int, packing: str, spec
     pad = specials[2]
     shares = [Fraction(str(weight)).limit_denominator(1_000_000) for weight in weights]
     for part, share, weight in zip(opened, shares, weights):
-        if share * LEAST_SHARE < sum(shares):
-            raise UserError(f"{part.folder if isinstance(part, Shards) else part.path}:{weight}: a weight below a millionth of all, by "
-                            f"which a run of {LEAST_SHARE:,} sentences sees none of this dataset; raise it, or leave the dataset out")
+        if not share or share * LEAST_SHARE < sum(shares):
+            raise UserError(
+                f"{part.folder if isinstance(part, Shards) else part.path}:{weight}: a weight below a "
+                f"millionth of all, by "
+                f"which a run of {LEAST_SHARE:,} sentences sees none of this dataset; raise it, or leave "
+                f"the dataset out"
+            )
     unit = math.lcm(*(share.denominator for share in shares))
     counts = [int(share * unit) // math.gcd(*(int(share * unit) for share in shares)) for share in shares]
     if sum(counts) > 1 << 24:
@@ -1492,7 +1693,7 @@ def show(config: Show):
     shards, S = open_sentences(config.data, tokenizer.config.num_embeddings), tokenizer.config.codes_per_image
     if shards.about["tokenizer"] not in (None, vqgan.fingerprint(tokenizer)):
         raise UserError(f"{config.data} was made by another tokenizer than {config.tokenizer}")
-    kinds_N = np.concatenate([index_N3[:, 1] for _, index_N3 in shards.shards]) if isinstance(shards, Shards) else np.zeros(len(shards), int)
+    kinds_N = shards.kinds_N
     present = np.unique(kinds_N)
     chosen = [at[i] for kind in present for at in [np.flatnonzero(kinds_N == kind)]
               for i in np.linspace(0, len(at) - 1, min(max(1, config.count // len(present)), len(at))).astype(int)]
@@ -1507,7 +1708,10 @@ def show(config: Show):
         caption = Image.new("L", (int(ImageFont.load_default().getlength(text)) + 2 * gap, 14), 255)
         ImageDraw.Draw(caption).text((gap, 1), text, fill=0)
         blocks.append((np.asarray(caption), [pictures[t:t + config.columns] for t in range(0, len(pictures), config.columns)]))
-    width = max((size + 2 * gap) * max(len(line) for _, lines in blocks for line in lines), *(len(caption_HW[0]) for caption_HW, _ in blocks))
+    width = max(
+        (size + 2 * gap) * max(len(line) for _, lines in blocks for line in lines),
+        *(len(caption_HW[0]) for caption_HW, _ in blocks),
+    )
     sheet = []
     for caption_HW, lines in blocks:
         caption_HW = np.pad(caption_HW, ((0, 0), (0, width - caption_HW.shape[1])), constant_values=255)
@@ -1540,12 +1744,9 @@ def inspect(config: Inspect):
     shards = open_sentences(config.data, config.codes)
     about, counts_K = shards.about, shards.code_counts()
     if isinstance(shards, Shards):
-        shards.check_codes()
-        for name, digest in about["sha256"].items():
-            with open(shards.folder / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    raise UserError(f"{shards.folder / name}: its bytes are not those that were written (sha256 differs)")
-        kinds_N = np.bincount(np.concatenate([index_N3[:, 1] for _, index_N3 in shards.shards]), minlength=len(shards.kinds))
+        for path, _ in shards.shards:  # opening may have passed over what was verified before
+            verify_file(path, about["sha256"][path.name], shards.codes, lambda count: None)
+        kinds_N = np.bincount(shards.kinds_N, minlength=len(shards.kinds))
         if len(shards) != about["sentences"] or int(shards.lengths_N.sum()) != about["tokens"] or kinds_N.tolist() != list(about["kinds"].values()):
             raise UserError(f"{config.data}: dataset.json counts other sentences, tokens or kinds than there are")
     p_K = counts_K[counts_K > 0] / counts_K.sum()
@@ -1610,7 +1811,7 @@ def export_jsonl(config: ExportJsonl):
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with open(partial, "w") as file:
         for i in tqdm(range(len(shards)), unit="sentence", dynamic_ncols=True):
-            file.write(json.dumps({"tokens": base64.b64encode(shards[i][1].astype("<i4").tobytes()).decode()}) + "\n")
+            file.write(strict_json({"tokens": base64.b64encode(shards[i][1].astype("<i4").tobytes()).decode()}) + "\n")
     partial.rename(config.out)
     print(f"wrote {len(shards):,} sentences to {config.out}")
 
@@ -1638,7 +1839,9 @@ class Recolor:
     """Stop where more than this fraction of the pictures cannot be read."""
 
     def __post_init__(self):
-        check_numbers(self, {"[2, 65536]": "colours", "[1, 8000]": "size", "[0, inf)": "seed", "[0, 1]": "max_rejected"})
+        check_numbers(
+            self, {"[2, 65536]": "colours", "[1, 8000]": "size", "[0, inf)": "seed", "[0, 1]": "max_rejected"}
+        )
         if self.out.exists():
             raise UserError(f"--out {self.out} exists; choose another folder or delete it")
         if self.invert and self.palette is None:
@@ -1671,22 +1874,17 @@ def recolor(config: Recolor):
             file = folder / f"{stem}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, encode_image(image, file))
-        write_whole(folder / "palette.json", json.dumps(palette_K3.tolist()) + "\n")
+        write_whole(folder / "palette.json", strict_json(palette_K3.tolist()) + "\n")
         report(config.out, notes)
     print(f"wrote {len(stems) - bad} pictures and palette.json to {config.out}")
 
 
 def read_colours(path, size: int | None) -> np.ndarray:
     """-> float32 [H, W, 3] in [0, 1], at its own size unless another is asked for."""
-    with contextlib.ExitStack() as stack:
-        if size is None:
-            try:
-                image = stack.enter_context(Image.open(path, formats=FORMATS))
-            except Exception as error:
-                raise UserError(f"{path}: {error}") from None
-            if image.width != image.height:
-                raise UserError(f"{path}: {image.width}x{image.height} pixels are no square, as a model's answers are; name a --size")
-            size = image.width
+    if size is None:
+        size, height = shown_size(path)
+        if size != height:
+            raise UserError(f"{path}: {size}x{height} pixels are no square, as a model's answers are; name a --size")
     return read_image(path, size)
 
 
@@ -1703,7 +1901,11 @@ def draw_palette(colours: int, seed: int) -> np.ndarray:
 
 def read_palette(path: Path) -> np.ndarray:
     colours = read_json(path, list)
-    good = lambda colour: isinstance(colour, list) and len(colour) == 3 and all(type(c) is int and 0 <= c <= 255 for c in colour)
+    good = (
+        lambda colour: isinstance(colour, list)
+        and len(colour) == 3
+        and all(type(c) is int and 0 <= c <= 255 for c in colour)
+    )
     if not (2 <= len(colours) <= 65536 and all(map(good, colours))):
         raise UserError(f"{path}: wanted a list of 2 to 65,536 colours [R, G, B], each from 0 to 255")
     return np.array(colours, np.uint8)
@@ -1978,7 +2180,13 @@ COMMANDS = {"pairs": (Pairs, tokenize_pairs), "colorize": (Colorize, tokenize_co
 
 def main():
     config = tyro.extras.subcommand_cli_from_dict({name: config for name, (config, _) in COMMANDS.items()}, description=__doc__)
-    run_command(next(run for kind, run in COMMANDS.values() if type(config) is kind), config)
+
+    def leave(status):
+        if status == 1 and any(thread.name.startswith(READER) for thread in threading.enumerate()):
+            os._exit(status)  # an orderly exit would wait for a file that cannot be read
+        sys.exit(status)
+
+    run_command(next(run for kind, run in COMMANDS.values() if type(config) is kind), config, leave=leave)
 
 
 if __name__ == "__main__":

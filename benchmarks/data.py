@@ -30,6 +30,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tokenize_data  # noqa: E402
 import vqgan  # noqa: E402
+from common.weights import strict_json  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ def make_readers(config: Config, folder: Path):
     file = folder / "dataset.jsonl"
     with open(file, "w") as out:
         for row_T in rows_NT:
-            out.write(json.dumps({"tokens": base64.b64encode(row_T.tobytes()).decode("utf-8")}) + "\n")
+            out.write(strict_json({"tokens": base64.b64encode(row_T.tobytes()).decode("utf-8")}) + "\n")
     tokenizer = vqgan.VQGAN(dataclasses.replace(vqgan.PRESETS["mini"], num_embeddings=8192, resolution=128), key=jax.random.key(0))
     for name, part_NT in (("a", rows_NT[::2]), ("b", rows_NT[1::2])):
         tokenize_data.write_dataset(folder / name, tokenizer, ["video"], ((0, row_T) for row_T in part_NT))

@@ -29,6 +29,7 @@ os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LI
 import jax
 import lvm
 import train
+from common.weights import strict_json
 
 # TPU pods by the names that clouds sell them under: those of v5p count cores, two a chip.
 PODS = {
@@ -60,7 +61,7 @@ def main(config: Config):
     for size, pod in todo:
         cells[size, pod] = cell = compile_cell(size, pod)
         with open(file, "a") as log:
-            log.write(json.dumps(cell) + "\n")
+            log.write(strict_json(cell) + "\n")
         print(size, pod, show(cell), flush=True)
     config.out.with_suffix(".md").write_text(table(config, cells))
 

@@ -31,7 +31,6 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import tyro  # noqa: E402
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P  # noqa: E402
-from PIL import Image  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
@@ -253,21 +252,29 @@ def changed_by_bfloat16(model, paths, batch=16):
 
 def curves(config: Curves):
     logs = {run.name: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in config.runs}
-    panels = []
-    for what, title in (("pixel", "pixel error of training batches"), ("perplexity", "perplexity of the codebook")):
-        lines = {name: smooth([(line["step"], line[what]) for line in log], config.window) for name, log in logs.items()}
-        evaluate.line_chart(config.out, lines, title, "step")
-        panels.append(Image.open(config.out).convert("RGB"))
-    sheet = Image.new("RGB", (sum(p.width for p in panels), panels[0].height))
-    for i, panel in enumerate(panels):
-        sheet.paste(panel, (i * panel.width, 0))
-    sheet.quantize(256, dither=Image.Dither.NONE).save(config.out, optimize=True)
+    drawn = evaluate.can_draw(config.out.name)
+    if drawn:
+        figure, (axes,) = evaluate.new_figure(1, 2, 13, 4.8)
+        for ax, what, title in zip(
+            axes, ("pixel", "perplexity"), ("pixel error of training batches", "perplexity of the codebook")
+        ):
+            for name, log in logs.items():
+                ax.plot(
+                    *zip(*smooth([(line["step"], line[what]) for line in log], config.window)),
+                    linewidth=2,
+                    label=name,
+                )
+            ax.set(title=title, xlabel="step", yscale="log")
+            evaluate.plain_numbers(ax.yaxis)
+        axes[0].legend(frameon=False)
+        figure.savefig(config.out)
     steps, rows = min(len(log) for log in logs.values()), []
     for name, log in logs.items():
         last = lambda what: statistics.mean(line[what] for line in log[max(0, steps - config.window):steps])
         rows.append([name, f"{last('pixel'):.4f}", f"{last('perplexity'):.0f}", f"{last('used'):.2f}", rise(log, config.window)])
     evaluate.print_table([f"at step {steps}", "pixel error", "perplexity", "used in a batch", "worst pixel error after the discriminator's start / before"], rows)
-    print(f"wrote {config.out}")
+    if drawn:
+        print(f"wrote {config.out}")
 
 
 def smooth(points, window):

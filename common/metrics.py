@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 from scipy import linalg, ndimage, optimize
+from scipy.cluster import vq
 
 from common.images import UserError
 
@@ -92,14 +93,12 @@ def two_colours(pictures_THWC) -> tuple[np.ndarray, np.ndarray]:
     centred_N3 = colours_N3 - colours_N3.mean(0)
     along_N = centred_N3 @ np.linalg.eigh(centred_N3.T @ centred_N3)[1][:, -1]
     second_N = along_N > (along_N.min() + along_N.max()) / 2
-    for _ in range(10):
-        if second_N.all() or not second_N.any():
-            break
-        centres_23 = np.stack([colours_N3[~second_N].mean(0), colours_N3[second_N].mean(0)])
-        second_N = np.square(colours_N3 - centres_23[1]).sum(1) < np.square(colours_N3 - centres_23[0]).sum(1)
-    else:
-        return (centres_23[1], centres_23[0]) if second_N.mean() < 0.5 else (centres_23[0], centres_23[1])
-    return colours_N3.mean(0), colours_N3.mean(0)  # one colour only
+    if second_N.all() or not second_N.any():
+        return colours_N3.mean(0), colours_N3.mean(0)  # one colour only
+    begun_23 = np.stack([colours_N3[~second_N].mean(0), colours_N3[second_N].mean(0)])
+    centres_23, cluster_N = vq.kmeans2(colours_N3, begun_23, iter=9, minit="matrix")
+    rare, common = (1, 0) if cluster_N.mean() < 0.5 else (0, 1)
+    return centres_23[rare], centres_23[common]
 
 
 def iou(a_HW, b_HW) -> float:
@@ -209,6 +208,8 @@ def bootstrap(values, seed, weights=None, rounds=2000) -> dict:
     interval where there is but one value."""
     values_N = np.array([np.nan if value is None else value for value in values], np.float64)
     N, missing = len(values_N), int((~np.isfinite(values_N)).sum())
+    if not N:
+        return {"mean": None, "low": None, "high": None, "reason": "there is no value"}
     if missing:
         return {"mean": None, "low": None, "high": None, "reason": f"{missing} of {N} values are not finite"}
     weights_N = np.ones(N) if weights is None else np.asarray(weights, np.float64)

@@ -9,9 +9,11 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib
 import json
+import math
 import os
 import queue
 import re
@@ -25,6 +27,7 @@ import threading
 import time
 import traceback
 import typing
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,9 +36,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from common import end_at_signals
+from common import end_at_signals, end_now
 from common.images import UserError
-from common.weights import no_room, parse_json, read_json, strict_json, write_whole
+from common.weights import naming, no_room, parse_json, read_json, strict_json, write_whole
 
 
 class RunStopped(Exception):
@@ -50,6 +53,8 @@ def run_command(command, *arguments, leave=sys.exit):
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if callable(signal.getsignal(number)):  # that of the first seconds
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names can hold bytes that are no text
     message, status = None, 0
     try:
         command(*arguments)
@@ -95,9 +100,9 @@ def check_numbers(config, intervals: dict[str, str], called=lambda field: "--" +
     """Raises UserError, naming the flag, where a number of the dataclass `config` makes no sense.
 
     `intervals` holds the names of all its fields of numbers, by the interval in which they must lie:
-    {"[1, inf)": "steps batch", "[0, 1)": "ema"}. Integers lie below 2**31 and floats in the range of float32 in any
-    case; None passes where the field may be None; every entry of a tuple is checked. A message calls a field
-    `called(field)`. Raises KeyError for a field of numbers that has no interval."""
+    {"[1, inf)": "steps batch", "[0, 1)": "ema"}. Without an upper end integers lie below 2**31, and
+    floats in the range of float32; None passes where the field may be None; every entry of a tuple is checked.
+    A message calls a field `called(field)`. Raises KeyError for a field of numbers that has no interval."""
     interval_of = {field: interval for interval, fields in intervals.items() for field in fields.split()}
     for field in dataclasses.fields(config):
         kinds = (field.type, *typing.get_args(field.type))
@@ -106,7 +111,7 @@ def check_numbers(config, intervals: dict[str, str], called=lambda field: "--" +
             continue
         interval = interval_of[field.name]
         low, high = map(float, interval[1:-1].split(","))
-        most = 2**31 - 1 if float not in kinds else 3.4e38
+        most = 2**31 - 1 if float not in kinds and high == math.inf else 3.4e38
         for number in value if isinstance(value, tuple) else [value]:
             fits = type(number) in (int, *kinds) and abs(number) <= most and low <= number <= high
             if not fits or (number == low and interval[0] == "(") or (number == high and interval[-1] == ")"):
@@ -205,7 +210,7 @@ def _take_lock(out: Path, mine: dict) -> int:
         except OSError as error:  # some network disks have no locks
             warn(f"{file} cannot be locked ({error.strerror}); take care that no other training uses this folder")
         os.ftruncate(lock, 0)
-        os.write(lock, json.dumps(mine).encode())
+        os.write(lock, strict_json(mine).encode())
         os.fsync(lock)
         return lock
     except OSError as error:
@@ -259,17 +264,19 @@ def asked_to_stop():
         yield multihost_utils.reached_preemption_sync_point if several else lambda step: bool(asked)
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not end_now:  # there is something now, and it is saved: one more signal does no harm
+                signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------- settings
 
 
-def begin_run(file: Path, flags: dict, defaults: dict, may_change: set[str], about: dict = {}):
+def begin_run(file: Path, flags: dict, defaults: dict, may_change: set[str], about: dict = {}, noted: dict = {}):
     """Writes a run's flags to its settings file, or refuses to resume a run whose flags are others, naming them.
 
     `flags` and `defaults` are {field: value}; a flag that is newer than the run had its default in it. `about` says what
-    else must be the same. With it the file holds {**about, "train": flags}, without it the flags alone. All are JSON."""
+    else must be the same; what is `noted` may differ. With `about` the file holds {**about, **noted, "train": flags}, without
+    it the flags alone. All are JSON."""
     if steps := steps_of(file.parent / "checkpoints"):  # before the first checkpoint there is nothing to resume
         newest = max(int(step.name) for step in steps)
         if not file.exists():
@@ -289,7 +296,7 @@ def begin_run(file: Path, flags: dict, defaults: dict, may_change: set[str], abo
             if changed:
                 raise UserError(f"{file.parent} holds a run with other settings ({'; '.join(changed)}); choose another --out, or repeat its settings")
     if leads():
-        write_whole(file, json.dumps({**about, "train": flags} if about else flags, indent=1) + "\n")
+        write_whole(file, strict_json({**about, **noted, "train": flags} if about else flags, indent=1) + "\n")
 
 
 def _same(before, now) -> bool:
@@ -390,7 +397,7 @@ class Logger:
         try:
             if self.package == "tensorboard":
                 board = importlib.import_module("tensorboardX").SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
-                log = lambda line: [board.add_scalar(k, v, line["step"]) for k, v in line.items() if k != "step" and v is not None]
+                log = lambda line: [board.add_scalar(k, v, line["step"]) for k, v in line.items() if k not in ("step", "reason") and v is not None]
                 end = board.close
             else:
                 service = importlib.import_module(self.package)
@@ -455,6 +462,8 @@ class Checkpoints:
         self.writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self.thread, self.commit, self.failure, self.failed, self.newest = ThreadPoolExecutor(1), None, None, [], 0
         self.told = False
+        # A save that fails for want of threads leaves some of orbax's steps undone: said once is enough.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited")
         if leads():
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in {*self.folder.glob("*.partial*"), *self.folder.glob("*.orbax-checkpoint-tmp*")}:
@@ -633,3 +642,76 @@ def _digests(folder, files):
 
     with ThreadPoolExecutor(8) as pool:
         yield from pool.map(digest, files)
+
+
+# ---------------------------------------------------------------------------------------------------- records of finished work
+
+
+class Record:
+    """JSON lines beside the results of a command, one for each piece of work that is finished; the first holds the settings.
+
+    `lines` are those of an earlier call, which a kill or a full disk may have stopped at any point; what stands after a
+    damaged line does not count. Raises UserError, naming what differs, where the file is of other settings, unless such a
+    file is `replaced`."""
+
+    def __init__(self, file: Path, settings: dict, replaced: bool = False):
+        self.file, self.lines = file, []
+        self.head = strict_json({"settings": settings}, default=str) + "\n"
+        head, *lines = file.read_bytes().splitlines(keepends=True) if file.exists() else [b""]
+        if head and head != self.head.encode():
+            before, now = parse_json(head, f"{file} line 1").get("settings"), json.loads(self.head)["settings"]
+            before = before if isinstance(before, dict) else {}
+            if not replaced:
+                changed = [f"{k}: {str(before.get(k))[:60]} -> {str(now.get(k))[:60]}" for k in before | now if before.get(k) != now.get(k)]
+                raise UserError(f"{file} is of work with other settings ({'; '.join(changed)}); repeat them, delete it, or choose another --out")
+            lines = []
+        for line in lines:
+            try:
+                self.lines.append(parse_json(line if line.endswith(b"\n") else b"", file))
+            except UserError:
+                break
+
+    def write(self, lines: list[dict]):
+        """Replaces all lines, whole or not at all."""
+        write_whole(self.file, self.head + "".join(strict_json(line) + "\n" for line in lines))
+
+    def append(self, lines: list[dict]):
+        with naming(self.file), open(self.file, "a") as out:
+            out.write("".join(strict_json(line) + "\n" for line in lines))
+
+
+@functools.cache
+def code_digest() -> str:
+    """Tells apart versions of this program."""
+    root = Path(__file__).resolve().parent.parent
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted([*root.glob("*.py"), *root.glob("common/*.py")]))).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------- bad steps
+
+
+def new_guard() -> dict:
+    """What a step is judged by: running means of the loss and the gradient norm, and counts of steps."""
+    return {name: jnp.zeros((), jnp.float32) for name in ("loss", "norm")} | {name: jnp.zeros((), jnp.int32) for name in ("taken", "skipped", "in_a_row")}
+
+
+def skip_bad_step(new: dict, old: dict, loss, norm) -> dict:
+    """The state after a step: the parts of `new`, or those of the state `old` where the step is bad; and the guard after it.
+
+    A step is bad if its loss or gradient norm is no finite number, or, once twenty steps have been taken, if one is a
+    hundred times its running mean."""
+    guard = old["guard"]
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
+    good &= (guard["taken"] < 20) | (loss <= 100 * guard["loss"]) & (norm <= 100 * guard["norm"])
+    mean = lambda old, value: jnp.where(good, jnp.where(guard["taken"] > 0, 0.95 * old + 0.05 * value, value), old)
+    state = {k: jax.tree.map(lambda a, b: jnp.where(good, a, b), new[k], old[k]) for k in new}
+    return state | {"guard": {"loss": mean(guard["loss"], loss), "norm": mean(guard["norm"], norm), "taken": guard["taken"] + good,
+                              "skipped": guard["skipped"] + ~good, "in_a_row": jnp.where(good, 0, guard["in_a_row"] + 1)}}
+
+
+def check_health(step: int, metrics: dict, patience: int, last_saved: int):
+    """Stops a run that leaves out one step after another."""
+    if metrics["in_a_row"] >= patience:
+        raise RunStopped(
+            f"{metrics['in_a_row']:.0f} steps in a row were left out, the last, {step}, for a loss of {metrics['loss']} and a gradient norm of "
+            f"{metrics['grad_norm']}; the last checkpoint is that of step {last_saved}; try a lower --learning-rate, or look for bad data")

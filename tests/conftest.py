@@ -6,6 +6,7 @@ time goes to compiling programs that run a few times.
 """
 
 import contextlib
+import hashlib
 import http.client
 import json
 import os
@@ -85,6 +86,15 @@ def launch(arguments, devices=1, environment={}, **options):
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(arguments, env=os.environ | flags | environment, text=True,
                             **{"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options)
+
+
+def seal(folder, **changes):
+    """Makes dataset.json say what the folder holds now, and `changes`: a dataset that was written so, and not changed later."""
+    import tokenize_data
+
+    about = json.loads((folder / "dataset.json").read_text()) | changes
+    about["sha256"] = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in about["sha256"]}
+    (folder / "dataset.json").write_bytes(tokenize_data.describe(about))
 
 
 def log_of(out):

@@ -31,6 +31,7 @@ import playground
 import sample
 import vqgan
 from common.images import UserError
+from common.weights import open_tensors, write_pickle
 from conftest import free_port, post
 
 ROOT = Path(__file__).parent.parent
@@ -181,7 +182,7 @@ def test_guidance_moves_the_logits_away_from_those_without_examples(model):
 
 
 @pytest.mark.parametrize("how", [dict(temperature=0.0), dict(temperature=1.0, top_p=0.9), dict(temperature=0.7, guidance=1.5)], ids=str)
-def test_drafting_ahead_draws_the_same_codes(model, how):
+def test_drafting_ahead_in_float32_draws_the_same_codes(model, how):
     prompts, drawing = [codes(2)[0], codes(3)[0]], sample.Drawing(**how)
     draw = lambda jacobi: list(sample.stream_sentences(model, prompts, keys(4), drawing, frames=2, jacobi=jacobi))
     one_by_one, drafted = draw(0), draw(3)
@@ -190,6 +191,26 @@ def test_drafting_ahead_draws_the_same_codes(model, how):
         np.testing.assert_allclose(found.nats_NC, expected.nats_NC, atol=1e-4)
     passes = [sum(int(piece.passes_N.sum()) for piece in pieces) for pieces in (drafted, one_by_one)]
     assert passes[0] <= passes[1] == 4 * 2 * S  # the drafts of random weights are seldom right; those of fault 20 are
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_drafting_ahead_in_any_dtype_draws_each_code_exactly_from_the_logits_that_a_pass_gives_after_the_codes_before_it(model, dtype):
+    """The codes drawn are fed again, in passes of the same width but cut elsewhere and with no wrong draft among them; the random
+    numbers of each place must draw the same codes from their logits, though in bfloat16 drawing one by one may not."""
+    N, C, T, drawing, prompt_TS = 48, 3, 2 * S, sample.Drawing(0.8, top_p=0.9), codes(2)[0]
+    model = jax.tree.map(lambda w: w.astype(dtype), model)
+    pieces = sample.stream_sentences(model, [prompt_TS], keys(N), drawing, frames=2, jacobi=C)
+    drawn_NT = np.concatenate([piece.codes_NC for piece in pieces], axis=1)
+    ids_T = np.append([model.config.bos], prompt_TS).astype(np.int32)
+    cache = lvm.branch(sample.read_ids(model, ids_T[None, :-1], length=len(ids_T) - 1), N, T + C)._replace(length=jnp.zeros(N, jnp.int32))
+    fed_NT, pass_over, parts = np.pad(np.insert(drawn_NT, 0, ids_T[-1], axis=1), ((0, 0), (0, C))), jax.jit(lvm.decode_draft), []
+    for start in range(0, T, C):
+        logits_NCV, cache = pass_over(model, jnp.asarray(fed_NT[:, start:start + C]), cache)
+        cache = cache._replace(length=cache.length + C)
+        parts.append(logits_NCV[..., :CODES])
+    expected_NT, _ = sample.choose(jnp.concatenate(parts, axis=1)[:, :T], keys(N), jnp.tile(jnp.arange(T), (N, 1)), drawing)
+    np.testing.assert_array_equal(drawn_NT, expected_NT)
+    assert len(np.unique(drawn_NT, axis=0)) > N / 2
 
 
 @pytest.mark.parametrize("jacobi", [0, 3])
@@ -477,7 +498,11 @@ def test_every_bad_input_gives_exit_status_2_and_one_line(folder, monkeypatch, c
     }
     for arguments, reason in cases.items():
         status, _, errors = command(monkeypatch, capsys, *BASE, *arguments)
-        assert status == 2 and reason in " ".join(errors) and "Traceback" not in "".join(errors), (arguments, status, errors)
+        assert status == 2 and reason in " ".join(errors) and "Traceback" not in "".join(errors), (
+            arguments,
+            status,
+            errors,
+        )
     assert not Path("sample.png").exists()
 
 
@@ -488,9 +513,21 @@ def test_from_a_shell_a_bad_input_is_one_line_too(folder):
 
 
 def test_damaged_weights_are_not_drawn_from(folder, monkeypatch, capsys, model):
-    lvm.save(eqx.tree_at(lambda m: m.norm_D, model, model.norm_D * jnp.nan), "nan")
-    status, _, errors = command(monkeypatch, capsys, *BASE, "--model", "nan")
-    assert status == 2 and len(errors) == 1 and "NaN" in errors[0]
+    for name, factor, words in (("nan", jnp.nan, "tensor model.norm.weight holds NaN"), ("large", 1e38, "the model gives NaN")):
+        lvm.save(eqx.tree_at(lambda m: (m.norm_D, m.head_DV), model, (model.norm_D * factor, model.head_DV * 1e5)), name)
+        status, _, errors = command(monkeypatch, capsys, *BASE, "--model", name)
+        assert status == 2 and len(errors) == 1 and words in errors[0], errors
+
+
+def test_a_folder_of_pickled_weights_draws_what_its_safetensors_draw(folder, monkeypatch, capsys):
+    Path("pickled").mkdir()
+    shutil.copy("model/config.json", "pickled")
+    weights = {name: tensor.read() for name, tensor in open_tensors("model/model.safetensors").items()}
+    write_pickle("pickled/pytorch_model.bin", weights)
+    for name in ("model", "pickled"):
+        status, _, errors = command(monkeypatch, capsys, *BASE, "--model", name, "--out", f"{name}.png")
+        assert status == 0, errors
+    assert Path("model.png").read_bytes() == Path("pickled.png").read_bytes()
 
 
 @pytest.mark.parametrize("bad", [dict(candidates=0), dict(frames=0), dict(temperature=-0.1), dict(top_p=0.0), dict(top_k=-1)])

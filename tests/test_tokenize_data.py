@@ -20,6 +20,7 @@ import tokenize_data
 import train
 import vqgan
 from common.images import UserError
+from conftest import seal
 
 SIZE = 16
 
@@ -286,9 +287,10 @@ def test_datasets_are_mixed_by_weight(dataset, tmp_path, tokenizer):
 
 @pytest.mark.parametrize("damage, message", [
     (lambda d: (d / "00000.tokens").write_bytes((d / "00000.tokens").read_bytes()[:-2]), "truncated"),
-    (lambda d: (d / "00000.tokens").write_bytes(b"\xff\xff" + (d / "00000.tokens").read_bytes()[2:]), "outside the codebook"),
+    (lambda d: (d / "00000.tokens").write_bytes(b"\5\0" + (d / "00000.tokens").read_bytes()[2:]), "00000.tokens: its bytes are not those"),
+    (lambda d: [(d / "00000.tokens").write_bytes(b"\xff\xff" + (d / "00000.tokens").read_bytes()[2:]), seal(d)], "outside the codebook"),
     (lambda d: (d / "00000.index.npy").write_bytes(b""), "index.npy"),
-    (lambda d: (d / "dataset.json").write_text("{"), "damaged"),
+    (lambda d: (d / "dataset.json").write_text("{"), "dataset.json: no readable JSON"),
     (lambda d: (d / "dataset.json").unlink(), "no dataset here"),
 ])
 def test_a_damaged_dataset_is_refused_before_it_is_read(tmp_path, dataset, damage, message):
@@ -327,7 +329,59 @@ def test_a_dataset_appears_whole_or_not_at_all(tmp_path, tokenizer):
 def test_show_decodes_sentences_to_a_picture(tmp_path, dataset, tokenizer):
     tokenize_data.show(tokenize_data.Show(data=dataset[0], out=tmp_path / "s.png", tokenizer=tokenizer, count=4))
     width, height = Image.open(tmp_path / "s.png").size
-    assert height == 4 * (SIZE + 4 + 14) and width > 2 * (SIZE + 4)  # two of each kind, captions above, which are wider
+    assert height == 4 * (SIZE + 4 + 14) and width > 2 * (
+        SIZE + 4
+    )  # two of each kind, captions above, which are wider
+
+
+def test_show_draws_a_sentence_of_pictures_wider_than_4000_pixels_in_all(tmp_path):
+    config = vqgan.VQGANConfig(
+        resolution=256,
+        hidden_channels=4,
+        channel_mult=(1,) * 6,
+        num_res_blocks=1,
+        attn_resolutions=(),
+        no_attn_mid_block=True,
+        z_channels=4,
+        num_embeddings=8,
+        quantized_embed_dim=4,
+        norm_groups=4,
+    )
+    vqgan.save(vqgan.VQGAN(config, key=jax.random.key(0)), tmp_path / "vq")
+    tokenize_data.write_dataset(
+        tmp_path / "d", vqgan.load(tmp_path / "vq"), ["a"], [(0, np.zeros(16 * 64, np.uint16))]
+    )
+    command = [
+        "tokenize_data.py",
+        "show",
+        "--data",
+        tmp_path / "d",
+        "--out",
+        tmp_path / "s.png",
+        "--tokenizer",
+        tmp_path / "vq",
+    ]
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        cwd=pathlib.Path(tokenize_data.__file__).parent,
+    )
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "s.png").size == (16 * 260, 14 + 260)
+
+
+@pytest.mark.parametrize("first, second", [("1", "1e-7"), ("1", "1e-20"), ("3e6", "1"), ("1e-9", "1e-9")])
+def test_a_weight_by_which_a_dataset_would_never_be_seen_is_refused_by_its_name(
+    tmp_path, dataset, first, second
+):
+    shutil.copytree(dataset[0], tmp_path / "d")
+    opened = lambda first, second: tokenize_data.open_dataset(
+        [f"{dataset[0]}:{first}", f"{tmp_path / 'd'}:{second}"], context=34, batch=2, seed=0
+    )
+    with pytest.raises(UserError, match=r"/d:.*: a weight below a millionth of all"):
+        opened(first, second)
+    opened("1", "1e-5")
 
 
 def test_the_command_ends_with_one_line_and_status_2_on_bad_input(tmp_path):
@@ -462,6 +516,47 @@ def test_a_video_sentence_is_every_so_many_th_frame_of_one_file(tmp_path, tokeni
     assert strides == {(path.name, stride): 2 for path in files for stride in (1, 4)}
     reasons = rejected(tmp_path / "d")
     assert "3 frames" in reasons["short.mp4"] and "half.mp4" in reasons and "not an MP4" in reasons["list.mp4"]
+
+
+def test_damaged_videos_are_counted_as_videos_not_as_frames(tmp_path, tokenizer):
+    for n in range(20):
+        file = write_video(tmp_path / "in" / f"{n:02d}.avi", 16, n)
+        if n < 12:
+            file.write_bytes(b"no video")
+    video = lambda name, most: tokenize_data.Video(
+        inputs=tmp_path / "in", out=tmp_path / name, tokenizer=tokenizer, strides=(1,), max_rejected=most
+    )
+    with pytest.raises(UserError, match="of 20 inputs cannot be read, more than --max-rejected 0.05"):
+        run(video("strict", 0.05))
+    assert len(run(video("lenient", 0.6))) == 8
+
+
+def test_a_codebook_that_16_bits_cannot_name_is_refused_when_it_is_opened(tmp_path):
+    config = vqgan.VQGANConfig(
+        resolution=8,
+        hidden_channels=4,
+        channel_mult=(1, 1),
+        num_res_blocks=1,
+        attn_resolutions=(),
+        no_attn_mid_block=True,
+        z_channels=4,
+        num_embeddings=65_537,
+        quantized_embed_dim=1,
+        norm_groups=4,
+    )
+    vqgan.save(vqgan.VQGAN(config, key=jax.random.key(0)), tmp_path / "vq")
+    (tmp_path / "d.jsonl").write_text("{}")
+    for command in (
+        tokenize_data.Colorize(
+            inputs=write_pictures(tmp_path / "in", 8), out=tmp_path / "d", tokenizer=tmp_path / "vq"
+        ),
+        tokenize_data.ImportJsonl(
+            inputs=(tmp_path / "d.jsonl",), out=tmp_path / "d", tokenizer=tmp_path / "vq"
+        ),
+        tokenize_data.Demo(out=tmp_path / "d", sentences=1, tokenizer=tmp_path / "vq"),
+    ):
+        with pytest.raises(UserError, match="vq: its codebook of 65,537 entries is over the 65,536"):
+            next(call for kind, call in tokenize_data.COMMANDS.values() if kind is type(command))(command)
 
 
 def test_a_bad_frame_changes_a_clip_as_if_it_were_not_there(tmp_path, tokenizer):
@@ -726,6 +821,20 @@ def test_a_jsonl_reads_as_the_shards_made_of_it(tmp_path, dataset, packing, cont
         assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
 
 
+def test_int64_tokens_are_refused_with_the_cure(tmp_path, tokenizer):
+    lines = [np.random.default_rng(n).integers(0, 32, 32).astype("<i8") for n in range(5)]
+    file = tmp_path / "wide.jsonl"
+    file.write_text(
+        "".join(json.dumps({"tokens": base64.b64encode(ids_T.tobytes()).decode()}) + "\n" for ids_T in lines)
+    )
+    with pytest.raises(
+        UserError, match=r"wide.jsonl.* int64 tokens .* write them with tokens.astype\('<i4'\)"
+    ):
+        tokenize_data.import_jsonl(
+            tokenize_data.ImportJsonl(inputs=(file,), out=tmp_path / "d", tokenizer=tokenizer)
+        )
+
+
 def test_bad_lines_are_counted_listed_and_left_out(tmp_path, dataset, capsys):
     file = write_jsonl(tmp_path / "lvm.jsonl", [*dataset[1], [1, 2, 999], [-1], []])
     with open(file, "a") as more:
@@ -853,14 +962,6 @@ def test_the_held_out_fraction_is_the_same_sentences_wherever_they_are_stored(tm
 def test_data_that_do_not_fill_a_batch_are_an_error(dataset, packing):
     with pytest.raises(UserError, match="do not fill a batch"):
         tokenize_data.open_dataset([dataset[0]], context=34, batch=64, seed=0, packing=packing)
-
-
-def test_ids_of_a_dataset_too_large_to_check_at_once_are_checked_as_they_are_read(tmp_path, dataset, monkeypatch):
-    monkeypatch.setattr(tokenize_data, "CHECKED_WHOLE", 0)
-    shutil.copytree(dataset[0], tmp_path / "d")
-    (tmp_path / "d" / "00000.tokens").write_bytes(b"\xff\xff" * 640)
-    with pytest.raises(UserError, match="outside the codebook"):
-        next(iter(tokenize_data.open_dataset([tmp_path / "d"], context=34, batch=2, seed=0)))
 
 
 def test_weights_without_a_measure_are_refused(dataset):
