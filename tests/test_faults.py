@@ -1536,13 +1536,19 @@ def bad_weights(kind, tmp_path):
     return convert, "pytorch_model.bin: tensor model.norm.weight holds NaN or infinity"
 
 
+MEASURE = """
+import json, resource, subprocess, sys
+done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([done.returncode, done.stdout, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024]))
+"""
+
+
 def rusage(arguments):
-    """(status, what it printed, seconds of processor time, bytes of memory at most) of a command."""
-    process = launch(list(map(str, arguments)))
-    output = process.stdout.read()
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, output, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
+    """(status, what it printed, seconds of processor time, bytes of memory at most) of a command.
+
+    Started by a small process: a child's peak begins with what its parent holds."""
+    return json.loads(finish(launch([sys.executable, "-c", MEASURE, *map(str, arguments)])))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in bytes elsewhere")
