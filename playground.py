@@ -146,7 +146,8 @@ def serve(config: sample.Config):
         config = dataclasses.replace(
             config, model=shown_path(config.model),
             tokenizer=config.tokenizer and Path(shown_path(config.tokenizer)))
-        theme = gradio.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # named fonts would be fetched
+        # Named fonts would be fetched.
+        theme = gradio.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])
         with contextlib.chdir(scratch):
             files = Scratch(Path(scratch))
             page = build_page(config, model, tokenizer, files)
@@ -278,8 +279,8 @@ def build_page(config: sample.Config, model, tokenizer, files: "Scratch"):
 def make_smaller(paths: list[Path]) -> tuple[Path, ...]:
     """Replaces pictures of more than `LARGE` pixels by smaller copies beside them, as most are not needed.
 
-    Raises UserError for a picture whose reading takes more than `MOST_MEMORY`, and where all together have more
-    than `MOST_WORK` pixels; what is no picture is left to `read_pictures`, which says so."""
+    Raises UserError for a picture whose reading takes more than `MOST_MEMORY`, and where all together have
+    more than `MOST_WORK` pixels; what is no picture is left to `read_pictures`, which says so."""
     work, smaller = 0, []
     for path in paths:
         try:
@@ -357,7 +358,8 @@ class Scratch:
         return found
 
     def sweep(self, room: int = 0):
-        """Removes what is older than `OLDEST`, then the oldest until `room` bytes of `MOST_SCRATCH` are free."""
+        """Removes what is older than `OLDEST`, then the oldest until `room` bytes of `MOST_SCRATCH` are
+        free."""
         found = sorted((file for file in self.list() if file[0] not in self.kept), key=lambda file: file[1])
         used = sum(size for *_, size in found)
         for file, written, size in found:
@@ -371,11 +373,11 @@ class Scratch:
 
 
 class Guard:
-    """The ASGI application around gradio's, which lets through what our own page sends: to the paths that it uses,
-    from this origin, to this host's name (not another one that was bound to it), of a limited size, in time.
+    """The ASGI application around gradio's, which lets through what our own page sends: to the paths that it
+    uses, from this origin, to this host's name (not another that was bound to it), of limited size, in time.
 
-    It hides where files lie on this machine: answers call the folder of `files` FILES, and requests that name FILES
-    mean that folder."""
+    It hides where files lie on this machine: answers call the folder of `files` FILES, and requests that name
+    FILES mean that folder."""
 
     def __init__(self, app, port: int, files: Scratch):
         self.app, self.files, self.running = app, files, 0
@@ -430,8 +432,8 @@ class Guard:
         return text
 
     async def read_request(self, receive):
-        """Reads the body, of at most MOST_MESSAGE bytes -> a `receive` that hands it on in one piece; None where it
-        does not come."""
+        """Reads the body, of at most MOST_MESSAGE bytes -> a `receive` that hands it on in one piece;
+        None where it does not come."""
         parts, message = [], {"more_body": True}
         while message.get("more_body"):
             message = await in_time(receive)()
@@ -446,8 +448,8 @@ class Guard:
         return receive_read
 
     def hiding(self, send):
-        """A `send` that hands on answers with FILES for the folder's path: texts as a whole, of streams each piece by
-        itself."""
+        """A `send` that hands on answers with FILES for the folder's path: texts as a whole, of streams each
+        piece by itself."""
         held, parts, stream = None, [], False
 
         async def send_hidden(message):
@@ -501,8 +503,8 @@ def in_time(receive):
 
 
 def impatient_protocol():
-    """uvicorn's HTTP protocol for clients that do nothing for PATIENCE seconds: it cuts a connection without a whole
-    request, or whose answer is not read. (uvicorn itself waits for ever in both cases.)"""
+    """uvicorn's HTTP protocol for clients that do nothing for PATIENCE seconds: it cuts a connection without a
+    whole request, or whose answer is not read. (uvicorn itself waits for ever in both cases.)"""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Impatient(H11Protocol):

@@ -10,11 +10,13 @@ import json
 import os
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import time
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 
 import equinox as eqx
@@ -532,6 +534,15 @@ def test_a_folder_of_pickled_weights_draws_what_its_safetensors_draw(folder, mon
 def test_generate_refuses_what_cannot_be(model, tokenizer, bad):
     with pytest.raises(UserError, match=next(iter(bad)).replace("_", ".")):
         sample.generate(model, tokenizer, pictures(1), key=jax.random.key(0), **bad)
+
+
+def test_a_file_that_promises_two_thousand_million_frames_is_refused_at_once(folder, monkeypatch, capsys):
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    Image.new("RGB", (1, 1)).save("endless.png")
+    whole = Path("endless.png").read_bytes()
+    Path("endless.png").write_bytes(whole[:33] + chunk(b"acTL", struct.pack(">II", 2**31 - 1, 0)) + whole[33:])
+    status, _, errors = command(monkeypatch, capsys, *BASE, "--prompt", "endless.png", "--out", "never.png")
+    assert status == 2 and len(errors) == 1 and "more than 1000 pictures" in errors[0]
 
 
 # ---------------------------------------------------------------------------------------------------- the playground
