@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from common import end_at_signals
+from common import end_at_signals, end_now
 from common.images import UserError
 from common.weights import naming, no_room, parse_json, read_json, strict_json, write_whole
 
@@ -100,9 +100,9 @@ def check_numbers(config, intervals: dict[str, str], called=lambda field: "--" +
     """Raises UserError, naming the flag, where a number of the dataclass `config` makes no sense.
 
     `intervals` holds the names of all its fields of numbers, by the interval in which they must lie:
-    {"[1, inf)": "steps batch", "[0, 1)": "ema"}. Without an upper end integers lie below 2**31, and floats in the range
-    of float32; None passes where the field may be None; every entry of a tuple is checked. A message calls a field
-    `called(field)`. Raises KeyError for a field of numbers that has no interval."""
+    {"[1, inf)": "steps batch", "[0, 1)": "ema"}. Without an upper end integers lie below 2**31, and
+    floats in the range of float32; None passes where the field may be None; every entry of a tuple is checked.
+    A message calls a field `called(field)`. Raises KeyError for a field of numbers that has no interval."""
     interval_of = {field: interval for interval, fields in intervals.items() for field in fields.split()}
     for field in dataclasses.fields(config):
         kinds = (field.type, *typing.get_args(field.type))
@@ -264,7 +264,8 @@ def asked_to_stop():
         yield multihost_utils.reached_preemption_sync_point if several else lambda step: bool(asked)
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not end_now:  # there is something now, and it is saved: one more signal does no harm
+                signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------- settings
