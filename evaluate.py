@@ -37,6 +37,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import shlex
 import subprocess

@@ -67,8 +67,8 @@ from tqdm import tqdm
 
 import vqgan
 from common.images import (
-    FORMATS, UserError, count_frames, encode_image, find_clips, find_stems, find_tracks, find_videos, natural, read_frames,
-    read_half, read_image, read_integers, to_pixels)
+    UserError, count_frames, encode_image, find_clips, find_stems, find_tracks, find_videos, natural, read_frames,
+    read_half, read_image, read_integers, shown_size, to_pixels)
 from common.runs import RunStopped, check_numbers, run_command
 from common.weights import (
     MOST_JSON, cache_folder, check_fields, naming, parse_json, read_array, read_json, strict_json, write_folder, write_whole)
@@ -1881,15 +1881,10 @@ def recolor(config: Recolor):
 
 def read_colours(path, size: int | None) -> np.ndarray:
     """-> float32 [H, W, 3] in [0, 1], at its own size unless another is asked for."""
-    with contextlib.ExitStack() as stack:
-        if size is None:
-            try:
-                image = stack.enter_context(Image.open(path, formats=FORMATS))
-            except Exception as error:
-                raise UserError(f"{path}: {error}") from None
-            if image.width != image.height:
-                raise UserError(f"{path}: {image.width}x{image.height} pixels are no square, as a model's answers are; name a --size")
-            size = image.width
+    if size is None:
+        size, height = shown_size(path)
+        if size != height:
+            raise UserError(f"{path}: {size}x{height} pixels are no square, as a model's answers are; name a --size")
     return read_image(path, size)
 
 

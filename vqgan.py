@@ -14,6 +14,7 @@ D width of a code, I/O channels in and out of a convolution.
 
 import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -45,7 +46,7 @@ from common.metrics import bootstrap, psnr, reconstruction_values, ssim  # noqa:
 from common.runs import (
     Checkpoints, RunStopped, asked_to_stop, begin_run, check_numbers, keep_log_until, open_log, own_run_folder, run_command, side_work, with_patience)
 from common.weights import (
-    check_fields, open_tensors, read_array, read_json, strict_json, write_pickle, write_together, write_whole)
+    check_fields, open_tensors, parse_json, read_array, read_json, strict_json, write_pickle, write_together, write_whole)
 
 HERE = Path(__file__).parent
 MINI = HERE / "assets" / "mini" / "tokenizer"
@@ -599,23 +600,24 @@ MAY_CHANGE = {"out", "save_every", "save_patience", "log_every", "mesh", "patien
 
 
 def train(config: TrainConfig) -> VQGAN:
-    """Trains until `config.steps`, or until SIGTERM or Ctrl-C asks to stop, resuming from `config.out` where it holds a checkpoint, and
+    """Trains until `config.steps`, or until a signal asks to stop, resuming from `config.out` where it holds a checkpoint, and
     returns the averaged model, which at the end is also saved."""
     with own_run_folder(config.out):
         return train_in_own_folder(config)
 
 
 def train_in_own_folder(config: TrainConfig) -> VQGAN:
+    """`train`, once no other training can use the run folder."""
     mesh = make_mesh(config.mesh)
     if config.batch % (mesh.size * config.accumulate):
         raise UserError(f"--batch {config.batch} is not a multiple of the {mesh.size} devices times --accumulate {config.accumulate}")
     started_from = load(config.init) if config.init else None
     model_config = network_config(config, started_from)
     notes = []
-    read_picture, count = open_pictures(config.data, model_config.resolution, config.crop, notes)
+    read_picture, count = open_pictures(config.data, model_config.resolution, config.crop, notes, paths := [])
     if count < config.batch:
         raise UserError(f"{config.data}: {count} pictures do not fill a batch of {config.batch}; lower --batch")
-    read_picture = leave_out_unreadable(read_picture, count, config.out / "rejected.jsonl", config.max_rejected, notes)
+    read_picture = leave_out_unreadable(read_picture, count, config.out / "rejected.jsonl", config.max_rejected, notes, paths)
     read_picture(0, np.zeros(3))  # data of which nothing can be read are found before anything is compiled
     flags, defaults = ({k: str(v) for k, v in dataclasses.asdict(c).items()} for c in (config, TrainConfig(config.data)))
     begin_run(config.out / "train.json", flags, defaults, MAY_CHANGE)
@@ -952,11 +954,11 @@ def k_means(points_ND, clusters, rng, rounds=10):
     return centres_KD
 
 
-def open_pictures(data: Path, resolution: int, crop: float = 1.0, notes: list | None = None):
+def open_pictures(data: Path, resolution: int, crop: float = 1.0, notes: list | None = None, paths: list | None = None):
     """Folder or `.npy` -> (function from index and three numbers in [0, 1) to float32 [resolution, resolution, 3] in [0, 1],
     number of pictures). With `crop` below 1 the three numbers place a square whose side is at least that share of the largest.
 
-    Files that look like pictures and are left out are added to `notes`, or printed. Raises UserError where there is nothing
+    Files that look like pictures and are left out are added to `notes`, or printed, and the files of a folder to `paths`. Raises UserError where there is nothing
     to read; the function raises it for an unreadable picture, naming the file."""
     box = lambda u_3: None if crop == 1 else (u_3[0], u_3[1], crop + (1 - crop) * u_3[2])
     if data.suffix == ".npy":
@@ -969,19 +971,26 @@ def open_pictures(data: Path, resolution: int, crop: float = 1.0, notes: list | 
         if crop == 1:
             return lambda i, _: array[i].astype(np.float32) / 255, len(array)
         return lambda i, u_3: to_pixels(Image.fromarray(array[i]), resolution, "crop", box(u_3)), len(array)
-    paths = find_images(data, notes)
+    paths = [] if paths is None else paths
+    paths += find_images(data, notes)
     return lambda i, u_3: read_image(paths[i], resolution, "crop", box(u_3)), len(paths)
 
 
-def leave_out_unreadable(read_picture, count: int, report: Path, most: float, notes=()):
+def leave_out_unreadable(read_picture, count: int, report: Path, most: float, notes=(), paths=()):
     """The same function, but the next picture stands in the place of one that cannot be read, which is printed and listed in
-    `report` ({"reason"} a line, after the `notes`). Raises UserError when they are more than `most` of all."""
-    reasons, lock = {}, threading.Lock()
+    `report`, {"path", "reason"} a line, after the `notes` and what an earlier run listed there; `paths` are the pictures'.
+    Raises UserError when they are more than `most` of all."""
+    reasons, lock, listed = {}, threading.Lock(), {}
+    for line in report.read_bytes().splitlines() if report.exists() else ():
+        with contextlib.suppress(UserError, KeyError):  # damaged lines, and those of older versions, that name no path
+            line = parse_json(line, report)
+            listed[line["path"]] = line
 
     def write_report():
+        new = [{"path": str(paths[i]) if len(paths) else f"picture {i}", "reason": reason} for i, reason in reasons.items()]
+        lines = listed | {line["path"]: line for line in (*notes, *new)}
         with side_work(str(report)):
-            lines = (*notes, *({"reason": reason} for reason in reasons.values()))
-            write_whole(report, "".join(strict_json(line) + "\n" for line in lines))
+            write_whole(report, "".join(strict_json(line) + "\n" for line in lines.values()))
 
     if notes:
         write_report()

@@ -47,7 +47,7 @@ def make_commands(scratch: Path, steps: int, save_every: int) -> dict:
     (scratch / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return {
         "train": lambda out: python(
-            "train.py", "--size", "debug", "--data", scratch / "data", "--context", 98, "--batch", 2, "--steps", steps, "--warmup", 2, "--save-every", save_every,
+            "train.py", "--size", "debug", "--data", scratch / "data", "--packing", "concat", "--context", 98, "--batch", 2, "--steps", steps, "--warmup", 2, "--save-every", save_every,
             "--evaluate-every", 4 * save_every, "--log-every", 1, "--out", out),
         "vqgan": lambda out: python(
             "vqgan.py", "train", "--data", scratch / "pictures.npy", "--batch", 2, "--steps", steps, "--save-every", save_every, "--log-every", 1,
@@ -117,6 +117,7 @@ def kill(config: tyro.conf.OmitArgPrefixes[Kill]):
                 compared += 1
                 same = status == 0 and result_of(name, out) == whole
                 equal += same
+                print(f"{name}: {kills} kills, {equal} of {compared} runs equal", file=sys.stderr, flush=True)
                 if not same:
                     failures.append(f"{name} after {kills} kills: status {status}\n{output[-2000:]}")
                     shutil.copytree(out, f"/tmp/{name}-not-equal-{compared}", dirs_exist_ok=True)

@@ -9,20 +9,22 @@ import sys
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
+def end_now(number, frame):
+    """The handler of a signal that finds nothing to save."""
+    os.write(2, f"\nstopped by {signal.Signals(number).name} before there was anything to save\n".encode())
+    os._exit(128 + number)
+
+
 def end_at_signals():
     """From now on Ctrl-C, SIGTERM and SIGHUP end this process at once, with one line and status 128 + their number.
 
     Only in our own commands, and only those signals that nobody has given another meaning (nohup ignores SIGHUP)."""
-    if os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "-")) != _ROOT:
+    script = getattr(sys.modules["__main__"], "__file__", None)  # none in a worker
+    if not script or os.path.dirname(os.path.abspath(script)) != _ROOT:
         return
-
-    def end(number, frame):
-        os.write(2, f"\nstopped by {signal.Signals(number).name} before there was anything to save\n".encode())
-        os._exit(128 + number)
-
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-            signal.signal(number, end)
+            signal.signal(number, end_now)
 
 
 end_at_signals()

@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from common import end_at_signals
+from common import end_at_signals, end_now
 from common.images import UserError
 from common.weights import naming, no_room, parse_json, read_json, strict_json, write_whole
 
@@ -53,6 +53,8 @@ def run_command(command, *arguments, leave=sys.exit):
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if callable(signal.getsignal(number)):  # that of the first seconds
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names can hold bytes that are no text
     message, status = None, 0
     try:
         command(*arguments)
@@ -262,7 +264,8 @@ def asked_to_stop():
         yield multihost_utils.reached_preemption_sync_point if several else lambda step: bool(asked)
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not end_now:  # there is something now, and it is saved: one more signal does no harm
+                signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------- settings
