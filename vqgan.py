@@ -14,6 +14,7 @@ D width of a code, I/O channels in and out of a convolution.
 
 import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -45,7 +46,7 @@ from common.metrics import bootstrap, psnr, reconstruction_values, ssim  # noqa:
 from common.runs import (
     Checkpoints, RunStopped, asked_to_stop, begin_run, check_numbers, keep_log_until, open_log, own_run_folder, run_command, side_work, with_patience)
 from common.weights import (
-    check_fields, open_tensors, read_array, read_json, strict_json, write_pickle, write_together, write_whole)
+    check_fields, open_tensors, parse_json, read_array, read_json, strict_json, write_pickle, write_together, write_whole)
 
 HERE = Path(__file__).parent
 MINI = HERE / "assets" / "mini" / "tokenizer"
@@ -590,10 +591,10 @@ def train_in_own_folder(config: TrainConfig) -> VQGAN:
     started_from = load(config.init) if config.init else None
     model_config = network_config(config, started_from)
     notes = []
-    read_picture, count = open_pictures(config.data, model_config.resolution, config.crop, notes)
-    if count < config.batch:
+    read_picture, names = open_pictures(config.data, model_config.resolution, config.crop, notes)
+    if (count := len(names)) < config.batch:
         raise UserError(f"{config.data}: {count} pictures do not fill a batch of {config.batch}; lower --batch")
-    read_picture = leave_out_unreadable(read_picture, count, config.out / "rejected.jsonl", config.max_rejected, notes)
+    read_picture = leave_out_unreadable(read_picture, names, config.out / "rejected.jsonl", config.max_rejected, notes)
     read_picture(0, np.zeros(3))  # data of which nothing can be read are found before anything is compiled
     flags, defaults = ({k: str(v) for k, v in dataclasses.asdict(c).items()} for c in (config, TrainConfig(config.data)))
     begin_run(config.out / "train.json", flags, defaults, MAY_CHANGE)
@@ -932,7 +933,7 @@ def k_means(points_ND, clusters, rng, rounds=10):
 
 def open_pictures(data: Path, resolution: int, crop: float = 1.0, notes: list | None = None):
     """Folder or `.npy` -> (function from index and three numbers in [0, 1) to float32 [resolution, resolution, 3] in [0, 1],
-    number of pictures). With `crop` below 1 the three numbers place a square whose side is at least that share of the largest.
+    the pictures' paths, or numbers in the file). With `crop` below 1 the three numbers place a square whose side is at least that share of the largest.
 
     Files that look like pictures and are left out are added to `notes`, or printed. Raises UserError where there is nothing
     to read; the function raises it for an unreadable picture, naming the file."""
@@ -942,24 +943,31 @@ def open_pictures(data: Path, resolution: int, crop: float = 1.0, notes: list | 
         if not array.size or crop == 1 and array.shape[1:3] != (resolution, resolution):
             raise UserError(f"{data}: wanted uint8 pictures [N, {resolution}, {resolution}, 3] (of any size with --crop), got {list(array.shape)}")
         if crop == 1:
-            return lambda i, _: array[i].astype(np.float32) / 255, len(array)
-        return lambda i, u_3: to_pixels(Image.fromarray(array[i]), resolution, "crop", box(u_3)), len(array)
+            return lambda i, _: array[i].astype(np.float32) / 255, range(len(array))
+        return lambda i, u_3: to_pixels(Image.fromarray(array[i]), resolution, "crop", box(u_3)), range(len(array))
     paths = find_images(data, notes)
-    return lambda i, u_3: read_image(paths[i], resolution, "crop", box(u_3)), len(paths)
+    return lambda i, u_3: read_image(paths[i], resolution, "crop", box(u_3)), paths
 
 
-def leave_out_unreadable(read_picture, count: int, report: Path, most: float, notes=()):
+def leave_out_unreadable(read_picture, names, report: Path, most: float, notes=()):
     """The same function, but the next picture stands in the place of one that cannot be read, which is printed and listed in
-    `report` ({"reason"} a line, after the `notes`). Raises UserError when they are more than `most` of all."""
-    reasons, lock = {}, threading.Lock()
+    `report` ({"path", "reason"} a line, after those of an earlier start and the `notes`). Raises UserError when they are more
+    than `most` of all."""
+    reasons, lock, count, lines = {}, threading.Lock(), len(names), {}
+    with contextlib.suppress(OSError):
+        for line in report.read_text(errors="replace").splitlines():
+            with contextlib.suppress(UserError):
+                if isinstance(known := parse_json(line, report), dict) and {"path", "reason"} <= known.keys():
+                    lines[str(known["path"])] = known
 
-    def write_report():
+    def list_in_report(left_out):
+        lines.update({str(line["path"]): line for line in left_out})
         with side_work(str(report)):
-            lines = (*notes, *({"reason": reason} for reason in reasons.values()))
-            write_whole(report, "".join(strict_json(line) + "\n" for line in lines))
+            report.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(report, "".join(strict_json(line) + "\n" for line in lines.values()))
 
     if notes:
-        write_report()
+        list_in_report(notes)
         print(f"{len(notes)} files are left out; {report} says why")
 
     def read(i, place_3):
@@ -972,7 +980,7 @@ def leave_out_unreadable(read_picture, count: int, report: Path, most: float, no
                     if j % count not in reasons:
                         reasons[j % count] = str(error)
                         print(f"left out: {error}", file=sys.stderr)
-                        write_report()
+                        list_in_report([{"path": str(names[j % count]), "reason": str(error)}])
                 if len(reasons) > most * count:
                     raise UserError(f"{len(reasons)} of {count} pictures cannot be read, more than --max-rejected {most}; the last: {error}") from None
         raise UserError(f"none of {count} pictures can be read")

@@ -40,7 +40,6 @@ from PIL import Image
 
 import lvm
 import playground
-import sample
 import tokenize_data
 import vqgan
 from common import runs

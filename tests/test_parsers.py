@@ -359,8 +359,8 @@ def pictures_as_npy(files):
     content = npy(np.zeros((2, 8, 8, 3), np.uint8))
 
     def read(new):
-        read_picture, count = vqgan.open_pictures(files.write("pictures.npy", new), 8)
-        read_picture(count - 1, (0, 0, 0))
+        read_picture, names = vqgan.open_pictures(files.write("pictures.npy", new), 8)
+        read_picture(len(names) - 1, (0, 0, 0))
 
     return arrays(content), read
 

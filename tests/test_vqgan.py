@@ -814,15 +814,18 @@ def test_the_next_picture_stands_in_the_place_of_one_that_cannot_be_read_which_i
         Image.new("RGB", (24, 24), (20 * i, 0, 0)).save(tmp_path / f"{i}.png")
     for i in (3, 4, 9):
         (tmp_path / f"{i}.png").write_bytes(b"no picture")
-    read, count = vqgan.open_pictures(tmp_path, 24)
-    again = vqgan.leave_out_unreadable(read, count, tmp_path / "out" / "rejected.jsonl", 0.3)
+    read, names = vqgan.open_pictures(tmp_path, 24)
+    again = vqgan.leave_out_unreadable(read, names, tmp_path / "out" / "rejected.jsonl", 0.3)
     assert [round(again(i, None)[0, 0, 0] * 255 / 20) for i in (*range(10), 3)] == [0, 1, 2, 5, 5, 5, 6, 7, 8, 0, 5]
-    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [line["path"] for line in lines] == [str(tmp_path / f"{i}.png") for i in (3, 4, 9)]
+    reasons = [line["reason"] for line in lines]
     assert [reason.split(": ")[0] for reason in reasons] == [str(tmp_path / f"{i}.png") for i in (3, 4, 9)]
     assert [line for line in capsys.readouterr().err.splitlines()] == [f"left out: {reason}" for reason in reasons]
-    strict = vqgan.leave_out_unreadable(read, count, tmp_path / "out" / "rejected.jsonl", 0.1)
+    strict = vqgan.leave_out_unreadable(read, names, tmp_path / "out" / "rejected.jsonl", 0.1)  # another start of the same run
     with pytest.raises(UserError, match="2 of 10 pictures cannot be read, more than --max-rejected 0.1; the last: .*4.png"):
         strict(3, None)
+    assert len((tmp_path / "out" / "rejected.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_resumed_adversarial_run_equals_an_uninterrupted_one_and_logs_every_step_once(pictures):
