@@ -37,6 +37,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -529,7 +530,9 @@ def read_fold(file) -> list[tuple[str, int]]:
     lines = read_lines(file, "the list of a fold of Pascal-5i, with lines NAME__CC such as 2007_000033__01")
     matches = [re.fullmatch(r"([\w.-]+)__([0-9]{1,3})", line) for line in lines]
     if None in matches:
-        raise UserError(f"{file}: line {lines[matches.index(None)]!r:.80}: wanted NAME__CC such as 2007_000033__01")
+        raise UserError(
+            f"{file}: line {lines[matches.index(None)]!r:.80}: wanted NAME__CC such as 2007_000033__01"
+        )
     return [(match[1], int(match[2])) for match in matches]
 
 
@@ -613,7 +616,10 @@ def single_object(file) -> tuple[str, tuple[float, ...]] | None:
         return None
     (left, top, right, bottom), = boxes  # pixels are counted from 1, and the last one is inside
     if not (left < right and top < bottom and left <= width and top <= height):
-        raise UserError(f"{file}: the box {left:g} {top:g} {right:g} {bottom:g} does not lie in the picture of {width:g} x {height:g}")
+        raise UserError(
+            f"{file}: the box {left:g} {top:g} {right:g} {bottom:g} does not lie in the picture of "
+            f"{width:g} x {height:g}"
+        )
     if not (category := objects[0].findtext("name")):
         raise UserError(f"{file}: the object has no name")
     box = ((left - 1) / width, (top - 1) / height, right / width, bottom / height)
@@ -957,7 +963,9 @@ def fid(config: Fid):
     digest = hashlib.sha256(config.weights.read_bytes()).hexdigest()[:16]
     definition = f"{config.network} (weights sha256 {digest}), {D} pooled features, squares of {size} pixels"
     sides = {"data": config.data, "generated": config.data if tokenizer else config.generated}
-    stored = {side: read_features(path, definition, D) for side, path in sides.items() if path.suffix == ".npz"}
+    stored = {
+        side: read_features(path, definition, D) for side, path in sides.items() if path.suffix == ".npz"
+    }
     if tokenizer and stored:
         raise UserError(f"{config.data} holds features; --tokenizer needs the pictures")
     paths = {side: vqgan.find_images(path) for side, path in sides.items() if side not in stored}
@@ -1037,12 +1045,17 @@ def fid(config: Fid):
 
 
 def read_features(file, definition, D: int) -> np.ndarray:
-    features_ND, theirs = read_npz(file, {"features_ND": (np.float32, (None, D)), "definition": (np.str_, ())})
+    features_ND, theirs = read_npz(
+        file, {"features_ND": (np.float32, (None, D)), "definition": (np.str_, ())}
+    )
     theirs = str(theirs)
     if not np.isfinite(features_ND).all():
         raise UserError(f"{file}: features_ND holds NaN or infinity")
     if theirs != definition:
-        raise UserError(f"{file} holds features by another definition, which cannot be compared: {theirs[:200]}; this call's is {definition}")
+        raise UserError(
+            f"{file} holds features by another definition, which cannot be compared: {theirs[:200]}; this "
+            f"call's is {definition}"
+        )
     return features_ND
 
 

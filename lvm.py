@@ -68,7 +68,8 @@ class LVMConfig:
     def __post_init__(self):
         # What no model is beyond: a damaged config is refused by it before anything of that size is made.
         check_numbers(self, {
-            "[1, 1048576]": "hidden ffn codes", "[0, 1048576]": "specials", "[1, 4096]": "layers", "[1, 16384]": "heads",
+            "[1, 1048576]": "hidden ffn codes", "[0, 1048576]": "specials", "[1, 4096]": "layers",
+            "[1, 16384]": "heads",
             "[2, 16777216]": "context",  # one token predicts nothing
             "[0, inf)": "bos_id eos_id pad_id", "(0, inf)": "rope_theta rms_eps"}, called=str)  # fmt: skip
         if self.hidden % self.heads or self.hidden // self.heads % 2:
@@ -804,10 +805,15 @@ def _load_run(path, fields, dtype):
     import orbax.checkpoint as ocp  # takes seconds to import, and only runs need it
 
     known = dataclasses.fields(LVMConfig)
-    wrong = fields.keys() - {f.name for f in known} or {f.name for f in known if f.default is dataclasses.MISSING} - fields.keys()
+    wrong = (
+        fields.keys() - {f.name for f in known}
+        or {f.name for f in known if f.default is dataclasses.MISSING} - fields.keys()
+    )
     try:
         if wrong:
-            raise UserError(f"{min(wrong)!r:.80} is {'no field of it' if min(wrong) in fields else 'missing'}")
+            raise UserError(
+                f"{min(wrong)!r:.80} is {'no field of it' if min(wrong) in fields else 'missing'}"
+            )
         config = LVMConfig(**fields)
     except UserError as error:
         raise UserError(f"{path / 'config.json'}: 'model' is not an LVM config: {error}") from None
@@ -916,15 +922,35 @@ def _hf_config(config):
 
 
 def _config_from_hf(hf, file):
-    check_fields(hf, {
-        "model_type": str, "vocab_size": int, "hidden_size": int, "intermediate_size": int, "num_hidden_layers": int,
-        "num_attention_heads": int, "rope_scaling": dict | None, "rope_parameters": dict | None, "max_position_embeddings": int | None,
-        "rms_norm_eps": float | None, "rope_theta": float | None, "codes": int | None, "specials": int | None,
-        "bos_token_id": int | list | None, "eos_token_id": int | list | None, "pad_token_id": int | None}, file)
+    check_fields(
+        hf,
+        {
+            "model_type": str,
+            "vocab_size": int,
+            "hidden_size": int,
+            "intermediate_size": int,
+            "num_hidden_layers": int,
+            "num_attention_heads": int,
+            "rope_scaling": dict | None,
+            "rope_parameters": dict | None,
+            "max_position_embeddings": int | None,
+            "rms_norm_eps": float | None,
+            "rope_theta": float | None,
+            "codes": int | None,
+            "specials": int | None,
+            "bos_token_id": int | list | None,
+            "eos_token_id": int | list | None,
+            "pad_token_id": int | None,
+        },
+        file,
+    )
     vocab, heads = hf["vocab_size"], hf["num_attention_heads"]
     hidden, ffn, layers = hf["hidden_size"], hf["intermediate_size"], hf["num_hidden_layers"]
     if min(vocab, heads, hidden, ffn, layers) < 1:
-        raise UserError(f"{file}: vocab_size, hidden_size, intermediate_size, num_hidden_layers and num_attention_heads must be at least 1")
+        raise UserError(
+            f"{file}: vocab_size, hidden_size, intermediate_size, num_hidden_layers and "
+            f"num_attention_heads must be at least 1"
+        )
     # transformers 5 keeps rope_theta inside rope_parameters, transformers 4 beside a rope_scaling that may be null.
     rope = (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
     refused = {
@@ -951,7 +977,8 @@ def _config_from_hf(hf, file):
             ids[f"{name}_id"] = None if value == codes + i else value
     try:
         config = LVMConfig(
-            hidden=hidden, ffn=ffn, layers=layers, heads=heads, codes=codes, specials=vocab - codes if hf.get("specials") is None else hf["specials"],
+            hidden=hidden, ffn=ffn, layers=layers, heads=heads, codes=codes,
+            specials=vocab - codes if hf.get("specials") is None else hf["specials"],
             context=hf.get("max_position_embeddings") or 4096, rms_eps=hf.get("rms_norm_eps") or 1e-6,
             rope_theta=rope.get("rope_theta") or hf.get("rope_theta") or 1e4, **ids,
         )  # fmt: skip

@@ -1,6 +1,6 @@
 """The page that `python sample.py --serve` opens: one model in a browser on this machine.
 
-    pip install "gradio>=6.20"
+    pip install "gradio>=6.20,<7"
     python sample.py --serve                                     # http://127.0.0.1:7860, nowhere else
 
 Dimension key: as in sample.py.
@@ -31,7 +31,7 @@ from PIL import Image, ImageOps
 import lvm
 import sample
 import vqgan
-from common.images import FORMATS, MAX_PIXELS, UserError, read_pictures
+from common.images import FORMATS, MAX_PIXELS, UserError, frames_in, read_pictures
 from common.weights import strict_json
 
 MOST_UPLOAD = 16 << 20  # bytes of one request that brings pictures
@@ -46,8 +46,10 @@ MOST_MEMORY = 200 << 20  # bytes that reading one picture may take
 MOST_WORK = 1_000_000_000  # pixels that one request may have decoded
 LARGE = 4_000_000  # pixels; larger pictures are made smaller as they are read
 FILES = "/playground-files"  # what answers call the folder of uploads and drawn pictures
-PAGES = re.compile(r"/(config/?|theme\.css|favicon\.ico|manifest\.json|robots\.txt|pwa_icon(/\d+)?|(assets|static|svelte)/.*|gradio_api/"
-                   r"(info|startup-events|app_id|theme\.css|upload|upload_progress|queue/(join|data)|file=.*|cancel|reset))?/?", re.DOTALL)
+PAGES = re.compile(
+    r"/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|pwa_icon(/\d+)?|(assets|static|svelte)/.*|"
+    r"gradio_api/(info|startup-events|app_id|theme\.css|upload|upload_progress|queue/(join|data)|file=.*|"
+    r"cancel|reset))?/?", re.DOTALL)
 CSS = "#prompt .grid-container {grid-template-columns: repeat(8, minmax(0, 1fr)); gap: 4px} #picture {min-height: 320px} #picture img {width: 100%}"
 
 
@@ -117,36 +119,48 @@ def save_replay(config: sample.Config, size: int, path: Path) -> str:
 
 
 def serve(config: sample.Config):
-    """`--serve`: the page on this machine alone, one drawing at a time, a short queue before it. Ctrl-C ends the process."""
+    """`--serve`: the page on this machine alone, one drawing at a time, a short queue before it.
+
+    Ends the process, at Ctrl-C or SIGTERM with status 0."""
     # A request can name files of gradio's working and temporary directories, so both are this one.
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, temporary_files_in(scratch := os.path.realpath(scratch)):
+    with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
+          temporary_files_in(scratch := os.path.realpath(scratch))):
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": scratch}
         try:
             import fastapi
             import gradio
             import uvicorn
         except ImportError:
-            raise UserError('the playground wants gradio, which is not installed: pip install "gradio>=6.20"') from None
+            raise UserError(
+                'the playground wants gradio, which is not installed: pip install "gradio>=6.20,<7"'
+            ) from None
         try:
             listener = socket.create_server(("127.0.0.1", config.port))  # found out before the model is read
         except OSError as error:
             raise UserError(f"--port {config.port}: {error.strerror}; name another one") from None
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is removed then too
-        config = dataclasses.replace(config, model=sample.find_models(config.model, config.tokenizer)[0])  # a later run does not change the replay
+        model_path, _ = sample.find_models(config.model, config.tokenizer)
+        config = dataclasses.replace(config, model=model_path)  # a later run does not change the replay
         tokenizer, _, model = sample.open_all(config, lambda size: None)
-        config = dataclasses.replace(config, model=shown_path(config.model), tokenizer=config.tokenizer and Path(shown_path(config.tokenizer)))
+        config = dataclasses.replace(
+            config, model=shown_path(config.model),
+            tokenizer=config.tokenizer and Path(shown_path(config.tokenizer)))
         theme = gradio.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])  # named fonts would be fetched
         with contextlib.chdir(scratch):
             files = Scratch(Path(scratch))
-            page = build_page(config, model, tokenizer, files).queue(max_size=16, default_concurrency_limit=1, api_open=False)
+            page = build_page(config, model, tokenizer, files)
+            page.queue(max_size=16, default_concurrency_limit=1, api_open=False)
             outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-            app = gradio.mount_gradio_app(outer, page, "/", server_name="127.0.0.1", server_port=config.port, theme=theme, css=CSS, show_error=False,
-                                          max_file_size=MOST_UPLOAD, footer_links=[], ssr_mode=False)
-            page.has_launched = True  # without, gradio lets a request name any file at all: it skips that check in mounted pages
+            app = gradio.mount_gradio_app(
+                outer, page, "/", server_name="127.0.0.1", server_port=config.port, theme=theme, css=CSS,
+                show_error=False, max_file_size=MOST_UPLOAD, footer_links=[], ssr_mode=False)
+            # Without, gradio lets a request name any file at all: it skips that check in mounted pages.
+            page.has_launched = True
             files.keep_present()
             print(f"playground http://127.0.0.1:{config.port}   (Ctrl-C ends it)", flush=True)
-            server = uvicorn.Server(uvicorn.Config(Guard(app, config.port, files), http=impatient_protocol(), ws="none", log_level="warning",
-                                                   limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=1))
+            server = uvicorn.Server(uvicorn.Config(
+                Guard(app, config.port, files), http=impatient_protocol(), ws="none", log_level="warning",
+                limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=1))
             thread, status = threading.Thread(target=server.run, args=([listener],), daemon=True), 1
             thread.start()
             try:
@@ -162,8 +176,8 @@ def serve(config: sample.Config):
 
 
 def shown_path(path) -> str:
-    """A path of this machine as the replay's command may show it: as it was given if relative, else from this folder or the code's, or
-    the name alone."""
+    """A path of this machine as the replay's command may show it: as it was given if relative, else from this
+    folder or the code's, or the name alone."""
     path = Path(path)
     for folder in (Path.cwd(), vqgan.HERE) if path.is_absolute() else ():
         if path.is_relative_to(folder):
@@ -232,10 +246,12 @@ def build_page(config: sample.Config, model, tokenizer, files: "Scratch"):
             try:
                 if not pictures:
                     raise UserError("the prompt is empty: drop pictures, or pick a bundled prompt")
-                changes = {name: type(getattr(sample.Config(), name))(value) for name, value in zip(controls, values)}
+                kinds = [type(getattr(sample.Config(), name)) for name in controls]
+                changes = {name: kind(value) for name, kind, value in zip(controls, kinds, values)}
                 if not (1 <= changes["candidates"] <= 8 and 1 <= changes["frames"] <= 8 and 0 <= changes["jacobi"] <= 32):
                     raise UserError("at most 8 candidates of 8 new pictures, and a draft of 32 codes")
-                mine = dataclasses.replace(config, prompt=make_smaller([Path(file) for file, _ in pictures]), **changes)
+                prompt = make_smaller([Path(file) for file, _ in pictures])
+                mine = dataclasses.replace(config, prompt=prompt, **changes)
                 for image, likelihoods in play(mine, model, tokenizer):
                     files.sweep()
                     yield image, likelihoods, gr.DownloadButton(interactive=False), gr.DownloadButton(interactive=False), ""
@@ -244,9 +260,11 @@ def build_page(config: sample.Config, model, tokenizer, files: "Scratch"):
                 again = save_replay(mine, tokenizer.config.resolution, Path(f"{place}.zip"))
                 yield image, likelihoods, *(gr.DownloadButton(value=f"{place}{end}", interactive=True) for end in (".png", ".zip")), again
             except (ValueError, TypeError) as error:  # of a file it says the name, not where the file lies
-                raise gr.Error(re.sub(rf"{re.escape(str(files.folder))}\S*/", "", str(error)), print_exception=False) from None
+                said = re.sub(rf"{re.escape(str(files.folder))}\S*/", "", str(error))
+                raise gr.Error(said, print_exception=False) from None
             except OSError as error:
-                raise gr.Error(error.strerror or "a picture is no longer here; drop it again", print_exception=False) from None
+                said = error.strerror or "a picture is no longer here; drop it again"
+                raise gr.Error(said, print_exception=False) from None
 
         choice.input(lambda name: bundled[name], choice, prompt, queue=False)
         outputs = [picture, ranking, png, replay, command]
@@ -257,10 +275,10 @@ def build_page(config: sample.Config, model, tokenizer, files: "Scratch"):
 
 
 def make_smaller(paths: list[Path]) -> tuple[Path, ...]:
-    """Replaces pictures of more than `LARGE` pixels by smaller copies beside them, as most of theirs are not needed.
+    """Replaces pictures of more than `LARGE` pixels by smaller copies beside them, as most are not needed.
 
-    Raises UserError for a picture whose reading takes more than `MOST_MEMORY`, and where all together are more than
-    `MOST_WORK` pixels; what is no picture is left to `read_pictures`, which says so."""
+    Raises UserError for a picture whose reading takes more than `MOST_MEMORY`, and where all together have more
+    than `MOST_WORK` pixels; what is no picture is left to `read_pictures`, which says so."""
     work, smaller = 0, []
     for path in paths:
         try:
@@ -270,7 +288,7 @@ def make_smaller(paths: list[Path]) -> tuple[Path, ...]:
             continue
         with image:
             try:
-                pixels, frames = image.width * image.height, getattr(image, "n_frames", 1)
+                pixels, frames = image.width * image.height, frames_in(image)
                 work += pixels * frames * (frames + 1) // 2  # a later frame is made of those before it
                 if work > MOST_WORK:
                     raise UserError("with this picture they have too many pixels or frames; scale them down")
@@ -286,7 +304,7 @@ def smaller_copy(image: Image.Image, path: Path) -> Path:
         raise UserError(f"{said} are over the limit of {MAX_PIXELS:,}")
     if memory_for(image, path) > MOST_MEMORY:
         raise UserError(f"{said} take too much memory as {image.format}; scale it down")
-    if getattr(image, "n_frames", 1) > 1:
+    if frames_in(image) > 1:
         raise UserError(f"{said} are too many for an animation; scale it down")
     if image.mode.startswith("I") or image.mode == "F":
         return path
@@ -312,7 +330,9 @@ def memory_for(image: Image.Image, path: Path) -> int:
         return pixels * 4 // scale**2 + pixels * 2 * len(image.getbands()) * several
     if image.mode.startswith("I") or image.mode == "F" or image.format == "WEBP":
         return pixels * 24
-    return pixels * (4 if image.format in ("PNG", "BMP") and image.mode in ("L", "RGB") and not image.info.get("transparency") else 8)
+    as_it_is = image.format in ("PNG", "BMP") and image.mode in ("L", "RGB")
+    as_it_is &= "transparency" not in image.info
+    return pixels * (4 if as_it_is else 8)
 
 
 class Scratch:
@@ -336,7 +356,7 @@ class Scratch:
         return found
 
     def sweep(self, room: int = 0):
-        """Removes what is older than `OLDEST`, and of the rest the oldest until `room` bytes of `MOST_SCRATCH` are free."""
+        """Removes what is older than `OLDEST`, then the oldest until `room` bytes of `MOST_SCRATCH` are free."""
         found = sorted((file for file in self.list() if file[0] not in self.kept), key=lambda file: file[1])
         used = sum(size for *_, size in found)
         for file, written, size in found:
@@ -350,27 +370,33 @@ class Scratch:
 
 
 class Guard:
-    """The ASGI application around gradio's. It lets through what our own page sends: to the paths that it uses, from this origin, to this
-    host's name (not another one that was bound to it), of a limited size, in time. Where files lie on this machine it hides: answers
-    call the folder of `files` FILES, and requests that name FILES mean that folder."""
+    """The ASGI application around gradio's, which lets through what our own page sends: to the paths that it uses,
+    from this origin, to this host's name (not another one that was bound to it), of a limited size, in time.
+
+    It hides where files lie on this machine: answers call the folder of `files` FILES, and requests that name FILES
+    mean that folder."""
 
     def __init__(self, app, port: int, files: Scratch):
         self.app, self.files, self.running = app, files, 0
         self.ours = {f"127.0.0.1:{port}", f"localhost:{port}"}
         folder = str(files.folder)
-        self.spellings = sorted({text.encode() for text in (folder, json.dumps(folder)[1:-1], urllib.parse.quote(folder))}, key=len, reverse=True)
+        spellings = {folder, json.dumps(folder)[1:-1], urllib.parse.quote(folder)}
+        self.spellings = sorted((text.encode() for text in spellings), key=len, reverse=True)
 
     async def __call__(self, scope, receive, send):
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         upload, length = scope["path"] == "/gradio_api/upload", headers.get(b"content-length", "0")
-        if headers.get(b"host") not in self.ours or headers.get(b"origin", f"http://{headers.get(b'host')}").removeprefix("http://") not in self.ours:
+        host = headers.get(b"host")
+        origin = headers.get(b"origin", f"http://{host}").removeprefix("http://")
+        if host not in self.ours or origin not in self.ours:
             return await answer(send, 403, "this playground answers its own page only")
         if not PAGES.fullmatch(scope["path"]):
             return await answer(send, 404, "no such page")
         most = MOST_UPLOAD if upload else MOST_MESSAGE
-        if b"transfer-encoding" in headers or not (length.isascii() and length.isdigit()) or int(length[:20]) > most:
+        sized = length.isascii() and length.isdigit() and b"transfer-encoding" not in headers
+        if not sized or int(length[:20]) > most:
             return await answer(send, 413, f"more than {most >> 10} KiB in one request")
         if not upload and (receive := await self.read_request(receive)) is None:
             return await answer(send, 408, "the request did not come to its end")
@@ -383,8 +409,10 @@ class Guard:
                 if upload:
                     await asyncio.to_thread(self.files.sweep, 2 * self.files.coming)  # gradio copies them
                     receive = in_time(receive)
-                scope = scope | {"headers": [(name, self.shown_to_real(value)) for name, value in scope["headers"] if name != b"accept-encoding"],
-                                 "path": self.shown_to_real(scope["path"].encode()).decode(), "raw_path": self.shown_to_real(scope.get("raw_path", b""))}
+                kept = [(name, self.shown_to_real(value)) for name, value in scope["headers"]
+                        if name != b"accept-encoding"]  # in compressed answers no path could be hidden
+                scope = scope | {"headers": kept, "path": self.shown_to_real(scope["path"].encode()).decode(),
+                                 "raw_path": self.shown_to_real(scope.get("raw_path", b""))}
                 await self.app(scope, receive, self.hiding(send))
         except TimeoutError:
             pass  # uvicorn closes what has no whole answer
@@ -401,7 +429,8 @@ class Guard:
         return text
 
     async def read_request(self, receive):
-        """Reads the body, at most MOST_MESSAGE, and gives a `receive` that hands it on in one piece, or None where it does not come."""
+        """Reads the body, of at most MOST_MESSAGE bytes -> a `receive` that hands it on in one piece; None where it
+        does not come."""
         parts, message = [], {"more_body": True}
         while message.get("more_body"):
             message = await in_time(receive)()
@@ -416,7 +445,8 @@ class Guard:
         return receive_read
 
     def hiding(self, send):
-        """A `send` that hands on answers with FILES for the folder's path: texts as a whole, the pieces of streams each by itself."""
+        """A `send` that hands on answers with FILES for the folder's path: texts as a whole, of streams each piece by
+        itself."""
         held, parts, stream = None, [], False
 
         async def send_hidden(message):
@@ -433,7 +463,9 @@ class Guard:
                 if message.get("more_body"):
                     return
                 body = self.real_to_shown(b"".join(parts))
-                headers = [(name, str(len(body)).encode() if name == b"content-length" and body else value) for name, value in held["headers"]]
+                length = str(len(body)).encode()  # none in an answer to HEAD
+                headers = [(name, length if name == b"content-length" and body else value)
+                           for name, value in held["headers"]]
                 await send(held | {"headers": headers})
                 held, message = None, {"type": "http.response.body", "body": body}
             elif stream:
@@ -450,7 +482,7 @@ async def answer(send, status: int, text: str):
 
 
 def in_time(receive):
-    """A `receive` for which a client that stops in the middle of its request is gone after PATIENCE seconds."""
+    """A `receive` for which a client is gone that stops in its request for PATIENCE seconds."""
     whole = False
 
     async def receive_in_time():
@@ -468,8 +500,8 @@ def in_time(receive):
 
 
 def impatient_protocol():
-    """uvicorn's HTTP protocol, for clients that do nothing for PATIENCE seconds: a connection without a whole request, or whose
-    answer is not read, is cut. (uvicorn itself waits for ever in both cases.)"""
+    """uvicorn's HTTP protocol for clients that do nothing for PATIENCE seconds: it cuts a connection without a whole
+    request, or whose answer is not read. (uvicorn itself waits for ever in both cases.)"""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Impatient(H11Protocol):
@@ -479,7 +511,8 @@ def impatient_protocol():
             self.watch()
 
         def watch(self):
-            unread, answering = self.transport.get_write_buffer_size(), self.cycle is not None and not self.cycle.response_complete
+            unread = self.transport.get_write_buffer_size()
+            answering = self.cycle is not None and not self.cycle.response_complete
             stuck = unread > 0 and unread >= self.unread and not self.drained
             silent = unread == 0 and not answering and self.cycle is self.request
             self.idle = self.idle + 1 if stuck or silent else 0

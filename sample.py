@@ -124,12 +124,26 @@ class Config:
     """Devices over which heads and feed-forward width are split, for models bigger than one device."""
 
     def __post_init__(self):
-        check_numbers(self, {
-            "[1, 65535]": "port", "[1, 10000]": "candidates frames batch", "[1, inf)": "stride", "[2, inf)": "context_frames",
-            "[0, 1000]": "temperature guidance", "[0, inf)": "top_k seed", "(0, 1]": "top_p", "[0, 1]": "min_p",
-            "[0, 10000]": "jacobi", "[1, 4096]": "tensor"})
+        check_numbers(
+            self,
+            {
+                "[1, 65535]": "port",
+                "[1, 10000]": "candidates frames batch",
+                "[1, inf)": "stride",
+                "[2, inf)": "context_frames",
+                "[0, 1000]": "temperature guidance",
+                "[0, inf)": "top_k seed",
+                "(0, 1]": "top_p",
+                "[0, 1]": "min_p",
+                "[0, 10000]": "jacobi",
+                "[1, 4096]": "tensor",
+            },
+        )
         if 0 < self.temperature < 1e-4:
-            raise UserError(f"--temperature {self.temperature} is too small to divide by; 0 takes the likeliest code every time")
+            raise UserError(
+                f"--temperature {self.temperature} is too small to divide by; 0 takes the likeliest code "
+                f"every time"
+            )
 
 
 def sample(config: Config):
@@ -299,8 +313,16 @@ def generate(
     Of a prompt that does not fit the context the last pictures are kept. Codes are drawn by temperature, then `top_k`
     (0: all), then `top_p`, then `min_p`; temperature 0 takes the likeliest. `key` and i decide candidate i, whatever N is (up to
     the rounding of a batched product). Raises UserError for what these cannot be and for a model and tokenizer that do not fit."""
-    Config(frames=frames, candidates=candidates, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, guidance=guidance,
-           jacobi=jacobi)  # checks them
+    Config(
+        frames=frames,
+        candidates=candidates,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        guidance=guidance,
+        jacobi=jacobi,
+    )  # checks them
     if tokenizer.config.num_embeddings != model.config.codes:
         raise UserError(f"the tokenizer has {tokenizer.config.num_embeddings} codes and the model {model.config.codes}")
     if not len(prompt_THWC):

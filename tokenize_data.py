@@ -67,8 +67,8 @@ from tqdm import tqdm
 
 import vqgan
 from common.images import (
-    FORMATS, UserError, count_frames, encode_image, find_clips, find_stems, find_tracks, find_videos, natural, read_frames,
-    read_half, read_image, read_integers, to_pixels)
+    UserError, count_frames, encode_image, find_clips, find_stems, find_tracks, find_videos, natural, read_frames,
+    read_half, read_image, read_integers, shown_size, to_pixels)
 from common.runs import RunStopped, check_numbers, run_command
 from common.weights import (
     MOST_JSON, cache_folder, check_fields, naming, parse_json, read_array, read_json, strict_json, write_folder, write_whole)
@@ -111,7 +111,8 @@ class Source:
     seed: int = 0
     """Seed of orders, masks, strides, starts and augmentations."""
     max_rejected: float = 0.05
-    """Stop where more than this fraction of the pictures, videos or clips has to be left out as it cannot be read."""
+    """Stop where more than this fraction of the pictures, videos or clips has to be left out as it cannot be
+    read."""
     context: int = 4098
     """Report the sentences that are longer than this with BOS and EOS."""
     workers: int | None = None
@@ -130,10 +131,22 @@ class Source:
     def __post_init__(self):
         if self.out.exists():
             raise UserError(f"--out {self.out} exists; choose another folder or delete it")
-        check_numbers(self, {
-            "[1, inf)": "limit", "[1, 10000]": "epochs shots frames max_stride pictures strides", "[3, inf)": "context",
-            "[0, inf)": "seed", "[1, 65536]": "batch", "[-1, 65536]": "mesh", "[0, 4096]": "workers", "[0.1, 86400]": "patience",
-            "[0, 1]": "jitter max_rejected squares", "[0.05, 1]": "random_crop", "[0, 7]": "duplicates"})
+        check_numbers(
+            self,
+            {
+                "[1, inf)": "limit",
+                "[1, 10000]": "epochs shots frames max_stride pictures strides",
+                "[3, inf)": "context",
+                "[0, inf)": "seed",
+                "[1, 65536]": "batch",
+                "[-1, 65536]": "mesh",
+                "[0, 4096]": "workers",
+                "[0.1, 86400]": "patience",
+                "[0, 1]": "jitter max_rejected squares",
+                "[0.05, 1]": "random_crop",
+                "[0, 7]": "duplicates",
+            },
+        )
         split_part(self.part)
 
 
@@ -459,8 +472,11 @@ def write_sentences(source: Source, kinds, items: list[Item], series, notes=(), 
     def too_few(readable, notes):
         report(source.out, notes)
         shots = f"one sentence of {series[0].shots}" if not callable(series) and series[0].shots > 1 else "one sentence"
-        return UserError(f"{source.inputs if isinstance(source.inputs, Path) else source.inputs[0]}: {readable} readable items do not fill {shots}; "
-                          f"lower --shots, --frames, --strides or --per-class, or see {source.out}.rejected.jsonl")
+        return UserError(
+            f"{source.inputs if isinstance(source.inputs, Path) else source.inputs[0]}: {readable} "
+            f"readable items do not fill {shots}; "
+            f"lower --shots, --frames, --strides or --per-class, or see {source.out}.rejected.jsonl"
+        )
 
     if not callable(series) and all(len(some.units) < some.shots for some in series):  # however many of them can be read
         raise too_few(f"at most {len(items)}", notes)
@@ -639,7 +655,10 @@ def read_clip(size, tracks, name, strides, frames, half, view, seed):
         count = min(map(count_frames, tracks))
         while (stride := fitting(count)) is not None:
             start = int(np.random.default_rng((*seed, stride)).integers(count - stride * (frames - 1)))
-            read = [read_frames(track, range(start, start + stride * (frames - 1) + 1, stride), size, *view[:2]) for track in tracks]
+            read = [
+                read_frames(track, range(start, start + stride * (frames - 1) + 1, stride), size, *view[:2])
+                for track in tracks
+            ]
             if all(there is None for _, there in read):
                 return [adjust(picture, view) for pictures, _ in read for picture in pictures], []
             count = min(there for _, there in read if there is not None)  # the container promised more than there are
@@ -676,7 +695,9 @@ def read_clip(size, tracks, name, strides, frames, half, view, seed):
             shots = [tried[k, key, True] for key in chosen]
             if half[k]:
                 scale = np.float32(max(1e-9, max(float(shot.max()) for shot in shots)))
-                shots = [adjust(to_pixels(Image.fromarray(shot / scale), size, *view[:2]), view) for shot in shots]
+                shots = [
+                    adjust(to_pixels(Image.fromarray(shot / scale), size, *view[:2]), view) for shot in shots
+                ]
             pictures += shots
         return pictures, notes
     return [], [*notes, short(len(left))]
@@ -810,11 +831,15 @@ def serve(pipe, size: int):
 
 
 def open_tokenizer(path) -> vqgan.VQGAN:
-    """`vqgan.load` of a tokenizer whose codes fit into the 16 bits of a shard; raises UserError for a larger codebook."""
+    """`vqgan.load` of a tokenizer whose codes fit into the 16 bits of a shard; raises UserError for a larger
+    codebook."""
     tokenizer = vqgan.load(path)
     if tokenizer.config.num_embeddings > MOST_CODES:
-        raise UserError(f"{path}: its codebook of {tokenizer.config.num_embeddings:,} entries is over the {MOST_CODES:,} that the "
-                        "16 bits of a dataset's tokens can tell apart; take a tokenizer with fewer")
+        raise UserError(
+            f"{path}: its codebook of {tokenizer.config.num_embeddings:,} entries is over the "
+            f"{MOST_CODES:,} that the "
+            "16 bits of a dataset's tokens can tell apart; take a tokenizer with fewer"
+        )
     return tokenizer
 
 
@@ -940,7 +965,10 @@ def encode_chunks(source: Source, tokenizer, items: list[Item], pictures: int, n
 
 def check_rejected(bad: int, total: int, most: float, notes):
     if bad > most * total:
-        raise UserError(f"{bad} of {total} inputs cannot be read, more than --max-rejected {most}; the last: {notes[-1]['reason'] if notes else ''}")
+        raise UserError(
+            f"{bad} of {total} inputs cannot be read, more than --max-rejected {most}; the last: "
+            f"{notes[-1]['reason'] if notes else ''}"
+        )
 
 
 def begin_chunks(folder: Path, source: Source, tokenizer, items, batch):
@@ -1017,11 +1045,17 @@ def read_chunk(folder: Path, chunk: int, S: int) -> dict:
     file = folder / f"{chunk:06d}.json"
     try:
         about = read_json(file)
-        check_fields(about, {"counts": list[int], "notes": list[dict[str, str | bool]], "bad": int, "inputs": list[str] | None, "sha256": str}, file)
+        check_fields(about, {
+            "counts": list[int], "notes": list[dict[str, str | bool]], "bad": int, "inputs": list[str] | None,
+            "sha256": str}, file)
         if not all({"path", "reason"} <= note.keys() for note in about["notes"]):
             raise UserError(f"{file}: a note without path or reason")
         data = (folder / f"{chunk:06d}.codes").read_bytes()
-        if len(data) != 2 * S * sum(about["counts"]) or min(about["counts"], default=0) < 0 or hashlib.sha256(data).hexdigest() != about["sha256"]:
+        if (
+            len(data) != 2 * S * sum(about["counts"])
+            or min(about["counts"], default=0) < 0
+            or hashlib.sha256(data).hexdigest() != about["sha256"]
+        ):
             raise UserError(f"{file}: its codes are others than it says")
         return about
     except (OSError, UserError) as error:
@@ -1234,10 +1268,9 @@ def verify_tokens(folder: Path, digests: dict[Path, str], codes: int):
     cache = cache_folder("verified")
     record = cache and cache / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.json"
     try:
-        known = json.loads(record.read_text()) if record else {}
-    except (OSError, ValueError):
+        known = read_json(record) if record else {}
+    except UserError:
         known = {}
-    known = known if isinstance(known, dict) else {}
     states = {path: stamp(path) for path in digests}
     todo = [path for path in digests if known.get(path.name) != [*states[path], digests[path], codes]]
     total = sum(states[path][0] for path in todo)
@@ -1354,7 +1387,9 @@ class Jsonl:
         except ValueError:
             raise UserError(f"{key!r} is no base64 of int32 tokens") from None
         if len(ids_T) >= 8 and len(ids_T) % 2 == 0 and ids_T.any() and not ids_T[1::2].any():
-            raise UserError(f"{key!r} holds int64 tokens (every second int32 is 0); write them with tokens.astype('<i4')")
+            raise UserError(
+                f"{key!r} holds int64 tokens (every second int32 is 0); write them with tokens.astype('<i4')"
+            )
         if not len(ids_T) or ids_T.view("<u4").max() >= self.vocabulary:  # as unsigned ones negative ids are large too
             raise UserError(f"{key!r} holds {f'tokens from {ids_T.min()} to {ids_T.max()}' if len(ids_T) else 'no tokens'}; wanted ids below {self.vocabulary}")
         return ids_T
@@ -1496,8 +1531,12 @@ def pack(opened, chosen, weights, *, seed: int, context: int, packing: str, spec
     shares = [Fraction(str(weight)).limit_denominator(1_000_000) for weight in weights]
     for part, share, weight in zip(opened, shares, weights):
         if not share or share * LEAST_SHARE < sum(shares):
-            raise UserError(f"{part.folder if isinstance(part, Shards) else part.path}:{weight}: a weight below a millionth of all, by "
-                            f"which a run of {LEAST_SHARE:,} sentences sees none of this dataset; raise it, or leave the dataset out")
+            raise UserError(
+                f"{part.folder if isinstance(part, Shards) else part.path}:{weight}: a weight below a "
+                f"millionth of all, by "
+                f"which a run of {LEAST_SHARE:,} sentences sees none of this dataset; raise it, or leave "
+                f"the dataset out"
+            )
     unit = math.lcm(*(share.denominator for share in shares))
     counts = [int(share * unit) // math.gcd(*(int(share * unit) for share in shares)) for share in shares]
     if sum(counts) > 1 << 24:
@@ -1669,7 +1708,10 @@ def show(config: Show):
         caption = Image.new("L", (int(ImageFont.load_default().getlength(text)) + 2 * gap, 14), 255)
         ImageDraw.Draw(caption).text((gap, 1), text, fill=0)
         blocks.append((np.asarray(caption), [pictures[t:t + config.columns] for t in range(0, len(pictures), config.columns)]))
-    width = max((size + 2 * gap) * max(len(line) for _, lines in blocks for line in lines), *(len(caption_HW[0]) for caption_HW, _ in blocks))
+    width = max(
+        (size + 2 * gap) * max(len(line) for _, lines in blocks for line in lines),
+        *(len(caption_HW[0]) for caption_HW, _ in blocks),
+    )
     sheet = []
     for caption_HW, lines in blocks:
         caption_HW = np.pad(caption_HW, ((0, 0), (0, width - caption_HW.shape[1])), constant_values=255)
@@ -1797,7 +1839,9 @@ class Recolor:
     """Stop where more than this fraction of the pictures cannot be read."""
 
     def __post_init__(self):
-        check_numbers(self, {"[2, 65536]": "colours", "[1, 8000]": "size", "[0, inf)": "seed", "[0, 1]": "max_rejected"})
+        check_numbers(
+            self, {"[2, 65536]": "colours", "[1, 8000]": "size", "[0, inf)": "seed", "[0, 1]": "max_rejected"}
+        )
         if self.out.exists():
             raise UserError(f"--out {self.out} exists; choose another folder or delete it")
         if self.invert and self.palette is None:
@@ -1837,15 +1881,10 @@ def recolor(config: Recolor):
 
 def read_colours(path, size: int | None) -> np.ndarray:
     """-> float32 [H, W, 3] in [0, 1], at its own size unless another is asked for."""
-    with contextlib.ExitStack() as stack:
-        if size is None:
-            try:
-                image = stack.enter_context(Image.open(path, formats=FORMATS))
-            except Exception as error:
-                raise UserError(f"{path}: {error}") from None
-            if image.width != image.height:
-                raise UserError(f"{path}: {image.width}x{image.height} pixels are no square, as a model's answers are; name a --size")
-            size = image.width
+    if size is None:
+        size, height = shown_size(path)
+        if size != height:
+            raise UserError(f"{path}: {size}x{height} pixels are no square, as a model's answers are; name a --size")
     return read_image(path, size)
 
 
@@ -1862,7 +1901,11 @@ def draw_palette(colours: int, seed: int) -> np.ndarray:
 
 def read_palette(path: Path) -> np.ndarray:
     colours = read_json(path, list)
-    good = lambda colour: isinstance(colour, list) and len(colour) == 3 and all(type(c) is int and 0 <= c <= 255 for c in colour)
+    good = (
+        lambda colour: isinstance(colour, list)
+        and len(colour) == 3
+        and all(type(c) is int and 0 <= c <= 255 for c in colour)
+    )
     if not (2 <= len(colours) <= 65536 and all(map(good, colours))):
         raise UserError(f"{path}: wanted a list of 2 to 65,536 colours [R, G, B], each from 0 to 255")
     return np.array(colours, np.uint8)

@@ -78,11 +78,12 @@ class Config:
     special_ids: tuple[int, int, int] | None = None
     """Ids of BOS, EOS and padding; by default the three after the codes."""
     heldout: Path | None = None
-    """Dataset folder or `.jsonl` file for the held-out loss and the sample pictures; sentences that the training data hold
-    too are left out of it."""
+    """Dataset folder or `.jsonl` file for the held-out loss and the sample pictures; sentences that the
+    training data hold too are left out of it."""
     heldout_fraction: float = 0.0
-    """Keep this fraction of the sentences of every --data, chosen by the hash of their tokens, out of the training. Where
-    --heldout is not given, the held-out loss and the sample pictures come from them; with neither there is no such loss."""
+    """Keep this fraction of the sentences of every --data, chosen by the hash of their tokens, out of the
+    training. Where --heldout is not given, the held-out loss and the sample pictures come from them; with
+    neither there is no such loss."""
     accept_new_data: bool = False
     """Go on with a run though the data under the same paths are others than they were, such as tokenized anew."""
     out: Path = Path("runs/mini")
@@ -100,9 +101,10 @@ class Config:
     context: int | None = None
     """Tokens of a row; by default the size's own."""
     optimizer: Literal["adamw", "palm", "muon"] = "adamw"
-    """adamw, as published; palm, the published alternative (Adafactor without factors; with --schedule rsqrt --b2 0.99
-    --weight-decay 1 --learning-rate 0.01 --warmup 10000 it is that of PaLM); or muon for the blocks' matrices (scaled to
-    AdamW's step, so that the same learning rate serves both) with adamw, its momentum Nesterov's, for the rest."""
+    """adamw, as published; palm, the published alternative (Adafactor without factors; with --schedule rsqrt
+    --b2 0.99 --weight-decay 1 --learning-rate 0.01 --warmup 10000 it is that of PaLM); or muon for the
+    blocks' matrices (scaled to AdamW's step, so that the same learning rate serves both) with adamw, its
+    momentum Nesterov's, for the rest."""
     learning_rate: float = 2e-3
     """Peak of the schedule."""
     schedule: Literal["cosine", "wsd", "rsqrt"] = "cosine"
@@ -135,7 +137,8 @@ class Config:
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's denominator in the gradient, which keeps logits small; PaLM takes 1e-4."""
     moments: Literal["float32", "bfloat16"] = "float32"
-    """Stored dtype of the optimizer's moments; bfloat16 saves four bytes a weight (palm's second moment stays float32: two)."""
+    """Stored dtype of the optimizer's moments; bfloat16 saves four bytes a weight (palm's second moment stays
+    float32: two)."""
     compile_only: bool = False
     """Compile the training step for the chips of --topology, which need not be here, say what it takes, and stop: exit
     status 1 where it does not fit. Needs no data, but the packages of tests/compilers.txt."""
@@ -146,7 +149,8 @@ class Config:
     demo_sentences: int = 960
     """Sentences to make where --data is empty."""
     save_every: int = 50
-    """Steps between checkpoints; they are written while the training goes on. One that fails is tried again at the next."""
+    """Steps between checkpoints; they are written while the training goes on. One that fails is tried again
+    at the next."""
     save_patience: int = 300
     """Seconds for which a failed save of the last step is tried again before the run gives up."""
     keep: int = 2
@@ -177,8 +181,10 @@ class Config:
 
     def __post_init__(self):
         check_numbers(self, {
-            "[1, inf)": "steps batch accumulate save_every log_every demo_sentences keep patience heartbeat milestone_every processes",
-            "[0, inf)": "warmup evaluate_every save_patience process seed weight_decay z_loss", "[2, inf)": "context", "(0, inf)": "learning_rate clip",
+            "[1, inf)": "steps batch accumulate save_every log_every demo_sentences keep patience heartbeat "
+                        "milestone_every processes",
+            "[0, inf)": "warmup evaluate_every save_patience process seed weight_decay z_loss",
+            "[2, inf)": "context", "(0, inf)": "learning_rate clip",
             "[0, 1)": "b1 b2 heldout_fraction", "[0, 1]": "final_learning_rate", "(0, 1]": "decay_fraction"})  # fmt: skip
         if (self.processes is None) != (self.process is None) or self.processes and not (self.coordinator and 0 <= self.process < self.processes):
             raise UserError(f"wanted --coordinator HOST:PORT --processes N --process I with I from 0 to N - 1, got {self.coordinator}, {self.processes}, {self.process}")
@@ -191,10 +197,11 @@ class Config:
         if (warmup := warmup_of(self)) >= self.steps:
             raise UserError(f"--warmup {warmup} must be less than --steps {self.steps}")
         if self.schedule == "wsd" and warmup + self.decay_fraction * self.steps > self.steps:
-            raise UserError(f"--decay-fraction {self.decay_fraction} of {self.steps} steps and a warm-up (--warmup) of {warmup} do not fit one after the other")
+            raise UserError(f"--decay-fraction {self.decay_fraction} of {self.steps} steps and a warm-up (--warmup) of "
+                            f"{warmup} do not fit one after the other")
         if self.moments == "bfloat16" and self.optimizer != "palm" and self.b2 > 0.99:
-            raise UserError(f"--moments bfloat16 has 8 bits, and a second moment that falls by {1 - self.b2:.1g} of itself a step rounds back to what it "
-                            f"was: take --b2 0.99 or less, or --moments float32")
+            raise UserError(f"--moments bfloat16 has 8 bits, and a second moment that falls by {1 - self.b2:.1g} of itself "
+                            "a step rounds back to what it was: take --b2 0.99 or less, or --moments float32")
         if self.fields and not any(tokenize_data.split_weight(path)[0].endswith(".jsonl") for path in self.data):
             raise UserError(f"--fields {self.fields!r} is for .jsonl files, and --data names none")
         if self.compile_only != bool(self.topology):
@@ -231,23 +238,26 @@ MAY_CHANGE = {"preset", "out", "steps", "save_every", "keep", "milestone_every",
 
 
 def warmup_of(config: Config) -> int:
-    """Steps from 0 to the peak: those asked for, or else a tenth of all, at most the 8,000 of the published recipe."""
+    """Steps from 0 to the peak: those asked for, or else a tenth of all, at most the 8,000 of the published
+    recipe."""
     return min(config.steps // 10, 8_000) if config.warmup is None else config.warmup
 
 
 def with_warmup(config: Config) -> Config:
-    """The config with its number of warm-up steps. A run that is resumed keeps the one it began with, also where --steps has
-    grown: it would fall back into a longer warm-up."""
+    """The config with its number of warm-up steps. A run that is resumed keeps the one it began with, also
+    where --steps has grown: it would fall back into a longer warm-up."""
     before = None
     if config.warmup is None and steps_of(config.out / "checkpoints"):
         with contextlib.suppress(UserError):  # `begin_run` says what is wrong with a file of settings
             before = read_json(config.out / "config.json").get("train")
     before = before.get("warmup") if isinstance(before, dict) else None
-    return dataclasses.replace(config, warmup=before if type(before) is int and 0 <= before < config.steps else warmup_of(config))
+    keeps = type(before) is int and 0 <= before < config.steps
+    return dataclasses.replace(config, warmup=before if keeps else warmup_of(config))
 
 
 def train(config: Config) -> lvm.LVM:
-    """Trains until `config.steps`, or until a signal asks to stop, resuming where the run folder holds a checkpoint; returns the model."""
+    """Trains until `config.steps`, or until a signal asks to stop, resuming where the run folder holds a
+    checkpoint; returns the model."""
     config = with_warmup(config)
     start_processes(config)
     with own_run_folder(config.out):
@@ -271,8 +281,9 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
     specials = (model_config.bos, model_config.eos, model_config.pad)
     open_sentences = functools.partial(tokenize_data.open_sentences, codes=codes, specials=specials, fields=config.fields, vocabulary=model_config.vocab_size)
     shards = [open_sentences(path) for path in paths]
-    trained = [Sentences(str(path), part, np.arange(len(part)), weight) for path, part, weight in zip(paths, shards, weights)]
-    heldout = find_heldout(trained, (str(asked), open_sentences(str(asked))) if asked else None, config.heldout_fraction, say)
+    trained = [Sentences(*about, np.arange(len(about[1])), weight) for *about, weight in zip(paths, shards, weights)]
+    asked = (str(asked), open_sentences(str(asked))) if asked else None
+    heldout = find_heldout(trained, asked, config.heldout_fraction, say)
     check_hosts_agree({f"data {path}": part.digest for path, part in zip(paths, shards)})
     auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     dtype = jnp.dtype(auto if config.dtype == "auto" else config.dtype)
@@ -304,8 +315,8 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
     for kind, (_, members, count, _) in kinds.items():
         say(f"held-out loss of {kind}: of {count} of {members:,} sentences")
     if not kinds:
-        say("no held-out loss: no sentence is withheld from the training; --heldout-fraction 0.01 or --heldout DIR would. "
-            "The sample pictures are of training sentences")
+        say("no held-out loss: no sentence is withheld from the training; --heldout-fraction 0.01 or --heldout DIR "
+            "would. The sample pictures are of training sentences")
 
     say(f"{config.size}: {lvm.parameter_count(model_config):,} parameters, {dtype.name} on {mesh.size} {jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}")
     entropy = unigram_entropy(shards, weights)
@@ -313,7 +324,8 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
     loss_fn = make_loss(mesh, lvm.partition_specs(state["model"]), dtype, config.remat, config.z_loss)
     eval_fn = jax.jit(make_loss(mesh, lvm.partition_specs(state["model"]), dtype))
     evaluate_every = config.save_every if config.evaluate_every is None else config.evaluate_every
-    meter = Meter(tokens_until(config.out / "metrics.jsonl", first) if leads() else 0, lvm.training_flops(model_config, context), peak_rates(dtype))
+    counted = tokens_until(config.out / "metrics.jsonl", first) if leads() else 0
+    meter = Meter(counted, lvm.training_flops(model_config, context), peak_rates(dtype))
     pending, stopping, step = collections.deque(), False, first
 
     if first < config.steps:
@@ -365,7 +377,8 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
     if stopping:
         say(f"stopped at step {step} of {config.steps}, as a signal asked; the same command goes on from there")
     else:
-        say(f"""done: {config.out} ({last_loss(config.out / "metrics.jsonl")}, unigram entropy {entropy:.3f}); look at {config.out}/samples/{config.steps}.png, then type
+        come_to = last_loss(config.out / "metrics.jsonl")
+        say(f"""done: {config.out} ({come_to}, unigram entropy {entropy:.3f}); look at {config.out}/samples/{config.steps}.png, then type
     python sample.py --model {config.out}
     python evaluate.py shots --model {config.out}""")
     return state["model"]
@@ -375,7 +388,7 @@ def make_loss(mesh, specs, dtype, remat="none", z_loss=0.0, implementation=None)
     """loss(model, ids_BT, mask_BT[, segment_ids_BT]): the mean over the whole batch, computed shard by shard.
 
     Differentiate it outside the shard_map: the transpose of each gather below is then the reduce-scatter of its gradient.
-    `implementation` is `flash_attention`'s; None picks for the default backend."""
+    `implementation` is `flash_attention`'s; None picks for the mesh's devices."""
     ranks = mesh.shape["seq"]
     ring = "seq" if ranks > 1 else None
 
@@ -385,7 +398,8 @@ def make_loss(mesh, specs, dtype, remat="none", z_loss=0.0, implementation=None)
             axes = lvm.SHARDING[name]
             w = own_columns(w) if name == "head_DV" else w
             w = lax.pcast(w, ("data", "seq"), to="varying")  # so that the sum over them runs on shards, not on whole gradients
-            w = w.astype(dtype) if w.ndim > 1 and name != "embedding_VD" else w  # `LVM.embed` casts what it has looked up
+            if w.ndim > 1 and name != "embedding_VD":  # `LVM.embed` casts what it has looked up
+                w = w.astype(dtype)
             return lax.all_gather(w, "fsdp", axis=axes.index("fsdp"), tiled=True) if "fsdp" in axes else lax.pcast(w, "fsdp", to="varying")
 
         return jax.tree_util.tree_map_with_path(whole, weights)
@@ -459,30 +473,35 @@ def make_optimizer(config: Config):
             schedule, adam_b1=config.b1, adam_b2=config.b2, consistent_rms=0.2,
             muon_weight_dimension_numbers=lambda model: jax.tree_util.tree_map_with_path(axes, model))
         # Its own decay knows no mask for the weights that are left to Adam.
-        update = optax.chain(muon, optax.add_decayed_weights(lambda count: -config.weight_decay * schedule(count), decayed))
-    update = with_narrow_moments(update, jnp.dtype(config.moments)) if config.moments != "float32" and config.optimizer != "palm" else update
+        decay = optax.add_decayed_weights(lambda count: -config.weight_decay * schedule(count), decayed)
+        update = optax.chain(muon, decay)
+    if config.moments != "float32" and config.optimizer != "palm":
+        update = with_narrow_moments(update, jnp.dtype(config.moments))
     return optax.chain(optax.clip_by_global_norm(config.clip), update), schedule
 
 
 def make_schedule(config: Config):
     """Linear warm-up to the peak; then a cosine or, in wsd, the peak until the last `decay_fraction` of the steps and a line
     down to the final rate; rsqrt, PaLM's: the peak for `warmup` updates, then falling with the square root of the update."""
-    peak, last, warmup = config.learning_rate, config.final_learning_rate * config.learning_rate, warmup_of(config)
+    peak, warmup = config.learning_rate, warmup_of(config)
+    last = config.final_learning_rate * peak
     if config.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, config.steps, last)
     if config.schedule == "rsqrt":
         return lambda count: peak * jnp.sqrt(max(warmup, 1) / jnp.maximum(count, max(warmup, 1)))
     decay = max(1, round(config.decay_fraction * config.steps))
-    parts = optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak), optax.linear_schedule(peak, last, decay)
-    return optax.join_schedules(parts, [warmup, config.steps - decay])
+    rise, fall = optax.linear_schedule(0.0, peak, warmup), optax.linear_schedule(peak, last, decay)
+    return optax.join_schedules((rise, optax.constant_schedule(peak), fall), [warmup, config.steps - decay])
 
 
 def palm(schedule, b1, b2, weight_decay, decayed, moments):
-    """Adafactor without factors, as in the PaLM paper (arXiv 2204.02311, section 5) and in EasyLM: steps in proportion to the
-    RMS of each weight of each layer, a second moment whose decay 1 - t^-b2 grows with the update t, momentum of the steps,
-    and weights that decay by `weight_decay` times the square of the learning rate (1 in the paper; EasyLM writes 1e-4).
+    """Adafactor without factors, as in the PaLM paper (arXiv 2204.02311, section 5) and in EasyLM: steps in
+    proportion to the RMS of each weight of each layer, a second moment whose decay 1 - t^-b2 grows with the
+    update t, momentum of the steps, and weights that decay by `weight_decay` times the square of the learning
+    rate (1 in the paper; EasyLM writes 1e-4).
 
-    The momentum is kept in the dtype `moments`; the second moment in float32, as its late, small steps are lost in less."""
+    The momentum is kept in the dtype `moments`; the second moment in float32, as its late, small steps are
+    lost in less."""
 
     def scale(updates, state, weights):
         def of_its_weight(path, u, w):
@@ -494,16 +513,20 @@ def palm(schedule, b1, b2, weight_decay, decayed, moments):
 
     by_weight = optax.GradientTransformation(lambda weights: optax.EmptyState(), scale)
     return optax.chain(
-        optax.scale_by_factored_rms(factored=False, decay_rate=b2), optax.scale_by_schedule(schedule), by_weight, optax.ema(b1, debias=False, accumulator_dtype=moments),
+        optax.scale_by_factored_rms(factored=False, decay_rate=b2), optax.scale_by_schedule(schedule), by_weight,
+        optax.ema(b1, debias=False, accumulator_dtype=moments),
         optax.scale(-1), optax.add_decayed_weights(lambda count: -weight_decay * schedule(count) ** 2, decayed))
 
 
 def with_narrow_moments(update, dtype):
-    """The same update, with its moments kept in `dtype` between steps and float32 within one. Moments bear the names of their
-    weights; what else a state holds, such as Muon's coefficients, stays as it is."""
+    """The same update, with its moments kept in `dtype` between steps and float32 within one. Moments bear
+    the names of their weights; what else a state holds, such as Muon's coefficients, stays as it is."""
     is_moment = lambda path: getattr(path[-1], "name", None) in lvm.SHARDING
-    cast = lambda dtype: functools.partial(jax.tree_util.tree_map_with_path, lambda path, x: x.astype(dtype) if is_moment(path) else x)
-    narrow, wide = cast(dtype), cast(jnp.float32)
+
+    def cast(state, dtype):
+        return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if is_moment(path) else x, state)
+
+    narrow, wide = functools.partial(cast, dtype=dtype), functools.partial(cast, dtype=jnp.float32)
 
     def step(grads, state, weights):
         updates, state = update.update(grads, wide(state), weights)
@@ -614,7 +637,8 @@ def model_config_for(config: Config, codes: int):
     model_config = dataclasses.replace(lvm.SIZES[config.size], codes=codes)
     if config.special_ids:
         try:
-            model_config = dataclasses.replace(model_config, **dict(zip(("bos_id", "eos_id", "pad_id"), config.special_ids)))
+            ids = dict(zip(("bos_id", "eos_id", "pad_id"), config.special_ids))
+            model_config = dataclasses.replace(model_config, **ids)
         except UserError as error:
             raise UserError(f"--special-ids {' '.join(map(str, config.special_ids))}: {error}") from None
     return dataclasses.replace(model_config, context=config.context or model_config.context)
@@ -686,17 +710,21 @@ def check_init(init: Path, fingerprint: str | None):
 
 
 def last_loss(log: Path) -> str:
-    """What a run has come to by its metrics.jsonl: the last held-out loss, or, where it has none, the loss of the last batch."""
+    """What a run has come to by its metrics.jsonl: the last held-out loss, or, where it has none, the loss of
+    the last batch."""
     lines = read_log(log)
     number = lambda loss: "no finite number" if loss is None else f"{loss:.3f}"
     for line in reversed(lines):
         if "heldout_loss" in line:
             return f"held-out loss {number(line['heldout_loss'])} at step {line['step']}"
-    return f"training loss {number(lines[-1]['loss'])} of the last batch, none held out" if lines else "no loss was logged"
+    if not lines:
+        return "no loss was logged"
+    return f"training loss {number(lines[-1]['loss'])} of the last batch, none held out"
 
 
 def tokens_until(log: Path, step: int) -> int:
-    """The targets counted until `step`, by its line of the log, or by the newest before it where a full disk has swallowed it."""
+    """The targets counted until `step`, by its line of the log, or by the newest before it where a full disk
+    has swallowed it."""
     counted = {0: 0} | {line["step"]: line.get("tokens", 0) for line in read_log(log)}
     newest = max(n for n in counted if n <= step)
     if newest < step:
@@ -710,11 +738,12 @@ def read_log(log: Path) -> list[dict]:
 
 
 def rows_of_process(mesh, batch: int, process: int) -> tuple[int, int]:
-    """(part, parts): a process feeds its devices the part-th of so many equal parts of a batch's rows, in order.
+    """(part, parts): a process feeds its devices the part-th of so many equal parts of a batch's rows, in
+    order.
 
-    The rows of its devices need not be neighbours: a host of TPUs is a block of the torus. Processes that split a sentence or
-    a matrix between them hold, and read, the same rows. Where the sets of rows of two processes differ and yet have rows in
-    common, (0, 1): all read the whole batch."""
+    The rows of its devices need not be neighbours: a host of TPUs is a block of the torus. Processes that
+    split a sentence or a matrix between them hold, and read, the same rows. Where the sets of rows of two
+    processes differ and yet have rows in common, (0, 1): all read the whole batch."""
     rows_of = collections.defaultdict(set)
     for device, (rows,) in NamedSharding(mesh, ROWS).devices_indices_map((batch,)).items():
         rows_of[device.process_index].add(rows.start or 0)
@@ -725,10 +754,12 @@ def rows_of_process(mesh, batch: int, process: int) -> tuple[int, int]:
 
 
 def on_devices(mesh, batches, batch: int, ahead=2):
-    """Yields batches of so many rows in all that are already on their way to the devices, two steps before they are wanted."""
+    """Yields batches of so many rows in all that are already on their way to the devices, two steps before
+    they are wanted."""
     coming, sharding = collections.deque(), NamedSharding(mesh, ROWS)
     for rows in batches:
-        coming.append({k: jax.make_array_from_process_local_data(sharding, x_BT, (batch, *x_BT.shape[1:])) for k, x_BT in rows.items()})
+        place = lambda x_BT: jax.make_array_from_process_local_data(sharding, x_BT, (batch, *x_BT.shape[1:]))
+        coming.append(jax.tree.map(place, rows))
         if len(coming) > ahead:
             yield coming.popleft()
 
@@ -747,8 +778,9 @@ class Sentences(NamedTuple):
 
 
 def find_heldout(trained: list[Sentences], asked, fraction: float, say) -> list[Sentences]:
-    """Sentences that are never trained on, none where none are withheld: those of `asked`, a (path, dataset) or None, that the
-    training data do not hold too; or else, of each of these, the `fraction` that `open_dataset` leaves out."""
+    """Sentences that are never trained on, none where none are withheld: those of `asked`, a (path, dataset)
+    or None, that the training data do not hold too; or else, of each of these, the `fraction` that
+    `open_dataset` leaves out."""
     withheld = lambda part: tokenize_data.is_heldout(part, fraction) if fraction else np.zeros(len(part), bool)
     if asked is None:
         found = [rows._replace(chosen_N=np.flatnonzero(withheld(rows.part))) for rows in trained]
@@ -761,15 +793,17 @@ def find_heldout(trained: list[Sentences], asked, fraction: float, say) -> list[
             raise UserError(f"--heldout {name} was made by another tokenizer than {rows.name}")
     seen_N = also_in(part, [rows.part for rows in trained]) & ~withheld(part)
     if seen_N.all():
-        raise UserError(f"--heldout {name}: all of its {len(part):,} sentences are among those of --data; name data that the model is not "
-                        "trained on, or use --heldout-fraction 0.01")
+        raise UserError(f"--heldout {name}: all of its {len(part):,} sentences are among those of --data; name data that "
+                        "the model is not trained on, or use --heldout-fraction 0.01")
     if seen_N.any():
-        say(f"--heldout {name}: {seen_N.sum():,} of its {len(part):,} sentences are trained on, and left out of the held-out loss")
+        say(f"--heldout {name}: {seen_N.sum():,} of its {len(part):,} sentences are trained on, and left out of the "
+            "held-out loss")
     return [Sentences(name, part, np.flatnonzero(~seen_N), 1.0)]
 
 
 def also_in(part, others) -> np.ndarray:
-    """For each sentence of a dataset: do the others hold one of the same tokens? By the hashes first; 32 bits alone would err."""
+    """For each sentence of a dataset: do the others hold one of the same tokens? By the hashes first; 32 bits
+    alone would err."""
     found_N = np.zeros(len(part), bool)
     for other in others:
         twins = collections.defaultdict(list)
@@ -781,20 +815,23 @@ def also_in(part, others) -> np.ndarray:
 
 
 def heldout_kinds(heldout: list[Sentences], context: int, specials, rows: int, most=32):
-    """Held-out sentences -> {kind: (its share of the loss, how many there are, how many are taken, batches of `rows` rows of ids
-    and masks)}; kinds of several datasets are named "dataset/kind".
+    """Held-out sentences -> {kind: (its share of the loss, how many there are, how many are taken, batches of
+    `rows` rows of ids and masks)}; kinds of several datasets are named "dataset/kind".
 
-    The share is that of the dataset's weight times that of the kind within it, as the training mixes them. Of every kind about
-    as many are taken, evenly spaced, `most` in all; each is a row of its own, cut to the context. Rows that are left empty
-    count for nothing."""
+    The share is that of the dataset's weight times that of the kind within it, as the training mixes them. Of
+    every kind about as many are taken, evenly spaced, `most` in all; each is a row of its own, cut to the
+    context. Rows that are left empty count for nothing."""
     stems = [Path(held.name).stem for held in heldout]
     names, groups, taken = stems if len(set(stems)) == len(stems) else [held.name for held in heldout], {}, {}
     for name, (_, part, chosen_N, weight) in zip(names, heldout):
-        kinds_N = np.concatenate([index_N3[:, 1] for _, index_N3 in part.shards]) if isinstance(part, tokenize_data.Shards) else np.zeros(len(part), int)
+        kinds_N = np.zeros(len(part), int)
+        if isinstance(part, tokenize_data.Shards):
+            kinds_N = np.concatenate([index_N3[:, 1] for _, index_N3 in part.shards])
         for kind in np.unique(kinds_N[chosen_N]):
             members_N = chosen_N[kinds_N[chosen_N] == kind]
             share = weight / sum(held.weight for held in heldout) * len(members_N) / len(chosen_N)
-            groups[part.kinds[kind] if len(heldout) == 1 else f"{name}/{part.kinds[kind]}"] = share, part, members_N
+            label = part.kinds[kind] if len(heldout) == 1 else f"{name}/{part.kinds[kind]}"
+            groups[label] = share, part, members_N
     for kind, (share, part, members_N) in groups.items():
         count = min(len(members_N), -(-most // len(groups) // rows) * rows)
         ids_NT = np.full((-(-count // rows) * rows, context), specials[2], np.int32)
@@ -811,14 +848,17 @@ def heldout_kinds(heldout: list[Sentences], context: int, specials, rows: int, m
 def heldout_losses(eval_fn, model, kinds, mesh) -> dict[str, float]:
     """The held-out loss of every kind, and their mean by its share."""
     place = lambda x_BT: jax.make_array_from_callback(x_BT.shape, NamedSharding(mesh, ROWS), lambda index: x_BT[index])
-    losses = {kind: sum(float(eval_fn(model, *map(place, batch))) * len(batch[0]) for batch in batches) / count for kind, (_, _, count, batches) in kinds.items()}
+    of_rows = lambda batch: float(eval_fn(model, *map(place, batch))) * len(batch[0])
+    losses = {kind: sum(map(of_rows, batches)) / count for kind, (_, _, count, batches) in kinds.items()}
     loss = sum(kinds[kind][0] * losses[kind] for kind in kinds)
     return {"heldout_loss": loss, "heldout_perplexity": math.exp(min(loss, 700)), **{f"heldout_loss/{kind}": losses[kind] for kind in kinds if len(kinds) > 1}}
 
 
 def unigram_entropy(shards, weights=None) -> float:
-    """Entropy in nats of the codes' frequencies in the mixture: the loss of a model that knows these and nothing else."""
-    counts_V = sum(weight * part.code_counts() / len(part) for part, weight in zip(shards, weights or [1.0] * len(shards)))
+    """Entropy in nats of the codes' frequencies in the mixture: the loss of a model that knows these and
+    nothing else."""
+    weights = weights or [1.0] * len(shards)
+    counts_V = sum(weight * part.code_counts() / len(part) for part, weight in zip(shards, weights))
     p_V = counts_V[counts_V > 0] / counts_V.sum()
     return float(-(p_V * np.log(p_V)).sum())
 
@@ -826,10 +866,11 @@ def unigram_entropy(shards, weights=None) -> float:
 def sample_picture(config: Config, model, chosen: list[Sentences], path: Path, rows=6):
     """Rows of some sentences: all but the last picture, the true last one, and the model's likeliest one."""
     tokenizer = vqgan.load(config.tokenizer)
-    pool = [(part, i) for _, part, chosen_N, _ in chosen if part.about["tokenizer"] == vqgan.fingerprint(tokenizer) for i in chosen_N]
+    known = [(part, chosen_N) for _, part, chosen_N, _ in chosen if part.about["tokenizer"] == vqgan.fingerprint(tokenizer)]
+    pool = [(part, i) for part, chosen_N in known for i in chosen_N]
     if not pool:
-        print(f"no sample pictures: the sentences were not made by {config.tokenizer}, or do not say so as a .jsonl does; name their tokenizer "
-              "with --tokenizer, or turn the .jsonl into shards with: python tokenize_data.py import-jsonl", file=sys.stderr)
+        print(f"no sample pictures: the sentences were not made by {config.tokenizer}, or do not say so as a .jsonl does; "
+              "name their tokenizer with --tokenizer, or turn the .jsonl into shards with: python tokenize_data.py import-jsonl", file=sys.stderr)
         return
     S = pool[0][0].about["codes_per_image"]
     sentences = [pool[n][0][pool[n][1]][1] for n in np.linspace(0, len(pool) - 1, rows).astype(int)]
@@ -974,11 +1015,13 @@ def compile_only(config: Config) -> dict:
     print(f"FLOPs a step: {flops:.3e} (6 a weight and token, causal attention at half; what remat repeats is not counted)")
     for name, c in (moved or {}).items():
         print(f"{name}: {c['count']} a step, {GB(c['bytes'])} through each chip, {c['seconds'] * 1e3:.1f} ms")
-    roofline = f"roofline: {compute * 1e3:.0f} ms of compute{' (remat included)' if config.remat in ('full', 'offload') else ''}"
+    repeated = " (remat included)" if config.remat in ("full", "offload") else ""
+    roofline = f"roofline: {compute * 1e3:.0f} ms of compute{repeated}"
     if moved is None:
         print(f"{roofline}; collectives are not counted, as the program does not say how often one of its loops runs")
     else:
-        print(f"{roofline}, {network * 1e3:.0f} ms of collectives: {'compute' if compute >= network else 'communication'}-bound where they overlap, "
+        bound = "compute" if compute >= network else "communication"
+        print(f"{roofline}, {network * 1e3:.0f} ms of collectives: {bound}-bound where they overlap, "
               f"{tokens / max(compute, network):,.0f} tokens/s at most")
     print("it fits" if facts["fits"] else f"does not fit: {GB(peak)} of {GB(chip.memory)}")
     return facts
@@ -989,14 +1032,13 @@ _KINDS = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute"
 
 
 def collectives(text: str, mesh, chip: Chip) -> dict:
-    """{kind: {"count", "bytes" through a device, "seconds"}} of one step, read from optimized HLO; None where a loop holds
-    collectives and does not say how often it runs.
+    """{kind: {"count", "bytes" through a device, "seconds"}} of one step, read from optimized HLO; None where
+    a loop holds collectives and does not say how often it runs.
 
-    A loop's body counts as often as XLA says (known_trip_count), or else as `trip_count` finds. A ring moves an array
-    (n - 1) / n times through each of n devices, an all-reduce twice. A group of TPUs has the links of the axes of the torus
-    that it spans, both ways where the axis is closed; GPUs have NVLink within a node, and each its own network card between
-    nodes.
-    """
+    A loop's body counts as often as XLA says (known_trip_count), or else as `trip_count` finds. A ring moves
+    an array (n - 1) / n times through each of n devices, an all-reduce twice. A group of TPUs has the links
+    of the axes of the torus that it spans, both ways where the axis is closed; GPUs have NVLink within a
+    node, and each its own network card between nodes. """
     computations, name, entry = {}, None, None
     for line in text.splitlines():
         if line.endswith("{") and (head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(", line)):
@@ -1050,20 +1092,23 @@ def collectives(text: str, mesh, chip: Chip) -> dict:
 
 
 def trip_count(computations, name: str, line: str, most=100_000):
-    """How often a loop runs, found by running its counters: the integers of its state that begin at constants. None where
-    they do not decide it. `computations` holds the lines of each by its name, `line` is the loop's in the one called `name`."""
+    """How often a loop runs, found by running its counters: the integers of its state that begin at
+    constants. None where they do not decide it. `computations` holds the lines of each by its name, `line` is
+    the loop's in the one called `name`."""
     instructions = {}
     for computation, lines in computations.items():
         for text in lines:
             if found := re.match(r"\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)", text):
                 root, own, shape, operation, rest = found.groups()
                 inside = rest[:rest.index(")")]
-                instructions[computation, own] = shape, operation, [word.strip().split(" ")[-1].lstrip("%") for word in inside.split(",")], rest
+                operands = [word.strip().split(" ")[-1].lstrip("%") for word in inside.split(",")]
+                instructions[computation, own] = shape, operation, operands, rest
                 if root:
                     instructions[computation, "ROOT"] = instructions[computation, own]
-    compare = {"LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge, "EQ": operator.eq, "NE": operator.ne}
-    arithmetic = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "minimum": min, "maximum": max,
-                  "and": operator.and_, "or": operator.or_, "select": lambda which, a, b: a if which else b}
+    compare = {name.upper(): getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")}
+    arithmetic = {
+        "add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "minimum": min, "maximum": max,
+        "and": operator.and_, "or": operator.or_, "select": lambda which, a, b: a if which else b}  # fmt: skip
 
     def value(computation, own, arguments, index=None):
         """An integer, or None for what is no integer or not known; `index` picks one of a tuple."""
@@ -1088,12 +1133,14 @@ def trip_count(computations, name: str, line: str, most=100_000):
         known = [of(i) for i in range(len(operands))] if operation in arithmetic or operation == "compare" else [None]
         if None in known:
             return None
-        return (compare[re.search(r"direction=(\w+)", rest)[1]] if operation == "compare" else arithmetic[operation])(*known)
+        if operation == "compare":
+            return compare[re.search(r"direction=(\w+)", rest)[1]](*known)
+        return arithmetic[operation](*known)
 
     condition, body = (re.search(rf"{what}=%?([\w.\-]+)", line)[1] for what in ("condition", "body"))
     operand = re.search(r" while\([^)]*?%?([\w.\-]+)\)", line)[1]
     slots = range(len(instructions[body, "ROOT"][2]))
-    state = [value(name, operand, None, i) for i in slots]  # nothing is known of the parameters of the computation around it
+    state = [value(name, operand, None, i) for i in slots]  # nothing is known of the parameters around it
     for trips in range(most):
         if not (goes_on := value(condition, "ROOT", [state])):
             return trips if goes_on is not None else None
@@ -1173,8 +1220,9 @@ class Meter:
     """Turns metrics into lines of the log, with the speed, the MFU and where the time since the start went."""
 
     def __init__(self, tokens: int, flops: float, peaks: dict[str, float]):
-        """`tokens` before the first step of this start: targets that the loss counts, so neither padding nor what --fields
-        leaves out; whoever has the metrics adds those of each step. `flops` a token, `peaks` of `peak_rates`."""
+        """`tokens` before the first step of this start: targets that the loss counts, so neither padding nor
+        what --fields leaves out; whoever has the metrics adds those of each step. `flops` a token, `peaks` of
+        `peak_rates`."""
         self.tokens, self.flops, self.peaks, self.spent = tokens, flops, peaks, collections.Counter()
         self.began = self.last_time = time.monotonic()
         self.last_tokens, self.last_paused = tokens, 0.0
@@ -1205,11 +1253,13 @@ NOMINAL = {"TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5":
 
 
 def peak_rates(dtype) -> dict[str, float]:
-    """FLOP/s of all devices that 100% stands for: {"mfu": nominal, for known kinds and bfloat16; "mfu_measured": of a large
-    product of random matrices}. GPUs multiply constant ones faster, as fewer bits flip and less power is drawn."""
+    """FLOP/s of all devices that 100% stands for: {"mfu": nominal, for known kinds and bfloat16;
+    "mfu_measured": of a large product of random matrices}. GPUs multiply constant ones faster, as fewer bits
+    flip and less power is drawn."""
     devices, n = jax.local_devices(), 1024 if jax.default_backend() == "cpu" else 8192
     product = jax.jit(jnp.matmul)
-    pairs = [[jax.device_put(jax.random.normal(jax.random.key(i), (n, n), dtype), device) for i in range(2)] for device in devices]
+    random = [jax.random.normal(jax.random.key(i), (n, n), dtype) for i in range(2)]
+    pairs = [[jax.device_put(x_NN, device) for x_NN in random] for device in devices]
     jax.block_until_ready([product(*pair) for pair in pairs])
     began, rounds = time.perf_counter(), 0
     while time.perf_counter() - began < 0.2:

@@ -87,12 +87,25 @@ class VQGANConfig:
                 if not isinstance(value, (tuple, list)) or len(value) > 16:
                     raise UserError(f"{field.name} must be a list of at most 16 integers, got {value!r:.80}")
                 object.__setattr__(self, field.name, tuple(value))
-        check_numbers(self, {
-            "[1, 8192]": "resolution", "[1, 64]": "num_channels", "[1, 16384]": "hidden_channels z_channels quantized_embed_dim",
-            "[1, 1024]": "channel_mult num_res_blocks norm_groups", "[1, inf)": "attn_resolutions", "[1, 16777216]": "num_embeddings",
-            "[0, 1)": "dropout", "[0, 1000]": "commitment_cost"}, called=str)
+        check_numbers(
+            self,
+            {
+                "[1, 8192]": "resolution",
+                "[1, 64]": "num_channels",
+                "[1, 16384]": "hidden_channels z_channels quantized_embed_dim",
+                "[1, 1024]": "channel_mult num_res_blocks norm_groups",
+                "[1, inf)": "attn_resolutions",
+                "[1, 16777216]": "num_embeddings",
+                "[0, 1)": "dropout",
+                "[0, 1000]": "commitment_cost",
+            },
+            called=str,
+        )
         if not self.channel_mult or self.hidden_channels * max(self.channel_mult) > 1 << 16:
-            raise UserError(f"channel_mult {self.channel_mult} must name a level, and none of more than {1 << 16:,} channels")
+            raise UserError(
+                f"channel_mult {self.channel_mult} must name a level, and none of more than {1 << 16:,} "
+                f"channels"
+            )
         if self.resolution % self.factor:
             raise UserError(f"resolution {self.resolution} is not a multiple of {self.factor}, the downsampling of {len(self.channel_mult)} levels")
         if self.hidden_channels % self.norm_groups:
@@ -553,11 +566,21 @@ class TrainConfig:
     """Seed of the weights and of the order of the pictures."""
 
     def __post_init__(self):
-        check_numbers(self, {
-            "[1, inf)": "steps accumulate save_every log_every patience", "[1, 65536]": "batch", "[1, 8192]": "resolution gan_channels",
-            "[0, inf)": "gan_from gan_warmup quantize_from seed save_patience", "[0, 8192]": "l2_codes", "[0, 1]": "max_rejected", "(0, 1]": "crop",
-            "(0, 10]": "learning_rate gan_learning_rate", "[0, 1)": "ema",
-            "[0, 1000000]": "gradient_weight perceptual_weight gan_weight gan_penalty_weight"})
+        check_numbers(
+            self,
+            {
+                "[1, inf)": "steps accumulate save_every log_every patience",
+                "[1, 65536]": "batch",
+                "[1, 8192]": "resolution gan_channels",
+                "[0, inf)": "gan_from gan_warmup quantize_from seed save_patience",
+                "[0, 8192]": "l2_codes",
+                "[0, 1]": "max_rejected",
+                "(0, 1]": "crop",
+                "(0, 10]": "learning_rate gan_learning_rate",
+                "[0, 1)": "ema",
+                "[0, 1000000]": "gradient_weight perceptual_weight gan_weight gan_penalty_weight",
+            },
+        )
         if (self.lpips_vgg is None) != (self.lpips_heads is None):
             raise UserError("LPIPS needs both --lpips-vgg and --lpips-heads")
         if self.freeze_encoder and self.init is None:
@@ -591,10 +614,10 @@ def train_in_own_folder(config: TrainConfig) -> VQGAN:
     started_from = load(config.init) if config.init else None
     model_config = network_config(config, started_from)
     notes = []
-    read_picture, names = open_pictures(config.data, model_config.resolution, config.crop, notes)
-    if (count := len(names)) < config.batch:
+    read_picture, count = open_pictures(config.data, model_config.resolution, config.crop, notes, paths := [])
+    if count < config.batch:
         raise UserError(f"{config.data}: {count} pictures do not fill a batch of {config.batch}; lower --batch")
-    read_picture = leave_out_unreadable(read_picture, names, config.out / "rejected.jsonl", config.max_rejected, notes)
+    read_picture = leave_out_unreadable(read_picture, count, config.out / "rejected.jsonl", config.max_rejected, notes, paths)
     read_picture(0, np.zeros(3))  # data of which nothing can be read are found before anything is compiled
     flags, defaults = ({k: str(v) for k, v in dataclasses.asdict(c).items()} for c in (config, TrainConfig(config.data)))
     begin_run(config.out / "train.json", flags, defaults, MAY_CHANGE)
@@ -931,43 +954,46 @@ def k_means(points_ND, clusters, rng, rounds=10):
     return centres_KD
 
 
-def open_pictures(data: Path, resolution: int, crop: float = 1.0, notes: list | None = None):
+def open_pictures(data: Path, resolution: int, crop: float = 1.0, notes: list | None = None, paths: list | None = None):
     """Folder or `.npy` -> (function from index and three numbers in [0, 1) to float32 [resolution, resolution, 3] in [0, 1],
-    the pictures' paths, or numbers in the file). With `crop` below 1 the three numbers place a square whose side is at least that share of the largest.
+    number of pictures). With `crop` below 1 the three numbers place a square whose side is at least that share of the largest.
 
-    Files that look like pictures and are left out are added to `notes`, or printed. Raises UserError where there is nothing
+    Files that look like pictures and are left out are added to `notes`, or printed, and the files of a folder to `paths`. Raises UserError where there is nothing
     to read; the function raises it for an unreadable picture, naming the file."""
     box = lambda u_3: None if crop == 1 else (u_3[0], u_3[1], crop + (1 - crop) * u_3[2])
     if data.suffix == ".npy":
         array = read_array(data, np.uint8, (None, None, None, 3))
         if not array.size or crop == 1 and array.shape[1:3] != (resolution, resolution):
-            raise UserError(f"{data}: wanted uint8 pictures [N, {resolution}, {resolution}, 3] (of any size with --crop), got {list(array.shape)}")
+            raise UserError(
+                f"{data}: wanted uint8 pictures [N, {resolution}, {resolution}, 3] (of any size with "
+                f"--crop), got {list(array.shape)}"
+            )
         if crop == 1:
-            return lambda i, _: array[i].astype(np.float32) / 255, range(len(array))
-        return lambda i, u_3: to_pixels(Image.fromarray(array[i]), resolution, "crop", box(u_3)), range(len(array))
-    paths = find_images(data, notes)
-    return lambda i, u_3: read_image(paths[i], resolution, "crop", box(u_3)), paths
+            return lambda i, _: array[i].astype(np.float32) / 255, len(array)
+        return lambda i, u_3: to_pixels(Image.fromarray(array[i]), resolution, "crop", box(u_3)), len(array)
+    paths = [] if paths is None else paths
+    paths += find_images(data, notes)
+    return lambda i, u_3: read_image(paths[i], resolution, "crop", box(u_3)), len(paths)
 
 
-def leave_out_unreadable(read_picture, names, report: Path, most: float, notes=()):
+def leave_out_unreadable(read_picture, count: int, report: Path, most: float, notes=(), paths=()):
     """The same function, but the next picture stands in the place of one that cannot be read, which is printed and listed in
-    `report` ({"path", "reason"} a line, after those of an earlier start and the `notes`). Raises UserError when they are more
-    than `most` of all."""
-    reasons, lock, count, lines = {}, threading.Lock(), len(names), {}
-    with contextlib.suppress(OSError):
-        for line in report.read_text(errors="replace").splitlines():
-            with contextlib.suppress(UserError):
-                if isinstance(known := parse_json(line, report), dict) and {"path", "reason"} <= known.keys():
-                    lines[str(known["path"])] = known
+    `report`, {"path", "reason"} a line, after the `notes` and what an earlier run listed there; `paths` are the pictures'.
+    Raises UserError when they are more than `most` of all."""
+    reasons, lock, listed = {}, threading.Lock(), {}
+    for line in report.read_bytes().splitlines() if report.exists() else ():
+        with contextlib.suppress(UserError, KeyError):  # damaged lines, and those of older versions, that name no path
+            line = parse_json(line, report)
+            listed[line["path"]] = line
 
-    def list_in_report(left_out):
-        lines.update({str(line["path"]): line for line in left_out})
+    def write_report():
+        new = [{"path": str(paths[i]) if len(paths) else f"picture {i}", "reason": reason} for i, reason in reasons.items()]
+        lines = listed | {line["path"]: line for line in (*notes, *new)}
         with side_work(str(report)):
-            report.parent.mkdir(parents=True, exist_ok=True)
             write_whole(report, "".join(strict_json(line) + "\n" for line in lines.values()))
 
     if notes:
-        list_in_report(notes)
+        write_report()
         print(f"{len(notes)} files are left out; {report} says why")
 
     def read(i, place_3):
@@ -980,7 +1006,7 @@ def leave_out_unreadable(read_picture, names, report: Path, most: float, notes=(
                     if j % count not in reasons:
                         reasons[j % count] = str(error)
                         print(f"left out: {error}", file=sys.stderr)
-                        list_in_report([{"path": str(names[j % count]), "reason": str(error)}])
+                        write_report()
                 if len(reasons) > most * count:
                     raise UserError(f"{len(reasons)} of {count} pictures cannot be read, more than --max-rejected {most}; the last: {error}") from None
         raise UserError(f"none of {count} pictures can be read")
@@ -1262,11 +1288,21 @@ def recognise(file: Path, tensors):
     attended = [i for i in range(levels) if f"{block.rsplit('.', 2)[0].format(i)}.attn.0.q.weight" in tensors]
     try:
         config = VQGANConfig(
-            resolution=256, num_channels=channels, hidden_channels=width, channel_mult=[int(m) if m == int(m) else m for m in mult],
-            num_res_blocks=blocks, attn_resolutions=[256 >> i for i in attended], no_attn_mid_block=attention + ".q.weight" not in tensors,
-            z_channels=shape("post_quant_conv.weight")[0], num_embeddings=embeddings, quantized_embed_dim=embed,
-            resample_with_conv=levels == 1 or any("downsample" in name for name in tensors), symmetric_pixels=True,
-            l2_codes=layout == "llamagen", attend_single_blocks=blocks == 1 and bool(attended))
+            resolution=256,
+            num_channels=channels,
+            hidden_channels=width,
+            channel_mult=[int(m) if m == int(m) else m for m in mult],
+            num_res_blocks=blocks,
+            attn_resolutions=[256 >> i for i in attended],
+            no_attn_mid_block=attention + ".q.weight" not in tensors,
+            z_channels=shape("post_quant_conv.weight")[0],
+            num_embeddings=embeddings,
+            quantized_embed_dim=embed,
+            resample_with_conv=levels == 1 or any("downsample" in name for name in tensors),
+            symmetric_pixels=True,
+            l2_codes=layout == "llamagen",
+            attend_single_blocks=blocks == 1 and bool(attended),
+        )
     except UserError as error:
         raise UserError(f"{file}: no network has these shapes ({error})") from None
     return layout, config, eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
@@ -1328,19 +1364,38 @@ def config_fields(layout, config) -> dict:
 
 
 def from_diffusers(fields) -> dict:
-    """Fields of VQGANConfig from a config.json of diffusers' VQModel. Raises UserError for another network."""
-    check_fields(fields, {
-        "in_channels": int, "out_channels": int | None, "block_out_channels": list[int], "down_block_types": list[str],
-        "up_block_types": list[str], "layers_per_block": int, "latent_channels": int, "num_vq_embeddings": int, "norm_type": str | None,
-        "vq_embed_dim": int | None, "norm_num_groups": int | None, "sample_size": int | None, "act_fn": str | None,
-        "mid_block_add_attention": bool | None}, "VQModel")
+    """Fields of VQGANConfig from a config.json of diffusers' VQModel. Raises UserError for another
+    network."""
+    check_fields(
+        fields,
+        {
+            "in_channels": int,
+            "out_channels": int | None,
+            "block_out_channels": list[int],
+            "down_block_types": list[str],
+            "up_block_types": list[str],
+            "layers_per_block": int,
+            "latent_channels": int,
+            "num_vq_embeddings": int,
+            "norm_type": str | None,
+            "vq_embed_dim": int | None,
+            "norm_num_groups": int | None,
+            "sample_size": int | None,
+            "act_fn": str | None,
+            "mid_block_add_attention": bool | None,
+        },
+        "VQModel",
+    )
     for name, wanted in {"norm_type": "group", "act_fn": "silu", "out_channels": fields["in_channels"]}.items():
         if fields.get(name, wanted) != wanted:
             raise UserError(f"{name} {fields[name]!r:.80} is another network; {wanted!r} is known")
     widths, kinds = fields["block_out_channels"], {"": ("DownEncoderBlock2D", "UpDecoderBlock2D"), "Attn": ("AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D")}
     down, up = fields["down_block_types"], fields["up_block_types"][::-1]
     if any(pair not in kinds.values() for pair in zip(down, up)) or not len(down) == len(up) == len(widths):
-        raise UserError(f"down_block_types {down!r:.200} and up_block_types {up[::-1]!r:.200} are no levels with or without attention, the same on the way up")
+        raise UserError(
+            f"down_block_types {down!r:.200} and up_block_types {up[::-1]!r:.200} are no levels with or "
+            f"without attention, the same on the way up"
+        )
     if not 1 <= len(widths) <= 16 or min(widths) < 1 or any(width % widths[0] for width in widths):
         raise UserError(f"block_out_channels {widths!r:.80} are not 1 to 16 multiples of the first")
     resolution = diffusers_resolution(fields.get("sample_size", 32), len(widths))

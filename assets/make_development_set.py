@@ -40,6 +40,7 @@ from make_pictures import find, slug, unpack
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tokenize_data  # noqa: E402
 import vqgan  # noqa: E402
+from common.images import FORMATS  # noqa: E402
 
 SIDE = 256
 SPLITS = ("train", "heldout")
@@ -147,7 +148,7 @@ def read_rcc(file: Path):
             with tempfile.TemporaryFile() as opened:
                 opened.write(zlib.decompress(payload[4:]) if flags & 1 else payload)
                 opened.seek(0)
-                with Image.open(opened, formats=vqgan.FORMATS) as image:
+                with Image.open(opened, formats=FORMATS) as image:
                     plain = image.mode == "RGB" or image.mode == "RGBA" and image.getchannel("A").getextrema()[0] == 255
                     if not plain or min(image.size) < 160 or max(image.size) > 3 * min(image.size):
                         continue

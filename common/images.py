@@ -45,6 +45,7 @@ with contextlib.suppress(ImportError):  # not required: who has HEIC pictures in
     pillow_heif.register_heif_opener()
     FORMATS, SUFFIXES = (*FORMATS, "HEIF"), SUFFIXES | {".heic", ".heif"}
 MAX_PIXELS = 64_000_000
+MOST_HOLES = 1 << 30  # decoders would look for hours for something in the zeros of a sparse file
 VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".apng"}  # and animated .png and .webp
 HEIF_HEADS = {b"ftyp" + brand for brand in (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")}
 SOUGHT = {"h264", "hevc", "av1", "libdav1d", "vp9", "mjpeg", "prores"}  # codecs of which each packet is one frame
@@ -224,17 +225,52 @@ def naming(path):
         raise UserError(reason if isinstance(error, UserError) and str(path) in reason else f"{path}: {reason}") from None
 
 
-def open_file(path):
+class PatientFile(io.BufferedReader):
+    """A file that is read up to two million times for a few bytes only: some decoders look for the next marker byte by byte,
+    and in a file of zeros they would go on for hours."""
+
+    left = 2_000_000
+
+    def read(self, size=-1):
+        self.left -= 0 <= size < 8
+        if self.left < 0:
+            raise UserError("its parts are too small or too many: no picture is found in it")
+        return super().read(size)
+
+
+def open_file(path) -> io.BufferedReader:
     """A file opened to read bytes. Raises UserError for what is none: opening a FIFO would wait, and a device has no end."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: {'not a regular file' if os.path.exists(path) else 'no such file'}")
-    return open(path, "rb")
+    file = PatientFile(io.FileIO(path))
+    if (holes := count_holes(file)) > MOST_HOLES:
+        file.close()
+        raise UserError(f"{path}: {holes:,} of its bytes were never written (a download that did not finish?)")
+    return file
+
+
+def count_holes(file) -> int:
+    """Bytes of a file for which the disk holds nothing and which read as zeros; counted until they are MOST_HOLES."""
+    size, at, holes = os.fstat(file.fileno()).st_size, 0, 0
+    while size > MOST_HOLES >= holes and hasattr(os, "SEEK_HOLE"):
+        start = os.lseek(file.fileno(), at, os.SEEK_HOLE)
+        try:
+            at = os.lseek(file.fileno(), start, os.SEEK_DATA)
+        except OSError:  # the hole reaches to the end
+            at = size
+        holes += at - start
+        if at >= size:
+            break
+    file.seek(0)
+    return holes
 
 
 @contextlib.contextmanager
 def open_image(path):
     """The first picture in a file, not decoded yet. Raises UserError, naming the file, for whatever fails in it."""
     with naming(path), open_file(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > 16 * MAX_PIXELS:  # some decoders read all of it at once
+            raise UserError(f"{size:,} bytes are over the limit of {16 * MAX_PIXELS:,} for a picture")
         try:
             image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
@@ -316,7 +352,7 @@ def displayed(image: Image.Image) -> Image.Image:
 
 def check_grey(grey_HW):
     if not np.isfinite(grey_HW).all():
-        raise UserError("holds NaN or infinity; write a number in [0, 1] in their place")
+        raise UserError("holds NaN or infinity; wanted [0, 1]")
     if grey_HW.min() < 0 or grey_HW.max() > 1:
         raise UserError(f"values lie in [{grey_HW.min():g}, {grey_HW.max():g}] of full scale; wanted [0, 1]")
 
@@ -534,7 +570,7 @@ class Index(NamedTuple):
     shown: int  # packets whose frames are shown: an edit list hides some
     exact: bool  # whether frame n is surely the n-th of the shown packets by time, so that it can be sought
     pts_N: np.ndarray
-    dts_N: np.ndarray
+    seek_N: np.ndarray  # by which time the container finds a packet: in Matroska that of showing it, else that of decoding it
     key_N: np.ndarray
     hidden_N: np.ndarray
 
@@ -561,13 +597,14 @@ def read_index(path, stamp) -> Index:
         if (codec := stream.codec_context) is None:
             raise UserError("its codec is not one that this FFmpeg decodes; type: ffmpeg -i IN OUT.mp4")
         check_size(codec.width, codec.height)
-        times = np.array([packet[:2] for packet in packets[stream.index]], object).reshape(-1, 2)
-        known = len(times) > 0 and not (times == None).any()  # noqa: E711
-        pts_N, dts_N = times.T.astype(np.int64) if known else np.zeros((2, 0), np.int64)
+        by_showing = "matroska" in container.format.name
+        times = [(pts, pts if by_showing else dts) for pts, dts, *_ in packets[stream.index]]
+        known = bool(times) and not any(time is None for pair in times for time in pair)
+        pts_N, seek_N = np.array(times).T if known else np.zeros((2, 0), np.int64)
         key_N, hidden_N = np.array([packet[2:] for packet in packets[stream.index]], bool).reshape(-1, 2).T
         exact = known and codec.name in SOUGHT and key_N[0] and pts_N.min() == pts_N[0]
         exact = bool(exact and len(np.unique(pts_N[~hidden_N])) == shown[stream.index])
-        return Index(stream.index, shown[stream.index], exact, pts_N, dts_N, key_N, hidden_N)
+        return Index(stream.index, shown[stream.index], exact, pts_N, seek_N, key_N, hidden_N)
 
 
 @contextlib.contextmanager
@@ -593,12 +630,13 @@ def read_video(path, wanted: list[int], show):
             pictures = [show(frame_image(frame)) for frame in sought(container, stream, index, wanted)]
         if len(pictures) == len(wanted):
             return pictures, None
-    pictures, left, number = [], collections.deque(wanted), -1
+    pictures, left, number, damaged = [], collections.deque(wanted), -1, False
     with open_video(path, index.stream) as (container, stream):
         for number, frame in enumerate(container.decode(stream)):
+            damaged = frame.is_corrupt or damaged and not frame.key_frame  # frames are made from those before them
             if number == left[0]:
-                if frame.is_corrupt:
-                    raise UserError(f"frame {number} is damaged")
+                if damaged:
+                    raise UserError(f"frame {number} is damaged, or made from a damaged one")
                 pictures.append(show(frame_image(frame)))
                 left.popleft()
                 if not left:
@@ -615,11 +653,13 @@ def sought(container, stream, index: Index, wanted):
         key = np.flatnonzero(index.key_N[:place + 1] & (index.pts_N[:place + 1] <= order_N[number]))[-1]
         try:
             if frames is None or index.pts_N[key] > order_N[last]:
-                container.seek(int(index.dts_N[key]), stream=stream)
+                container.seek(int(index.seek_N[key]), stream=stream)
                 frames, last = container.decode(stream), None
             for frame in frames:
                 n = int(np.searchsorted(order_N, frame.pts)) if frame.pts is not None else len(order_N)
-                if n > number or order_N[n] != frame.pts or last is not None and n != last + 1 or n == number and frame.is_corrupt:
+                if n > number or order_N[n] != frame.pts or last is not None and n != last + 1:
+                    return
+                if frame.is_corrupt and frame.pts >= index.pts_N[key]:  # later frames are made from this one
                     return
                 last = n
                 if n == number:

@@ -53,6 +53,8 @@ def run_command(command, *arguments, leave=sys.exit):
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if callable(signal.getsignal(number)):  # that of the first seconds
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names can hold bytes that are no text
     message, status = None, 0
     try:
         command(*arguments)
@@ -98,9 +100,9 @@ def check_numbers(config, intervals: dict[str, str], called=lambda field: "--" +
     """Raises UserError, naming the flag, where a number of the dataclass `config` makes no sense.
 
     `intervals` holds the names of all its fields of numbers, by the interval in which they must lie:
-    {"[1, inf)": "steps batch", "[0, 1)": "ema"}. Without an upper end integers lie below 2**31, and floats in the range
-    of float32; None passes where the field may be None; every entry of a tuple is checked. A message calls a field
-    `called(field)`. Raises KeyError for a field of numbers that has no interval."""
+    {"[1, inf)": "steps batch", "[0, 1)": "ema"}. Without an upper end integers lie below 2**31, and
+    floats in the range of float32; None passes where the field may be None; every entry of a tuple is checked.
+    A message calls a field `called(field)`. Raises KeyError for a field of numbers that has no interval."""
     interval_of = {field: interval for interval, fields in intervals.items() for field in fields.split()}
     for field in dataclasses.fields(config):
         kinds = (field.type, *typing.get_args(field.type))

@@ -296,20 +296,23 @@ DEEPEST_JSON = 64  # levels
 def parse_json(text, source, kind=dict):
     """JSON text (str or UTF-8 bytes) -> a value of type `kind`.
 
-    Raises UserError, naming `source`, for what is no JSON, is of more than MOST_JSON bytes or nested too deep, holds NaN,
-    infinity or a character that is none (half of a surrogate pair), or is no `kind`."""
+    Raises UserError, naming `source`, for what is no JSON, is of more than MOST_JSON bytes or nested too deep,
+    holds NaN, infinity or half of a surrogate pair, or is no `kind`."""
     if len(text) > MOST_JSON:
-        raise UserError(f"{source}: {len(text):,} bytes of JSON are more than the {MOST_JSON:,} that are read")
+        raise UserError(
+            f"{source}: {len(text):,} bytes of JSON are more than the {MOST_JSON:,} that are read"
+        )
     try:
         text = text.decode() if isinstance(text, bytes) else text
         value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
-        level = [value]
-        for _ in range(DEEPEST_JSON):
-            level = [one for outer in level if isinstance(outer, dict | list) for one in (outer.values() if isinstance(outer, dict) else outer)]
-        if level:
-            raise RecursionError
+        level, depth = [value], 0
+        while level:
+            level = [inside for outer in level if isinstance(outer, dict | list) for inside in _entries(outer)]
+            depth += 1
+            if depth > DEEPEST_JSON:
+                raise RecursionError
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
         raise UserError(f"{source}: no readable JSON ({reason[:200]})") from None
@@ -318,13 +321,17 @@ def parse_json(text, source, kind=dict):
     return value
 
 
+def _entries(outer):
+    return outer.values() if isinstance(outer, dict) else outer
+
+
 def read_json(file, kind=dict):
     """`parse_json` of a file. Raises UserError also where it is missing or cannot be read."""
     return parse_json(read_text(file, MOST_JSON), file, kind)
 
 
 def read_text(file, most: int = 64 << 20) -> str:
-    """The text of a UTF-8 file. Raises UserError where it is missing, no text, or of more than `most` bytes."""
+    """The text of a UTF-8 file. Raises UserError where it is missing, no text, or over `most` bytes."""
     try:
         if not os.path.isfile(file):  # a pipe or a device might have no end
             raise UserError(f"{file}: {'no file' if os.path.exists(file) else 'no such file'}")
@@ -340,32 +347,35 @@ def read_text(file, most: int = 64 << 20) -> str:
 
 
 def check_fields(record: dict, kinds: dict, source):
-    """Raises UserError, naming `source` and the field, unless every field of `kinds` is in `record` and of its type, such as
-    int, str | None, list[str] or dict[str, int]. A field that may be None may be missing."""
+    """Raises UserError, naming `source` and the field, unless every field of `kinds` is in `record` and of its
+    type, such as int, str | None, list[str] or dict[str, int]. A field that may be None may be missing."""
     for field, kind in kinds.items():
         value = record.get(field)
         if not _fits(value, kind):
             there = reprlib.repr(value) if field in record else "nothing"
-            raise UserError(f"{source}: {field} must be {getattr(kind, '__name__', kind) if type(kind) is type else kind}, got {there}")
+            raise UserError(
+                f"{source}: {field} must be "
+                f"{getattr(kind, '__name__', kind) if type(kind) is type else kind}, got {there}"
+            )
 
 
 def _fits(value, kind) -> bool:
-    """Whether `value` is of a type: as isinstance, but True is no int, an int is a float, and what is in it counts."""
+    """Whether `value` is of a type: as isinstance, but True is no int, an int is a float, and entries count."""
     if isinstance(kind, types.UnionType):
         return any(_fits(value, one) for one in typing.get_args(kind))
     if (outer := typing.get_origin(kind)) is not None:
-        inside = value.values() if isinstance(value, dict) else value
-        return isinstance(value, outer) and all(_fits(one, typing.get_args(kind)[-1]) for one in inside)
+        return isinstance(value, outer) and all(_fits(one, typing.get_args(kind)[-1]) for one in _entries(value))
     return type(value) is kind or kind is float and type(value) is int
 
 
 def read_array(file, dtype, shape: tuple[int | None, ...]) -> np.ndarray:
-    """A memory-mapped `.npy` file. Raises UserError, naming the file, unless it holds an array of this dtype and shape (None:
-    of any length)."""
+    """A memory-mapped `.npy` file. Raises UserError, naming the file, unless it holds an array of this dtype
+    and shape (None: of any length)."""
     if not os.path.isfile(file):
         raise UserError(f"{file}: no such file")
     try:
-        array = np.load(file, mmap_mode="r")  # mapped, so that a header that claims more than there is takes no memory
+        # Mapped, so that a header that claims more than there is takes no memory.
+        array = np.load(file, mmap_mode="r")
     except Exception as error:  # numpy's reader of headers fails in many ways
         raise UserError(f"{file}: no whole .npy file ({str(error)[:200]})") from None
     _check_array(array, file, dtype, shape)
@@ -373,10 +383,10 @@ def read_array(file, dtype, shape: tuple[int | None, ...]) -> np.ndarray:
 
 
 def read_npz(file, wanted: dict[str, tuple]) -> list[np.ndarray]:
-    """The arrays that `wanted` names, {name: (dtype, shape as in `read_array`)}, of an `.npz` file that np.savez wrote.
+    """The arrays that `wanted` names, {name: (dtype, shape as in `read_array`)}, of an `.npz` file.
 
-    Raises UserError, naming file and array, where one is missing, of another dtype or shape, or compressed: a few bytes
-    of a compressed one could stand for gigabytes."""
+    Raises UserError, naming file and array, where one is missing, of another dtype or shape, or compressed, as
+    np.savez never writes it: a few bytes of it could stand for gigabytes."""
     arrays = []
     for name, (dtype, shape) in wanted.items():
         try:
@@ -394,18 +404,23 @@ def read_npz(file, wanted: dict[str, tuple]) -> list[np.ndarray]:
 def _check_array(array, source, dtype, shape):
     fits = isinstance(array, np.ndarray) and np.issubdtype(array.dtype, dtype) and len(shape) == array.ndim
     if not fits or any(n not in (None, m) for n, m in zip(shape, array.shape)):
-        there = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else f"a {type(array).__name__}"
-        wanted = f"{np.dtype(dtype).name if dtype is not np.str_ else 'text'} {['N' if n is None else n for n in shape]}".replace("'", "")
+        there = type(array).__name__
+        if isinstance(array, np.ndarray):
+            there = f"{array.dtype} {list(array.shape)}"
+        kind = "text" if dtype is np.str_ else np.dtype(dtype).name
+        wanted = f"{kind} [{', '.join('N' if n is None else str(n) for n in shape)}]"
         raise UserError(f"{source}: wanted {wanted}, got {there}")
 
 
 def read_xml(file):
-    """An XML file -> its root element (xml.etree). Raises UserError, naming the file, for what is no XML, is over 4 MiB, or
-    declares a document type: entities, which can grow without bounds or name other files, come from nowhere else."""
+    """An XML file -> its root element (xml.etree). Raises UserError, naming the file, for what is no XML, is
+    over 1 MiB, or declares a document type: only there stand entities, which can grow without bounds or name
+    other files."""
     builder, parser = ElementTree.TreeBuilder(), expat.ParserCreate()
-    parser.StartElementHandler, parser.EndElementHandler, parser.CharacterDataHandler = builder.start, builder.end, builder.data
+    parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
+    parser.CharacterDataHandler = builder.data
     parser.StartDoctypeDeclHandler = _refuse_doctype
-    content = read_text(file, 4 << 20)
+    content = read_text(file, 1 << 20)
     try:
         parser.Parse(content, True)
         return builder.close()

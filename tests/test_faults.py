@@ -33,16 +33,18 @@ import zlib
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 import lvm
 import playground
 import tokenize_data
 import vqgan
-from common import runs
+from common import runs, weights
 from common.images import UserError
 from common.runs import RunStopped
 from conftest import ROOT, command, free_port, launch, log_of, post, seal, serving
@@ -668,6 +670,7 @@ def test_fault_15_a_worker_that_is_killed_or_hangs_ends_the_run_which_says_so(da
 POISONED = """
 import sys
 import jax.numpy as jnp
+import msgpack
 import numpy as np
 import train
 
@@ -1509,6 +1512,50 @@ def test_fault_30_a_logger_that_raises_at_import_too(dataset, copy, tmp_path):
     assert output.count("warning: --log wandb failed (ImportError: a part is missing)") == 1
 
 
+def bad_weights(kind, tmp_path):
+    """-> (a command that reads them, what its one line says)."""
+    config = lvm.LVMConfig(hidden=16, ffn=24, layers=2, heads=2, codes=32, context=80)
+    lvm.save(lvm.LVM(config, key=jax.random.key(0)), tmp_path / "hf")
+    convert = [sys.executable, ROOT / "lvm.py", "convert", "--model", tmp_path / "hf", "--out", tmp_path / "out"]
+    if kind == "absurd":
+        fields = json.loads((tmp_path / "hf" / "config.json").read_text()) | {"hidden_size": 10**9}
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(fields))
+        return convert, "config.json: hidden must be an integer in [1, 1048576], got 1000000000"
+    if kind == "keys":
+        (tmp_path / "stream").write_bytes(msgpack.packb((("params",) * 10**6, b"")))
+        return [*convert[:4], tmp_path / "stream", *convert[5:]], "stream is not an EasyLM stream"
+    tensors = {name: tensor.read().copy() for name, tensor in weights.open_tensors(tmp_path / "hf" / "model.safetensors").items()}
+    if kind == "integers":
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.int8)
+        safetensors.numpy.save_file(tensors, tmp_path / "hf" / "model.safetensors")
+        return convert, "model.safetensors: tensor model.norm.weight is int8"
+    tensors["model.norm.weight"][3] = np.nan
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    weights.write_pickle(tmp_path / "hf" / "pytorch_model.bin", tensors)
+    return convert, "pytorch_model.bin: tensor model.norm.weight holds NaN or infinity"
+
+
+def rusage(arguments):
+    """(status, what it printed, seconds of processor time, bytes of memory at most) of a command."""
+    process = launch(list(map(str, arguments)))
+    output = process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, output, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in bytes elsewhere")
+def test_fault_33_weights_that_cannot_be_are_refused_by_name_soon_and_in_little_memory(tmp_path):
+    _, _, seconds, memory = rusage([sys.executable, ROOT / "lvm.py", "sizes"])
+    for kind in ("nan", "absurd", "keys", "integers"):
+        (place := tmp_path / kind).mkdir()
+        arguments, words = bad_weights(kind, place)
+        status, output, more_seconds, more_memory = rusage(arguments)
+        assert status == 2 and len(output.splitlines()) == 1 and words in output, output
+        assert more_seconds < seconds + 2 and more_memory < memory + 300e6, kind
+        assert not (place / "out").exists()
+
+
 @pytest.mark.parametrize("content", variants([b"\0" * 500, b'{"model": {"hidden"'], b"", b"[]", b'{"model": 3, "tokenizer": null, "train": [1]}'))
 def test_fault_32_damaged_settings_are_named_with_what_to_do(dataset, copy, content):
     (copy / "config.json").write_bytes(content)
@@ -1581,22 +1628,25 @@ def test_fault_37_a_run_needs_no_more_than_64_open_files(dataset, uninterrupted,
     assert_equal_runs(tmp_path / "run", uninterrupted[0])
 
 
-LAST_CORE = max(os.sched_getaffinity(0))
-THREADS = {"preexec_fn": lambda: os.sched_setaffinity(0, {LAST_CORE}), "environment": {"OMP_NUM_THREADS": "1"}}
+CORES = sorted(os.sched_getaffinity(0))
+ONE_CORE = {"preexec_fn": lambda: os.sched_setaffinity(0, CORES[-1:])}
+THREADS = {"PJRT_NPROC": str(len(CORES)), "OMP_NUM_THREADS": "1"}  # XLA's threads, which are as many as cores by default
 OTHER_WORDS = {"PYTHONHASHSEED": "4242", "PYTHONOPTIMIZE": "1", "TZ": "Pacific/Kiritimati", "LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0",
                "PYTHONCOERCECLOCALE": "0"}
 SURROUNDINGS = {
-    "all of it at once": THREADS | {"environment": OTHER_WORDS | THREADS["environment"]},
-    "one core": THREADS,
-    "five threads": {"environment": {"NPROC": "5", "PJRT_NPROC": "5"}},  # what XLA reads instead of counting cores
+    "all of it at once": ONE_CORE | {"environment": OTHER_WORDS | THREADS},
+    "one core": ONE_CORE | {"environment": THREADS},
+    "one thread": ONE_CORE,
+    "five threads": {"environment": {"PJRT_NPROC": "5"}},
     "hash seed, -O, locale and time zone": {"environment": OTHER_WORDS},
 }
 
 
 @pytest.mark.parametrize("where", variants(["all of it at once"], *list(SURROUNDINGS)[1:]))
 def test_fault_40_losses_codes_and_pictures_are_the_same_in_other_surroundings(dataset, uninterrupted, tiny, drawn, tmp_path, where):
+    """To the bit; only losses after another number of threads are the same up to rounding, as XLA cuts its products otherwise."""
     finish(launch(command(dataset, tmp_path / "run"), **SURROUNDINGS[where]))
-    assert_equal_runs(tmp_path / "run", uninterrupted[0])
+    (assert_close_runs if "thread" in where else assert_equal_runs)(tmp_path / "run", uninterrupted[0])
     few, _ = answers(tiny, f"in {where}", "--candidates", 3, **SURROUNDINGS[where])
     for prompt in ("short", "long"):
         np.testing.assert_array_equal(few[prompt], drawn[prompt][:3])
@@ -1611,7 +1661,7 @@ def test_fault_40_losses_codes_and_pictures_are_the_same_in_other_surroundings(d
 
 
 @pytest.mark.all_faults
-@pytest.mark.parametrize("where", list(SURROUNDINGS)[1:])
+@pytest.mark.parametrize("where", [where for where in SURROUNDINGS if "thread" not in where])
 def test_fault_40_a_tokenizers_weights_and_a_report_are_the_same_in_other_surroundings(dataset, uninterrupted, undisturbed_tokenizer, tmp_path, where):
     finish(launch(tokenizer_command(tmp_path, tmp_path / "run"), **SURROUNDINGS[where]))
     assert_equal_tokenizer_runs(tmp_path / "run", undisturbed_tokenizer)

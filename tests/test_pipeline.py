@@ -30,7 +30,9 @@ def python(folder, script, *arguments, status=0):
 
 
 def test_the_main_job_composes_trains_and_says_what_to_type_next(folder):
-    printed = python(folder, "train.py", "--steps", 2, "--demo-sentences", 8, "--batch", 2, "--warmup", 0, "--save-every", 2)
+    printed = python(folder, "train.py", "--steps", 2, "--demo-sentences", 8, "--batch", 2, "--save-every", 2)
+    heldout = json.loads((folder / "runs/mini/metrics.jsonl").read_text().splitlines()[-1])["heldout_loss"]
+    assert f"held-out loss {heldout:.3f} at step 2" in printed.split("done: ")[1]
     assert "entropy of the unigram distribution" in printed and "python sample.py --model runs/mini" in printed
     assert (folder / "runs/mini/samples/2.png").exists()
 

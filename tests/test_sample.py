@@ -496,7 +496,11 @@ def test_every_bad_input_gives_exit_status_2_and_one_line(folder, monkeypatch, c
     }
     for arguments, reason in cases.items():
         status, _, errors = command(monkeypatch, capsys, *BASE, *arguments)
-        assert status == 2 and reason in " ".join(errors) and "Traceback" not in "".join(errors), (arguments, status, errors)
+        assert status == 2 and reason in " ".join(errors) and "Traceback" not in "".join(errors), (
+            arguments,
+            status,
+            errors,
+        )
     assert not Path("sample.png").exists()
 
 
@@ -590,7 +594,7 @@ def test_the_playgrounds_guard_lets_only_its_own_page_through(tmp_path):
 def test_without_gradio_the_playground_says_what_to_install(folder, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     status, _, errors = command(monkeypatch, capsys, "--serve")
-    assert status == 2 and len(errors) == 1 and 'pip install "gradio>=6.20"' in errors[0]
+    assert status == 2 and len(errors) == 1 and 'pip install "gradio>=6.20,<7"' in errors[0]
 
 
 needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed")

@@ -329,24 +329,56 @@ def test_a_dataset_appears_whole_or_not_at_all(tmp_path, tokenizer):
 def test_show_decodes_sentences_to_a_picture(tmp_path, dataset, tokenizer):
     tokenize_data.show(tokenize_data.Show(data=dataset[0], out=tmp_path / "s.png", tokenizer=tokenizer, count=4))
     width, height = Image.open(tmp_path / "s.png").size
-    assert height == 4 * (SIZE + 4 + 14) and width > 2 * (SIZE + 4)  # two of each kind, captions above, which are wider
+    assert height == 4 * (SIZE + 4 + 14) and width > 2 * (
+        SIZE + 4
+    )  # two of each kind, captions above, which are wider
 
 
 def test_show_draws_a_sentence_of_pictures_wider_than_4000_pixels_in_all(tmp_path):
-    config = vqgan.VQGANConfig(resolution=256, hidden_channels=4, channel_mult=(1,) * 6, num_res_blocks=1, attn_resolutions=(),
-                               no_attn_mid_block=True, z_channels=4, num_embeddings=8, quantized_embed_dim=4, norm_groups=4)
+    config = vqgan.VQGANConfig(
+        resolution=256,
+        hidden_channels=4,
+        channel_mult=(1,) * 6,
+        num_res_blocks=1,
+        attn_resolutions=(),
+        no_attn_mid_block=True,
+        z_channels=4,
+        num_embeddings=8,
+        quantized_embed_dim=4,
+        norm_groups=4,
+    )
     vqgan.save(vqgan.VQGAN(config, key=jax.random.key(0)), tmp_path / "vq")
-    tokenize_data.write_dataset(tmp_path / "d", vqgan.load(tmp_path / "vq"), ["a"], [(0, np.zeros(16 * 64, np.uint16))])
-    command = ["tokenize_data.py", "show", "--data", tmp_path / "d", "--out", tmp_path / "s.png", "--tokenizer", tmp_path / "vq"]
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=pathlib.Path(tokenize_data.__file__).parent)
+    tokenize_data.write_dataset(
+        tmp_path / "d", vqgan.load(tmp_path / "vq"), ["a"], [(0, np.zeros(16 * 64, np.uint16))]
+    )
+    command = [
+        "tokenize_data.py",
+        "show",
+        "--data",
+        tmp_path / "d",
+        "--out",
+        tmp_path / "s.png",
+        "--tokenizer",
+        tmp_path / "vq",
+    ]
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        cwd=pathlib.Path(tokenize_data.__file__).parent,
+    )
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "s.png").size == (16 * 260, 14 + 260)
 
 
 @pytest.mark.parametrize("first, second", [("1", "1e-7"), ("1", "1e-20"), ("3e6", "1"), ("1e-9", "1e-9")])
-def test_a_weight_by_which_a_dataset_would_never_be_seen_is_refused_by_its_name(tmp_path, dataset, first, second):
+def test_a_weight_by_which_a_dataset_would_never_be_seen_is_refused_by_its_name(
+    tmp_path, dataset, first, second
+):
     shutil.copytree(dataset[0], tmp_path / "d")
-    opened = lambda first, second: tokenize_data.open_dataset([f"{dataset[0]}:{first}", f"{tmp_path / 'd'}:{second}"], context=34, batch=2, seed=0)
+    opened = lambda first, second: tokenize_data.open_dataset(
+        [f"{dataset[0]}:{first}", f"{tmp_path / 'd'}:{second}"], context=34, batch=2, seed=0
+    )
     with pytest.raises(UserError, match=r"/d:.*: a weight below a millionth of all"):
         opened(first, second)
     opened("1", "1e-5")
@@ -491,20 +523,38 @@ def test_damaged_videos_are_counted_as_videos_not_as_frames(tmp_path, tokenizer)
         file = write_video(tmp_path / "in" / f"{n:02d}.avi", 16, n)
         if n < 12:
             file.write_bytes(b"no video")
-    video = lambda name, most: tokenize_data.Video(inputs=tmp_path / "in", out=tmp_path / name, tokenizer=tokenizer, strides=(1,), max_rejected=most)
+    video = lambda name, most: tokenize_data.Video(
+        inputs=tmp_path / "in", out=tmp_path / name, tokenizer=tokenizer, strides=(1,), max_rejected=most
+    )
     with pytest.raises(UserError, match="of 20 inputs cannot be read, more than --max-rejected 0.05"):
         run(video("strict", 0.05))
     assert len(run(video("lenient", 0.6))) == 8
 
 
 def test_a_codebook_that_16_bits_cannot_name_is_refused_when_it_is_opened(tmp_path):
-    config = vqgan.VQGANConfig(resolution=8, hidden_channels=4, channel_mult=(1, 1), num_res_blocks=1, attn_resolutions=(),
-                               no_attn_mid_block=True, z_channels=4, num_embeddings=65_537, quantized_embed_dim=1, norm_groups=4)
+    config = vqgan.VQGANConfig(
+        resolution=8,
+        hidden_channels=4,
+        channel_mult=(1, 1),
+        num_res_blocks=1,
+        attn_resolutions=(),
+        no_attn_mid_block=True,
+        z_channels=4,
+        num_embeddings=65_537,
+        quantized_embed_dim=1,
+        norm_groups=4,
+    )
     vqgan.save(vqgan.VQGAN(config, key=jax.random.key(0)), tmp_path / "vq")
     (tmp_path / "d.jsonl").write_text("{}")
-    for command in (tokenize_data.Colorize(inputs=write_pictures(tmp_path / "in", 8), out=tmp_path / "d", tokenizer=tmp_path / "vq"),
-                    tokenize_data.ImportJsonl(inputs=(tmp_path / "d.jsonl",), out=tmp_path / "d", tokenizer=tmp_path / "vq"),
-                    tokenize_data.Demo(out=tmp_path / "d", sentences=1, tokenizer=tmp_path / "vq")):
+    for command in (
+        tokenize_data.Colorize(
+            inputs=write_pictures(tmp_path / "in", 8), out=tmp_path / "d", tokenizer=tmp_path / "vq"
+        ),
+        tokenize_data.ImportJsonl(
+            inputs=(tmp_path / "d.jsonl",), out=tmp_path / "d", tokenizer=tmp_path / "vq"
+        ),
+        tokenize_data.Demo(out=tmp_path / "d", sentences=1, tokenizer=tmp_path / "vq"),
+    ):
         with pytest.raises(UserError, match="vq: its codebook of 65,537 entries is over the 65,536"):
             next(call for kind, call in tokenize_data.COMMANDS.values() if kind is type(command))(command)
 
@@ -774,9 +824,15 @@ def test_a_jsonl_reads_as_the_shards_made_of_it(tmp_path, dataset, packing, cont
 def test_int64_tokens_are_refused_with_the_cure(tmp_path, tokenizer):
     lines = [np.random.default_rng(n).integers(0, 32, 32).astype("<i8") for n in range(5)]
     file = tmp_path / "wide.jsonl"
-    file.write_text("".join(json.dumps({"tokens": base64.b64encode(ids_T.tobytes()).decode()}) + "\n" for ids_T in lines))
-    with pytest.raises(UserError, match=r"wide.jsonl.* int64 tokens .* write them with tokens.astype\('<i4'\)"):
-        tokenize_data.import_jsonl(tokenize_data.ImportJsonl(inputs=(file,), out=tmp_path / "d", tokenizer=tokenizer))
+    file.write_text(
+        "".join(json.dumps({"tokens": base64.b64encode(ids_T.tobytes()).decode()}) + "\n" for ids_T in lines)
+    )
+    with pytest.raises(
+        UserError, match=r"wide.jsonl.* int64 tokens .* write them with tokens.astype\('<i4'\)"
+    ):
+        tokenize_data.import_jsonl(
+            tokenize_data.ImportJsonl(inputs=(file,), out=tmp_path / "d", tokenizer=tokenizer)
+        )
 
 
 def test_bad_lines_are_counted_listed_and_left_out(tmp_path, dataset, capsys):
