@@ -42,7 +42,6 @@ from PIL import Image
 
 import lvm
 import playground
-import sample
 import tokenize_data
 import vqgan
 from common import runs, weights
@@ -1424,8 +1423,8 @@ def test_fault_28_ctrl_c_within_the_first_seconds_is_one_line(dataset, tmp_path,
                  "sample": [sys.executable, "sample.py", "--out", str(tmp_path / "out.png")], "lvm": [sys.executable, "lvm.py", "sizes"],
                  "evaluate": [sys.executable, "evaluate.py", "reconstruction", "--data", str(tmp_path)],
                  "tokenize_data": [sys.executable, "tokenize_data.py", "demo", "--out", str(tmp_path / "demo")]}[script]
-    for after in (0.3, 0.8, 1.5):
-        process = launch(arguments)
+    for after in (0.3, 1.2):
+        process = launch(["env", "--default-signal=INT", *arguments])  # pytest in the background ignores it, and so would its children
         wait_for(lambda: any("/common/" in line or "libjax" in line or "numpy" in line for line in (pathlib.Path(f"/proc/{process.pid}/maps")).read_text().splitlines()), process)
         time.sleep(after)
         if process.poll() is None:
@@ -1536,13 +1535,19 @@ def bad_weights(kind, tmp_path):
     return convert, "pytorch_model.bin: tensor model.norm.weight holds NaN or infinity"
 
 
+MEASURE = """
+import json, resource, subprocess, sys
+done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([done.returncode, done.stdout, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024]))
+"""
+
+
 def rusage(arguments):
-    """(status, what it printed, seconds of processor time, bytes of memory at most) of a command."""
-    process = launch(list(map(str, arguments)))
-    output = process.stdout.read()
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, output, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024
+    """(status, what it printed, seconds of processor time, bytes of memory at most) of a command.
+
+    Started by a small process: a child's peak begins with what its parent holds."""
+    return json.loads(finish(launch([sys.executable, "-c", MEASURE, *map(str, arguments)])))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in bytes elsewhere")

@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import weights_rule
-from jax import lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from flash_attention import reference
 import lvm
@@ -382,9 +381,9 @@ def test_a_shard_that_is_missing_or_holds_another_ones_tensor_is_named(tmp_path)
 
 
 MEMORY = """
-import resource, sys
+import pathlib, re, sys
 import lvm
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])  # ru_maxrss begins with the parent's
 lvm.load(sys.argv[1])  # what compiling and the libraries take
 before = peak()
 lvm.load(sys.argv[2])
@@ -392,7 +391,7 @@ print((peak() - before) * 1024)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in bytes elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status is Linux's")
 def test_a_pickled_folder_is_never_held_twice_in_memory(tmp_path):
     sizes = dict(hidden_size=1024, intermediate_size=1024, num_attention_heads=2)  # a stacked field is a seventh of the weights
     for name, layers in (("small", 1), ("large", 8)):
@@ -404,7 +403,7 @@ def test_a_pickled_folder_is_never_held_twice_in_memory(tmp_path):
     stored = sum(file.stat().st_size for file in (tmp_path / "large").glob("*.bin"))
     run = subprocess.run([sys.executable, "-c", MEMORY, tmp_path / "small", tmp_path / "large"], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
-    assert stored > 2e8 and int(run.stdout) < 1.6 * stored
+    assert stored > 2e8 and stored / 2 < int(run.stdout) < 1.6 * stored
 
 
 def easylm_stream(path, model, prefix, extra=()):

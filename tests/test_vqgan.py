@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -840,10 +841,11 @@ def test_a_resumed_adversarial_run_equals_an_uninterrupted_one_and_logs_every_st
     assert "critic" not in lines[1] and {"critic", "gan", "gan_weight", "penalty", "gate"} <= lines[2].keys()
     assert lines[2]["gan_weight"] == 0 < lines[3]["gan_weight"]  # the discriminator learns before it is listened to
     checkpoints = config.out / "checkpoints"
-    newest = vqgan.ocp.CheckpointManager(checkpoints.absolute()).restore(6)
+    stored = lambda: {path.name: ocp.StandardCheckpointHandler().restore(path) for path in (checkpoints / "6").absolute().iterdir() if path.is_dir()}
+    newest = stored()
     shutil.rmtree(checkpoints / "6")
     again = vqgan.train(config)
-    assert equal(whole, again) and equal(newest, vqgan.ocp.CheckpointManager(checkpoints.absolute()).restore(6))
+    assert equal(whole, again) and equal(newest, stored())
     assert {"critic", "critic_optimizer", "ema", "optimizer", "usage_K"} <= newest.keys()
     without_time = lambda line: {k: v for k, v in line.items() if k != "seconds"}
     assert [without_time(json.loads(x)) for x in log.read_text().splitlines()] == [without_time(line) for line in lines]
