@@ -1,6 +1,8 @@
-"""What two stages share: pictures and videos (images), tensors in files (weights), run folders (runs), measures (metrics).
+"""What two stages share: pictures and videos (images), tensors in files (weights), run folders (runs),
+measures (metrics).
 
-The scripts import this package before the libraries that take seconds to load, so that Ctrl-C meanwhile is one line."""
+The scripts import this package before the libraries that take seconds to load, so that Ctrl-C meanwhile is
+one line."""
 
 import os
 import signal
@@ -16,9 +18,11 @@ def end_now(number, frame):
 
 
 def end_at_signals():
-    """From now on Ctrl-C, SIGTERM and SIGHUP end this process at once, with one line and status 128 + their number.
+    """From now on Ctrl-C, SIGTERM and SIGHUP end this process at once, with one line and status 128 + their
+    number.
 
-    Only in our own commands, and only those signals that nobody has given another meaning (nohup ignores SIGHUP)."""
+    Only in our own commands, and only those signals that nobody has given another meaning (nohup ignores
+    SIGHUP)."""
     script = getattr(sys.modules["__main__"], "__file__", None)  # none in a worker
     if not script or os.path.dirname(os.path.abspath(script)) != _ROOT:
         return
