@@ -94,12 +94,14 @@ def side_work(what: str):
     try:
         yield
     except Exception as error:  # the cause may be a disk, a device, or a library that we do not know
-        reason = (
-            f"{error.filename}: {error.strerror}"
-            if isinstance(error, OSError) and error.filename
-            else f"{type(error).__name__}: {error}"
-        )
-        warn(f"{what} failed ({reason.splitlines()[0]}); the run goes on without it")
+        warn(f"{what} failed ({in_one_line(error)}); the run goes on without it")
+
+
+def in_one_line(error: Exception) -> str:
+    """What went wrong: path and reason of an error of the disk; kind and words of another one."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def check_numbers(config, intervals: dict[str, str], called=lambda field: "--" + field.replace("_", "-")):
@@ -601,12 +603,11 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{step} is whole, but does not hold the state of this training, perhaps because another"
-                f" version of the code wrote it ({str(error).strip().splitlines()[0][:200]}); begin again"
-                " with another --out"
+                f" version of the code wrote it ({in_one_line(error)}); begin again with another --out"
             ) from None
 
     def save(self, step: int, state: dict):
-        """Begins to write a step. What cannot be written is reported at once, and the next save tries again."""
+        """Begins to write a step. What disk or orbax refuse is reported, and the next save tries again."""
         self.wait()
         if not all_finite({name: part for name, part in state.items() if name != "guard"}):
             raise RunStopped(
@@ -614,41 +615,51 @@ class Checkpoints:
                 f" checkpoint is that of step {self.newest}; try a lower --learning-rate"
             )
         needed, self.failure = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), None
+        items = self.ocp.args.Composite(**{k: self.ocp.args.StandardSave(_item(v)) for k, v in state.items()})
+        if not agreed(self._free() > needed):
+            self._give_up(step, needed, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+            return
         try:
-            if not agreed(shutil.disk_usage(self.folder).free > needed):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            items = self.ocp.args.Composite(
-                **{k: self.ocp.args.StandardSave(_item(v)) for k, v in state.items()}
-            )
             self.writer.save(self.folder / f"{step}.partial", args=items, force=True)
             self.commit = self.thread.submit(self._commit, step, needed)
-        except Exception as error:
+        except Exception as error:  # orbax fails in as many ways as disks do
             self._give_up(step, needed, error)
 
     def _commit(self, step: int, needed: int):
         try:
             self.writer.wait_until_finished()
+        except Exception as error:  # as above
+            self._give_up(step, needed, error)
+            return
+        try:
             if leads():
                 write_digests(self.folder / f"{step}.partial")
                 (self.folder / f"{step}.partial").rename(self.folder / str(step))
-                steps = sorted(int(path.name) for path in steps_of(self.folder))
-                for old in steps[: -self.keep]:
-                    if not self.milestone_every or old % self.milestone_every:
-                        shutil.rmtree((self.folder / str(old)).rename(self.folder / f"{old}.partial"))
-            self.newest = step
-        except Exception as error:  # orbax fails in as many ways as disks do
+        except (OSError, RuntimeError, MemoryError) as error:  # RuntimeError: no thread can be started
             self._give_up(step, needed, error)
+            return
+        self.newest = step
+        if leads():
+            with side_work("the removal of older checkpoints"):
+                self._remove_old()
+
+    def _remove_old(self):
+        steps = sorted(int(path.name) for path in steps_of(self.folder))
+        for old in steps[: -self.keep]:
+            if not self.milestone_every or old % self.milestone_every:
+                shutil.rmtree((self.folder / str(old)).rename(self.folder / f"{old}.partial"))
+
+    def _free(self) -> int:
+        """Bytes, also where the folder itself is gone."""
+        there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        return shutil.disk_usage(there).free
 
     def _give_up(self, step: int, needed: int, error: Exception):
         self.failed.append(step)
         self._clear_failed()
-        free = shutil.disk_usage(
-            next(path for path in (self.folder, *self.folder.parents) if path.exists())
-        ).free
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         self.failure = (
-            f"{self.folder / str(step)} could not be saved ({reason}): it needs {needed:,} bytes, and"
-            f" {free:,} are free there"
+            f"{self.folder / str(step)} could not be saved ({in_one_line(error)}): it needs {needed:,} bytes,"
+            f" and {self._free():,} are free there"
         )
         if not self.told:
             warn(
@@ -784,12 +795,12 @@ def _digests(folder, files):
         yield from pool.map(digest, files)
 
 
-# ------------------------------------------------------------------------------------------ records of finished work
+# -------------------------------------------------------------------------------- records of finished work
 
 
 class Record:
-    """JSON lines beside the results of a command, one for each piece of work that is finished; the first holds the
-    settings.
+    """JSON lines beside the results of a command, one for each piece of work that is finished; the first
+    holds the settings.
 
     `lines` are those of an earlier call, which a kill or a full disk may have stopped at any point; what
     stands after a damaged line does not count. Raises UserError, naming what differs, where the file is of
@@ -798,18 +809,18 @@ class Record:
     def __init__(self, file: Path, settings: dict, replaced: bool = False):
         self.file, self.lines = file, []
         self.head = strict_json({"settings": settings}, default=str) + "\n"
-        head, *lines = file.read_bytes().splitlines(keepends=True) if file.exists() else [b""]
+        content = file.read_bytes() if file.exists() else b""
+        head, *lines = content.splitlines(keepends=True) or [b""]
         if head and head != self.head.encode():
-            before, now = (
-                parse_json(head, f"{file} line 1").get("settings"),
-                json.loads(self.head)["settings"],
-            )
-            before = before if isinstance(before, dict) else {}
             if not replaced:
+                before, now = parse_json(head, f"{file} line 1").get("settings"), json.loads(self.head)
+                before, now = before if isinstance(before, dict) else {}, now["settings"]
                 differ = [k for k in before | now if before.get(k) != now.get(k)]
                 changed = [f"{k}: {str(before.get(k))[:60]} -> {str(now.get(k))[:60]}" for k in differ]
-                raise UserError(f"{file} is of work with other settings ({'; '.join(changed)}); repeat them, delete it, "
-                                "or choose another --out")
+                raise UserError(
+                    f"{file} is of work with other settings ({'; '.join(changed)}); repeat them, delete it,"
+                    " or choose another --out"
+                )
             lines = []
         for line in lines:
             try:
