@@ -1159,7 +1159,6 @@ def save_rows(rows, path: Path, gap: int = 2):
     """Writes rows of pictures (each [N, H, W, 3] in [0, 1]) as one PNG."""
     rows = [np.pad(np.asarray(row), ((0, 0), (gap, gap), (gap, gap), (0, 0)), constant_values=1) for row in rows]
     grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, encode_image(Image.fromarray((grid * 255 + 0.5).astype(np.uint8)), path))

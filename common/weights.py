@@ -478,17 +478,19 @@ def naming(file):
 
 
 def cache_folder(name: str) -> Path | None:
-    """The folder `name` of this program's in the user's cache, made where it is not there; None, with one line, without a
-    place that can be written to (no home, a disk that may only be read)."""
+    """The folder `name` of this program's in the user's cache, made where it is not there; None, with one line,
+    without a place that can be written to (no home, a disk that may only be read)."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lvm-jax" / name
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "cannot be written to", str(folder))
+            raise PermissionError(errno.EACCES, "cannot be written to", str(folder))
         return folder
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         print(f"nothing is kept in a cache between two starts: {error}", file=sys.stderr)
         return None
+
+
 def _partial(path: Path) -> Path:
     """A name beside `path` that no other process takes, on this host or another; `.NAME.*.partial` finds it."""
     return path.with_name(f".{path.name[:40]}.{os.uname().nodename[:40]}-{os.getpid()}.partial")
