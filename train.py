@@ -272,7 +272,8 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
     # The data: what the model reads follows from --data, --seed and the step alone, so a checkpoint need not hold its place.
     data, asked = (config.data, config.heldout) if config.data else make_demo(config)
     paths, weights = zip(*map(tokenize_data.split_weight, data))
-    codes = next((tokenize_data.Shards(path).codes for path in paths if not path.endswith(".jsonl")), lvm.SIZES[config.size].codes)
+    folders = {path: tokenize_data.open_sentences(path) for path in paths if not path.endswith(".jsonl")}
+    codes = next((part.codes for part in folders.values()), lvm.SIZES[config.size].codes)
     model_config = model_config_for(config, codes)
     mesh = make_mesh(config, model_config)
     check_batch(config, mesh)
@@ -280,11 +281,12 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
         raise UserError(f"--remat offload wants pinned host memory; {jax.devices()[0].device_kind} has {', '.join(kinds)}: take --remat full")
     specials = (model_config.bos, model_config.eos, model_config.pad)
     open_sentences = functools.partial(tokenize_data.open_sentences, codes=codes, specials=specials, fields=config.fields, vocabulary=model_config.vocab_size)
-    shards = [open_sentences(path) for path in paths]
+    shards = [folders.get(path) or open_sentences(path) for path in paths]
     trained = [Sentences(*about, np.arange(len(about[1])), weight) for *about, weight in zip(paths, shards, weights)]
     asked = (str(asked), open_sentences(str(asked))) if asked else None
+    opened = [*zip(paths, shards), *([asked] if asked else [])]
+    check_hosts_agree({f"data {path}": part.digest for path, part in opened})
     heldout = find_heldout(trained, asked, config.heldout_fraction, say)
-    check_hosts_agree({f"data {path}": part.digest for path, part in zip(paths, shards)})
     auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     dtype = jnp.dtype(auto if config.dtype == "auto" else config.dtype)
     context = config.context or model_config.context
@@ -377,9 +379,11 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
         checkpoints.finish(step, state, config.save_patience)
     if stopping:
         say(f"stopped at step {step} of {config.steps}, as a signal asked; the same command goes on from there")
-    else:
+    elif leads():
         come_to = last_loss(config.out / "metrics.jsonl")
-        say(f"""done: {config.out} ({come_to}, unigram entropy {entropy:.3f}); look at {config.out}/samples/{config.steps}.png, then type
+        picture = config.out / "samples" / f"{config.steps}.png"
+        look = f"look at {picture}, then type" if picture.exists() else "now type"
+        say(f"""done: {config.out} ({come_to}, unigram entropy {entropy:.3f}); {look}
     python sample.py --model {config.out}
     python evaluate.py shots --model {config.out}""")
     return state["model"]
@@ -674,11 +678,13 @@ def facts_of(config: Config) -> dict[str, str]:
 def check_same_data(config: Config, data: list[dict]):
     """Raises UserError where a dataset of a run that goes on is not what it was, with the difference."""
     before = []
-    if not config.accept_new_data and lvm.steps_of(config.out / "checkpoints"):
-        with contextlib.suppress(UserError):  # `begin_run` says what is wrong with this file, and older runs do not say what their data were
-            before = read_json(config.out / "config.json").get("data", [])
+    if not config.accept_new_data and steps_of(config.out / "checkpoints"):
+        with contextlib.suppress(UserError):  # `begin_run` says what is wrong with this file
+            before = read_json(config.out / "config.json").get("data")
+    before = before if isinstance(before, list) else []  # older runs do not say what their data were
     differ = [f"{new['path']}: " + ", ".join(f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v)
-              for old, new in zip(before, data) if old["path"] == new["path"] and old != new]
+              for old, new in zip(before, data)
+              if isinstance(old, dict) and old.get("path") == new["path"] and old != new]
     if differ:
         raise UserError(f"the data were changed since this run began ({'; '.join(differ)}): put them back, or go on with the "
                         "new ones by --accept-new-data")
@@ -706,7 +712,7 @@ def make_demo(config: Config):
 def check_init(init: Path, fingerprint: str | None):
     """Refuses weights that were trained on another tokenizer's codes, where both they and the data say whose those are."""
     file = init / "config.json"
-    known = lvm.read_json(file).get("tokenizer") if file.is_file() else None
+    known = read_json(file).get("tokenizer") if file.is_file() else None
     if None not in (known, fingerprint) and known != fingerprint:
         raise UserError(f"--init {init} was trained on the codes of tokenizer {known}, and the data are codes of {fingerprint}: tokenize them with the first one")
 
