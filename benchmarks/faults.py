@@ -234,8 +234,12 @@ def kill(config: tyro.conf.OmitArgPrefixes[Kill]):
                 equal += same
                 print(f"{name}: {kills} kills, {equal} of {compared} runs equal", file=sys.stderr, flush=True)
                 if not same:
-                    failures.append(f"{name} after {kills} kills: status {status}\n{output[-2000:]}")
-                    shutil.copytree(out, f"/tmp/{name}-not-equal-{compared}", dirs_exist_ok=True)
+                    copy = Path(tempfile.gettempdir(), f"{name}-not-equal-{compared}")
+                    failures.append(
+                        f"{name} after {kills} kills: status {status}; see {copy}\n{output[-2000:]}"
+                    )
+                    if out.exists():
+                        shutil.copytree(out, copy, dirs_exist_ok=True)
                 for path in (out, Path(f"{out}.rejected.jsonl")):
                     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             print(f"{name:10} {seconds:19.1f} {kills:7} {late:24} {compared:15} {equal:7}", flush=True)
