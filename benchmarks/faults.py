@@ -220,9 +220,7 @@ def kill(config: tyro.conf.OmitArgPrefixes[Kill]):
                             timeout=rng.uniform(0.1, 1.0) * seconds if left else 3600
                         )
                         status = process.returncode
-                        if (
-                            left == config.in_a_row
-                        ):  # programs were compiled before, or the machine has less to do
+                        if left == config.in_a_row:  # programs were compiled before, or the machine is free
                             seconds = time.monotonic() - began
                         break
                     except subprocess.TimeoutExpired:

@@ -285,8 +285,8 @@ def asked_to_stop():
     """Yields a function of the step: shall the run stop after it, because SIGTERM, SIGHUP or Ctrl-C reached
     one of its processes?
 
-    The second Ctrl-C does not wait. A signal that is ignored from the start, as nohup does with SIGHUP,
-    stays so."""
+    The second Ctrl-C does not wait for the step, but for a save that has begun. A signal that is ignored
+    from the start, as nohup does with SIGHUP, stays so."""
     asked, several = [], count_processes() > 1
 
     def note(number, frame):
@@ -306,9 +306,7 @@ def asked_to_stop():
         yield multihost_utils.reached_preemption_sync_point if several else lambda step: bool(asked)
     finally:
         for number, handler in before.items():
-            if (
-                handler is not end_now
-            ):  # there is something now, and it is saved: one more signal does no harm
+            if handler is not end_now:  # what there is now is saved: one more signal does no harm
                 signal.signal(number, handler)
 
 
@@ -324,9 +322,7 @@ def begin_run(
     `flags` and `defaults` are {field: value}; a flag that is newer than the run had its default in it.
     `about` says what else must be the same; what is `noted` may differ. With `about` the file holds
     {**about, **noted, "train": flags}, without it the flags alone. All are JSON."""
-    if steps := steps_of(
-        file.parent / "checkpoints"
-    ):  # before the first checkpoint there is nothing to resume
+    if steps := steps_of(file.parent / "checkpoints"):  # before the first there is nothing to resume
         newest = max(int(step.name) for step in steps)
         if not file.exists():
             warn(
@@ -555,14 +551,8 @@ class Checkpoints:
 
         self.ocp, self.folder, self.keep, self.milestone_every = ocp, folder.absolute(), keep, milestone_every
         self.writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        self.thread, self.commit, self.failure, self.failed, self.newest = (
-            ThreadPoolExecutor(1),
-            None,
-            None,
-            [],
-            0,
-        )
-        self.told = False
+        self.thread, self.commit, self.newest = ThreadPoolExecutor(1), None, 0
+        self.failure, self.failed, self.told = None, [], False
         # A save that fails for want of threads leaves some of orbax's steps undone: said once is enough.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited")
         if leads():
