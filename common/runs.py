@@ -99,8 +99,8 @@ def side_work(what: str):
 
 def in_one_line(error: Exception) -> str:
     """What went wrong: path and reason of an error of the disk; kind and words of another one."""
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -152,10 +152,8 @@ def gather_facts(facts: dict) -> list[dict]:
 
 def check_hosts_agree(facts: dict[str, str]):
     """Raises UserError, on all processes, where their facts differ, naming which."""
-    short = {
-        name: value if len(value) < 200 else hashlib.sha256(value.encode()).hexdigest()
-        for name, value in facts.items()
-    }
+    digest = lambda text: hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+    short = {name: value if len(value) < 200 else digest(value) for name, value in facts.items()}
     first, *others = gather_facts(short)
     differ = [
         f"{name} ({first.get(name)} on process 0, {other.get(name)} on process {i})"

@@ -297,7 +297,8 @@ def parse_json(text, source, kind=dict):
     """JSON text (str or UTF-8 bytes) -> a value of type `kind`.
 
     Raises UserError, naming `source`, for what is no JSON, is of more than MOST_JSON bytes or nested too deep,
-    holds NaN, infinity or half of a surrogate pair, or is no `kind`."""
+    holds NaN, infinity or half of a surrogate pair (but for those that stand for bytes in names of files that
+    are no text, as `os.fsdecode` has them), or is no `kind`."""
     if len(text) > MOST_JSON:
         raise UserError(
             f"{source}: {len(text):,} bytes of JSON are more than the {MOST_JSON:,} that are read"
@@ -306,7 +307,7 @@ def parse_json(text, source, kind=dict):
         text = text.decode() if isinstance(text, bytes) else text
         value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
         if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False).encode(errors="surrogateescape")
         level, depth = [value], 0
         while level:
             level = [inside for outer in level if isinstance(outer, dict | list) for inside in _entries(outer)]

@@ -2080,6 +2080,26 @@ checkpoints.finish(3, state, patience=0)
 """
 
 
+def test_fault_24_an_old_step_that_cannot_be_removed_fails_no_save(tmp_path, capsys):
+    checkpoints, state = runs.Checkpoints(tmp_path, keep=1), {"model": {"w": jnp.ones(3)}}
+    checkpoints.save(1, state)
+    checkpoints.wait()
+    (tmp_path / "1.partial/in the way").mkdir(parents=True)
+    checkpoints.save(2, state)
+    checkpoints.finish(2, state, patience=0)
+    assert checkpoints.newest == 2 and "removal of older checkpoints failed" in capsys.readouterr().err
+    runs.check_digests(tmp_path / "2")
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.png", b"\xff" * 200])
+def test_fault_36_names_that_are_no_text_come_back_from_a_killed_tokenisation(tmp_path, name):
+    note = {"path": os.fsdecode(name), "reason": "no picture", "bad": True}
+    tokenize_data.write_chunk(tmp_path, 0, [1], np.zeros((1, 4), int), [note], 1, ["x"])
+    assert tokenize_data.read_chunk(tmp_path, 0, 4)["notes"] == [note]
+    with pytest.raises(UserError, match="surrogates not allowed"):  # any other half of a pair is damage
+        weights.parse_json(r'{"path": "\ud83d.png"}', "the line")
+
+
 def test_fault_37_a_save_that_gets_no_memory_is_tried_again_and_harms_none_before(tmp_path):
     output = finish(launch([sys.executable, "-c", SAVES, str(tmp_path)]))
     assert "warning: " in output and f"{tmp_path / '2'} could not be saved" in output and "whole: ['1']" in output
