@@ -702,7 +702,7 @@ def make_demo(config: Config):
     """Composes the embedded demo sentences where they are not there yet -> (training folders, held-out folder)."""
     folder = config.out / "data"
     for split, sentences in (("train", config.demo_sentences), ("heldout", 64)):
-        if jax.process_index() == 0 and not (folder / split).exists():
+        if leads() and not (folder / split).exists():
             print(f"composing {sentences} demo sentences ({split}) in {folder / split}")
             tokenize_data.demo(tokenize_data.Demo(out=folder / split, sentences=sentences, split=split, tokenizer=config.tokenizer))
     multihost_utils.sync_global_devices("demo")
@@ -1039,7 +1039,7 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
 _KINDS = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute"
 
 
-def collectives(text: str, mesh, chip: Chip) -> dict:
+def collectives(text: str, mesh, chip: Chip) -> dict | None:
     """{kind: {"count", "bytes" through a device, "seconds"}} of one step, read from optimized HLO; None where
     a loop holds collectives and does not say how often it runs.
 

@@ -1184,7 +1184,7 @@ def load(path) -> VQGAN:
     names = {their_name(layout, name, config): (name, leaf) for name, leaf in named_arrays(model)}
     if difference := sorted(names.keys() ^ tensors.keys()):
         raise UserError(f"{file}: {'no tensor' if difference[0] in names else 'unexpected tensor'} {difference[0]} "
-                         f"({len(difference)} names differ from the network of {'config.json' if fields else layout})")
+                        f"({len(difference)} names differ from the network of {'config.json' if fields else layout})")
     arrays = []
     for theirs, (name, leaf) in names.items():
         tensor = tensors[theirs].floats()

@@ -716,7 +716,7 @@ def with_patience(work, patience: float):
             if time.monotonic() > until:
                 raise
             if not told:
-                warn(f"{error.filename}: {error.strerror}: trying again for {patience:.0f} seconds")
+                warn(f"{in_one_line(error)}: trying again for {patience:.0f} seconds")
             told = True
         time.sleep(pause := min(2 * pause, 10.0, patience))
 
