@@ -77,8 +77,11 @@ def run_command(command, *arguments, leave=sys.exit):
     if message is not None:
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    if UNFINISHED:
-        os._exit(status)  # an orderly exit would wait for them
+    if UNFINISHED:  # an orderly exit would wait for them
+        if not status and jax.distributed.is_initialized():  # others end together with us
+            with contextlib.suppress(Exception):
+                jax.distributed.shutdown()
+        os._exit(status)
     if status:
         leave(status)
 
