@@ -146,7 +146,8 @@ def perplexity(config: Perplexity):
         names, kinds = [f"line {n}" for n in range(1, len(examples) + 1)], [str(config.prompts)] * len(examples)
     else:
         shards = open_data(config.data, models.tokenizer)
-        about |= {"data": str(config.data), "data_digest": shards.digest, "protocol": "exp(mean NLL of all codes) of each sentence, arithmetic mean over sentences"}
+        about |= {"data": str(config.data), "data_digest": shards.digest,
+                  "protocol": "exp(mean NLL of all codes) of each sentence, arithmetic mean over sentences"}
         chosen, kinds = choose(shards, config.sentences)
         names, sentences = [int(i) for i in chosen], [shards[i][1] for i in chosen]
         targets = [len(s) - (not config.bos) for s in sentences]  # without BOS nothing predicts the first code
@@ -298,7 +299,8 @@ def run_prompted(config: Prompted, command, queries: list[Query], prompts: dict[
                 values[line] = {"perplexity": exp(nats[line][b][-S:].mean())} | values[line]
             yield {"kind": query.kind, "values": values}
 
-    report = run(config, command, out, about, [q.name for q in queries], measure, list(prompts)[-1], [q.inputs for q in queries])
+    names, inputs = [q.name for q in queries], [q.inputs for q in queries]
+    report = run(config, command, out, about, names, measure, list(prompts)[-1], inputs)
     print(f"wrote {out}/{command}.json")
     if config.sheet:
         kinds = dict.fromkeys(q.kind for q in queries)
@@ -311,7 +313,8 @@ def run_prompted(config: Prompted, command, queries: list[Query], prompts: dict[
                 before = list(zip(pictures_BTHWC[b, -min(most, 4):], [*captions, "true answer"][-min(most, 4):]))
                 shown = [line for line in answers if line == main or line not in prompts and not line.startswith("copy")]  # what is copied is there
                 rows.append([*before, *((answers[line][b], f"after {line}" if line == main else line.replace("nearest example's", "nearest")) for line in shown)])
-        write_picture(out / "examples.webp", lambda file: sample.sheet(rows, columns=max(map(len, rows))).save(file, "WEBP", quality=90))
+        examples = sample.sheet(rows, columns=max(map(len, rows)))
+        write_picture(out / "examples.webp", lambda file: examples.save(file, "WEBP", quality=90))
         print(f"wrote {out}/examples.webp")
     return out, report
 
@@ -516,9 +519,11 @@ def segmentation(config: Segmentation):
                     examples.append(drawn)
             # The example that is drawn first stands next to the query: so it is the one example of one pair.
             names = [*examples[::-1], name]
-            files = [root / "JPEGImages" / f"{n}.jpg" for n in names] + [root / "SegmentationClassAug" / f"{n}.png" for n in names]
+            files = [root / "JPEGImages" / f"{n}.jpg" for n in names]
+            files += [root / "SegmentationClassAug" / f"{n}.png" for n in names]
             check_files(files, VOC_LAYOUT)
-            queries.append(Query(f"fold {fold} item {item}: {name}, class {number}", f"fold {fold}", functools.partial(read_masked, root, names, number), inputs=inputs_of(*files)))
+            read = functools.partial(read_masked, root, names, number)
+            queries.append(Query(f"fold {fold} item {item}: {name}, class {number}", f"fold {fold}", read, inputs=inputs_of(*files)))
     run_prompted(config, "segmentation", queries, prompts, judge_mask,
                  "Pascal-5i of Bar et al. (2022): items by index modulo the list, examples of the same class and list (numpy RandomState), IoU of white after "
                  "rounding answer and truth to white and black, empty union 1, plain mean over items; ours: numbers of pairs, the tokenizer's resolution",
@@ -586,7 +591,8 @@ def detection(config: Detection):
         files = [root / "JPEGImages" / f"{n}.jpg" for n in names]
         check_files(files, VOC_LAYOUT)
         boxes = [found["train"][n][1] for n in names[:-1]] + [found["val"][name][1]]
-        queries.append(Query(name, category, functools.partial(read_boxed, root, names, boxes), inputs=inputs_of(*files, more=boxes)))
+        read = functools.partial(read_boxed, root, names, boxes)
+        queries.append(Query(name, category, read, inputs=inputs_of(*files, more=boxes)))
     if not queries:
         raise UserError(f"{root}: no picture of val has exactly one object, in a box under 20% of the picture")
     run_prompted(config, "detection", queries, prompts, judge_box,
@@ -677,7 +683,8 @@ def colorization(config: Colorization):
     for i in rng.choice(np.arange(len(paths) - 1), size=min(config.items, len(paths) - 1), replace=False):
         others = rng.choice(len(paths) - 1, size=max(config.shots), replace=False)
         chosen = [paths[j + (j >= i)] for j in others] + [paths[i]]
-        queries.append(Query(str(paths[i].relative_to(config.data)), "colorization", functools.partial(read_coloured, chosen, config.fit), inputs=inputs_of(*chosen)))
+        name, read = str(paths[i].relative_to(config.data)), functools.partial(read_coloured, chosen, config.fit)
+        queries.append(Query(name, "colorization", read, inputs=inputs_of(*chosen)))
 
     def judge(answer_HWC, truth_HWC, pictures_THWC, kind):
         values = metrics.colour_errors(answer_HWC, truth_HWC)
@@ -813,7 +820,8 @@ def paired_queries(config: Paired, answers: str, read, truth=None) -> list[Query
     for i in np.linspace(0, len(names) - 1, min(config.items, len(names))).astype(int):
         chosen = [names[j + (j >= i)] for j in rng.choice(len(names) - 1, most, replace=False)] + [names[i]]
         paths = [[of[name] for name in chosen] for of in found]
-        queries.append(Query(names[i], answers, functools.partial(read, *paths), truth and functools.partial(truth, paths[1][-1]), inputs=inputs_of(*paths[0], *paths[1])))
+        queries.append(Query(names[i], answers, functools.partial(read, *paths), truth and functools.partial(truth, paths[1][-1]),
+                             inputs=inputs_of(*paths[0], *paths[1])))
     return queries
 
 
@@ -882,7 +890,8 @@ def reconstruction(config: Reconstruction):
 
     plot = can_draw("psnr.png")
     about["networks"] = {name: sample.weights_digest(network) for name, network in networks.items()}
-    examples = measured(out, "reconstruction", about, [str(path) for path in paths], measure, batch, list(map(inputs_of, paths)))
+    examples = measured(
+        out, "reconstruction", about, [str(path) for path in paths], measure, batch, list(map(inputs_of, paths)))
     counts_K = np.bincount(np.concatenate([e.pop("codes") for e in examples]), minlength=tokenizer.config.num_embeddings)
     report = vqgan.summarise_reconstruction([{"path": e.pop("example")} | e for e in examples], counts_K, config.seed)
     print("\n".join(vqgan.describe(report)))
@@ -1010,10 +1019,12 @@ def fid(config: Fid):
     features = dict(stored)
     for side in paths:  # one after the other, so that no batch holds both
         first = next(n for n, (s, _) in enumerate(names) if s == side)
-        examples = measured(out, f"fid-{side}", about, [str(p) for p in paths[side]], lambda at, first=first: measure([first + n for n in at]), batch,
+        measure_side = lambda at, first=first: measure([first + n for n in at])
+        examples = measured(out, f"fid-{side}", about, [str(p) for p in paths[side]], measure_side, batch,
                             list(map(inputs_of, paths[side])))
         features[side] = np.stack([np.frombuffer(base64.b64decode(e["features"]), "<f4") for e in examples])
-        np.savez(content := io.BytesIO(), features_ND=features[side], definition=definition, names=[str(p) for p in paths[side]])
+        np.savez(content := io.BytesIO(), features_ND=features[side], definition=definition,
+                 names=[str(p) for p in paths[side]])
         write_whole(out / f"features-{side}.npz", content.getbuffer())
 
     a_ND, b_ND = (features[side].astype(np.float64) for side in sides)
@@ -1311,7 +1322,8 @@ def measured(out, command, about, names, measure, batch, inputs=None) -> list[di
     its `inputs` (a digest of the files of each example) is another one than it was."""
     out.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in about.items() if k != "command"} | {
-        "examples": hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16], "batch": batch, "devices": jax.device_count(), "code": code_digest()}
+        "examples": hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16], "batch": batch,
+        "devices": jax.device_count(), "code": code_digest()}
     record = Record(out / f"{command}.record.jsonl", settings, replaced=out.parent == REPORTS)  # the default folder's files are
     record.write(record.lines)  # without what a kill cut short
     known, done = {line["number"]: line for line in record.lines if isinstance(line.get("number"), int)}, []
@@ -1319,8 +1331,10 @@ def measured(out, command, about, names, measure, batch, inputs=None) -> list[di
         for n in range(0, len(names), batch):
             at = list(range(n, min(n + batch, len(names))))
             lines = [known.get(i, {}) for i in at]
-            if any("measured" not in line or line.get("inputs") != (inputs and inputs[i]) for i, line in zip(at, lines)):
-                lines = [{"number": i, "inputs": inputs and inputs[i], "measured": new} for i, new in zip(at, measure(at), strict=True)]
+            now = [inputs and inputs[i] for i in at]
+            if now != [line.get("inputs") for line in lines] or any("measured" not in line for line in lines):
+                lines = [{"number": i, "inputs": digest, "measured": new}
+                         for i, digest, new in zip(at, now, measure(at), strict=True)]
                 record.append(lines)
             done += lines
             bar.update(len(at))

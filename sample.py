@@ -174,32 +174,39 @@ def sample(config: Config):
 def answer_file(config: Config, out: Path):
     """`--prompts`: grids as published (a row a candidate, a column a frame, nothing between them), and answers.jsonl beside them.
 
-    A call that was stopped goes on: batches whose answers are all there, and whose inputs, settings and model are the same, are kept."""
+    A call that was stopped goes on: batches whose answers are all there, and whose inputs, settings and model are the same,
+    are kept."""
     prompts = read_prompts(config, out)
     tokenizer, inputs, model = open_all(config, lambda size: [open_prompt(prompt, size, config.fit) for prompt in prompts])
-    size, groups = tokenizer.config.resolution, [range(i, min(i + config.batch, len(prompts))) for i in range(0, len(prompts), config.batch)]
+    size = tokenizer.config.resolution
+    groups = [range(i, min(i + config.batch, len(prompts))) for i in range(0, len(prompts), config.batch)]
     record = Record(inside(out, RECORD), settings_of(config, model, tokenizer))
     known, finished = {line["output"]: line for line in record.lines if isinstance(line.get("output"), str)}, []
     record.write(record.lines)
     for group in groups:
-        # Only the rounding of batched products joins an answer to those beside it, yet it may decide a close draw.
-        digests = [hashlib.sha256(" ".join([inputs[p], *(inputs[q] for q in group)]).encode()).hexdigest()[:16] for p in group]
+        # The rounding of batched products alone joins an answer to those beside it, yet it may decide a close draw.
+        beside = " ".join(inputs[p] for p in group)
+        digests = [hashlib.sha256(f"{inputs[p]} in {beside}".encode()).hexdigest()[:16] for p in group]
         lines = [known.get(prompts[p].output, {}) for p in group]
-        if all(line.get("inputs") == digest and line.get("sha256") == file_digest(inside(out, prompts[p].output)) for p, digest, line in zip(group, digests, lines)):
+        there = [(digest, file_digest(inside(out, prompts[p].output))) for p, digest in zip(group, digests)]
+        if [(line.get("inputs"), line.get("sha256", "")) for line in lines] == there:
             finished += lines
             continue
-        pixels = [read_pictures(prompts[p].pictures, size, config.fit)[-fit_context(config, model, tokenizer, prompts[p].pictures)[1]:] for p in group]
+        kept = [fit_context(config, model, tokenizer, prompts[p].pictures)[1] for p in group]
+        pixels = [read_pictures(prompts[p].pictures, size, config.fit)[-T:] for p, T in zip(group, kept)]
         answers, lines = draw_answers(config, model, tokenizer, pixels), []
         record.append([{"writing": [prompts[p].output for p in group]}])
         for p, digest, prompt_THWC, answer in zip(group, digests, pixels, answers):
             prompt = prompts[p]
-            line = {"output": prompt.output, "log_likelihood": [round(float(nats_M.mean()), 4) for nats_M in answer.nats_NM]}
-            if prompt.target:
+            likelihoods = [round(float(nats_M.mean()), 4) for nats_M in answer.nats_NM]
+            line = {"output": prompt.output, "log_likelihood": likelihoods}
+            if prompt.target:  # the error is summed over the channels, as published
                 target_MHWC = read_pictures(prompt.target, size, config.fit)
-                line["mse"] = float(np.square(answer.pixels_NMHWC - target_MHWC).mean()) * 3  # summed over the channels, as published
-            rows = [[*(prompt_THWC if config.include_input else ()), *pixels_MHWC] for pixels_MHWC in answer.pixels_NMHWC]
-            write_grid(inside(out, prompt.output), rows, prompt.size)
-            lines.append({"output": prompt.output, "inputs": digest, "sha256": file_digest(inside(out, prompt.output)), "answer": line})
+                line["mse"] = float(np.square(answer.pixels_NMHWC - target_MHWC).mean()) * 3
+            shown = prompt_THWC if config.include_input else ()
+            file = inside(out, prompt.output)
+            write_grid(file, [[*shown, *pixels_MHWC] for pixels_MHWC in answer.pixels_NMHWC], prompt.size)
+            lines.append({"output": prompt.output, "inputs": digest, "sha256": file_digest(file), "answer": line})
         record.append(lines)
         finished += lines
         print(f"{group.stop} of {len(prompts)} prompts answered in {out}")
@@ -210,11 +217,12 @@ def answer_file(config: Config, out: Path):
         print(f"MSE        {np.mean(errors):.5f} over {len(errors)} prompts, summed over the channels")
 
 
-RECORD = "answers.record.jsonl"  # beside the answers: of each its inputs, settings and digest, from which a later call goes on
+RECORD = "answers.record.jsonl"  # beside the answers: of each its inputs and digest, from which a later call goes on
 
 
 def open_prompt(prompt, size, fit) -> str:
-    """Reads every picture of a prompt, so that a bad one is found before anything is drawn -> a digest of what was read."""
+    """Reads every picture of a prompt, so that a bad one is found before anything is drawn -> a digest of what was
+    read."""
     found = []
     for pictures in (prompt.pictures, prompt.target):
         if pictures:
@@ -236,14 +244,15 @@ def file_digest(path) -> str | None:
 def settings_of(config: Config, model, tokenizer) -> dict:
     """All that decides what is drawn after a prompt."""
     free = {"prompt", "prompts", "prompt_book", "serve", "port", "model", "tokenizer", "out", "captions"}
-    return {"weights": weights_digest(model), "tokenizer": weights_digest(tokenizer), "code": code_digest(), "jax": jax.__version__, "device": jax.devices()[0].device_kind,
+    return {"weights": weights_digest(model), "tokenizer": weights_digest(tokenizer), "code": code_digest(),
+            "jax": jax.__version__, "device": jax.devices()[0].device_kind,
             **{name: value for name, value in dataclasses.asdict(config).items() if name not in free}}
 
 
 def weights_digest(model) -> str:
     """Tells apart the steps of a run whose path is one: a hash of each weight's absolute sum."""
-    sums = jax.jit(lambda leaves: jnp.stack([jnp.abs(leaf.astype(jnp.float32)).sum() for leaf in leaves]))(jax.tree.leaves(model))
-    return hashlib.sha256(np.asarray(sums).tobytes()).hexdigest()[:16]
+    sums = jax.jit(lambda leaves: jnp.stack([jnp.abs(leaf.astype(jnp.float32)).sum() for leaf in leaves]))
+    return hashlib.sha256(np.asarray(sums(jax.tree.leaves(model))).tobytes()).hexdigest()[:16]
 
 
 def answer_book(config: Config, out: Path):

@@ -126,7 +126,8 @@ class Source:
     patience: float = 45.0
     """Seconds without a sign of life from the workers after which they are stopped; raise it for clips that take longer."""
     check_contents: bool = False
-    """A run that goes on encodes anew what was changed since: compare the contents of the files, instead of their sizes and times."""
+    """A run that goes on encodes anew what was changed since: compare the contents of the files, instead of their sizes
+    and times."""
 
     def __post_init__(self):
         if self.out.exists():
@@ -733,11 +734,13 @@ READER = "reader"  # begins the names of threads that read
 def read_ahead(items: list[Item], todo, size: int, workers: int, patience: float):
     """Yields (number of the item, pictures, notes) in the order of `todo`, read by other processes (0: by two threads).
 
-    Raises RunStopped, naming the file, where a worker dies, has no memory left, or none gives a sign of life for `patience` seconds."""
+    Raises RunStopped, naming the file, where a worker dies, has no memory left, or none gives a sign of life for `patience`
+    seconds."""
     again = "the same command goes on where this one stopped"
-    hung = lambda names: RunStopped(f"no worker gave a sign of life for {patience:g} seconds; they were reading {', '.join(names)}. "
-                                    f"Raise --patience, or take the file away; {again}")
-    no_memory = lambda name: RunStopped(f"there is not enough memory to read {name}; take fewer --workers, or the file away; {again}")
+    hung = lambda names: RunStopped(f"no worker gave a sign of life for {patience:g} seconds; "
+                                    f"they were reading {', '.join(names)}. Raise --patience, or take the file away; {again}")
+    no_memory = lambda name: RunStopped(f"there is not enough memory to read {name}; "
+                                        f"take fewer --workers, or the file away; {again}")
     if not workers:
         waiting, pool = collections.deque(), ThreadPoolExecutor(2, READER)
         numbers = iter(todo)
@@ -789,8 +792,8 @@ def read_ahead(items: list[Item], todo, size: int, workers: int, patience: float
                         i, *answer = pipe.recv()
                     except (EOFError, OSError):
                         processes[pipe].join(1)
-                        raise RunStopped(f"a worker ended with status {processes[pipe].exitcode} while it read {doing(pipe)} "
-                                         f"(-9: killed, perhaps for memory); {again}") from None
+                        raise RunStopped(f"a worker ended with status {processes[pipe].exitcode} while it read "
+                                         f"{doing(pipe)} (-9: killed, perhaps for memory); {again}") from None
                     busy[pipe].remove(i)
                     if isinstance(answer[0], MemoryError):
                         raise no_memory(items[i].name)
@@ -920,7 +923,8 @@ def encode_chunks(source: Source, tokenizer, items: list[Item], pictures: int, n
     chunks = range(-(-len(items) // per_chunk))
     numbers = lambda chunk: range(chunk * per_chunk, min(len(items), (chunk + 1) * per_chunk))
     states_N = input_states(items, source.check_contents)
-    about = unchanged_chunks(folder, [chunk for chunk in chunks if (folder / f"{chunk:06d}.json").exists()], S, items, states_N, numbers)
+    there = [chunk for chunk in chunks if (folder / f"{chunk:06d}.json").exists()]
+    about = unchanged_chunks(folder, there, S, items, states_N, numbers)
     todo = [i for chunk in chunks if chunk % parts == part and chunk not in about for i in numbers(chunk)]
     is_bad = lambda read, notes: not read and any(note.get("bad") for note in notes)
     bad = sum(done["bad"] for done in about.values())
@@ -941,7 +945,8 @@ def encode_chunks(source: Source, tokenizer, items: list[Item], pictures: int, n
                 check_rejected(bad + bad_here, len(items), source.max_rejected, item_notes)
             if last_of(i):
                 here = slice(numbers(i // per_chunk).start, i + 1)
-                about[i // per_chunk] = write_chunk(folder, i // per_chunk, counts, np.concatenate(codes), found, bad_here, states_N[here])
+                about[i // per_chunk] = write_chunk(
+                    folder, i // per_chunk, counts, np.concatenate(codes), found, bad_here, states_N[here])
                 counts, found, codes, bad, bad_here = [], [], [], bad + bad_here, 0
     of_others = [chunk for chunk in chunks if chunk not in about and (folder / f"{chunk:06d}.json").exists()]
     about |= unchanged_chunks(folder, of_others, S, items, states_N, numbers)
@@ -957,7 +962,8 @@ def encode_chunks(source: Source, tokenizer, items: list[Item], pictures: int, n
     starts_N = np.concatenate([np.cumsum([0, *done["counts"][:-1]]) for done in about]) if about else np.zeros(0, int)
 
     def codes_of(i):
-        codes = read_at(folder / f"{i // per_chunk:06d}.codes", 2 * S * int(starts_N[i]), 2 * S * int(counts_N[i]))
+        file = folder / f"{i // per_chunk:06d}.codes"
+        codes = read_at(file, 2 * S * int(starts_N[i]), 2 * S * int(counts_N[i]))
         return np.frombuffer(codes, "<u2").reshape(counts_N[i], S)
 
     return counts_N > 0, codes_of, [note for done in about for note in done["notes"]]
@@ -1018,17 +1024,20 @@ def files_of(item: Item) -> list[Path]:
 
 
 def unchanged_chunks(folder: Path, chunks, S: int, items, states_N, numbers) -> dict[int, dict]:
-    """{chunk: what is known of it} for those whose inputs are what they were when they were encoded; the others are taken away."""
+    """{chunk: what is known of it} for those whose inputs are what they were when they were encoded; the others are taken
+    away."""
     about, changed, anew = {chunk: read_chunk(folder, chunk, S) for chunk in chunks}, [], 0
     for chunk in chunks:
         before, now = about[chunk].get("inputs") or [], [states_N[i] for i in numbers(chunk)]
         if before != now:
-            changed += [items[i].name for i, was in itertools.zip_longest(numbers(chunk), before) if i is not None and was != states_N[i]]
+            pairs = itertools.zip_longest(numbers(chunk), before)
+            changed += [items[i].name for i, was in pairs if i is not None and was != states_N[i]]
             (folder / f"{chunk:06d}.json").unlink(missing_ok=True)
             del about[chunk]
             anew += 1
     if anew:
-        print(f"{len(changed)} inputs have changed since they were encoded, such as {', '.join(changed[:3])}: {anew} chunks are encoded anew")
+        print(f"{len(changed)} inputs have changed since they were encoded, such as {', '.join(changed[:3])}: "
+              f"{anew} chunks are encoded anew")
     return about
 
 
@@ -1062,7 +1071,8 @@ def read_chunk(folder: Path, chunk: int, S: int) -> dict:
         raise UserError(f"{error}; delete {file} and run the same command again") from None
 
 
-OURS = re.compile(r"\d{6}\.(codes|json)|plan\.json|\d{5}\.(tokens|index\.npy)|dataset\.json|\..*\.partial")  # names of files of scratch
+# Names of files of scratch.
+OURS = re.compile(r"\d{6}\.(codes|json)|plan\.json|\d{5}\.(tokens|index\.npy)|dataset\.json|\..*\.partial")
 
 
 def remove_scratch(folder: Path):
@@ -1103,7 +1113,8 @@ def split_part(text: str) -> tuple[int, int]:
 
 
 def write_dataset(out: Path, tokenizer, kinds: list[str], sentences: Iterable[tuple[int, np.ndarray]], rejected=(), context: int | None = None, suffix: str = ""):
-    """Writes (kind, uint16 tokens) sentences as a dataset folder, whole or not at all. Raises UserError where there is one already."""
+    """Writes (kind, uint16 tokens) sentences as a dataset folder, whole or not at all. Raises UserError where there is one
+    already."""
     out, partial = Path(out), Path(f"{out}.partial{suffix}")
     if out.exists():
         raise UserError(f"{out} exists; choose another --out or delete it")
@@ -1182,7 +1193,8 @@ class Shards:
         self.firsts = np.cumsum([0] + [len(index_N3) for _, index_N3 in self.shards])
         self.starts_N = np.concatenate([np.concatenate([[0], index_N3[:-1, 0]]) for _, index_N3 in self.shards])
         self.lengths_N = np.concatenate([np.diff(index_N3[:, 0], prepend=0) for _, index_N3 in self.shards])
-        self.kinds_N, self.hashes_N = (np.concatenate([index_N3[:, column] for _, index_N3 in self.shards]) for column in (1, 2))
+        self.kinds_N = np.concatenate([index_N3[:, 1] for _, index_N3 in self.shards])
+        self.hashes_N = np.concatenate([index_N3[:, 2] for _, index_N3 in self.shards])
         self.longest = int(self.lengths_N.max())
 
     def __len__(self):
@@ -1192,7 +1204,8 @@ class Shards:
         path, _ = self.shards[bisect.bisect_right(self.firsts, i) - 1 if len(self.shards) > 1 else 0]
         data = read_at(path, 2 * int(self.starts_N[i]), 2 * int(self.lengths_N[i]))
         if zlib.crc32(data) != self.hashes_N[i]:  # fewer bytes have another one too
-            raise UserError(f"{path}: sentence {i} is not the one that was written: the file was changed, cut or damaged after it was opened")
+            raise UserError(f"{path}: sentence {i} is not the one that was written: the file was changed, cut or damaged "
+                            "after it was opened")
         return int(self.kinds_N[i]), np.frombuffer(data, "<u2")
 
     @property
@@ -1215,6 +1228,9 @@ class Shards:
         return counts_K
 
 
+AGAIN = "copy it again, or make the dataset anew"
+
+
 def describe(about: dict) -> bytes:
     """The content of dataset.json: what it says, and last the digest of that. No other bytes say the same."""
     about = {name: value for name, value in about.items() if name != "digest"}
@@ -1223,12 +1239,13 @@ def describe(about: dict) -> bytes:
 
 
 def check_description(file: Path, about: dict) -> str:
-    """Raises UserError, naming dataset.json and the field, for one that was changed or is no description of a dataset -> its digest."""
+    """dataset.json -> its digest. Raises UserError, naming the file and the field, for one that was changed or describes no
+    dataset."""
     content, version = file.read_bytes(), about.get("format")
     if version not in (1, FORMAT):
         raise UserError(f"{file}: format {reprlib.repr(version)}, this program reads {FORMAT} and 1")
     if version == FORMAT and describe(about) != content:  # format 1 carried no digest of its own
-        raise UserError(f"{file}: not as it was written (its digest differs); copy it again, or make the dataset anew")
+        raise UserError(f"{file}: not as it was written (its digest differs); {AGAIN}")
     check_fields(about, {"tokenizer": str, "codes": int, "codes_per_image": int, "sentences": int, "tokens": int, "kinds": dict[str, int],
                          "sha256": dict[str, str], "rejected": int | None}, file)
     if not (1 <= about["codes"] <= MOST_CODES and about["codes_per_image"] >= 1):
@@ -1246,7 +1263,7 @@ def read_index(file: Path, digest: str, tokens: Path, kinds: int) -> np.ndarray:
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from None
     if hashlib.sha256(content).hexdigest() != digest:
-        raise UserError(f"{file}: its bytes are not those that were written (sha256 differs); copy it again, or make the dataset anew")
+        raise UserError(f"{file}: its bytes are not those that were written (sha256 differs); {AGAIN}")
     index_NC = np.array(read_array(file, np.int64, (None, None)))
     if index_NC.shape[1] not in (2, 3) or not len(index_NC):
         raise UserError(f"{file}: wanted int64 [sentences, 3], got {list(index_NC.shape)}")
@@ -1274,12 +1291,14 @@ def verify_tokens(folder: Path, digests: dict[Path, str], codes: int):
     states = {path: stamp(path) for path in digests}
     todo = [path for path in digests if known.get(path.name) != [*states[path], digests[path], codes]]
     total = sum(states[path][0] for path in todo)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"verifying {folder}", disable=total < 1 << 30, dynamic_ncols=True) as bar:
+    quick = total < 1 << 30
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"verifying {folder}", disable=quick, dynamic_ncols=True) as bar:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing does not hold Python's lock
             for _ in pool.map(lambda path: verify_file(path, digests[path], codes, bar.update), todo):
                 pass
     # A file may be changed again within the same tick of its clock, so that of the last seconds is not vouched for.
-    known = {path.name: [*states[path], digests[path], codes] for path in digests if time.time_ns() - max(states[path][1:3]) > 2e9}
+    settled = [path for path in digests if time.time_ns() - max(states[path][1:3]) > 2e9]
+    known = {path.name: [*states[path], digests[path], codes] for path in settled}
     if record and todo and known:
         with contextlib.suppress(OSError):  # such as a full disk
             write_whole(record, strict_json(known) + "\n")
@@ -1296,7 +1315,7 @@ def verify_file(path: Path, digest: str, codes: int, progress):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     if sha256.hexdigest() != digest:
-        raise UserError(f"{path}: its bytes are not those that were written (sha256 differs); copy it again, or make the dataset anew")
+        raise UserError(f"{path}: its bytes are not those that were written (sha256 differs); {AGAIN}")
     if highest >= codes:
         raise UserError(f"{path}: code {highest} is outside the codebook of {codes}")
 
@@ -1368,7 +1387,8 @@ class Jsonl:
             raise UserError(f"{path}: no line in it")
         self.places_NK2, self.lengths_N, self.hashes_N = np.array(places), np.array(lengths), np.array(hashes)
         self.row_lengths_N, self.longest = self.lengths_N + len(self.fields) - len(self.keys), int(self.lengths_N.max())
-        self.kinds_N, self.digest = np.zeros(len(places), int), hashlib.sha256(self.hashes_N.tobytes()).hexdigest()[:16]
+        self.kinds_N = np.zeros(len(places), int)
+        self.digest = hashlib.sha256(self.hashes_N.tobytes()).hexdigest()[:16]
         self.about = {"tokenizer": None, "codes": codes, "codes_per_image": None, "sentences": len(places), "tokens": sum(lengths), "kinds": {"jsonl": len(places)}}
 
     def texts(self, line: bytes) -> list[bytes]:

@@ -292,7 +292,8 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
         check_init(config.init, shards[0].about["tokenizer"])
     flags, defaults = (json.loads(json.dumps(dataclasses.asdict(c), default=str)) for c in (config, Config()))
     check_same_data(config, facts := [
-        {"path": path, "digest": part.digest, **{k: part.about[k] for k in ("tokenizer", "sentences", "tokens", "kinds")}} for path, part in zip(paths, shards)])
+        {"path": path, "digest": part.digest, **{k: part.about[k] for k in ("tokenizer", "sentences", "tokens", "kinds")}}
+        for path, part in zip(paths, shards)])
     begin_run(config.out / "config.json", flags, defaults, MAY_CHANGE, about={"model": dataclasses.asdict(model_config), "tokenizer": shards[0].about["tokenizer"]},
               noted={"data": facts})
 
@@ -679,7 +680,8 @@ def check_same_data(config: Config, data: list[dict]):
     differ = [f"{new['path']}: " + ", ".join(f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v)
               for old, new in zip(before, data) if old["path"] == new["path"] and old != new]
     if differ:
-        raise UserError(f"the data were changed since this run began ({'; '.join(differ)}): put them back, or go on with the new ones by --accept-new-data")
+        raise UserError(f"the data were changed since this run began ({'; '.join(differ)}): put them back, or go on with the "
+                        "new ones by --accept-new-data")
 
 
 def on_host(model):

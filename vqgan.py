@@ -617,7 +617,8 @@ def train_in_own_folder(config: TrainConfig) -> VQGAN:
     read_picture, count = open_pictures(config.data, model_config.resolution, config.crop, notes, paths := [])
     if count < config.batch:
         raise UserError(f"{config.data}: {count} pictures do not fill a batch of {config.batch}; lower --batch")
-    read_picture = leave_out_unreadable(read_picture, count, config.out / "rejected.jsonl", config.max_rejected, notes, paths)
+    read_picture = leave_out_unreadable(
+        read_picture, count, config.out / "rejected.jsonl", config.max_rejected, notes, paths)
     read_picture(0, np.zeros(3))  # data of which nothing can be read are found before anything is compiled
     flags, defaults = ({k: str(v) for k, v in dataclasses.asdict(c).items()} for c in (config, TrainConfig(config.data)))
     begin_run(config.out / "train.json", flags, defaults, MAY_CHANGE)
@@ -954,12 +955,14 @@ def k_means(points_ND, clusters, rng, rounds=10):
     return centres_KD
 
 
-def open_pictures(data: Path, resolution: int, crop: float = 1.0, notes: list | None = None, paths: list | None = None):
+def open_pictures(
+    data: Path, resolution: int, crop: float = 1.0, notes: list | None = None, paths: list | None = None
+):
     """Folder or `.npy` -> (function from index and three numbers in [0, 1) to float32 [resolution, resolution, 3] in [0, 1],
     number of pictures). With `crop` below 1 the three numbers place a square whose side is at least that share of the largest.
 
-    Files that look like pictures and are left out are added to `notes`, or printed, and the files of a folder to `paths`. Raises UserError where there is nothing
-    to read; the function raises it for an unreadable picture, naming the file."""
+    Files that look like pictures and are left out are added to `notes`, or printed, and the files of a folder to `paths`.
+    Raises UserError where there is nothing to read; the function raises it for an unreadable picture, naming the file."""
     box = lambda u_3: None if crop == 1 else (u_3[0], u_3[1], crop + (1 - crop) * u_3[2])
     if data.suffix == ".npy":
         array = read_array(data, np.uint8, (None, None, None, 3))
@@ -987,7 +990,8 @@ def leave_out_unreadable(read_picture, count: int, report: Path, most: float, no
             listed[line["path"]] = line
 
     def write_report():
-        new = [{"path": str(paths[i]) if len(paths) else f"picture {i}", "reason": reason} for i, reason in reasons.items()]
+        name = lambda i: str(paths[i]) if len(paths) else f"picture {i}"
+        new = [{"path": name(i), "reason": reason} for i, reason in reasons.items()]
         lines = listed | {line["path"]: line for line in (*notes, *new)}
         with side_work(str(report)):
             write_whole(report, "".join(strict_json(line) + "\n" for line in lines.values()))

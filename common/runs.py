@@ -788,8 +788,8 @@ def _digests(folder, files):
 
 
 class Record:
-    """JSON lines beside the results of a command, one for each piece of work that is finished; the first
-    holds the settings.
+    """JSON lines beside the results of a command, one for each piece of work that is finished; the first holds the
+    settings.
 
     `lines` are those of an earlier call, which a kill or a full disk may have stopped at any point; what
     stands after a damaged line does not count. Raises UserError, naming what differs, where the file is of
@@ -806,15 +806,10 @@ class Record:
             )
             before = before if isinstance(before, dict) else {}
             if not replaced:
-                changed = [
-                    f"{k}: {str(before.get(k))[:60]} -> {str(now.get(k))[:60]}"
-                    for k in before | now
-                    if before.get(k) != now.get(k)
-                ]
-                raise UserError(
-                    f"{file} is of work with other settings ({'; '.join(changed)}); repeat them, delete it,"
-                    " or choose another --out"
-                )
+                differ = [k for k in before | now if before.get(k) != now.get(k)]
+                changed = [f"{k}: {str(before.get(k))[:60]} -> {str(now.get(k))[:60]}" for k in differ]
+                raise UserError(f"{file} is of work with other settings ({'; '.join(changed)}); repeat them, delete it, "
+                                "or choose another --out")
             lines = []
         for line in lines:
             try:
@@ -835,9 +830,8 @@ class Record:
 def code_digest() -> str:
     """Tells apart versions of this program."""
     root = Path(__file__).resolve().parent.parent
-    return hashlib.sha256(
-        b"".join(file.read_bytes() for file in sorted([*root.glob("*.py"), *root.glob("common/*.py")]))
-    ).hexdigest()[:16]
+    files = sorted([*root.glob("*.py"), *root.glob("common/*.py")])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------ bad steps

@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import weights_rule
-from jax import lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from flash_attention import reference
 import lvm

@@ -5,7 +5,6 @@ import math
 import sys
 import zlib
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
