@@ -576,7 +576,7 @@ class TrainConfig:
                 "[0, 8192]": "l2_codes",
                 "[0, 1]": "max_rejected",
                 "(0, 1]": "crop",
-                "(0, 10]": "learning_rate gan_learning_rate",
+                "(0, inf)": "learning_rate gan_learning_rate",
                 "[0, 1)": "ema",
                 "[0, 1000000]": "gradient_weight perceptual_weight gan_weight gan_penalty_weight",
             },

@@ -729,7 +729,7 @@ import vqgan
 
 factors, seen = json.loads(sys.argv.pop(1)), open(sys.argv.pop(1), "w", buffering=1)
 train_step, losses, discriminator_loss = vqgan.train_step, vqgan.losses, vqgan.discriminator_loss
-key_of = lambda step: jax.random.key_data(jax.random.split(jax.random.key(step - 1), 1)[0])
+key_of = lambda step: jax.random.key_data(jax.random.split(jax.random.fold_in(jax.random.key(0), step - 1), 1)[0])
 
 
 def factor(part, key):
@@ -806,8 +806,9 @@ def test_fault_18_hosts_that_differ_are_found_at_the_start(dataset, tmp_path, wh
         host = tmp_path / str(i)
         shutil.copytree(dataset[0], host / "data")
         if what == "data" and i:
-            about = json.loads((host / "data/dataset.json").read_text())
-            (host / "data/dataset.json").write_text(json.dumps(about | {"rejected": 1}))
+            shutil.rmtree(host / "data")
+            rows = ((n % 2, np.arange(32)) for n in range(64))
+            tokenize_data.write_dataset(host / "data", vqgan.load(dataset[1]), ["up", "down"], rows)
         for source in ROOT.glob("*.py"):
             shutil.copy(source, host)
         shutil.copytree(ROOT / "common", host / "common")

@@ -1050,7 +1050,8 @@ def test_curves_of_runs_become_a_picture_and_a_table(tmp_path, capsys):
     benchmark.curves(benchmark.Curves(runs=(tmp_path / "calm", tmp_path / "sudden"), out=tmp_path / "c.png", window=10))
     rows = {row[1].strip(): row[-2].strip() for row in (line.split("|") for line in capsys.readouterr().out.splitlines()) if len(row) > 2}
     assert rows["calm"] == "1.00" and rows["sudden"] == "2.00"  # ten steps of twice the error
-    assert Image.open(tmp_path / "c.png").size == (1920, 580) and (tmp_path / "c.png").stat().st_size < 100_000
+    picture = np.asarray(Image.open(tmp_path / "c.png").convert("RGB"))
+    assert picture.shape[1] > 1000 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 10  # lines are drawn
 
 
 def test_without_a_perceptual_network_the_run_says_so_loudly(pictures):
