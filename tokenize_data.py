@@ -63,6 +63,7 @@ import numpy as np
 import tyro
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from PIL import Image, ImageDraw, ImageFont
+from scipy.spatial import cKDTree
 from tqdm import tqdm
 
 import vqgan
@@ -1911,12 +1912,15 @@ def read_colours(path, size: int | None) -> np.ndarray:
 def draw_palette(colours: int, seed: int) -> np.ndarray:
     """uint8 [K, 3]: black, then each time the one of 64 random colours that is farthest from all before it, so that
     integers can be read back from colours that a model or a codec has changed a little."""
-    rng, palette_K3 = np.random.default_rng((seed, colours)), np.zeros((colours, 3), np.uint8)
+    rng, palette_K3 = np.random.default_rng((seed, colours)), np.zeros((colours, 3), np.int64)
     for k in range(1, colours):
+        if k % 256 == 1:  # the tree holds all but the last few colours: 65,536 of them take a minute
+            tree, first = cKDTree(palette_K3[:k]), k
         tried_N3 = rng.integers(0, 256, (64, 3))
-        distance_N = np.square(tried_N3[:, None] - palette_K3[None, :k].astype(int)).sum(-1).min(1)
-        palette_K3[k] = tried_N3[distance_N.argmax()]
-    return palette_K3
+        distance_N = np.rint(np.square(tree.query(tried_N3)[0]))
+        last_N = np.square(tried_N3[:, None] - palette_K3[first:k]).sum(-1).min(1, initial=3 * 256**2)
+        palette_K3[k] = tried_N3[np.minimum(distance_N, last_N).argmax()]
+    return palette_K3.astype(np.uint8)
 
 
 def read_palette(path: Path) -> np.ndarray:
