@@ -297,7 +297,8 @@ def parse_json(text, source, kind=dict):
     """JSON text (str or UTF-8 bytes) -> a value of type `kind`.
 
     Raises UserError, naming `source`, for what is no JSON, is of more than MOST_JSON bytes or nested too deep,
-    holds NaN, infinity or half of a surrogate pair, or is no `kind`."""
+    holds NaN, infinity or half of a surrogate pair (but for those by which Python writes the bytes of file names that
+    are no text), or is no `kind`."""
     if len(text) > MOST_JSON:
         raise UserError(
             f"{source}: {len(text):,} bytes of JSON are more than the {MOST_JSON:,} that are read"
@@ -306,7 +307,7 @@ def parse_json(text, source, kind=dict):
         text = text.decode() if isinstance(text, bytes) else text
         value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
         if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False).encode(errors="surrogateescape")
         level, depth = [value], 0
         while level:
             level = [inside for outer in level if isinstance(outer, dict | list) for inside in _entries(outer)]
@@ -489,6 +490,8 @@ def cache_folder(name: str) -> Path | None:
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         print(f"nothing is kept in a cache between two starts: {error}", file=sys.stderr)
         return None
+
+
 def _partial(path: Path) -> Path:
     """A name beside `path` that no other process takes, on this host or another; `.NAME.*.partial` finds it."""
     return path.with_name(f".{path.name[:40]}.{os.uname().nodename[:40]}-{os.getpid()}.partial")
