@@ -1697,7 +1697,7 @@ class Show:
     data: Path
     """Dataset folder, or a .jsonl of the tokenizer's codes."""
     out: Path = Path("sentences.png")
-    """Picture to write."""
+    """Picture to write; one that is there is replaced."""
     tokenizer: Path = vqgan.MINI
     """The tokenizer that made the dataset."""
     count: int = 8
@@ -1742,7 +1742,7 @@ def show(config: Show):
             row_HWC = np.concatenate(list(padded), axis=1)
             sheet.append(np.pad(row_HWC, ((0, 0), (0, width - row_HWC.shape[1]), (0, 0)), constant_values=255))
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(sheet)).save(config.out)
+    write_whole(config.out, encode_image(Image.fromarray(np.concatenate(sheet)), config.out))
     print(f"wrote {config.out}: " + ", ".join(shards.kinds[kinds_N[i]] for i in chosen))
 
 
@@ -1830,7 +1830,7 @@ def export_jsonl(config: ExportJsonl):
         raise UserError(f"--out {config.out} exists; choose another file or delete it")
     shards, partial = Shards(config.data), Path(f"{config.out}.partial")
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "w") as file:
+    with naming(config.out), open(partial, "w") as file:
         for i in tqdm(range(len(shards)), unit="sentence", dynamic_ncols=True):
             file.write(strict_json({"tokens": base64.b64encode(shards[i][1].astype("<i4").tobytes()).decode()}) + "\n")
     partial.rename(config.out)
