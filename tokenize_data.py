@@ -128,7 +128,7 @@ class Source:
     """Seconds without a sign of life from the workers after which they are stopped; raise it for clips that take longer."""
     check_contents: bool = False
     """A run that goes on encodes anew what was changed since: compare the contents of the files, instead of their sizes
-    and times."""
+    and times. To be given from the first call on."""
 
     def __post_init__(self):
         if self.out.exists():
@@ -1989,8 +1989,10 @@ class Demo:
 
 
 def demo(config: Demo):
-    world = World(config.split)
+    world, file = World(config.split), config.out if config.out.suffix == ".npy" else Path(f"{config.out}.npy")
     if config.pictures:
+        if file.exists():
+            raise UserError(f"--out {file} exists; choose another one or delete it")
         size, rng = vqgan.PRESETS["mini"].resolution, np.random.default_rng((config.seed, zlib.crc32(b"pictures")))
         array = np.empty((config.pictures, size, size, 3), np.uint8)
         for i in tqdm(range(0, config.pictures, 4), unit="picture", unit_scale=4):  # four of each sentence
@@ -1998,7 +2000,6 @@ def demo(config: Demo):
             array[i:i + 4] = (pixels[rng.permutation(16)[:len(array[i:i + 4])]] * 255 + 0.5).astype(np.uint8)
         config.out.parent.mkdir(parents=True, exist_ok=True)
         np.save(content := io.BytesIO(), array)
-        file = config.out if config.out.suffix == ".npy" else Path(f"{config.out}.npy")
         write_whole(file, content.getbuffer())
         print(f"wrote {config.pictures} pictures to {file}")
         return
