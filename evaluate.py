@@ -1488,8 +1488,7 @@ def open_data(folder, tokenizer) -> tokenize_data.Shards:
 
 def choose(shards, most, leave_out=()):
     """-> indices of at most `most` sentences of each kind, evenly spaced, and the kind of each."""
-    kinds_N = np.concatenate([index_N2[:, 1] for _, index_N2 in shards.shards])
-    chosen = []
+    kinds_N, chosen = shards.kinds_N, []
     for kind, name in enumerate(shards.kinds):
         at = np.flatnonzero(kinds_N == kind) if name not in leave_out else []
         chosen += [at[i] for i in np.linspace(0, len(at) - 1, min(most, len(at))).astype(int)]
@@ -1773,9 +1772,10 @@ def set_x_ticks(ax, places, ticks):
 
 
 def draw_ranks(path, values: dict[str, float], title, y_label, log=False, mean=None):
-    """A dot for each name's value, from the smallest to the largest, with the outermost named; a line and a
-    band at `mean` {"mean", "low", "high"}."""
+    """A dot for each name's value that is finite, from the smallest to the largest, with the outermost named; a
+    line and a band at `mean` {"mean", "low", "high"}."""
     figure, ((ax,),) = new_figure(1, 1, 7.5, 4.5)
+    values = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
     names = sorted(values, key=values.get)
     ax.set_title(title)
     if mean and mean["mean"] is not None:
@@ -1793,7 +1793,7 @@ def draw_ranks(path, values: dict[str, float], title, y_label, log=False, mean=N
         color="#3366aa",
         markersize=5 if len(names) <= 200 else 2,
     )
-    for place, above in {0: False, len(names) - 1: True}.items():
+    for place, above in {0: False, len(names) - 1: True}.items() if names else ():
         ax.annotate(
             names[place],
             (place + 1, values[names[place]]),
@@ -1808,7 +1808,7 @@ def draw_ranks(path, values: dict[str, float], title, y_label, log=False, mean=N
     if log:
         ax.set_yscale("log")
         plain_numbers(ax.yaxis)
-    set_x_ticks(ax, [1, len(names)], None)
+    set_x_ticks(ax, [1, max(1, len(names))], None)
     ax.margins(y=0.15)
     ax.set(xlabel="rank, from the lowest to the highest", ylabel=y_label)
     write_picture(path, lambda file: figure.savefig(file, format="png"))
