@@ -77,10 +77,13 @@ def run_command(command, *arguments, leave=sys.exit):
     if message is not None:
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    if Logger.hanging:
-        os._exit(status)  # an orderly exit would wait for it
+    if UNFINISHED:
+        os._exit(status)  # an orderly exit would wait for them
     if status:
         leave(status)
+
+
+UNFINISHED = []  # what libraries' threads may still be at: a logger that does not answer, a save that failed
 
 
 def warn(text: str):
@@ -460,8 +463,6 @@ class Logger:
     """Hands lines to an experiment logger in a thread of its own: one that raises, or hangs, costs a warning
     and not the run."""
 
-    hanging = False  # has one not come to its end?
-
     def __init__(self, package: str, out: Path, settings: dict, first: int):
         self.package, self.lines = package, queue.Queue()
         self.thread = threading.Thread(target=self._work, args=(out.absolute(), settings, first), daemon=True)
@@ -495,8 +496,8 @@ class Logger:
         except BaseException as error:  # a library may even ask to exit
             warn(f"--log {self.package} failed ({type(error).__name__}: {error}); the run goes on without it")
 
-    @classmethod
-    def close(cls, loggers: list, seconds: float = 20):
+    @staticmethod
+    def close(loggers: list, seconds: float = 20):
         """Lets them finish, for so many seconds in all."""
         until = time.monotonic() + seconds
         for logger in loggers:
@@ -504,7 +505,7 @@ class Logger:
         for logger in loggers:
             logger.thread.join(max(0, until - time.monotonic()))
             if logger.thread.is_alive():
-                cls.hanging = True
+                UNFINISHED.append(logger.package)
                 warn(f"--log {logger.package} does not answer; the run ends without it")
 
 
@@ -641,6 +642,7 @@ class Checkpoints:
 
     def _give_up(self, step: int, needed: int, error: Exception):
         self.failed.append(step)
+        UNFINISHED.append(step)  # some of orbax's threads wait for minutes for one that has failed
         self._clear_failed()
         free = shutil.disk_usage(
             next(path for path in (self.folder, *self.folder.parents) if path.exists())

@@ -2065,23 +2065,35 @@ SAVES = """
 import pathlib, re, resource, sys
 import jax.numpy as jnp
 from common import runs
-checkpoints = runs.Checkpoints(pathlib.Path(sys.argv[1]), 2)
-state = {"model": {"w": jnp.ones((50, 1000, 1000))}}
-checkpoints.save(1, state)
-checkpoints.wait()
-used = int(re.search(r"VmSize:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (used + 4_000_000, resource.RLIM_INFINITY))
-checkpoints.save(2, state)
-checkpoints.wait()
-resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-print("whole:", [step.name for step in runs.whole_steps(checkpoints.folder)], flush=True)
-checkpoints.save(3, state)
-checkpoints.finish(3, state, patience=0)
+
+def saves(folder):
+    checkpoints = runs.Checkpoints(folder, 2)
+    state = {"model": {"w": jnp.ones((50, 1000, 1000))}}
+    checkpoints.save(1, state)
+    checkpoints.wait()
+    used = int(re.search(r"VmSize:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (used + 4_000_000, resource.RLIM_INFINITY))
+    checkpoints.save(2, state)
+    checkpoints.wait()
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    print("whole:", [step.name for step in runs.whole_steps(checkpoints.folder)], flush=True)
+    checkpoints.save(3, state)
+    checkpoints.finish(3, state, patience=0)
+    print("ended", flush=True)
+
+runs.run_command(saves, pathlib.Path(sys.argv[1]))
 """
 
 
 def test_fault_37_a_save_that_gets_no_memory_is_tried_again_and_harms_none_before(tmp_path):
-    output = finish(launch([sys.executable, "-c", SAVES, str(tmp_path)]))
+    process, lines = launch([sys.executable, "-c", SAVES, str(tmp_path)]), []
+    for line in process.stdout:
+        lines.append(line)
+        if line == "ended\n":
+            process.wait(timeout=20)  # no thread of the failed save holds it up
+    output = "".join(lines)
+    process.wait()
+    assert process.returncode == 0, output
     assert "warning: " in output and f"{tmp_path / '2'} could not be saved" in output and "whole: ['1']" in output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
     runs.check_digests(tmp_path / "3")
