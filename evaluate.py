@@ -1772,8 +1772,8 @@ def set_x_ticks(ax, places, ticks):
 
 
 def draw_ranks(path, values: dict[str, float], title, y_label, log=False, mean=None):
-    """A dot for each name's value that is finite, from the smallest to the largest, with the outermost named; a
-    line and a band at `mean` {"mean", "low", "high"}."""
+    """A dot for each name's finite value, from the smallest to the largest, with the outermost named; a line
+    and a band at `mean` {"mean", "low", "high"}."""
     figure, ((ax,),) = new_figure(1, 1, 7.5, 4.5)
     values = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
     names = sorted(values, key=values.get)

@@ -1989,8 +1989,9 @@ class Demo:
 
 
 def demo(config: Demo):
-    world, file = World(config.split), config.out if config.out.suffix == ".npy" else Path(f"{config.out}.npy")
+    world = World(config.split)
     if config.pictures:
+        file = config.out if config.out.suffix == ".npy" else Path(f"{config.out}.npy")
         if file.exists():
             raise UserError(f"--out {file} exists; choose another one or delete it")
         size, rng = vqgan.PRESETS["mini"].resolution, np.random.default_rng((config.seed, zlib.crc32(b"pictures")))

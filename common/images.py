@@ -692,8 +692,9 @@ def frame_image(frame: av.VideoFrame) -> Image.Image:
 
 
 def encode_image(image, path, **options) -> bytes:
-    """A PIL image in the format that the suffix of `path` names, to be written whole. Raises UserError for a suffix of
-    none that is also read."""
+    """A PIL image in the format that the suffix of `path` names, to be written whole.
+
+    Raises UserError for a suffix of no format that is also read."""
     if (suffix := Path(path).suffix.lower()) not in SUFFIXES:
         raise UserError(f"{path}: no picture that is written has the suffix {suffix!r}; take .png")
     content = io.BytesIO()

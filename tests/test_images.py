@@ -546,6 +546,6 @@ def test_pictures_are_written_in_formats_that_are_read_and_no_others(tmp_path):
         path = tmp_path / f"a{suffix}"
         path.write_bytes(images.encode_image(Image.fromarray(pixels), path))
         assert images.read_image(path, 4).shape == (4, 4, 3)
-    for name in ("a.psd", "a.mp4", "a.pdf", "a"):  # of the first two Pillow knows the suffix and writes nothing
+    for name in ("a.psd", "a.mp4", "a.pdf", "a"):  # Pillow knows the first two suffixes and writes neither
         with pytest.raises(UserError, match=f"{name}: no picture"):
             images.encode_image(Image.fromarray(pixels), name)
