@@ -891,8 +891,8 @@ def reconstruction(config: Reconstruction):
     plot = can_draw("psnr.png")
     about["networks"] = {name: sample.weights_digest(network) for name, network in networks.items()}
     examples = measured(
-        out, "reconstruction", about, [str(path) for path in paths], measure, batch, list(map(inputs_of, paths)),
-        replaced=config.out is None)
+        out, "reconstruction", about, [str(path) for path in paths], measure, batch,
+        list(map(inputs_of, paths)), replaced=config.out is None)
     counts_K = np.bincount(np.concatenate([e.pop("codes") for e in examples]), minlength=tokenizer.config.num_embeddings)
     report = vqgan.summarise_reconstruction([{"path": e.pop("example")} | e for e in examples], counts_K, config.seed)
     print("\n".join(vqgan.describe(report)))
