@@ -891,7 +891,8 @@ def reconstruction(config: Reconstruction):
     plot = can_draw("psnr.png")
     about["networks"] = {name: sample.weights_digest(network) for name, network in networks.items()}
     examples = measured(
-        out, "reconstruction", about, [str(path) for path in paths], measure, batch, list(map(inputs_of, paths)))
+        out, "reconstruction", about, [str(path) for path in paths], measure, batch,
+        list(map(inputs_of, paths)), replaced=config.out is None)
     counts_K = np.bincount(np.concatenate([e.pop("codes") for e in examples]), minlength=tokenizer.config.num_embeddings)
     report = vqgan.summarise_reconstruction([{"path": e.pop("example")} | e for e in examples], counts_K, config.seed)
     print("\n".join(vqgan.describe(report)))
@@ -1021,7 +1022,7 @@ def fid(config: Fid):
         first = next(n for n, (s, _) in enumerate(names) if s == side)
         measure_side = lambda at, first=first: measure([first + n for n in at])
         examples = measured(out, f"fid-{side}", about, [str(p) for p in paths[side]], measure_side, batch,
-                            list(map(inputs_of, paths[side])))
+                            list(map(inputs_of, paths[side])), replaced=config.out is None)
         features[side] = np.stack([np.frombuffer(base64.b64decode(e["features"]), "<f4") for e in examples])
         np.savez(content := io.BytesIO(), features_ND=features[side], definition=definition,
                  names=[str(p) for p in paths[side]])
@@ -1228,7 +1229,9 @@ def scaling(config: Scaling):
             for nats_T in score(models, [sentences[n] for n in at], max(map(len, sentences))):
                 yield {"loss": float(nats_T.mean()), "perplexity": exp(nats_T[-S:].mean())}
 
-        measured_by_size[size] = measured(config.out, f"scaling-{size}", about, [int(i) for i in chosen], measure, batch)
+        measured_by_size[size] = measured(
+            config.out, f"scaling-{size}", about, [int(i) for i in chosen], measure, batch,
+            replaced=config.out == Scaling.out)
     values = [{size: {name: measured_by_size[size][n][name] for name in ("loss", "perplexity")} for size in config.sizes} for n in range(len(chosen))]
     examples = [{"example": int(i), "kind": kind, "values": value} for i, kind, value in zip(chosen, kinds, values)]
     rows = summarise(examples, config.seed)
@@ -1307,7 +1310,8 @@ def run(config, command, out, about, names, measure, main, inputs=None):
     """Measures all examples, prints the tables and writes OUT/COMMAND.json; returns what is in it. `main` is the model's line.
 
     `measure(numbers)` -> one {"kind", "values": {line: {measure: value}}} for each of these examples."""
-    examples = measured(out, command, about, names, measure, config.batch, inputs)
+    examples = measured(
+        out, command, about, names, measure, config.batch, inputs, replaced=config.out is None)
     rows = summarise(examples, config.seed)
     print_tables(rows, main)
     report = about | {"rows": rows, "examples": examples}
@@ -1315,16 +1319,17 @@ def run(config, command, out, about, names, measure, main, inputs=None):
     return report
 
 
-def measured(out, command, about, names, measure, batch, inputs=None) -> list[dict]:
+def measured(out, command, about, names, measure, batch, inputs=None, replaced=False) -> list[dict]:
     """What `measure` says of every example, batch by batch; each is kept in OUT/COMMAND.record.jsonl as soon as it is known.
 
     A killed evaluation goes on: the values are those of one that was never stopped. A batch is measured anew where one of
-    its `inputs` (a digest of the files of each example) is another one than it was."""
+    its `inputs` (a digest of the files of each example) is another one than it was. What OUT holds of another
+    evaluation is refused, or `replaced`, as in the default folder."""
     out.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in about.items() if k != "command"} | {
         "examples": hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16], "batch": batch,
         "devices": jax.device_count(), "code": code_digest()}
-    record = Record(out / f"{command}.record.jsonl", settings, replaced=out.parent == REPORTS)  # the default folder's files are
+    record = Record(out / f"{command}.record.jsonl", settings, replaced=replaced)
     record.write(record.lines)  # without what a kill cut short
     known, done = {line["number"]: line for line in record.lines if isinstance(line.get("number"), int)}, []
     with tqdm(total=len(names), unit="example", desc=command, dynamic_ncols=True) as bar:
@@ -1488,8 +1493,7 @@ def open_data(folder, tokenizer) -> tokenize_data.Shards:
 
 def choose(shards, most, leave_out=()):
     """-> indices of at most `most` sentences of each kind, evenly spaced, and the kind of each."""
-    kinds_N = np.concatenate([index_N2[:, 1] for _, index_N2 in shards.shards])
-    chosen = []
+    kinds_N, chosen = shards.kinds_N, []
     for kind, name in enumerate(shards.kinds):
         at = np.flatnonzero(kinds_N == kind) if name not in leave_out else []
         chosen += [at[i] for i in np.linspace(0, len(at) - 1, min(most, len(at))).astype(int)]
@@ -1773,9 +1777,10 @@ def set_x_ticks(ax, places, ticks):
 
 
 def draw_ranks(path, values: dict[str, float], title, y_label, log=False, mean=None):
-    """A dot for each name's value, from the smallest to the largest, with the outermost named; a line and a
-    band at `mean` {"mean", "low", "high"}."""
+    """A dot for each name's finite value, from the smallest to the largest, with the outermost named; a line
+    and a band at `mean` {"mean", "low", "high"}."""
     figure, ((ax,),) = new_figure(1, 1, 7.5, 4.5)
+    values = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
     names = sorted(values, key=values.get)
     ax.set_title(title)
     if mean and mean["mean"] is not None:
@@ -1793,7 +1798,7 @@ def draw_ranks(path, values: dict[str, float], title, y_label, log=False, mean=N
         color="#3366aa",
         markersize=5 if len(names) <= 200 else 2,
     )
-    for place, above in {0: False, len(names) - 1: True}.items():
+    for place, above in {0: False, len(names) - 1: True}.items() if names else ():
         ax.annotate(
             names[place],
             (place + 1, values[names[place]]),
@@ -1808,7 +1813,7 @@ def draw_ranks(path, values: dict[str, float], title, y_label, log=False, mean=N
     if log:
         ax.set_yscale("log")
         plain_numbers(ax.yaxis)
-    set_x_ticks(ax, [1, len(names)], None)
+    set_x_ticks(ax, [1, max(1, len(names))], None)
     ax.margins(y=0.15)
     ax.set(xlabel="rank, from the lowest to the highest", ylabel=y_label)
     write_picture(path, lambda file: figure.savefig(file, format="png"))

@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import math
 import os
 import re
@@ -39,9 +40,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 import lvm
 import vqgan
-from common.images import UserError, count_frames, find_images, read_pictures, shown_size
+from common.images import UserError, count_frames, encode_image, find_images, read_pictures, shown_size
 from common.runs import Record, check_numbers, code_digest, run_command
-from common.weights import check_fields, naming, parse_json, read_json, read_text, strict_json, write_whole
+from common.weights import check_fields, parse_json, read_json, read_text, strict_json, write_whole
 
 MINI = vqgan.HERE / "assets" / "mini" / "lvm"
 BOOK = vqgan.HERE / "assets" / "prompts"
@@ -266,7 +267,7 @@ def answer_book(config: Config, out: Path):
         shown = zip(prompt_THWC[-5:], [folder.name, "", "", "", "query"][-len(prompt_THWC):])
         rows += [[*shown, *(row[0] for row in captioned(answer))]]
         print(f"{folder.name:13} mean log-likelihoods {' '.join(f'{nats:.2f}' for nats in answer.nats_NM.mean(1))}")
-    sheet(rows, config.captions, columns=max(map(len, rows))).save(out)
+    write_whole(out, encode_image(sheet(rows, config.captions, columns=max(map(len, rows))), out))
     print(f"wrote      {out}")
 
 
@@ -760,8 +761,9 @@ def outputs_of(record: Path) -> set[str]:
     for line in record.read_bytes().splitlines() if record.exists() else ():
         with contextlib.suppress(UserError):
             line = parse_json(line, record)
-            names.update(map(str, [*line.get("writing", ()), line.get("output")]))
-    return names
+            check_fields(line, {"writing": list[str] | None, "output": str | None}, record)
+            names.update([*(line.get("writing") or ()), line.get("output")])
+    return names - {None}
 
 
 def read_prompt(record: dict, config: Config, out: Path) -> Prompt:
@@ -818,11 +820,12 @@ def write(out: Path, shown, drawn, captions):
         return save_animation([sheet([frame], captions) for frame in frames], out)
     if out.suffix:
         new = drawn if len(drawn[0]) > 1 else [[row[0] for row in drawn]]
-        return sheet([shown, *new], captions).save(out)
+        return write_whole(out, encode_image(sheet([shown, *new], captions), out))
     out.mkdir()
     for row in (shown, *drawn):
         for picture, caption in row:
-            to_image(picture).save(out / f"{caption.split('  ')[0].replace(', +', ' frame ').replace(' ', '-')}.png")
+            file = out / f"{caption.split('  ')[0].replace(', +', ' frame ').replace(' ', '-')}.png"
+            write_whole(file, encode_image(to_image(picture), file))
 
 
 def write_grid(out: Path, rows, size):
@@ -832,25 +835,19 @@ def write_grid(out: Path, rows, size):
         return image.resize((size[0] * len(rows[0]), size[1] * len(rows))) if size else image
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{os.getpid()}.partial{out.suffix}")
-    try:
-        with naming(out):
-            if out.suffix in ANIMATIONS:
-                save_animation([grid([column]) for column in zip(*rows)], partial)
-            else:
-                grid(rows).save(partial)
-            os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+    if out.suffix in ANIMATIONS:
+        save_animation([grid([column]) for column in zip(*rows)], out)
+    else:
+        write_whole(out, encode_image(grid(rows), out))
 
 
 def save_animation(images: list[Image.Image], out: Path, rate: int = 5):
     if out.suffix == ".gif":
-        images[0].save(out, save_all=True, append_images=images[1:], duration=1000 // rate, loop=0)
-        return
+        frames = {"save_all": True, "append_images": images[1:], "duration": 1000 // rate, "loop": 0}
+        return write_whole(out, encode_image(images[0], out, **frames))
     import av
 
-    with open(out, "wb") as file, av.open(file, "w", format="mp4") as container:
+    with av.open(content := io.BytesIO(), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=rate)
         stream.width, stream.height = (side + side % 2 for side in images[0].size)  # the usual 4:2:0 halves both
         stream.pix_fmt = "yuv420p"
@@ -859,6 +856,7 @@ def save_animation(images: list[Image.Image], out: Path, rate: int = 5):
             canvas.paste(image)
             container.mux(stream.encode(av.VideoFrame.from_image(canvas)))
         container.mux(stream.encode())
+    write_whole(out, content.getbuffer())
 
 
 def to_image(pixels_HWC) -> Image.Image:

@@ -63,6 +63,7 @@ import numpy as np
 import tyro
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from PIL import Image, ImageDraw, ImageFont
+from scipy.spatial import cKDTree
 from tqdm import tqdm
 
 import vqgan
@@ -127,7 +128,7 @@ class Source:
     """Seconds without a sign of life from the workers after which they are stopped; raise it for clips that take longer."""
     check_contents: bool = False
     """A run that goes on encodes anew what was changed since: compare the contents of the files, instead of their sizes
-    and times."""
+    and times. To be given from the first call on."""
 
     def __post_init__(self):
         if self.out.exists():
@@ -1696,7 +1697,7 @@ class Show:
     data: Path
     """Dataset folder, or a .jsonl of the tokenizer's codes."""
     out: Path = Path("sentences.png")
-    """Picture to write."""
+    """Picture to write; one that is there is replaced."""
     tokenizer: Path = vqgan.MINI
     """The tokenizer that made the dataset."""
     count: int = 8
@@ -1741,7 +1742,7 @@ def show(config: Show):
             row_HWC = np.concatenate(list(padded), axis=1)
             sheet.append(np.pad(row_HWC, ((0, 0), (0, width - row_HWC.shape[1]), (0, 0)), constant_values=255))
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(sheet)).save(config.out)
+    write_whole(config.out, encode_image(Image.fromarray(np.concatenate(sheet)), config.out))
     print(f"wrote {config.out}: " + ", ".join(shards.kinds[kinds_N[i]] for i in chosen))
 
 
@@ -1829,7 +1830,7 @@ def export_jsonl(config: ExportJsonl):
         raise UserError(f"--out {config.out} exists; choose another file or delete it")
     shards, partial = Shards(config.data), Path(f"{config.out}.partial")
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "w") as file:
+    with naming(config.out), open(partial, "w") as file:
         for i in tqdm(range(len(shards)), unit="sentence", dynamic_ncols=True):
             file.write(strict_json({"tokens": base64.b64encode(shards[i][1].astype("<i4").tobytes()).decode()}) + "\n")
     partial.rename(config.out)
@@ -1911,12 +1912,15 @@ def read_colours(path, size: int | None) -> np.ndarray:
 def draw_palette(colours: int, seed: int) -> np.ndarray:
     """uint8 [K, 3]: black, then each time the one of 64 random colours that is farthest from all before it, so that
     integers can be read back from colours that a model or a codec has changed a little."""
-    rng, palette_K3 = np.random.default_rng((seed, colours)), np.zeros((colours, 3), np.uint8)
+    rng, palette_K3 = np.random.default_rng((seed, colours)), np.zeros((colours, 3), np.int64)
     for k in range(1, colours):
+        if k % 256 == 1:  # the tree holds all but the last few colours: 65,536 of them take a minute
+            tree, first = cKDTree(palette_K3[:k]), k
         tried_N3 = rng.integers(0, 256, (64, 3))
-        distance_N = np.square(tried_N3[:, None] - palette_K3[None, :k].astype(int)).sum(-1).min(1)
-        palette_K3[k] = tried_N3[distance_N.argmax()]
-    return palette_K3
+        distance_N = np.rint(np.square(tree.query(tried_N3)[0]))
+        last_N = np.square(tried_N3[:, None] - palette_K3[first:k]).sum(-1).min(1, initial=3 * 256**2)
+        palette_K3[k] = tried_N3[np.minimum(distance_N, last_N).argmax()]
+    return palette_K3.astype(np.uint8)
 
 
 def read_palette(path: Path) -> np.ndarray:
@@ -1987,6 +1991,9 @@ class Demo:
 def demo(config: Demo):
     world = World(config.split)
     if config.pictures:
+        file = config.out if config.out.suffix == ".npy" else Path(f"{config.out}.npy")
+        if file.exists():
+            raise UserError(f"--out {file} exists; choose another one or delete it")
         size, rng = vqgan.PRESETS["mini"].resolution, np.random.default_rng((config.seed, zlib.crc32(b"pictures")))
         array = np.empty((config.pictures, size, size, 3), np.uint8)
         for i in tqdm(range(0, config.pictures, 4), unit="picture", unit_scale=4):  # four of each sentence
@@ -1994,7 +2001,6 @@ def demo(config: Demo):
             array[i:i + 4] = (pixels[rng.permutation(16)[:len(array[i:i + 4])]] * 255 + 0.5).astype(np.uint8)
         config.out.parent.mkdir(parents=True, exist_ok=True)
         np.save(content := io.BytesIO(), array)
-        file = config.out if config.out.suffix == ".npy" else Path(f"{config.out}.npy")
         write_whole(file, content.getbuffer())
         print(f"wrote {config.pictures} pictures to {file}")
         return

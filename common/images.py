@@ -692,9 +692,11 @@ def frame_image(frame: av.VideoFrame) -> Image.Image:
 
 
 def encode_image(image, path, **options) -> bytes:
-    """A PIL image in the format that the suffix of `path` names, to be written whole. Raises UserError for an unknown suffix."""
-    if (suffix := Path(path).suffix.lower()) not in Image.registered_extensions():
-        raise UserError(f"{path}: no picture has the suffix {suffix!r}; take .png")
+    """A PIL image in the format that the suffix of `path` names, to be written whole.
+
+    Raises UserError for a suffix of no format that is also read."""
+    if (suffix := Path(path).suffix.lower()) not in SUFFIXES:
+        raise UserError(f"{path}: no picture that is written has the suffix {suffix!r}; take .png")
     content = io.BytesIO()
     image.save(content, Image.registered_extensions()[suffix], **options)
     return content.getvalue()

@@ -806,8 +806,9 @@ class Record:
         head, *lines = content.splitlines(keepends=True) or [b""]
         if head and head != self.head.encode():
             if not replaced:
-                before, now = parse_json(head, f"{file} line 1").get("settings"), json.loads(self.head)
-                before, now = before if isinstance(before, dict) else {}, now["settings"]
+                before = parse_json(head, f"{file} line 1").get("settings")
+                now = json.loads(self.head)["settings"]
+                before = before if isinstance(before, dict) else {}
                 differ = [k for k in before | now if before.get(k) != now.get(k)]
                 changed = [f"{k}: {str(before.get(k))[:60]} -> {str(now.get(k))[:60]}" for k in differ]
                 raise UserError(

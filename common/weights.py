@@ -297,8 +297,8 @@ def parse_json(text, source, kind=dict):
     """JSON text (str or UTF-8 bytes) -> a value of type `kind`.
 
     Raises UserError, naming `source`, for what is no JSON, is of more than MOST_JSON bytes or nested too deep,
-    holds NaN, infinity or half of a surrogate pair (but for those that stand for bytes in names of files that
-    are no text, as `os.fsdecode` has them), or is no `kind`."""
+    holds NaN, infinity or half of a surrogate pair (but for those that stand for the bytes of a file name
+    that is no text), or is no `kind`."""
     if len(text) > MOST_JSON:
         raise UserError(
             f"{source}: {len(text):,} bytes of JSON are more than the {MOST_JSON:,} that are read"

@@ -583,6 +583,9 @@ def test_plots_show_what_was_measured(tmp_path):
     assert "mean 25; band: its 95% interval (20 - 30)" in ax.get_title() and {
         text.get_text() for text in ax.texts
     } == {"a.png", "b.png"}
+    values = {"a": 2.0, "b": None, "c": np.inf}  # what has no value, or an infinite one, is no dot
+    (ax,) = evaluate.draw_ranks(tmp_path / "a.png", values, "title", "x", log=True).axes
+    assert [list(line.get_ydata()) for line in ax.lines] == [[2.0]]
 
     points = [{"x": k, "mean": 1 - k / 10, "low": 0.8 - k / 10, "high": None if k else 1.1} for k in range(3)]
     figure = evaluate.draw_panels(

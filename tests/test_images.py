@@ -538,3 +538,14 @@ def test_a_cut_clip_is_measured_and_what_cannot_be_decoded_is_named_by_evaluate(
     whole.write_bytes(whole.read_bytes().replace(b"avc1", b"zzzz"))
     frames, _, reason = evaluate.draw_clip(config, whole)
     assert frames is None and "whole.mp4" in reason and "codec" in reason
+
+
+def test_pictures_are_written_in_formats_that_are_read_and_no_others(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3), np.uint8)
+    for suffix in images.SUFFIXES - {".heic", ".heif"}:
+        path = tmp_path / f"a{suffix}"
+        path.write_bytes(images.encode_image(Image.fromarray(pixels), path))
+        assert images.read_image(path, 4).shape == (4, 4, 3)
+    for name in ("a.psd", "a.mp4", "a.pdf", "a"):  # Pillow knows the first two suffixes and writes neither
+        with pytest.raises(UserError, match=f"{name}: no picture"):
+            images.encode_image(Image.fromarray(pixels), name)

@@ -166,6 +166,14 @@ BOMBS = [b"[" * 100_000, b'{"a":' * 100_000, b"[" * 100_000 + b"]" * 100_000, b'
          b"\x00" * 100]  # fmt: skip
 
 
+def test_names_of_bytes_that_are_no_text_come_back_from_json_and_other_halves_of_pairs_do_not():
+    note = {"path": os.fsdecode(b"bad-\xe9.png")}
+    assert weights.parse_json(weights.strict_json(note), "notes") == note
+    for text in ('{"a": "\\ud800"}', '{"a": "\\udc00"}', '{"a": "\\udd00"}'):
+        with pytest.raises(UserError, match="notes: no readable JSON"):
+            weights.parse_json(text, "notes")
+
+
 def bytes_or_json(content: bytes):
     """Damaged bytes, the same JSON with other values, any JSON, or a bomb."""
     return damaged(content) | changed(json.loads(content)) | JSON | st.sampled_from(BOMBS)

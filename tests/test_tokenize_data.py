@@ -667,6 +667,22 @@ def test_labels_survive_the_way_through_colours_and_back(tmp_path):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "back" / f"{name}.png")), wanted)
 
 
+def test_a_palette_takes_the_farthest_of_64_random_colours_each_time():
+    rng, found = np.random.default_rng((7, 300)), [np.zeros(3, int)]
+    for _ in range(299):
+        tried = rng.integers(0, 256, (64, 3))
+        nearest = [min(int(((colour - other) ** 2).sum()) for other in found) for colour in tried]
+        found.append(tried[int(np.argmax(nearest))])
+    np.testing.assert_array_equal(tokenize_data.draw_palette(300, 7), found)
+
+
+def test_demo_pictures_do_not_replace_a_file_that_is_named_without_its_suffix(tmp_path):
+    (tmp_path / "mine.npy").write_bytes(b"mine")
+    with pytest.raises(UserError, match="mine.npy exists"):
+        tokenize_data.demo(tokenize_data.Demo(out=tmp_path / "mine", pictures=1))
+    assert (tmp_path / "mine.npy").read_bytes() == b"mine"
+
+
 def test_a_label_without_a_colour_is_refused(tmp_path):
     (tmp_path / "in").mkdir()
     Image.fromarray(np.full((4, 4), 300, np.uint16)).save(tmp_path / "in" / "a.png")
@@ -773,7 +789,7 @@ def test_a_folder_of_the_user_is_never_cleared(tmp_path, tokenizer):
     for name in ("d.partial", "d.codes"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine.txt").write_text("mine")
-        with pytest.raises((ValueError, FileExistsError), match="in the way"):
+        with pytest.raises(UserError, match="in the way"):
             run(tokenize_data.Colorize(inputs=folder, out=tmp_path / "d", tokenizer=tokenizer, shots=2))
         assert (tmp_path / name / "mine.txt").exists()
         shutil.rmtree(tmp_path / name)
