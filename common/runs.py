@@ -57,7 +57,7 @@ def run_command(command, *arguments, leave=sys.exit):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names can hold bytes that are no text
-    message, status = None, 0
+    message, status, before = None, 0, len(UNFINISHED)
     try:
         command(*arguments)
     except UserError as error:
@@ -77,7 +77,7 @@ def run_command(command, *arguments, leave=sys.exit):
     if message is not None:
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    if UNFINISHED:  # an orderly exit would wait for them
+    if len(UNFINISHED) > before:  # an orderly exit would wait for them
         if not status and jax.distributed.is_initialized():  # others end together with us
             with contextlib.suppress(Exception):
                 jax.distributed.shutdown()
