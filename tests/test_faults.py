@@ -1679,7 +1679,7 @@ def test_fault_40_a_tokenizers_weights_and_a_report_are_the_same_in_other_surrou
     for name, how in (("here", {}), ("there", SURROUNDINGS[where])):
         flags = ["--model", uninterrupted[0], "--tokenizer", dataset[1], "--data", dataset[0], "--out", tmp_path / name]
         finish(launch([sys.executable, "evaluate.py", "perplexity", *map(str, flags)], **how))
-        report = json.loads((tmp_path / name / "report.json").read_text())
+        report = json.loads((tmp_path / name / "perplexity.json").read_text())
         measured.append((report["rows"], report["examples"]))
     assert measured[0] == measured[1]
 
