@@ -1117,3 +1117,10 @@ def write_legacy(file, pickled, blobs, itemsize):
     for blob in blobs.values():
         stream.write(struct.pack("<q", len(blob) // itemsize) + blob)
     pathlib.Path(file).write_bytes(stream.getvalue())
+
+
+def test_the_gradient_of_a_bias_in_bfloat16_is_the_float32_sum_over_all_places():
+    conv, cotangent = vqgan.Conv(1, 1, 1, key=jax.random.key(0)), jnp.full((1, 256, 256, 1), 0.01, jnp.bfloat16)
+    product = lambda conv: (conv(jnp.ones((1, 256, 256, 1), jnp.bfloat16)) * cotangent).astype(jnp.float32).sum()
+    right = 256 * 256 * float(cotangent[0, 0, 0, 0])  # 656: 0.01 is rounded to bfloat16
+    np.testing.assert_allclose(jax.jit(jax.grad(product))(conv).bias, right, rtol=1e-3)
