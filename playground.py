@@ -50,7 +50,9 @@ FILES = "/playground-files"  # what answers call the folder of uploads and drawn
 PAGES = re.compile(
     r"/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt|pwa_icon(/\d+)?|(assets|static|svelte)/.*|"
     r"gradio_api/(info|startup-events|app_id|theme\.css|upload|upload_progress|queue/(join|data)|file=.*|"
-    r"cancel|reset))?/?", re.DOTALL)
+    r"cancel|reset))?/?",
+    re.DOTALL,
+)
 CSS = "#prompt .grid-container {grid-template-columns: repeat(8, minmax(0, 1fr)); gap: 4px} #picture {min-height: 320px} #picture img {width: 100%}"
 
 
@@ -67,25 +69,40 @@ def play(config: sample.Config, model, tokenizer):
     codes_NT, nats_NT = np.zeros((N, 0), np.int32), np.zeros((N, 0))
     pixels_NMHWC = np.full((N, M, size, size, 3), 0.9, np.float32)
     for piece in sample.stream_sentences(
-        model, sample.encode_all(tokenizer, [prompt_THWC]), sample.candidate_keys(jax.random.key(config.seed), N), sample.drawing_of(config), frames=M,
-        bos=config.bos, piece=side, jacobi=config.jacobi, cache_dtype=sample.cache_dtype_of(config), most=config.context_frames,
+        model,
+        sample.encode_all(tokenizer, [prompt_THWC]),
+        sample.candidate_keys(jax.random.key(config.seed), N),
+        sample.drawing_of(config),
+        frames=M,
+        bos=config.bos,
+        piece=side,
+        jacobi=config.jacobi,
+        cache_dtype=sample.cache_dtype_of(config),
+        most=config.context_frames,
     ):
-        codes_NT, nats_NT = (np.concatenate([old, new], axis=1) for old, new in zip((codes_NT, nats_NT), piece))
+        codes_NT, nats_NT = (
+            np.concatenate([old, new], axis=1) for old, new in zip((codes_NT, nats_NT), piece)
+        )
         if not np.isfinite(nats_NT).all():
             raise UserError("the model gives NaN; its weights are damaged or overflow in this dtype")
         m = (codes_NT.shape[1] - 1) // S
-        here_NS = codes_NT[:, m * S:]
+        here_NS = codes_NT[:, m * S :]
         rows = here_NS.shape[1] * size // S
-        pixels_NHWC = vqgan.decode(tokenizer, np.pad(here_NS, ((0, 0), (0, S - here_NS.shape[1])), mode="edge"))
+        pixels_NHWC = vqgan.decode(
+            tokenizer, np.pad(here_NS, ((0, 0), (0, S - here_NS.shape[1])), mode="edge")
+        )
         pixels_NMHWC[:, m, :rows] = pixels_NHWC[:, :rows]
-        nats_NM = np.stack([nats_NT[:, i:i + S].mean(1) for i in range(0, nats_NT.shape[1], S)], axis=1)
+        nats_NM = np.stack([nats_NT[:, i : i + S].mean(1) for i in range(0, nats_NT.shape[1], S)], axis=1)
         nats_NM = np.pad(nats_NM, ((0, 0), (0, M - nats_NM.shape[1])))
         order = np.argsort(-nats_NT.mean(1)).tolist()
         last = codes_NT.shape[1] == M * S
         mine = order[:1] if config.best and last else range(N)
         new = sample.captioned(sample.Answer(list(mine), pixels_NMHWC[list(mine)], nats_NM[list(mine)]))
         new = new if M > 1 else [[row[0] for row in new]]
-        likelihoods = "\n".join(f"{rank}. candidate {n + 1}: {nats_NT[n].mean():.3f} nats a code" for rank, n in enumerate(order, 1))
+        likelihoods = "\n".join(
+            f"{rank}. candidate {n + 1}: {nats_NT[n].mean():.3f} nats a code"
+            for rank, n in enumerate(order, 1)
+        )
         yield sample.sheet([shown, *new], config.captions), likelihoods
 
 
@@ -112,8 +129,16 @@ def save_replay(config: sample.Config, size: int, path: Path) -> str:
         for name, pixels_HWC in zip(names, read_pictures(pictures, size, config.fit)):
             with archive.open(name, "w") as file:
                 sample.to_image(pixels_HWC).save(file, format="PNG")
-        again = dataclasses.replace(config, prompt=(sample.PROMPT,), prompts=Path("prompts.jsonl"), out=Path("answers"), serve=False, stride=1,
-                                    port=sample.Config.port, kind="analogy" if sample.is_analogy(config, pictures) else "sequence")
+        again = dataclasses.replace(
+            config,
+            prompt=(sample.PROMPT,),
+            prompts=Path("prompts.jsonl"),
+            out=Path("answers"),
+            serve=False,
+            stride=1,
+            port=sample.Config.port,
+            kind="analogy" if sample.is_analogy(config, pictures) else "sequence",
+        )
         archive.writestr("prompts.jsonl", strict_json({"input": names, "output": "answer.png"}) + "\n")
         archive.writestr("command.txt", command_line(again) + "\n")
     return command_line(again)
@@ -124,8 +149,10 @@ def serve(config: sample.Config):
 
     Ends the process, at Ctrl-C or SIGTERM with status 0."""
     # A request can name files of gradio's working and temporary directories, so both are this one.
-    with (tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
-          temporary_files_in(scratch := os.path.realpath(scratch))):
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
+        temporary_files_in(scratch := os.path.realpath(scratch)),
+    ):
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": scratch}
         try:
             import fastapi
@@ -144,8 +171,10 @@ def serve(config: sample.Config):
         config = dataclasses.replace(config, model=model_path)  # a later run does not change the replay
         tokenizer, _, model = sample.open_all(config, lambda size: None)
         config = dataclasses.replace(
-            config, model=shown_path(config.model),
-            tokenizer=config.tokenizer and Path(shown_path(config.tokenizer)))
+            config,
+            model=shown_path(config.model),
+            tokenizer=config.tokenizer and Path(shown_path(config.tokenizer)),
+        )
         # Named fonts would be fetched.
         theme = gradio.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])
         with contextlib.chdir(scratch):
@@ -154,15 +183,32 @@ def serve(config: sample.Config):
             page.queue(max_size=16, default_concurrency_limit=1, api_open=False)
             outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
             app = gradio.mount_gradio_app(
-                outer, page, "/", server_name="127.0.0.1", server_port=config.port, theme=theme, css=CSS,
-                show_error=False, max_file_size=MOST_UPLOAD, footer_links=[], ssr_mode=False)
+                outer,
+                page,
+                "/",
+                server_name="127.0.0.1",
+                server_port=config.port,
+                theme=theme,
+                css=CSS,
+                show_error=False,
+                max_file_size=MOST_UPLOAD,
+                footer_links=[],
+                ssr_mode=False,
+            )
             # Without, gradio lets a request name any file at all: it skips that check in mounted pages.
             page.has_launched = True
             files.keep_present()
             print(f"playground http://127.0.0.1:{config.port}   (Ctrl-C ends it)", flush=True)
-            server = uvicorn.Server(uvicorn.Config(
-                Guard(app, config.port, files), http=impatient_protocol(), ws="none", log_level="warning",
-                limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=1))
+            server = uvicorn.Server(
+                uvicorn.Config(
+                    Guard(app, config.port, files),
+                    http=impatient_protocol(),
+                    ws="none",
+                    log_level="warning",
+                    limit_concurrency=MOST_CONNECTIONS,
+                    timeout_graceful_shutdown=1,
+                )
+            )
             thread, status = threading.Thread(target=server.run, args=([listener],), daemon=True), 1
             thread.start()
             try:
@@ -200,49 +246,91 @@ def build_page(config: sample.Config, model, tokenizer, files: "Scratch"):
     """The page, a gradio.Blocks. Downloads are written to the folder of `files`, the last 64 of them."""
     import gradio as gr
 
-    bundled = {folder.name: [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))] for folder in sorted(sample.BOOK.iterdir()) if folder.is_dir()}
+    bundled = {
+        folder.name: [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
+        for folder in sorted(sample.BOOK.iterdir())
+        if folder.is_dir()
+    }
     first = sample.PROMPT.name if sample.PROMPT.name in bundled else next(iter(bundled))
     drawn = itertools.count()
     with gr.Blocks(title="LVM playground", analytics_enabled=False, fill_width=True) as page:
-        gr.Markdown(f"# LVM playground\nShow pairs of picture and answer, then a query, and the model draws its answer; or show frames, and it goes on. "
-                    f"`{Path(config.model).name}`, {lvm.parameter_count(model.config):,} parameters.")
+        gr.Markdown(
+            f"# LVM playground\nShow pairs of picture and answer, then a query, and the model draws its answer; or show frames, and it goes on. "
+            f"`{Path(config.model).name}`, {lvm.parameter_count(model.config):,} parameters."
+        )
         with gr.Row():
             with gr.Column(scale=4):
                 choice = gr.Dropdown(list(bundled), value=first, label="A bundled prompt")
                 gr.Markdown("or your own: clear this and drop pictures on it, in reading order")
-                prompt = gr.Gallery(bundled[first], show_label=False, type="filepath", file_types=["image"], interactive=True, columns=8, height=230,
-                                    object_fit="contain", format="png", buttons=[], elem_id="prompt")
+                prompt = gr.Gallery(
+                    bundled[first],
+                    show_label=False,
+                    type="filepath",
+                    file_types=["image"],
+                    interactive=True,
+                    columns=8,
+                    height=230,
+                    object_fit="contain",
+                    format="png",
+                    buttons=[],
+                    elem_id="prompt",
+                )
                 with gr.Row():
-                    controls = {"candidates": gr.Slider(1, 8, config.candidates, step=1, label="Candidates"),
-                                "frames": gr.Slider(1, 8, config.frames, step=1, label="New pictures of each")}
+                    controls = {
+                        "candidates": gr.Slider(1, 8, config.candidates, step=1, label="Candidates"),
+                        "frames": gr.Slider(1, 8, config.frames, step=1, label="New pictures of each"),
+                    }
                 with gr.Row():
-                    controls["temperature"] = gr.Slider(0, 2, config.temperature, step=0.05, label="Temperature")
-                    controls["seed"] = gr.Number(config.seed, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
+                    controls["temperature"] = gr.Slider(
+                        0, 2, config.temperature, step=0.05, label="Temperature"
+                    )
+                    controls["seed"] = gr.Number(
+                        config.seed, label="Seed", precision=0, minimum=0, maximum=2**31 - 1
+                    )
                 with gr.Accordion("More", open=False):
                     with gr.Row():
                         controls["top_p"] = gr.Slider(0.05, 1, config.top_p, step=0.05, label="Top-p")
-                        controls["top_k"] = gr.Slider(0, model.config.codes, config.top_k, step=1, label="Top-k (0: all)")
+                        controls["top_k"] = gr.Slider(
+                            0, model.config.codes, config.top_k, step=1, label="Top-k (0: all)"
+                        )
                     with gr.Row():
                         controls["min_p"] = gr.Slider(0, 1, config.min_p, step=0.01, label="Min-p")
-                        controls["guidance"] = gr.Slider(0, 8, config.guidance, step=0.25, label="Guidance by the examples (1: none)")
+                        controls["guidance"] = gr.Slider(
+                            0, 8, config.guidance, step=0.25, label="Guidance by the examples (1: none)"
+                        )
                     with gr.Row():
-                        controls["jacobi"] = gr.Slider(0, 32, config.jacobi, step=1, label="Draft this many codes (Jacobi)")
-                        controls["kind"] = gr.Dropdown(["auto", "analogy", "sequence"], value=config.kind, label="Kind")
+                        controls["jacobi"] = gr.Slider(
+                            0, 32, config.jacobi, step=1, label="Draft this many codes (Jacobi)"
+                        )
+                        controls["kind"] = gr.Dropdown(
+                            ["auto", "analogy", "sequence"], value=config.kind, label="Kind"
+                        )
                     with gr.Row():
-                        controls["fit"] = gr.Dropdown(["stretch", "crop"], value=config.fit, label="Other than square pictures")
+                        controls["fit"] = gr.Dropdown(
+                            ["stretch", "crop"], value=config.fit, label="Other than square pictures"
+                        )
                         controls["best"] = gr.Checkbox(config.best, label="Keep the likeliest only")
                 with gr.Row():
                     start = gr.Button("Draw", variant="primary", elem_id="draw")
                     another = gr.Button("Another seed")
             with gr.Column(scale=5):
                 gr.Markdown("The prompt, then the candidates, each with the mean log-likelihood of its codes")
-                picture = gr.Image(show_label=False, format="png", interactive=False, buttons=["fullscreen"], elem_id="picture", min_width=400)
+                picture = gr.Image(
+                    show_label=False,
+                    format="png",
+                    interactive=False,
+                    buttons=["fullscreen"],
+                    elem_id="picture",
+                    min_width=400,
+                )
                 with gr.Row():
                     ranking = gr.Textbox(label="Mean log-likelihood, likeliest first", lines=4, scale=2)
                     with gr.Column(scale=1):
                         png = gr.DownloadButton("Picture (PNG)", interactive=False)
                         replay = gr.DownloadButton("Replay (JSONL, command)", interactive=False)
-                command = gr.Textbox(label="The command in the replay", lines=2, buttons=["copy"], elem_id="command")
+                command = gr.Textbox(
+                    label="The command in the replay", lines=2, buttons=["copy"], elem_id="command"
+                )
 
         def draw(pictures, *values):
             try:
@@ -250,17 +338,32 @@ def build_page(config: sample.Config, model, tokenizer, files: "Scratch"):
                     raise UserError("the prompt is empty: drop pictures, or pick a bundled prompt")
                 kinds = [type(getattr(sample.Config(), name)) for name in controls]
                 changes = {name: kind(value) for name, kind, value in zip(controls, kinds, values)}
-                if not (1 <= changes["candidates"] <= 8 and 1 <= changes["frames"] <= 8 and 0 <= changes["jacobi"] <= 32):
+                if not (
+                    1 <= changes["candidates"] <= 8
+                    and 1 <= changes["frames"] <= 8
+                    and 0 <= changes["jacobi"] <= 32
+                ):
                     raise UserError("at most 8 candidates of 8 new pictures, and a draft of 32 codes")
                 prompt = make_smaller([Path(file) for file, _ in pictures])
                 mine = dataclasses.replace(config, prompt=prompt, **changes)
                 for image, likelihoods in play(mine, model, tokenizer):
                     files.sweep()
-                    yield image, likelihoods, gr.DownloadButton(interactive=False), gr.DownloadButton(interactive=False), ""
+                    yield (
+                        image,
+                        likelihoods,
+                        gr.DownloadButton(interactive=False),
+                        gr.DownloadButton(interactive=False),
+                        "",
+                    )
                 place = files.folder / str(next(drawn) % 64)
                 image.save(f"{place}.png")
                 again = save_replay(mine, tokenizer.config.resolution, Path(f"{place}.zip"))
-                yield image, likelihoods, *(gr.DownloadButton(value=f"{place}{end}", interactive=True) for end in (".png", ".zip")), again
+                yield (
+                    image,
+                    likelihoods,
+                    *(gr.DownloadButton(value=f"{place}{end}", interactive=True) for end in (".png", ".zip")),
+                    again,
+                )
             except (ValueError, TypeError) as error:  # of a file it says the name, not where the file lies
                 said = re.sub(rf"{re.escape(str(files.folder))}\S*/", "", str(error))
                 raise gr.Error(said, print_exception=False) from None
@@ -271,8 +374,9 @@ def build_page(config: sample.Config, model, tokenizer, files: "Scratch"):
         choice.input(lambda name: bundled[name], choice, prompt, queue=False)
         outputs = [picture, ranking, png, replay, command]
         start.click(draw, [prompt, *controls.values()], outputs, concurrency_id="device", concurrency_limit=1)
-        another.click(lambda seed: (int(seed or 0) + 1) % 2**31, controls["seed"], controls["seed"], queue=False).then(
-            draw, [prompt, *controls.values()], outputs, concurrency_id="device", concurrency_limit=1)
+        another.click(
+            lambda seed: (int(seed or 0) + 1) % 2**31, controls["seed"], controls["seed"], queue=False
+        ).then(draw, [prompt, *controls.values()], outputs, concurrency_id="device", concurrency_limit=1)
     return page
 
 
@@ -412,10 +516,16 @@ class Guard:
                 if upload:
                     await asyncio.to_thread(self.files.sweep, 2 * self.files.coming)  # gradio copies them
                     receive = in_time(receive)
-                kept = [(name, self.shown_to_real(value)) for name, value in scope["headers"]
-                        if name != b"accept-encoding"]  # in compressed answers no path could be hidden
-                scope = scope | {"headers": kept, "path": self.shown_to_real(scope["path"].encode()).decode(),
-                                 "raw_path": self.shown_to_real(scope.get("raw_path", b""))}
+                kept = [
+                    (name, self.shown_to_real(value))
+                    for name, value in scope["headers"]
+                    if name != b"accept-encoding"
+                ]  # in compressed answers no path could be hidden
+                scope = scope | {
+                    "headers": kept,
+                    "path": self.shown_to_real(scope["path"].encode()).decode(),
+                    "raw_path": self.shown_to_real(scope.get("raw_path", b"")),
+                }
                 await self.app(scope, receive, self.hiding(send))
         except TimeoutError:
             pass  # uvicorn closes what has no whole answer
@@ -467,8 +577,10 @@ class Guard:
                     return
                 body = self.real_to_shown(b"".join(parts))
                 length = str(len(body)).encode()  # none in an answer to HEAD
-                headers = [(name, length if name == b"content-length" and body else value)
-                           for name, value in held["headers"]]
+                headers = [
+                    (name, length if name == b"content-length" and body else value)
+                    for name, value in held["headers"]
+                ]
                 await send(held | {"headers": headers})
                 held, message = None, {"type": "http.response.body", "body": body}
             elif stream:

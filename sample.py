@@ -160,10 +160,14 @@ def sample(config: Config):
     if config.prompt_book:
         return answer_book(config, out)
     pictures = list_prompt(config.prompt, config.stride)
-    tokenizer, [prompt_THWC], model = open_all(config, lambda size: [read_pictures(pictures, size, config.fit)])
+    tokenizer, [prompt_THWC], model = open_all(
+        config, lambda size: [read_pictures(pictures, size, config.fit)]
+    )
     analogy, kept = fit_context(config, model, tokenizer, pictures)
-    print(f"prompt     {', '.join(map(str, config.prompt))}: {len(pictures)} pictures, {'an analogy' if analogy else 'a sequence'}"
-          + (f"; the last {kept} fit the context" if kept < len(pictures) else ""))
+    print(
+        f"prompt     {', '.join(map(str, config.prompt))}: {len(pictures)} pictures, {'an analogy' if analogy else 'a sequence'}"
+        + (f"; the last {kept} fit the context" if kept < len(pictures) else "")
+    )
     prompt_THWC = prompt_THWC[-kept:]
     [answer] = draw_answers(config, model, tokenizer, [prompt_THWC])
     for n, nats_M in zip(answer.number_N, answer.nats_NM):
@@ -178,11 +182,16 @@ def answer_file(config: Config, out: Path):
     A call that was stopped goes on: batches whose answers are all there, and whose inputs, settings and model are the same,
     are kept."""
     prompts = read_prompts(config, out)
-    tokenizer, inputs, model = open_all(config, lambda size: [open_prompt(prompt, size, config.fit) for prompt in prompts])
+    tokenizer, inputs, model = open_all(
+        config, lambda size: [open_prompt(prompt, size, config.fit) for prompt in prompts]
+    )
     size = tokenizer.config.resolution
     groups = [range(i, min(i + config.batch, len(prompts))) for i in range(0, len(prompts), config.batch)]
     record = Record(inside(out, RECORD), settings_of(config, model, tokenizer))
-    known, finished = {line["output"]: line for line in record.lines if isinstance(line.get("output"), str)}, []
+    known, finished = (
+        {line["output"]: line for line in record.lines if isinstance(line.get("output"), str)},
+        [],
+    )
     record.write(record.lines)
     for group in groups:
         # The rounding of batched products alone joins an answer to those beside it, yet it may decide a close draw.
@@ -207,7 +216,9 @@ def answer_file(config: Config, out: Path):
             shown = prompt_THWC if config.include_input else ()
             file = inside(out, prompt.output)
             write_grid(file, [[*shown, *pixels_MHWC] for pixels_MHWC in answer.pixels_NMHWC], prompt.size)
-            lines.append({"output": prompt.output, "inputs": digest, "sha256": file_digest(file), "answer": line})
+            lines.append(
+                {"output": prompt.output, "inputs": digest, "sha256": file_digest(file), "answer": line}
+            )
         record.append(lines)
         finished += lines
         print(f"{group.stop} of {len(prompts)} prompts answered in {out}")
@@ -245,9 +256,14 @@ def file_digest(path) -> str | None:
 def settings_of(config: Config, model, tokenizer) -> dict:
     """All that decides what is drawn after a prompt."""
     free = {"prompt", "prompts", "prompt_book", "serve", "port", "model", "tokenizer", "out", "captions"}
-    return {"weights": weights_digest(model), "tokenizer": weights_digest(tokenizer), "code": code_digest(),
-            "jax": jax.__version__, "device": jax.devices()[0].device_kind,
-            **{name: value for name, value in dataclasses.asdict(config).items() if name not in free}}
+    return {
+        "weights": weights_digest(model),
+        "tokenizer": weights_digest(tokenizer),
+        "code": code_digest(),
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        **{name: value for name, value in dataclasses.asdict(config).items() if name not in free},
+    }
 
 
 def weights_digest(model) -> str:
@@ -260,13 +276,20 @@ def answer_book(config: Config, out: Path):
     """`--prompt-book`: a row a prompt, its last two pairs, its query, the candidates."""
     folders = sorted(path for path in BOOK.iterdir() if path.is_dir())
     pictures = [list_prompt([folder]) for folder in folders]
-    tokenizer, prompts, model = open_all(config, lambda size: [read_pictures(prompt, size, config.fit) for prompt in pictures])
-    prompts = [prompt_THWC[-fit_context(config, model, tokenizer, prompt)[1]:] for prompt, prompt_THWC in zip(pictures, prompts)]
+    tokenizer, prompts, model = open_all(
+        config, lambda size: [read_pictures(prompt, size, config.fit) for prompt in pictures]
+    )
+    prompts = [
+        prompt_THWC[-fit_context(config, model, tokenizer, prompt)[1] :]
+        for prompt, prompt_THWC in zip(pictures, prompts)
+    ]
     rows = []
     for folder, prompt_THWC, answer in zip(folders, prompts, draw_answers(config, model, tokenizer, prompts)):
-        shown = zip(prompt_THWC[-5:], [folder.name, "", "", "", "query"][-len(prompt_THWC):])
+        shown = zip(prompt_THWC[-5:], [folder.name, "", "", "", "query"][-len(prompt_THWC) :])
         rows += [[*shown, *(row[0] for row in captioned(answer))]]
-        print(f"{folder.name:13} mean log-likelihoods {' '.join(f'{nats:.2f}' for nats in answer.nats_NM.mean(1))}")
+        print(
+            f"{folder.name:13} mean log-likelihoods {' '.join(f'{nats:.2f}' for nats in answer.nats_NM.mean(1))}"
+        )
     write_whole(out, encode_image(sheet(rows, config.captions, columns=max(map(len, rows))), out))
     print(f"wrote      {out}")
 
@@ -278,10 +301,14 @@ def open_all(config: Config, read):
     pictures = read(tokenizer.config.resolution)
     model = open_model(model_path, tokenizer, tokenizer_path, config.dtype, config.weights, config.tensor)
     # The decoder compiles while the others do.
-    codes_BS = np.zeros((count_candidates(config) * config.frames, tokenizer.config.codes_per_image), np.int32)
+    codes_BS = np.zeros(
+        (count_candidates(config) * config.frames, tokenizer.config.codes_per_image), np.int32
+    )
     threading.Thread(target=vqgan.decode, args=(tokenizer, codes_BS)).start()
     print(f"model      {model_path}: {lvm.parameter_count(model.config):,} parameters")
-    print(f"tokenizer  {tokenizer_path}: {tokenizer.config.num_embeddings} codes, {tokenizer.config.codes_per_image} a picture")
+    print(
+        f"tokenizer  {tokenizer_path}: {tokenizer.config.num_embeddings} codes, {tokenizer.config.codes_per_image} a picture"
+    )
     return tokenizer, pictures, model
 
 
@@ -297,8 +324,19 @@ def draw_answers(config: Config, model, tokenizer, prompts) -> list[Answer]:
     """P prompts of pictures -> an Answer each. All prompts draw by the same keys, so that a prompt's answer does not depend on the others."""
     N, codes = count_candidates(config), encode_all(tokenizer, prompts)
     keys_N = candidate_keys(jax.random.key(config.seed), N)[np.tile(np.arange(N), len(prompts))]
-    pieces = list(stream_sentences(model, codes, keys_N, drawing_of(config), frames=config.frames, bos=config.bos, jacobi=config.jacobi,
-                                   cache_dtype=cache_dtype_of(config), most=config.context_frames))
+    pieces = list(
+        stream_sentences(
+            model,
+            codes,
+            keys_N,
+            drawing_of(config),
+            frames=config.frames,
+            bos=config.bos,
+            jacobi=config.jacobi,
+            cache_dtype=cache_dtype_of(config),
+            most=config.context_frames,
+        )
+    )
     codes_NMS, nats_NM = join_pieces(pieces, config.frames)
     if config.jacobi:
         passes = sum(int(piece.passes_N.sum()) for piece in pieces)
@@ -309,13 +347,28 @@ def draw_answers(config: Config, model, tokenizer, prompts) -> list[Answer]:
         if config.best:
             mine = [max(mine, key=lambda n: nats_NM[n].mean())]
         kept = np.array(mine)
-        answers.append(Answer([n - p * N for n in mine], np.asarray(decode_all(tokenizer, codes_NMS[kept])), nats_NM[kept]))
+        answers.append(
+            Answer(
+                [n - p * N for n in mine], np.asarray(decode_all(tokenizer, codes_NMS[kept])), nats_NM[kept]
+            )
+        )
     return answers
 
 
 def generate(
-    model: lvm.LVM, tokenizer: vqgan.VQGAN, prompt_THWC: Float[Array | np.ndarray, "T H W C"], *, frames: int = 1, candidates: int = 1,
-    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, guidance: float = 1.0, key: jax.Array, bos: bool = True,
+    model: lvm.LVM,
+    tokenizer: vqgan.VQGAN,
+    prompt_THWC: Float[Array | np.ndarray, "T H W C"],
+    *,
+    frames: int = 1,
+    candidates: int = 1,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    guidance: float = 1.0,
+    key: jax.Array,
+    bos: bool = True,
     jacobi: int = 0,
 ) -> Float[Array, "N M H W C"]:
     """Pictures in [0, 1] -> the `frames` pictures after them, `candidates` times, in [0, 1].
@@ -334,13 +387,25 @@ def generate(
         jacobi=jacobi,
     )  # checks them
     if tokenizer.config.num_embeddings != model.config.codes:
-        raise UserError(f"the tokenizer has {tokenizer.config.num_embeddings} codes and the model {model.config.codes}")
+        raise UserError(
+            f"the tokenizer has {tokenizer.config.num_embeddings} codes and the model {model.config.codes}"
+        )
     if not len(prompt_THWC):
         raise UserError("the prompt is empty; pass at least one picture")
     codes_TS = vqgan.encode(tokenizer, prompt_THWC)
     codes_NMS, _ = continue_sentences(
-        model, codes_TS[None], candidate_keys(key, candidates), frames=frames, temperature=temperature, top_k=top_k, top_p=top_p,
-        min_p=min_p, guidance=guidance, bos=bos, jacobi=jacobi)
+        model,
+        codes_TS[None],
+        candidate_keys(key, candidates),
+        frames=frames,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        guidance=guidance,
+        bos=bos,
+        jacobi=jacobi,
+    )
     return decode_all(tokenizer, codes_NMS)
 
 
@@ -366,10 +431,25 @@ class Piece(NamedTuple):
     passes_N: Int[Array, "N"]
 
 
-def continue_sentences(model, prompts, keys_N, *, frames, temperature, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0, bos=True, **how):
+def continue_sentences(
+    model,
+    prompts,
+    keys_N,
+    *,
+    frames,
+    temperature,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    guidance=1.0,
+    bos=True,
+    **how,
+):
     """The codes of `frames` new pictures for each key, int32 [N, M, S], and their mean log-likelihoods, [N, M]; see `stream_sentences`."""
     drawing = Drawing(temperature, top_k, top_p, min_p, guidance)
-    return join_pieces(list(stream_sentences(model, prompts, keys_N, drawing, frames=frames, bos=bos, **how)), frames)
+    return join_pieces(
+        list(stream_sentences(model, prompts, keys_N, drawing, frames=frames, bos=bos, **how)), frames
+    )
 
 
 def join_pieces(pieces: list[Piece], frames: int):
@@ -381,7 +461,9 @@ def join_pieces(pieces: list[Piece], frames: int):
     return codes_NT.reshape(N, frames, -1), nats_NM
 
 
-def stream_sentences(model, prompts, keys_N, drawing, *, frames, bos=True, piece=None, jacobi=0, cache_dtype=None, most=None):
+def stream_sentences(
+    model, prompts, keys_N, drawing, *, frames, bos=True, piece=None, jacobi=0, cache_dtype=None, most=None
+):
     """Yields `frames` new pictures of each of N candidates in Pieces of `piece` codes (None: a picture).
 
     `prompts` are P arrays of codes [T, S], of any lengths; N is a multiple of P, and the first N / P keys draw after the first
@@ -394,8 +476,10 @@ def stream_sentences(model, prompts, keys_N, drawing, *, frames, bos=True, piece
     R = N * len(sentences) // len(prompts)
     for frame in range(frames):
         longest = max(map(len, sentences))
-        if frame == 0 or longest == most:  # a full window slides, and as positions shift with it, it is read anew
-            sentences = [codes_TS[1 - most:] for codes_TS in sentences]
+        if (
+            frame == 0 or longest == most
+        ):  # a full window slides, and as positions shift with it, it is read anew
+            sentences = [codes_TS[1 - most :] for codes_TS in sentences]
             longest = min(longest, most - 1)
             ids = [np.append([model.config.bos] * bos, codes_TS).astype(np.int32) for codes_TS in sentences]
             lengths_P = np.array([len(ids_T) for ids_T in ids])
@@ -413,18 +497,32 @@ def stream_sentences(model, prompts, keys_N, drawing, *, frames, bos=True, piece
         drawn = []
         for first in range(0, S, piece or S):
             count = min(piece or S, S - first)
-            new, cache = draw_codes(drawing_model, last_R, cache, keys_N, frame * S + first, drawing, count=count, jacobi=jacobi, mesh=mesh)
+            new, cache = draw_codes(
+                drawing_model,
+                last_R,
+                cache,
+                keys_N,
+                frame * S + first,
+                drawing,
+                count=count,
+                jacobi=jacobi,
+                mesh=mesh,
+            )
             last_R = jnp.tile(new.codes_NC[:, -1], R // N)
             drawn.append(new.codes_NC)
             yield new
         if frame + 1 < frames:
             new_NS = np.concatenate(drawn, axis=1)
-            sentences = [np.concatenate([sentences[r * len(sentences) // R], new_NS[r % N, None]]) for r in range(R)]
+            sentences = [
+                np.concatenate([sentences[r * len(sentences) // R], new_NS[r % N, None]]) for r in range(R)
+            ]
 
 
 @functools.partial(jax.jit, static_argnames=("length", "cache_dtype", "mesh"))
 def read_ids(model, ids_PT, *, length, cache_dtype=None, mesh=None):
-    read = lambda model, ids_PT: lvm.prefill(model, ids_PT, length, cache_dtype=cache_dtype, reduce=add_up(mesh))[1]
+    read = lambda model, ids_PT: lvm.prefill(
+        model, ids_PT, length, cache_dtype=cache_dtype, reduce=add_up(mesh)
+    )[1]
     return on_devices(read, mesh, (weight_specs(model), NOWHERE), CACHE._replace(prompt=None))(model, ids_PT)
 
 
@@ -436,7 +534,9 @@ def unstack_long(model, cache):
 
 
 @functools.partial(jax.jit, static_argnames=("count", "jacobi", "mesh"), donate_argnames="cache")
-def draw_codes(model, last_R, cache, keys_N, first, drawing, *, count, jacobi=0, mesh=None) -> tuple[Piece, lvm.Cache]:
+def draw_codes(
+    model, last_R, cache, keys_N, first, drawing, *, count, jacobi=0, mesh=None
+) -> tuple[Piece, lvm.Cache]:
     """`count` more codes after `last_R`, the last id of each row; `first` is the place of the first one among all that are drawn."""
     draw = functools.partial(draw_by_drafts, C=jacobi) if jacobi else draw_one_by_one
     draw = functools.partial(draw, count=count, reduce=add_up(mesh))
@@ -450,7 +550,9 @@ def draw_one_by_one(model, last_R, cache, keys_N, first, drawing, *, count, redu
     def step(carry, position):
         last_R, cache = carry
         logits_RV, cache = lvm.decode_step(model, last_R, cache, reduce=reduce)
-        codes_N1, nats_N1 = choose(logits_RV[:, None, :model.config.codes], keys_N, jnp.full((N, 1), position), drawing)
+        codes_N1, nats_N1 = choose(
+            logits_RV[:, None, : model.config.codes], keys_N, jnp.full((N, 1), position), drawing
+        )
         return (jnp.tile(codes_N1[:, 0], len(last_R) // N), cache), (codes_N1[:, 0], nats_N1[:, 0])
 
     (_, cache), (codes_CN, nats_CN) = lax.scan(step, (last_R, cache), first + jnp.arange(count))
@@ -476,20 +578,28 @@ def draw_by_drafts(model, last_R, cache, keys_N, first, drawing, *, count, reduc
     def step(state):
         done_N, draft_NC, codes_NS, nats_NS, passes_N, cache = state
         logits_RCV, cache = lvm.decode_draft(model, jnp.tile(draft_NC, (R // N, 1)), cache, reduce=reduce)
-        codes_NC, nats_NC = choose(logits_RCV[..., :model.config.codes], keys_N, first + done_N[:, None] + place_C, drawing)
+        codes_NC, nats_NC = choose(
+            logits_RCV[..., : model.config.codes], keys_N, first + done_N[:, None] + place_C, drawing
+        )
         right_NC = jnp.cumprod(draft_NC[:, 1:] == codes_NC[:, :-1], axis=1)
-        kept_N = jnp.minimum(1 + right_NC.sum(axis=1), count - done_N)  # 0 in rows that are done and wait for others
+        kept_N = jnp.minimum(
+            1 + right_NC.sum(axis=1), count - done_N
+        )  # 0 in rows that are done and wait for others
         at_NC = jnp.where(place_C < kept_N[:, None], done_N[:, None] + place_C, count)
         codes_NS = codes_NS.at[row_N1, at_NC].set(codes_NC, mode="drop")
         nats_NS = nats_NS.at[row_N1, at_NC].set(nats_NC, mode="drop")
-        next_NC = codes_NC[row_N1, jnp.clip(kept_N[:, None] - 1 + place_C, 0, C - 1)]  # beyond the draft its last code, again
+        next_NC = codes_NC[
+            row_N1, jnp.clip(kept_N[:, None] - 1 + place_C, 0, C - 1)
+        ]  # beyond the draft its last code, again
         cache = cache._replace(length=cache.length + jnp.tile(kept_N, R // N))
         return done_N + kept_N, next_NC, codes_NS, nats_NS, passes_N + (kept_N > 0), cache
 
     none_N, none_NS = jnp.zeros(N, jnp.int32), jnp.zeros((N, count))
     draft_NC = jnp.tile(last_R[:N, None], C).astype(jnp.int32)
     state = none_N, draft_NC, none_NS.astype(jnp.int32), none_NS, none_N, cache
-    _, _, codes_NS, nats_NS, passes_N, cache = lax.while_loop(lambda state: jnp.any(state[0] < count), step, state)
+    _, _, codes_NS, nats_NS, passes_N, cache = lax.while_loop(
+        lambda state: jnp.any(state[0] < count), step, state
+    )
     return Piece(codes_NS, nats_NS, passes_N), cache
 
 
@@ -501,7 +611,13 @@ def choose(logits_RCV, keys_N, position_NC, drawing: Drawing):
     if len(logits_RCV) > N:
         logits_NCV = logits_RCV[N:] + drawing.guidance * (logits_NCV - logits_RCV[N:])
     key_NC = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys_N, position_NC)
-    draw = functools.partial(draw_code, temperature=drawing.temperature, top_k=drawing.top_k, top_p=drawing.top_p, min_p=drawing.min_p)
+    draw = functools.partial(
+        draw_code,
+        temperature=drawing.temperature,
+        top_k=drawing.top_k,
+        top_p=drawing.top_p,
+        min_p=drawing.min_p,
+    )
     codes_NC = jax.vmap(jax.vmap(draw))(logits_NCV, key_NC)
     return codes_NC, jnp.take_along_axis(nats_NCV, codes_NC[..., None], axis=2)[..., 0]
 
@@ -509,7 +625,9 @@ def choose(logits_RCV, keys_N, position_NC, drawing: Drawing):
 def draw_code(logits_V, key, *, temperature, top_k, top_p, min_p=0.0):
     """Adds to every code Gumbel noise of its own and takes the largest sum: so similar logits mostly draw the same code."""
     likeliest_first_V = jnp.argsort(-logits_V).astype(jnp.int32)
-    kept_V = keep_likeliest(logits_V[likeliest_first_V] / jnp.where(temperature > 0, temperature, 1), top_k, top_p, min_p)
+    kept_V = keep_likeliest(
+        logits_V[likeliest_first_V] / jnp.where(temperature > 0, temperature, 1), top_k, top_p, min_p
+    )
     noise_V = jax.random.gumbel(key, logits_V.shape)[likeliest_first_V]
     drawn = jnp.where(temperature > 0, jnp.argmax(kept_V + noise_V), 0)
     return likeliest_first_V[drawn]
@@ -521,7 +639,9 @@ def keep_likeliest(logits_V, top_k, top_p, min_p=0.0):
     rank_V = jnp.arange(len(logits_V))
     logits_V = jnp.where((top_k == 0) | (rank_V < top_k), logits_V, -jnp.inf)
     p_V = jax.nn.softmax(logits_V)
-    likelier_V = jnp.cumsum(p_V) - p_V  # the mass of those before; rounding may leave it at 1 in the tail, which 1.0 keeps
+    likelier_V = (
+        jnp.cumsum(p_V) - p_V
+    )  # the mass of those before; rounding may leave it at 1 in the tail, which 1.0 keeps
     logits_V = jnp.where((top_p >= 1) | (rank_V == 0) | (likelier_V < top_p), logits_V, -jnp.inf)
     return jnp.where(logits_V >= logits_V[0] + jnp.log(min_p), logits_V, -jnp.inf)
 
@@ -535,8 +655,12 @@ def encode_all(tokenizer, prompts) -> list[np.ndarray]:
     pixels_BHWC = np.concatenate(prompts)
     batch = min(len(pixels_BHWC), 16)
     padded_BHWC = np.pad(pixels_BHWC, ((0, -len(pixels_BHWC) % batch), (0, 0), (0, 0), (0, 0)))
-    codes_BS = np.concatenate([vqgan.encode(tokenizer, padded_BHWC[i:i + batch]) for i in range(0, len(padded_BHWC), batch)])
-    return np.split(codes_BS[:len(pixels_BHWC)], np.cumsum([len(prompt_THWC) for prompt_THWC in prompts])[:-1])
+    codes_BS = np.concatenate(
+        [vqgan.encode(tokenizer, padded_BHWC[i : i + batch]) for i in range(0, len(padded_BHWC), batch)]
+    )
+    return np.split(
+        codes_BS[: len(pixels_BHWC)], np.cumsum([len(prompt_THWC) for prompt_THWC in prompts])[:-1]
+    )
 
 
 def decode_all(tokenizer, codes_NMS):
@@ -549,14 +673,22 @@ def pictures_in_context(model, S, bos) -> int:
     """How many pictures the context holds, the last one drawn: its last code is never read. Raises UserError below two."""
     pictures = (model.config.context + 1 - bos) // S
     if pictures < 2:
-        raise UserError(f"a picture takes {S} codes and the model's context is {model.config.context}: no room for a prompt; use a tokenizer with fewer")
+        raise UserError(
+            f"a picture takes {S} codes and the model's context is {model.config.context}: no room for a prompt; use a tokenizer with fewer"
+        )
     return pictures
 
 
 def fit_context(config: Config, model, tokenizer, pictures) -> tuple[bool, int]:
     """(whether a prompt is an analogy, how many of its last pictures the model is shown): an analogy loses whole pairs."""
     T, analogy = len(pictures), is_analogy(config, pictures)
-    most = min(config.context_frames or MOST_PICTURES, pictures_in_context(model, tokenizer.config.codes_per_image, config.bos)) - 1
+    most = (
+        min(
+            config.context_frames or MOST_PICTURES,
+            pictures_in_context(model, tokenizer.config.codes_per_image, config.bos),
+        )
+        - 1
+    )
     return analogy, T if T <= most else most - (analogy and (T - most) % 2)
 
 
@@ -568,7 +700,10 @@ def is_analogy(config: Config, pictures) -> bool:
 
 # ---------------------------------------------------------------------------------------------------- devices
 
-NOWHERE, HEADS = PartitionSpec(), PartitionSpec(None, None, "tensor")  # not split; a cache, split by its heads
+NOWHERE, HEADS = (
+    PartitionSpec(),
+    PartitionSpec(None, None, "tensor"),
+)  # not split; a cache, split by its heads
 CACHE = lvm.Cache(HEADS, HEADS, NOWHERE, lvm.Cache(HEADS, HEADS, NOWHERE))
 
 
@@ -578,29 +713,44 @@ def split_over_devices(model, devices: int):
     if devices > len(there):
         raise UserError(f"--tensor {devices}: there are {len(there)} devices")
     if c.heads % devices or c.ffn % devices:
-        raise UserError(f"--tensor {devices} must divide the model's {c.heads} heads and its feed-forward width {c.ffn}")
+        raise UserError(
+            f"--tensor {devices} must divide the model's {c.heads} heads and its feed-forward width {c.ffn}"
+        )
     mesh = Mesh(np.array(there[:devices]), ("tensor",))
     is_spec = lambda leaf: isinstance(leaf, PartitionSpec)
-    return jax.device_put(model, jax.tree.map(lambda spec: NamedSharding(mesh, spec), weight_specs(model), is_leaf=is_spec))
+    return jax.device_put(
+        model, jax.tree.map(lambda spec: NamedSharding(mesh, spec), weight_specs(model), is_leaf=is_spec)
+    )
 
 
 def weight_specs(model):
     """Of `lvm.SHARDING` what it says of "tensor"; an axis of size one (of an Int8's scales) is not split."""
+
     def spec(path, leaf):
         axes = next(lvm.SHARDING[key.name] for key in path if getattr(key, "name", None) in lvm.SHARDING)
         axes = (None,) * (leaf.ndim - len(axes)) + axes
-        return PartitionSpec(*("tensor" if axis == "tensor" and size > 1 else None for axis, size in zip(axes, leaf.shape)))
+        return PartitionSpec(
+            *("tensor" if axis == "tensor" and size > 1 else None for axis, size in zip(axes, leaf.shape))
+        )
 
     return jax.tree_util.tree_map_with_path(spec, model)
 
 
 def mesh_of(model) -> Mesh | None:
     sharding = model.norm_D.sharding
-    return sharding.mesh if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == ("tensor",) else None
+    return (
+        sharding.mesh
+        if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == ("tensor",)
+        else None
+    )
 
 
 def on_devices(function, mesh, in_specs, out_specs):
-    return function if mesh is None else jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    return (
+        function
+        if mesh is None
+        else jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    )
 
 
 def add_up(mesh):
@@ -618,7 +768,9 @@ def check_config(config: Config):
     if config.resize_output not in (None, "original"):
         sides = re.fullmatch("([0-9]{1,4}),([0-9]{1,4})", config.resize_output)
         if not sides or not all(1 <= int(side) <= 8192 for side in sides.groups()):
-            raise UserError(f"--resize-output {config.resize_output}: pass `original` or `w,h` in pixels, such as 256,256")
+            raise UserError(
+                f"--resize-output {config.resize_output}: pass `original` or `w,h` in pixels, such as 256,256"
+            )
     if config.prompt_book and config.frames > 1:
         raise UserError("--prompt-book shows one new picture; leave out --frames")
 
@@ -636,8 +788,10 @@ def check_out(config: Config) -> Path:
     elif out is None:
         out = Path("prompt-book.png" if config.prompt_book else "sample.png")
     elif out.suffix not in STILLS + (() if config.prompt_book else (*ANIMATIONS, "")):
-        raise UserError(f"--out {out}: the name must end in {' '.join(STILLS)} (a picture)"
-                         + ("" if config.prompt_book else ", in .gif or .mp4 (an animation), or in nothing (a folder)"))
+        raise UserError(
+            f"--out {out}: the name must end in {' '.join(STILLS)} (a picture)"
+            + ("" if config.prompt_book else ", in .gif or .mp4 (an animation), or in nothing (a folder)")
+        )
     elif out.exists():
         raise UserError(f"--out {out} exists; choose another name or delete it")
     folder = out if config.prompts else out.parent
@@ -676,7 +830,11 @@ def cache_dtype_of(config: Config):
 def find_models(model, tokenizer) -> tuple[str, Path]:
     """The paths that the flags name, or else the newest run (by its last checkpoint) and its tokenizer, or the bundled ones."""
     if model is None:
-        steps = [step for step in Path("runs").glob("*/checkpoints/*") if step.name.isdigit() and "model" in read_config(step.parents[1])]
+        steps = [
+            step
+            for step in Path("runs").glob("*/checkpoints/*")
+            if step.name.isdigit() and "model" in read_config(step.parents[1])
+        ]
         model = max(sorted(steps), key=os.path.getmtime).parents[1] if steps else MINI
     if tokenizer is None:
         trained = read_config(model).get("train")
@@ -700,18 +858,24 @@ def open_tokenizer(path, model_path) -> vqgan.VQGAN:
     check_fields(config, {"tokenizer": str | None}, Path(model_path) / "config.json")
     trained_on = config.get("tokenizer")
     if trained_on not in (None, found):
-        raise UserError(f"{model_path} was trained on the codes of tokenizer {trained_on}, {path} is {found}; name its own with --tokenizer")
+        raise UserError(
+            f"{model_path} was trained on the codes of tokenizer {trained_on}, {path} is {found}; name its own with --tokenizer"
+        )
     return tokenizer
 
 
 def open_model(path, tokenizer, tokenizer_path, dtype="auto", weights="dtype", tensor=1) -> lvm.LVM:
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    whole_fits = weights == "dtype" and tensor == 1  # else the host reads it, and only what is left goes to the devices
+    whole_fits = (
+        weights == "dtype" and tensor == 1
+    )  # else the host reads it, and only what is left goes to the devices
     with contextlib.nullcontext() if whole_fits else jax.default_device(jax.devices("cpu")[0]):
         model = lvm.load(path, dtype=jnp.dtype(dtype))
         if model.config.codes != tokenizer.config.num_embeddings:
-            raise UserError(f"{path} has {model.config.codes} codes and {tokenizer_path} has {tokenizer.config.num_embeddings}; name another --tokenizer")
+            raise UserError(
+                f"{path} has {model.config.codes} codes and {tokenizer_path} has {tokenizer.config.num_embeddings}; name another --tokenizer"
+            )
         model = lvm.quantize(model) if weights == "int8" else model
     if whole_fits:
         return model
@@ -747,11 +911,15 @@ def read_prompts(config: Config, out: Path) -> list[Prompt]:
                 folders.setdefault(folder, prompt.output)
             for folder in (path, *path.parents):
                 if folder in prompts and folder in folders:
-                    raise UserError(f"output {folders[folder]!r} lies in {prompts[folder].output!r}, which is another line's picture")
+                    raise UserError(
+                        f"output {folders[folder]!r} lies in {prompts[folder].output!r}, which is another line's picture"
+                    )
         except (UserError, OSError) as error:
             raise UserError(f"{source}: {error}") from None
     if not prompts:
-        raise UserError(f"{config.prompts} holds no prompt; write {{'input': [files], 'output': name}} on each line, as JSON")
+        raise UserError(
+            f"{config.prompts} holds no prompt; write {{'input': [files], 'output': name}} on each line, as JSON"
+        )
     return list(prompts.values())
 
 
@@ -789,8 +957,10 @@ def list_prompt(paths, stride: int = 1) -> list[tuple[Path, int]]:
     files = [file for path in paths for file in (find_images(path) if path.is_dir() else [path])]
     frames = [range(count_frames(file))[::-stride][::-1] for file in files[:MOST_PICTURES]]
     if max(len(files), sum(map(len, frames))) > MOST_PICTURES:  # a file can promise 2^31 frames
-        raise UserError(f"--prompt holds more than {MOST_PICTURES} pictures; a context holds far fewer: pass the last ones, "
-                         "or every eighth frame with --stride 8")
+        raise UserError(
+            f"--prompt holds more than {MOST_PICTURES} pictures; a context holds far fewer: pass the last ones, "
+            "or every eighth frame with --stride 8"
+        )
     if not any(frames):
         raise UserError("the prompt is empty; pass pictures, or a folder of them")
     return [(file, frame) for file, numbers in zip(files, frames) for frame in numbers]
@@ -803,8 +973,10 @@ def captioned(answer: Answer):
     """Rows of (picture, caption), a candidate each."""
     M = answer.nats_NM.shape[1]
     caption = lambda n, m, nats: f"candidate {n + 1}" + (f", +{m + 1}" if M > 1 else f"  {nats:.2f}")
-    return [[(picture, caption(n, m, nats)) for m, (picture, nats) in enumerate(zip(pixels_MHWC, nats_M))]
-            for n, pixels_MHWC, nats_M in zip(*answer)]
+    return [
+        [(picture, caption(n, m, nats)) for m, (picture, nats) in enumerate(zip(pixels_MHWC, nats_M))]
+        for n, pixels_MHWC, nats_M in zip(*answer)
+    ]
 
 
 def prompt_captions(T, analogy):
@@ -830,6 +1002,7 @@ def write(out: Path, shown, drawn, captions):
 
 def write_grid(out: Path, rows, size):
     """Rows of pictures with nothing between them, each resized to `size`; as an animation, candidates side by side."""
+
     def grid(rows):
         image = to_image(np.concatenate([np.concatenate(list(row), axis=1) for row in rows]))
         return image.resize((size[0] * len(rows[0]), size[1] * len(rows))) if size else image
@@ -849,7 +1022,9 @@ def save_animation(images: list[Image.Image], out: Path, rate: int = 5):
 
     with av.open(content := io.BytesIO(), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=rate)
-        stream.width, stream.height = (side + side % 2 for side in images[0].size)  # the usual 4:2:0 halves both
+        stream.width, stream.height = (
+            side + side % 2 for side in images[0].size
+        )  # the usual 4:2:0 halves both
         stream.pix_fmt = "yuv420p"
         for image in images:
             canvas = Image.new("RGB", (stream.width, stream.height), "white")
@@ -865,10 +1040,12 @@ def to_image(pixels_HWC) -> Image.Image:
 
 def sheet(rows, captions=True, columns=COLUMNS) -> Image.Image:
     """Rows of (pixels_HWC, caption); long ones wrap after `columns`. Small pictures are enlarged to at least 128 pixels."""
-    rows = [row[i:i + columns] for row in rows for i in range(0, len(row), columns)]
+    rows = [row[i : i + columns] for row in rows for i in range(0, len(row), columns)]
     size = rows[0][0][0].shape[0]
     side, gap, line = size * math.ceil(128 / size), 6, 18 if captions else 0
-    image = Image.new("RGB", (gap + max(map(len, rows)) * (side + gap), gap + len(rows) * (side + line + gap)), "white")
+    image = Image.new(
+        "RGB", (gap + max(map(len, rows)) * (side + gap), gap + len(rows) * (side + line + gap)), "white"
+    )
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     for y, row in enumerate(rows):
         for x, (pixels_HWC, caption) in enumerate(row):

@@ -68,11 +68,34 @@ from tqdm import tqdm
 
 import vqgan
 from common.images import (
-    UserError, count_frames, encode_image, find_clips, find_stems, find_tracks, find_videos, natural, read_frames,
-    read_half, read_image, read_integers, shown_size, to_pixels)
+    UserError,
+    count_frames,
+    encode_image,
+    find_clips,
+    find_stems,
+    find_tracks,
+    find_videos,
+    natural,
+    read_frames,
+    read_half,
+    read_image,
+    read_integers,
+    shown_size,
+    to_pixels,
+)
 from common.runs import RunStopped, check_numbers, run_command
 from common.weights import (
-    MOST_JSON, cache_folder, check_fields, naming, parse_json, read_array, read_json, strict_json, write_folder, write_whole)
+    MOST_JSON,
+    cache_folder,
+    check_fields,
+    naming,
+    parse_json,
+    read_array,
+    read_json,
+    strict_json,
+    write_folder,
+    write_whole,
+)
 
 FORMAT = 2  # of dataset.json; 1 had no digest of its own content
 PICTURES = vqgan.HERE / "assets" / "pictures"
@@ -177,7 +200,9 @@ class Pairs(PairSource):
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(self, "answers", (self.answers,) if isinstance(self.answers, Path) else self.answers or ())
+        object.__setattr__(
+            self, "answers", (self.answers,) if isinstance(self.answers, Path) else self.answers or ()
+        )
         if not self.answers:
             raise UserError("--answers FOLDER is missing: the annotations, under the same names as --inputs")
 
@@ -294,7 +319,9 @@ class Tracks(Source):
     def __post_init__(self):
         super().__post_init__()
         if len(self.modalities) < 2 or len(set(self.modalities)) < len(self.modalities):
-            raise UserError("--modalities wants at least two different names: the images, and what is shown of them")
+            raise UserError(
+                "--modalities wants at least two different names: the images, and what is shown of them"
+            )
         for name in self.modalities:
             if not re.fullmatch(r"[^/*?\[\]]+", name) or name in (".", ".."):
                 raise UserError(f"--modalities {name!r}: wanted the name of a folder")
@@ -324,20 +351,47 @@ class Series(NamedTuple):
 def tokenize_pairs(source: Pairs):
     folders = (source.inputs, *source.answers)
     notes = []
-    found = [find_stems(folder, source.answer_filter if k else source.filter, notes) for k, folder in enumerate(folders)]
+    found = [
+        find_stems(folder, source.answer_filter if k else source.filter, notes)
+        for k, folder in enumerate(folders)
+    ]
     for k, answers in enumerate(found[1:], 1):
-        notes += [{"path": str((found[0] | answers)[stem]), "reason": f"no file of this name in {folders[0 if stem in answers else k]}"}
-                  for stem in sorted(found[0].keys() ^ answers.keys(), key=natural)]
+        notes += [
+            {
+                "path": str((found[0] | answers)[stem]),
+                "reason": f"no file of this name in {folders[0 if stem in answers else k]}",
+            }
+            for stem in sorted(found[0].keys() ^ answers.keys(), key=natural)
+        ]
         if not found[0].keys() & answers.keys():
             raise UserError(f"no file in {source.inputs} has a partner of the same name in {folders[k]}")
     names = [folder.name for folder in source.answers]
-    kinds = ["pairs"] if len(names) == 1 else [f"pairs-{name}" if names.count(name) == 1 else f"pairs-{k}-{name}" for k, name in enumerate(names)]
-    stems = sorted(found[0].keys() & set().union(*found[1:]), key=natural)[:source.limit]
+    kinds = (
+        ["pairs"]
+        if len(names) == 1
+        else [
+            f"pairs-{name}" if names.count(name) == 1 else f"pairs-{k}-{name}" for k, name in enumerate(names)
+        ]
+    )
+    stems = sorted(found[0].keys() & set().union(*found[1:]), key=natural)[: source.limit]
     stems = without_duplicates(source, {stem: found[0][stem] for stem in stems})
     items, at = still_items(source, stems, found)
-    write_sentences(source, kinds, items, [
-        Series(k, [(at[0, epoch, stem], at[k + 1, epoch, stem]) for stem in stems if stem in found[k + 1]], source.shots, (epoch, *[k] * (k > 0)))
-        for epoch in range(source.epochs) for k in range(len(kinds))], notes)
+    write_sentences(
+        source,
+        kinds,
+        items,
+        [
+            Series(
+                k,
+                [(at[0, epoch, stem], at[k + 1, epoch, stem]) for stem in stems if stem in found[k + 1]],
+                source.shots,
+                (epoch, *[k] * (k > 0)),
+            )
+            for epoch in range(source.epochs)
+            for k in range(len(kinds))
+        ],
+        notes,
+    )
 
 
 def tokenize_colorize(source: Colorize):
@@ -345,49 +399,102 @@ def tokenize_colorize(source: Colorize):
 
 
 def tokenize_inpaint(source: Inpaint):
-    write_pairs(source, functools.partial(read_inpaint, squares=source.squares), source.epochs)  # every epoch covers other parts
+    write_pairs(
+        source, functools.partial(read_inpaint, squares=source.squares), source.epochs
+    )  # every epoch covers other parts
 
 
 def write_pairs(source: PairSource, read, encodings: int):
     """[changed, original] pairs made from single pictures: each is encoded `encodings` times, and shown in each epoch."""
     notes = []
     stems = find_stems(source.inputs, source.filter, notes)
-    stems = without_duplicates(source, dict(list(stems.items())[:source.limit]))
-    items = [Item(str(path), functools.partial(read, path=path, view=draw_view(source, epoch, stem),
-                                               seed=(source.seed, epoch, zlib.crc32(os.fsencode(path.relative_to(source.inputs).as_posix())))))
-             for epoch in range(encodings) for stem, path in stems.items()]
+    stems = without_duplicates(source, dict(list(stems.items())[: source.limit]))
+    items = [
+        Item(
+            str(path),
+            functools.partial(
+                read,
+                path=path,
+                view=draw_view(source, epoch, stem),
+                seed=(
+                    source.seed,
+                    epoch,
+                    zlib.crc32(os.fsencode(path.relative_to(source.inputs).as_posix())),
+                ),
+            ),
+        )
+        for epoch in range(encodings)
+        for stem, path in stems.items()
+    ]
     N = len(stems)
-    write_sentences(source, [type(source).__name__.lower()], items, [
-        Series(0, [(i,) for i in range(N * min(epoch, encodings - 1), N * min(epoch, encodings - 1) + N)], source.shots, (epoch,))
-        for epoch in range(source.epochs)], notes, pictures=2)
+    write_sentences(
+        source,
+        [type(source).__name__.lower()],
+        items,
+        [
+            Series(
+                0,
+                [(i,) for i in range(N * min(epoch, encodings - 1), N * min(epoch, encodings - 1) + N)],
+                source.shots,
+                (epoch,),
+            )
+            for epoch in range(source.epochs)
+        ],
+        notes,
+        pictures=2,
+    )
 
 
 def tokenize_multi(source: Multi):
     notes = []
     found = [find_stems(folder, source.filter, notes) for folder in source.inputs]
     everywhere = set(found[0]).intersection(*found[1:])
-    notes += [{"path": str(path), "reason": "no file of this name in every other folder"} for stems in found for stem, path in stems.items() if stem not in everywhere]
+    notes += [
+        {"path": str(path), "reason": "no file of this name in every other folder"}
+        for stems in found
+        for stem, path in stems.items()
+        if stem not in everywhere
+    ]
     if not everywhere:
         raise UserError(f"no file name is in each of {', '.join(map(str, source.inputs))}")
-    stems = without_duplicates(source, {stem: found[0][stem] for stem in sorted(everywhere, key=natural)[:source.limit]})
+    stems = without_duplicates(
+        source, {stem: found[0][stem] for stem in sorted(everywhere, key=natural)[: source.limit]}
+    )
     items, at = still_items(source, stems, found)
     K = len(found)
-    write_sentences(source, ["multi"], items, [
-        Series(0, [tuple(at[k, epoch, stem] for k in range(K)) for stem in stems], source.shots, (epoch,),
-               rows=lambda codes_TS, tasks: codes_TS[tasks], tasks=K if source.shuffle_tasks else None)
-        for epoch in range(source.epochs)], notes)
+    write_sentences(
+        source,
+        ["multi"],
+        items,
+        [
+            Series(
+                0,
+                [tuple(at[k, epoch, stem] for k in range(K)) for stem in stems],
+                source.shots,
+                (epoch,),
+                rows=lambda codes_TS, tasks: codes_TS[tasks],
+                tasks=K if source.shuffle_tasks else None,
+            )
+            for epoch in range(source.epochs)
+        ],
+        notes,
+    )
 
 
 def tokenize_category(source: Category):
     notes = []
-    stems = without_duplicates(source, dict(list(find_stems(source.inputs, source.filter, notes).items())[:source.limit]))
+    stems = without_duplicates(
+        source, dict(list(find_stems(source.inputs, source.filter, notes).items())[: source.limit])
+    )
     items, at = still_items(source, stems, [stems])
     classes = {}
     for stem, path in stems.items():
         classes.setdefault(path.parent, []).append(stem)
     wanted = source.pictures // source.per_class
     if len(classes) < wanted:
-        raise UserError(f"{source.inputs}: {len(classes)} folders hold pictures, a sentence shows {wanted} classes; lower --pictures or raise --per-class")
+        raise UserError(
+            f"{source.inputs}: {len(classes)} folders hold pictures, a sentence shows {wanted} classes; lower --pictures or raise --per-class"
+        )
 
     def arrange(good_N):
         """Groups of one class's pictures; then sentences of different classes, those with more groups left being likelier."""
@@ -396,7 +503,12 @@ def tokenize_category(source: Category):
             for members in classes.values():
                 kept = [at[0, epoch, stem] for stem in members if good_N[at[0, epoch, stem]]]
                 kept = [kept[i] for i in rng.permutation(len(kept))]
-                groups.append([kept[i:i + source.per_class] for i in range(0, len(kept) - source.per_class + 1, source.per_class)])
+                groups.append(
+                    [
+                        kept[i : i + source.per_class]
+                        for i in range(0, len(kept) - source.per_class + 1, source.per_class)
+                    ]
+                )
             left_N = np.array([len(g) for g in groups])
             while (left_N > 0).sum() >= wanted:
                 chosen = rng.choice(len(groups), wanted, replace=False, p=left_N / left_N.sum())
@@ -408,18 +520,39 @@ def tokenize_category(source: Category):
 
 def tokenize_video(source: Video):
     notes = []
-    files = find_videos(source.inputs, source.filter, notes)[:source.limit]
-    items = [clip_item(source, [file], file.relative_to(source.inputs).as_posix(), epoch, (stride,), source.frames)
-             for epoch in range(source.epochs) for stride in source.strides for file in files]
-    write_sentences(source, ["video"], items, [Series(0, [(i,) for i in range(len(items))], 1)], notes, pictures=source.frames)
+    files = find_videos(source.inputs, source.filter, notes)[: source.limit]
+    items = [
+        clip_item(source, [file], file.relative_to(source.inputs).as_posix(), epoch, (stride,), source.frames)
+        for epoch in range(source.epochs)
+        for stride in source.strides
+        for file in files
+    ]
+    write_sentences(
+        source,
+        ["video"],
+        items,
+        [Series(0, [(i,) for i in range(len(items))], 1)],
+        notes,
+        pictures=source.frames,
+    )
 
 
 def tokenize_frames(source: Frames):
     notes = []
     clips = find_clips(source.inputs, source.filter, videos=False, notes=notes)
-    items = [clip_item(source, [clip], name, epoch, range(1, source.max_stride + 1), source.frames)
-             for epoch in range(source.epochs) for name, clip in list(clips.items())[:source.limit]]
-    write_sentences(source, ["frames"], items, [Series(0, [(i,) for i in range(len(items))], 1)], notes, pictures=source.frames)
+    items = [
+        clip_item(source, [clip], name, epoch, range(1, source.max_stride + 1), source.frames)
+        for epoch in range(source.epochs)
+        for name, clip in list(clips.items())[: source.limit]
+    ]
+    write_sentences(
+        source,
+        ["frames"],
+        items,
+        [Series(0, [(i,) for i in range(len(items))], 1)],
+        notes,
+        pictures=source.frames,
+    )
 
 
 def tokenize_multi_video(source: MultiVideo):
@@ -427,43 +560,95 @@ def tokenize_multi_video(source: MultiVideo):
     found = [find_clips(folder, source.filter, videos=True, notes=notes) for folder in source.inputs]
     names = sorted(set(found[0]).intersection(*found[1:]), key=natural)
     mixed = [name for name in names if len({type(clips[name]) for clips in found}) > 1]
-    names = [name for name in names if name not in mixed][:source.limit]
-    notes += [{"path": str(folder / name), "reason": "no clip of this name in every other folder"}
-              for folder, clips in zip(source.inputs, found) for name in clips if any(name not in other for other in found)]
-    notes += [{"path": str(source.inputs[0] / name), "reason": "a video file in one folder, a folder of frames in another"} for name in mixed]
+    names = [name for name in names if name not in mixed][: source.limit]
+    notes += [
+        {"path": str(folder / name), "reason": "no clip of this name in every other folder"}
+        for folder, clips in zip(source.inputs, found)
+        for name in clips
+        if any(name not in other for other in found)
+    ]
+    notes += [
+        {
+            "path": str(source.inputs[0] / name),
+            "reason": "a video file in one folder, a folder of frames in another",
+        }
+        for name in mixed
+    ]
     if not names:
         raise UserError(f"no clip name is in each of {', '.join(map(str, source.inputs))}")
     K = len(found)
     frames = source.frames or max(1, 16 // (K * source.shots))
-    items = [clip_item(source, [clips[name] for clips in found], name, epoch, range(1, source.max_stride + 1), frames)
-             for epoch in range(source.epochs) for name in names]
+    items = [
+        clip_item(
+            source, [clips[name] for clips in found], name, epoch, range(1, source.max_stride + 1), frames
+        )
+        for epoch in range(source.epochs)
+        for name in names
+    ]
 
     def by_task(codes_TS, tasks):
-        return codes_TS.reshape(K, frames, -1)[slice(None) if tasks is None else tasks].reshape(codes_TS.shape)
+        return codes_TS.reshape(K, frames, -1)[slice(None) if tasks is None else tasks].reshape(
+            codes_TS.shape
+        )
 
     def by_frame(codes_TS, tasks):
         return by_task(codes_TS, tasks).reshape(K, frames, -1).swapaxes(0, 1).reshape(codes_TS.shape)
 
     N = len(names)
-    write_sentences(source, ["multi-video-by-task", "multi-video-by-frame"], items, [
-        Series(kind, [(i,) for i in range(N * epoch, N * epoch + N)], source.shots, (epoch,), rows, K if source.shuffle_tasks else None)
-        for epoch in range(source.epochs) for kind, rows in enumerate((by_task, by_frame))], notes, pictures=K * frames)
+    write_sentences(
+        source,
+        ["multi-video-by-task", "multi-video-by-frame"],
+        items,
+        [
+            Series(
+                kind,
+                [(i,) for i in range(N * epoch, N * epoch + N)],
+                source.shots,
+                (epoch,),
+                rows,
+                K if source.shuffle_tasks else None,
+            )
+            for epoch in range(source.epochs)
+            for kind, rows in enumerate((by_task, by_frame))
+        ],
+        notes,
+        pictures=K * frames,
+    )
 
 
 def tokenize_tracks(source: Tracks):
     notes = []
     tracks = find_tracks(source.inputs, source.filter, source.modalities, notes)
-    tracks = dict(list(tracks.items())[:source.limit])
+    tracks = dict(list(tracks.items())[: source.limit])
     if not tracks:
         raise UserError(f"{source.inputs}: no folder below it holds {', '.join(source.modalities)}")
     F, N = source.frames, len(tracks)
     half = [name in source.half_floats for name in source.modalities]
-    items = [clip_item(source, clips, name, epoch, range(1, source.max_stride + 1), F, half) for epoch in range(source.epochs) for name, clips in tracks.items()]
+    items = [
+        clip_item(source, clips, name, epoch, range(1, source.max_stride + 1), F, half)
+        for epoch in range(source.epochs)
+        for name, clips in tracks.items()
+    ]
     category = [name.rpartition("/")[0] for name in tracks]
-    write_sentences(source, [f"tracks-{name}" for name in source.modalities[1:]], items, [
-        Series(k - 1, [(i,) for i in range(N * epoch, N * epoch + N)], source.shots, (epoch, k),
-               rows=lambda codes_TS, tasks, k=k: np.concatenate([codes_TS[:F], codes_TS[k * F:k * F + F]]), group=category)
-        for epoch in range(source.epochs) for k in range(1, len(source.modalities))], notes, pictures=len(half) * F)
+    write_sentences(
+        source,
+        [f"tracks-{name}" for name in source.modalities[1:]],
+        items,
+        [
+            Series(
+                k - 1,
+                [(i,) for i in range(N * epoch, N * epoch + N)],
+                source.shots,
+                (epoch, k),
+                rows=lambda codes_TS, tasks, k=k: np.concatenate([codes_TS[:F], codes_TS[k * F : k * F + F]]),
+                group=category,
+            )
+            for epoch in range(source.epochs)
+            for k in range(1, len(source.modalities))
+        ],
+        notes,
+        pictures=len(half) * F,
+    )
 
 
 def write_sentences(source: Source, kinds, items: list[Item], series, notes=(), pictures: int = 1):
@@ -471,16 +656,23 @@ def write_sentences(source: Source, kinds, items: list[Item], series, notes=(), 
 
     `series`: a list of Series, or a function from a boolean for each item (was it readable?) to (kind, items) of each
     sentence. `pictures`: how many an item has."""
+
     def too_few(readable, notes):
         report(source.out, notes)
-        shots = f"one sentence of {series[0].shots}" if not callable(series) and series[0].shots > 1 else "one sentence"
+        shots = (
+            f"one sentence of {series[0].shots}"
+            if not callable(series) and series[0].shots > 1
+            else "one sentence"
+        )
         return UserError(
             f"{source.inputs if isinstance(source.inputs, Path) else source.inputs[0]}: {readable} "
             f"readable items do not fill {shots}; "
             f"lower --shots, --frames, --strides or --per-class, or see {source.out}.rejected.jsonl"
         )
 
-    if not callable(series) and all(len(some.units) < some.shots for some in series):  # however many of them can be read
+    if not callable(series) and all(
+        len(some.units) < some.shots for some in series
+    ):  # however many of them can be read
         raise too_few(f"at most {len(items)}", notes)
     tokenizer = open_tokenizer(source.tokenizer)
     encoded = encode_chunks(source, tokenizer, items, pictures, notes)
@@ -491,7 +683,9 @@ def write_sentences(source: Source, kinds, items: list[Item], series, notes=(), 
 
     def sentences():
         if callable(series):
-            yield from ((kind, np.concatenate([codes_of(i) for i in chosen])) for kind, chosen in series(good_N))
+            yield from (
+                (kind, np.concatenate([codes_of(i) for i in chosen])) for kind, chosen in series(good_N)
+            )
             return
         for kind, units, shots, salt, rows, tasks, group in series:
             kept = [n for n, unit in enumerate(units) if all(good_N[i] for i in unit)]
@@ -501,13 +695,29 @@ def write_sentences(source: Source, kinds, items: list[Item], series, notes=(), 
                 order.sort(key=lambda n: group[n])
             for start in range(0, len(order) - shots + 1, shots):
                 permuted = None if tasks is None else rng.permutation(tasks)
-                yield kind, np.concatenate([rows(np.concatenate([codes_of(i) for i in units[n]]), permuted) for n in order[start:start + shots]])
+                yield (
+                    kind,
+                    np.concatenate(
+                        [
+                            rows(np.concatenate([codes_of(i) for i in units[n]]), permuted)
+                            for n in order[start : start + shots]
+                        ]
+                    ),
+                )
             unused[kinds[kind]] += len(order) % shots
 
     strung = sentences()
     if (first := next(strung, None)) is None:
         raise too_few(int(good_N.sum()), [*notes, *found])
-    write_dataset(source.out, tokenizer, kinds, itertools.chain([first], strung), [*notes, *found], source.context, "" if split_part(source.part)[1] == 1 else f"-{split_part(source.part)[0]}")
+    write_dataset(
+        source.out,
+        tokenizer,
+        kinds,
+        itertools.chain([first], strung),
+        [*notes, *found],
+        source.context,
+        "" if split_part(source.part)[1] == 1 else f"-{split_part(source.part)[0]}",
+    )
     remove_scratch(Path(f"{source.out}.codes"))
     for kind, count in unused.items():
         if count:
@@ -523,27 +733,56 @@ def without_duplicates(source: Stills, stems: dict[str, Path]) -> dict[str, Path
         return stems
     items = [Item(str(path), functools.partial(read_signature, path=path)) for path in stems.values()]
     bits, kept, report = source.duplicates, {}, []
-    edges = np.linspace(0, 64, bits + 2).astype(int)  # hashes within `bits` of each other agree in one of bits + 1 bands
+    edges = np.linspace(0, 64, bits + 2).astype(
+        int
+    )  # hashes within `bits` of each other agree in one of bits + 1 bands
     bands, signatures = collections.defaultdict(list), []
     bar = tqdm(total=len(items), unit="picture", desc="duplicates", dynamic_ncols=True)
-    with bar, contextlib.closing(read_ahead(items, range(len(items)), 72, count_workers(source, len(items)), source.patience)) as reading:
+    with (
+        bar,
+        contextlib.closing(
+            read_ahead(items, range(len(items)), 72, count_workers(source, len(items)), source.patience)
+        ) as reading,
+    ):
         for n, (stem, (_, signature, _)) in enumerate(zip(stems, reading)):
             bar.update()
             signatures.append((stem, signature))
             if not len(signature):  # cannot be read: encoding will say so
                 kept[stem] = stems[stem]
                 continue
-            key, colour = int.from_bytes(np.packbits(signature[0, :64] > 0.5).tobytes(), "little"), signature[0, 64:]
-            near = ((bin(key ^ other).count("1"), m) for a, b in zip(edges, edges[1:]) for other, m in bands[a, key >> int(a) & (1 << int(b - a)) - 1])
-            hit = next(((d, m) for d, m in near if d <= bits and np.abs(colour - signatures[m][1][0, 64:]).max() < 0.06), None)
+            key, colour = (
+                int.from_bytes(np.packbits(signature[0, :64] > 0.5).tobytes(), "little"),
+                signature[0, 64:],
+            )
+            near = (
+                (bin(key ^ other).count("1"), m)
+                for a, b in zip(edges, edges[1:])
+                for other, m in bands[a, key >> int(a) & (1 << int(b - a)) - 1]
+            )
+            hit = next(
+                (
+                    (d, m)
+                    for d, m in near
+                    if d <= bits and np.abs(colour - signatures[m][1][0, 64:]).max() < 0.06
+                ),
+                None,
+            )
             if hit:
-                report.append({"path": str(stems[stem]), "duplicate_of": str(stems[signatures[hit[1]][0]]), "bits": hit[0]})
+                report.append(
+                    {
+                        "path": str(stems[stem]),
+                        "duplicate_of": str(stems[signatures[hit[1]][0]]),
+                        "bits": hit[0],
+                    }
+                )
                 continue
             kept[stem] = stems[stem]
             for a, b in zip(edges, edges[1:]):
                 bands[a, key >> int(a) & (1 << int(b - a)) - 1].append((key, n))
     write_lines(f"{source.out}.duplicates.jsonl", report)
-    print(f"{len(report)} of {len(stems)} pictures are duplicates and are left out; {source.out}.duplicates.jsonl lists them")
+    print(
+        f"{len(report)} of {len(stems)} pictures are duplicates and are left out; {source.out}.duplicates.jsonl lists them"
+    )
     return kept
 
 
@@ -596,7 +835,14 @@ def still_items(source: Stills, stems, found):
                     at[k, epoch, stem] = at[k, 0, stem]
                 elif stem in paths:
                     at[k, epoch, stem] = len(items)
-                    items.append(Item(str(paths[stem]), functools.partial(read_still, path=paths[stem], view=draw_view(source, epoch, stem))))
+                    items.append(
+                        Item(
+                            str(paths[stem]),
+                            functools.partial(
+                                read_still, path=paths[stem], view=draw_view(source, epoch, stem)
+                            ),
+                        )
+                    )
     return items, at
 
 
@@ -618,7 +864,9 @@ def read_signature(size, path):
     """The 64 bits of the difference hash, and the mean colour: float32 [67] in [0, 1]."""
     pixels_HWC = read_image(path, size)
     grey_89 = to_grey(pixels_HWC)[..., 0].reshape(8, size // 8, 9, size // 9).mean((1, 3))
-    return [np.concatenate([np.diff(grey_89, axis=1).reshape(-1) > 0, pixels_HWC.mean((0, 1))]).astype(np.float32)]
+    return [
+        np.concatenate([np.diff(grey_89, axis=1).reshape(-1) > 0, pixels_HWC.mean((0, 1))]).astype(np.float32)
+    ]
 
 
 def to_grey(pixels_HWC):
@@ -633,7 +881,7 @@ def cover(pixels_HWC, rng, squares: float = 0.3):
     if rng.random() < squares:
         side = int(rng.integers(-(-25 * size // 256), size // 2))
         y, x = rng.integers(0, size - side + 1, 2)
-        pixels_HWC[y:y + side, x:x + side] = 0
+        pixels_HWC[y : y + side, x : x + side] = 0
         return pixels_HWC
     kept = rng.random((8, 8)) < rng.random()
     patch = np.arange(size) * 8 // size
@@ -642,9 +890,19 @@ def cover(pixels_HWC, rng, squares: float = 0.3):
 
 def clip_item(source, tracks, name, epoch, strides, frames, half=None) -> Item:
     """The same frames of the tracks (video files, or tuples of pictures) of one clip, one track after the other."""
-    read = functools.partial(read_clip, tracks=tuple(tracks), name=name, strides=tuple(strides), frames=frames, half=half or [False] * len(tracks),
-                             view=draw_view(source, epoch, name), seed=(source.seed, epoch, zlib.crc32(os.fsencode(name))))
-    return Item(str(tracks[0] if isinstance(tracks[0], Path) else tracks[0][0].parent if tracks[0] else name), read)
+    read = functools.partial(
+        read_clip,
+        tracks=tuple(tracks),
+        name=name,
+        strides=tuple(strides),
+        frames=frames,
+        half=half or [False] * len(tracks),
+        view=draw_view(source, epoch, name),
+        seed=(source.seed, epoch, zlib.crc32(os.fsencode(name))),
+    )
+    return Item(
+        str(tracks[0] if isinstance(tracks[0], Path) else tracks[0][0].parent if tracks[0] else name), read
+    )
 
 
 def read_clip(size, tracks, name, strides, frames, half, view, seed):
@@ -652,7 +910,10 @@ def read_clip(size, tracks, name, strides, frames, half, view, seed):
     stride_order = np.random.default_rng(seed).permutation(strides).tolist()
     fitting = lambda count: next((s for s in stride_order if s * (frames - 1) < count), None)
     place = str(tracks[0] if isinstance(tracks[0], Path) else tracks[0][0].parent if tracks[0] else name)
-    short = lambda count: {"path": place, "reason": f"{count} frames, {frames} at stride {min(strides)} take {min(strides) * (frames - 1) + 1}"}
+    short = lambda count: {
+        "path": place,
+        "reason": f"{count} frames, {frames} at stride {min(strides)} take {min(strides) * (frames - 1) + 1}",
+    }
     if isinstance(tracks[0], Path):
         count = min(map(count_frames, tracks))
         while (stride := fitting(count)) is not None:
@@ -663,7 +924,9 @@ def read_clip(size, tracks, name, strides, frames, half, view, seed):
             ]
             if all(there is None for _, there in read):
                 return [adjust(picture, view) for pictures, _ in read for picture in pictures], []
-            count = min(there for _, there in read if there is not None)  # the container promised more than there are
+            count = min(
+                there for _, there in read if there is not None
+            )  # the container promised more than there are
         return [], [short(count)]
 
     notes, files = [], []
@@ -674,20 +937,38 @@ def read_clip(size, tracks, name, strides, frames, half, view, seed):
             if files[-1].setdefault(key, path) != path:
                 notes.append({"path": str(path), "reason": "another frame has this name"})
     left = [key for key in files[0] if all(key in other for other in files)]
-    notes += [{"path": str(path), "reason": "a frame that is not in every modality"} for group in files for key, path in group.items() if key not in set(left)]
+    notes += [
+        {"path": str(path), "reason": "a frame that is not in every modality"}
+        for group in files
+        for key, path in group.items()
+        if key not in set(left)
+    ]
     # The start is the frame whose name scrambles to the least number. A frame that cannot be read is noted, taken away, and
     # the draw made again; as those between the frames shown are tried too, the outcome is as if it had never been there.
     tried = {}
     while (stride := fitting(len(left))) is not None:
         span, salt = stride * (frames - 1) + 1, zlib.crc32(repr(seed).encode())
-        start = int(scramble(np.array([zlib.crc32(os.fsencode(key)) + (salt << 32) for key in left[:len(left) - span + 1]], np.uint64)).argmin())
-        chosen = left[start:start + span:stride]
+        start = int(
+            scramble(
+                np.array(
+                    [zlib.crc32(os.fsencode(key)) + (salt << 32) for key in left[: len(left) - span + 1]],
+                    np.uint64,
+                )
+            ).argmin()
+        )
+        chosen = left[start : start + span : stride]
         try:
-            for key in left[start:start + span]:
+            for key in left[start : start + span]:
                 for k, group in enumerate(files):
                     path, shown = group[key], key in chosen
                     if (k, key, shown) not in tried:
-                        tried[k, key, shown] = read_half(path) if half[k] else read_view(path, size, view) if shown else len(read_image(path, 8))
+                        tried[k, key, shown] = (
+                            read_half(path)
+                            if half[k]
+                            else read_view(path, size, view)
+                            if shown
+                            else len(read_image(path, 8))
+                        )
         except (UserError, OSError) as error:
             notes.append({"path": str(path), "reason": str(error), "bad": True})
             left.remove(key)
@@ -713,7 +994,9 @@ def read_item(read, size: int, compact: bool):
     try:
         pictures = read(size)
         pictures, notes = pictures if isinstance(pictures, tuple) else (pictures, [])
-        pictures = np.stack(pictures).astype(np.float32, copy=False) if len(pictures) else np.zeros(0, np.float32)
+        pictures = (
+            np.stack(pictures).astype(np.float32, copy=False) if len(pictures) else np.zeros(0, np.float32)
+        )
         if compact:
             levels = (pictures * 255 + np.float32(0.5)).astype(np.uint8)
             if np.array_equal(LEVELS.take(levels), pictures):
@@ -738,10 +1021,13 @@ def read_ahead(items: list[Item], todo, size: int, workers: int, patience: float
     Raises RunStopped, naming the file, where a worker dies, has no memory left, or none gives a sign of life for `patience`
     seconds."""
     again = "the same command goes on where this one stopped"
-    hung = lambda names: RunStopped(f"no worker gave a sign of life for {patience:g} seconds; "
-                                    f"they were reading {', '.join(names)}. Raise --patience, or take the file away; {again}")
-    no_memory = lambda name: RunStopped(f"there is not enough memory to read {name}; "
-                                        f"take fewer --workers, or the file away; {again}")
+    hung = lambda names: RunStopped(
+        f"no worker gave a sign of life for {patience:g} seconds; "
+        f"they were reading {', '.join(names)}. Raise --patience, or take the file away; {again}"
+    )
+    no_memory = lambda name: RunStopped(
+        f"there is not enough memory to read {name}; take fewer --workers, or the file away; {again}"
+    )
     if not workers:
         waiting, pool = collections.deque(), ThreadPoolExecutor(2, READER)
         numbers = iter(todo)
@@ -779,7 +1065,11 @@ def read_ahead(items: list[Item], todo, size: int, workers: int, patience: float
         for wanted in todo:
             while True:
                 for pipe in sorted(busy, key=lambda pipe: len(busy[pipe])):
-                    while len(busy[pipe]) < 2 and len(done) + sum(map(len, busy.values())) < ahead and (i := next(queue, None)) is not None:
+                    while (
+                        len(busy[pipe]) < 2
+                        and len(done) + sum(map(len, busy.values())) < ahead
+                        and (i := next(queue, None)) is not None
+                    ):
                         busy[pipe].append(i)
                         try:
                             pipe.send((i, items[i].read))
@@ -793,8 +1083,10 @@ def read_ahead(items: list[Item], todo, size: int, workers: int, patience: float
                         i, *answer = pipe.recv()
                     except (EOFError, OSError):
                         processes[pipe].join(1)
-                        raise RunStopped(f"a worker ended with status {processes[pipe].exitcode} while it read "
-                                         f"{doing(pipe)} (-9: killed, perhaps for memory); {again}") from None
+                        raise RunStopped(
+                            f"a worker ended with status {processes[pipe].exitcode} while it read "
+                            f"{doing(pipe)} (-9: killed, perhaps for memory); {again}"
+                        ) from None
                     busy[pipe].remove(i)
                     if isinstance(answer[0], MemoryError):
                         raise no_memory(items[i].name)
@@ -854,7 +1146,9 @@ def encode_items(tokenizer, items: list[tuple[str, Callable]], pictures: int, ma
     others. Raises UserError where more than `max_rejected` of the items cannot be read, or none can."""
     codes, kept, rejected = [], [], []
     with tqdm(total=len(items) * pictures, unit="picture", dynamic_ncols=True) as bar:
-        for index, codes_TS, notes in encode_stream(tokenizer, [Item(*item) for item in items], range(len(items)), batch=batch, devices=1):
+        for index, codes_TS, notes in encode_stream(
+            tokenizer, [Item(*item) for item in items], range(len(items)), batch=batch, devices=1
+        ):
             bar.update(pictures)
             rejected += notes
             if len(codes_TS):
@@ -866,7 +1160,17 @@ def encode_items(tokenizer, items: list[tuple[str, Callable]], pictures: int, ma
     return np.stack(codes), kept, [{k: note[k] for k in ("path", "reason")} for note in rejected]
 
 
-def encode_stream(tokenizer, items, todo, *, batch: int, devices: int, workers: int = 0, patience: float = 45.0, flush_after=lambda i: False):
+def encode_stream(
+    tokenizer,
+    items,
+    todo,
+    *,
+    batch: int,
+    devices: int,
+    workers: int = 0,
+    patience: float = 45.0,
+    flush_after=lambda i: False,
+):
     """Yields (number of the item, uint16 codes [T, S], notes) in order. Reading, and the device's work on one batch, go on
     while the next batch is filled. A batch never reaches over an item after which it must be flushed."""
     size, S = tokenizer.config.resolution, tokenizer.config.codes_per_image
@@ -880,7 +1184,10 @@ def encode_stream(tokenizer, items, todo, *, batch: int, devices: int, workers: 
         nonlocal pixels_BHWC, filled
         if filled:  # always the same shape: one compilation
             running.append((vqgan.encode(tokenizer, jax.device_put(pixels_BHWC, split)), filled))
-            pixels_BHWC, filled = np.zeros_like(pixels_BHWC), 0  # a new array: the device may still read the old one
+            pixels_BHWC, filled = (
+                np.zeros_like(pixels_BHWC),
+                0,
+            )  # a new array: the device may still read the old one
 
     def finish(still_running):
         nonlocal codes_NS
@@ -896,7 +1203,9 @@ def encode_stream(tokenizer, items, todo, *, batch: int, devices: int, workers: 
         for i, pictures, notes in reading:
             waiting.append((i, len(pictures), notes))
             for pixels_HWC in pictures:
-                pixels_BHWC[filled] = pixels_HWC if pixels_HWC.dtype == np.float32 else LEVELS.take(pixels_HWC)
+                pixels_BHWC[filled] = (
+                    pixels_HWC if pixels_HWC.dtype == np.float32 else LEVELS.take(pixels_HWC)
+                )
                 filled += 1
                 if filled == batch:
                     start()
@@ -916,7 +1225,9 @@ def encode_chunks(source: Source, tokenizer, items: list[Item], pictures: int, n
     folder, S = Path(f"{source.out}.codes"), tokenizer.config.codes_per_image
     devices = jax.device_count() if source.mesh == -1 else source.mesh
     if not 1 <= devices <= jax.device_count():
-        raise UserError(f"--mesh {source.mesh}: {jax.device_count()} devices are here; wanted -1 or a number up to that")
+        raise UserError(
+            f"--mesh {source.mesh}: {jax.device_count()} devices are here; wanted -1 or a number up to that"
+        )
     batch = -(-source.batch // devices) * devices
     begin_chunks(folder, source, tokenizer, items, batch)
     part, parts = split_part(source.part)
@@ -931,9 +1242,22 @@ def encode_chunks(source: Source, tokenizer, items: list[Item], pictures: int, n
     bad = sum(done["bad"] for done in about.values())
     last_of = lambda i: i == numbers(i // per_chunk)[-1]
     counts, found, codes, bad_here = [], [], [], 0
-    with tqdm(total=len(items) * pictures, initial=(len(items) - len(todo)) * pictures, unit="picture", dynamic_ncols=True) as bar:
-        stream = encode_stream(tokenizer, items, todo, batch=batch, devices=devices, workers=count_workers(source, len(todo) * pictures),
-                               patience=source.patience, flush_after=last_of)
+    with tqdm(
+        total=len(items) * pictures,
+        initial=(len(items) - len(todo)) * pictures,
+        unit="picture",
+        dynamic_ncols=True,
+    ) as bar:
+        stream = encode_stream(
+            tokenizer,
+            items,
+            todo,
+            batch=batch,
+            devices=devices,
+            workers=count_workers(source, len(todo) * pictures),
+            patience=source.patience,
+            flush_after=last_of,
+        )
         for i, codes_TS, item_notes in stream:
             bar.update(pictures)
             counts.append(len(codes_TS))
@@ -942,12 +1266,15 @@ def encode_chunks(source: Source, tokenizer, items: list[Item], pictures: int, n
             bad_here += is_bad(len(codes_TS), item_notes)
             if bad + bad_here > source.max_rejected * len(items):
                 bar.close()
-                report(source.out, [*notes, *(note for done in about.values() for note in done["notes"]), *found])
+                report(
+                    source.out, [*notes, *(note for done in about.values() for note in done["notes"]), *found]
+                )
                 check_rejected(bad + bad_here, len(items), source.max_rejected, item_notes)
             if last_of(i):
                 here = slice(numbers(i // per_chunk).start, i + 1)
                 about[i // per_chunk] = write_chunk(
-                    folder, i // per_chunk, counts, np.concatenate(codes), found, bad_here, states_N[here])
+                    folder, i // per_chunk, counts, np.concatenate(codes), found, bad_here, states_N[here]
+                )
                 counts, found, codes, bad, bad_here = [], [], [], bad + bad_here, 0
     of_others = [chunk for chunk in chunks if chunk not in about and (folder / f"{chunk:06d}.json").exists()]
     about |= unchanged_chunks(folder, of_others, S, items, states_N, numbers)
@@ -956,11 +1283,17 @@ def encode_chunks(source: Source, tokenizer, items: list[Item], pictures: int, n
         print(f"another part wrote {source.out} in the meantime")
         return None
     if missing:
-        print(f"part {source.part} is encoded; {len(missing)} of {len(chunks)} chunks are still to come from other parts; the last to finish writes {source.out}")
+        print(
+            f"part {source.part} is encoded; {len(missing)} of {len(chunks)} chunks are still to come from other parts; the last to finish writes {source.out}"
+        )
         return None
     about = [about[chunk] for chunk in chunks]
     counts_N = np.concatenate([done["counts"] for done in about]) if about else np.zeros(0, int)
-    starts_N = np.concatenate([np.cumsum([0, *done["counts"][:-1]]) for done in about]) if about else np.zeros(0, int)
+    starts_N = (
+        np.concatenate([np.cumsum([0, *done["counts"][:-1]]) for done in about])
+        if about
+        else np.zeros(0, int)
+    )
 
     def codes_of(i):
         file = folder / f"{i // per_chunk:06d}.codes"
@@ -984,16 +1317,29 @@ def begin_chunks(folder: Path, source: Source, tokenizer, items, batch):
     names = hashlib.sha256()
     for item in items:
         names.update(repr((item.name, item.read.func.__name__, item.read.keywords)).encode())
-    plan = {"kind": type(source).__name__, "tokenizer": vqgan.fingerprint(tokenizer), "batch": batch, "files": f"{len(items)} items, {names.hexdigest()[:16]}",
-            **json.loads(json.dumps({k: v for k, v in dataclasses.asdict(source).items() if k not in free}, default=str))}
+    plan = {
+        "kind": type(source).__name__,
+        "tokenizer": vqgan.fingerprint(tokenizer),
+        "batch": batch,
+        "files": f"{len(items)} items, {names.hexdigest()[:16]}",
+        **json.loads(
+            json.dumps({k: v for k, v in dataclasses.asdict(source).items() if k not in free}, default=str)
+        ),
+    }
     file = folder / "plan.json"
-    if folder.exists() and not file.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+    if (
+        folder.exists()
+        and not file.exists()
+        and any(not path.name.startswith(".") for path in folder.iterdir())
+    ):
         raise UserError(f"{folder} is in the way: it is no unfinished run; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     if file.exists():
         before = {"check_contents": False} | read_json(file)  # of runs that are older than the flag
         if changed := [f"{k}: {before.get(k)} -> {v}" for k, v in plan.items() if before.get(k) != v]:
-            raise UserError(f"{folder} holds an unfinished run with other settings ({'; '.join(changed)}); repeat them, delete it, or choose another --out")
+            raise UserError(
+                f"{folder} holds an unfinished run with other settings ({'; '.join(changed)}); repeat them, delete it, or choose another --out"
+            )
     write_whole(file, strict_json(plan, indent=1) + "\n")
 
 
@@ -1003,7 +1349,9 @@ def input_states(items: list[Item], contents: bool) -> list[str]:
     every = list(dict.fromkeys(itertools.chain(*files)))
     with ThreadPoolExecutor(16) as pool:
         states = dict(zip(every, pool.map(functools.partial(file_state, contents=contents), every)))
-    return [hashlib.sha256(" ".join(states[file] for file in some).encode()).hexdigest()[:16] for some in files]
+    return [
+        hashlib.sha256(" ".join(states[file] for file in some).encode()).hexdigest()[:16] for some in files
+    ]
 
 
 def file_state(file, contents=False) -> str:
@@ -1037,8 +1385,10 @@ def unchanged_chunks(folder: Path, chunks, S: int, items, states_N, numbers) -> 
             del about[chunk]
             anew += 1
     if anew:
-        print(f"{len(changed)} inputs have changed since they were encoded, such as {', '.join(changed[:3])}: "
-              f"{anew} chunks are encoded anew")
+        print(
+            f"{len(changed)} inputs have changed since they were encoded, such as {', '.join(changed[:3])}: "
+            f"{anew} chunks are encoded anew"
+        )
     return about
 
 
@@ -1046,7 +1396,13 @@ def write_chunk(folder: Path, chunk: int, counts, codes_NS, notes, bad: int, sta
     """The codes first, then what vouches for them; either appears whole."""
     data = codes_NS.astype("<u2").tobytes()
     write_whole(folder / f"{chunk:06d}.codes", data)
-    about = {"counts": counts, "notes": notes, "bad": bad, "inputs": states, "sha256": hashlib.sha256(data).hexdigest()}
+    about = {
+        "counts": counts,
+        "notes": notes,
+        "bad": bad,
+        "inputs": states,
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
     write_whole(folder / f"{chunk:06d}.json", strict_json(about) + "\n")
     return about
 
@@ -1055,9 +1411,17 @@ def read_chunk(folder: Path, chunk: int, S: int) -> dict:
     file = folder / f"{chunk:06d}.json"
     try:
         about = read_json(file)
-        check_fields(about, {
-            "counts": list[int], "notes": list[dict[str, str | bool]], "bad": int, "inputs": list[str] | None,
-            "sha256": str}, file)
+        check_fields(
+            about,
+            {
+                "counts": list[int],
+                "notes": list[dict[str, str | bool]],
+                "bad": int,
+                "inputs": list[str] | None,
+                "sha256": str,
+            },
+            file,
+        )
         if not all({"path", "reason"} <= note.keys() for note in about["notes"]):
             raise UserError(f"{file}: a note without path or reason")
         data = (folder / f"{chunk:06d}.codes").read_bytes()
@@ -1113,15 +1477,27 @@ def split_part(text: str) -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------------- shards
 
 
-def write_dataset(out: Path, tokenizer, kinds: list[str], sentences: Iterable[tuple[int, np.ndarray]], rejected=(), context: int | None = None, suffix: str = ""):
+def write_dataset(
+    out: Path,
+    tokenizer,
+    kinds: list[str],
+    sentences: Iterable[tuple[int, np.ndarray]],
+    rejected=(),
+    context: int | None = None,
+    suffix: str = "",
+):
     """Writes (kind, uint16 tokens) sentences as a dataset folder, whole or not at all. Raises UserError where there is one
     already."""
     out, partial = Path(out), Path(f"{out}.partial{suffix}")
     if out.exists():
         raise UserError(f"{out} exists; choose another --out or delete it")
     if partial.exists():  # what a killed run left behind
-        if any(not OURS.fullmatch(file.name) and not file.name.startswith(".nfs") for file in partial.iterdir()):
-            raise UserError(f"{partial} is in the way, and holds files that no run left there; choose another --out")
+        if any(
+            not OURS.fullmatch(file.name) and not file.name.startswith(".nfs") for file in partial.iterdir()
+        ):
+            raise UserError(
+                f"{partial} is in the way, and holds files that no run left there; choose another --out"
+            )
         for file in partial.iterdir():
             file.unlink(missing_ok=True)
     partial.mkdir(parents=True, exist_ok=True)
@@ -1133,7 +1509,9 @@ def write_dataset(out: Path, tokenizer, kinds: list[str], sentences: Iterable[tu
             for kind, codes in itertools.chain([first], itertools.islice(sentences, SENTENCES_PER_SHARD - 1)):
                 codes = np.asarray(codes).reshape(-1)
                 if not len(codes) or codes.min() < 0 or codes.max() >= tokenizer.config.num_embeddings:
-                    raise UserError(f"{out}: a sentence of {len(codes)} codes {f'up to {codes.max()} ' if len(codes) else ''}does not fit the tokenizer's {tokenizer.config.num_embeddings}")
+                    raise UserError(
+                        f"{out}: a sentence of {len(codes)} codes {f'up to {codes.max()} ' if len(codes) else ''}does not fit the tokenizer's {tokenizer.config.num_embeddings}"
+                    )
                 data = codes.astype("<u2").tobytes()
                 file.write(data)
                 digest.update(data)
@@ -1148,9 +1526,17 @@ def write_dataset(out: Path, tokenizer, kinds: list[str], sentences: Iterable[tu
         files[f"{stem.name}.tokens"] = digest.hexdigest()
         files[f"{stem.name}.index.npy"] = hashlib.sha256(content.getvalue()).hexdigest()
         tokens += end
-    about = {"format": FORMAT, "tokenizer": vqgan.fingerprint(tokenizer), "codes": tokenizer.config.num_embeddings,
-             "codes_per_image": tokenizer.config.codes_per_image, "sentences": sum(counts), "tokens": tokens,
-             "kinds": dict(zip(kinds, counts)), "rejected": len(rejected), "sha256": files}
+    about = {
+        "format": FORMAT,
+        "tokenizer": vqgan.fingerprint(tokenizer),
+        "codes": tokenizer.config.num_embeddings,
+        "codes_per_image": tokenizer.config.codes_per_image,
+        "sentences": sum(counts),
+        "tokens": tokens,
+        "kinds": dict(zip(kinds, counts)),
+        "rejected": len(rejected),
+        "sha256": files,
+    }
     write_whole(partial / "dataset.json", describe(about))
     report(out, rejected)
     try:
@@ -1160,7 +1546,9 @@ def write_dataset(out: Path, tokenizer, kinds: list[str], sentences: Iterable[tu
             raise
         remove_scratch(partial)  # another part was faster, with the same result
     if longer:
-        print(f"{longer:,} of {sum(counts):,} sentences are longer than --context {context} with BOS and EOS: train with a longer one, or with --packing concat")
+        print(
+            f"{longer:,} of {sum(counts):,} sentences are longer than --context {context} with BOS and EOS: train with a longer one, or with --packing concat"
+        )
     print(f"wrote {sum(counts):,} sentences, {tokens:,} tokens to {out}")
 
 
@@ -1178,7 +1566,9 @@ class Shards:
         self.folder = Path(folder)
         file = self.folder / "dataset.json"
         if not file.is_file():
-            raise UserError(f"{folder}: no dataset here (dataset.json is missing); make one with: python tokenize_data.py KIND --out {folder}")
+            raise UserError(
+                f"{folder}: no dataset here (dataset.json is missing); make one with: python tokenize_data.py KIND --out {folder}"
+            )
         self.about = read_json(file)
         self.digest = check_description(file, self.about)  # names what the whole dataset holds
         self.codes, self.kinds, digests = self.about["codes"], list(self.about["kinds"]), self.about["sha256"]
@@ -1192,7 +1582,9 @@ class Shards:
             raise UserError(f"{folder}: the dataset holds no sentence")
         verify_tokens(self.folder, {path: digests[path.name] for path, _ in self.shards}, self.codes)
         self.firsts = np.cumsum([0] + [len(index_N3) for _, index_N3 in self.shards])
-        self.starts_N = np.concatenate([np.concatenate([[0], index_N3[:-1, 0]]) for _, index_N3 in self.shards])
+        self.starts_N = np.concatenate(
+            [np.concatenate([[0], index_N3[:-1, 0]]) for _, index_N3 in self.shards]
+        )
         self.lengths_N = np.concatenate([np.diff(index_N3[:, 0], prepend=0) for _, index_N3 in self.shards])
         self.kinds_N = np.concatenate([index_N3[:, 1] for _, index_N3 in self.shards])
         self.hashes_N = np.concatenate([index_N3[:, 2] for _, index_N3 in self.shards])
@@ -1205,8 +1597,10 @@ class Shards:
         path, _ = self.shards[bisect.bisect_right(self.firsts, i) - 1 if len(self.shards) > 1 else 0]
         data = read_at(path, 2 * int(self.starts_N[i]), 2 * int(self.lengths_N[i]))
         if zlib.crc32(data) != self.hashes_N[i]:  # fewer bytes have another one too
-            raise UserError(f"{path}: sentence {i} is not the one that was written: the file was changed, cut or damaged "
-                            "after it was opened")
+            raise UserError(
+                f"{path}: sentence {i} is not the one that was written: the file was changed, cut or damaged "
+                "after it was opened"
+            )
         return int(self.kinds_N[i]), np.frombuffer(data, "<u2")
 
     @property
@@ -1247,10 +1641,24 @@ def check_description(file: Path, about: dict) -> str:
         raise UserError(f"{file}: format {reprlib.repr(version)}, this program reads {FORMAT} and 1")
     if version == FORMAT and describe(about) != content:  # format 1 carried no digest of its own
         raise UserError(f"{file}: not as it was written (its digest differs); {AGAIN}")
-    check_fields(about, {"tokenizer": str, "codes": int, "codes_per_image": int, "sentences": int, "tokens": int, "kinds": dict[str, int],
-                         "sha256": dict[str, str], "rejected": int | None}, file)
+    check_fields(
+        about,
+        {
+            "tokenizer": str,
+            "codes": int,
+            "codes_per_image": int,
+            "sentences": int,
+            "tokens": int,
+            "kinds": dict[str, int],
+            "sha256": dict[str, str],
+            "rejected": int | None,
+        },
+        file,
+    )
     if not (1 <= about["codes"] <= MOST_CODES and about["codes_per_image"] >= 1):
-        raise UserError(f"{file}: codes {about['codes']} must be in [1, {MOST_CODES}] and codes_per_image at least 1")
+        raise UserError(
+            f"{file}: codes {about['codes']} must be in [1, {MOST_CODES}] and codes_per_image at least 1"
+        )
     for name in about["sha256"]:
         if not re.fullmatch(r"[0-9]{5,9}\.(tokens|index\.npy)", name):
             raise UserError(f"{file}: sha256 names {name!r:.80}, which is no file of a dataset")
@@ -1270,12 +1678,21 @@ def read_index(file: Path, digest: str, tokens: Path, kinds: int) -> np.ndarray:
         raise UserError(f"{file}: wanted int64 [sentences, 3], got {list(index_NC.shape)}")
     ends_N, kinds_N = index_NC[:, 0], index_NC[:, 1]
     if size != 2 * int(ends_N[-1]):
-        raise UserError(f"{tokens}: {size:,} bytes, {file.name} asks for {2 * int(ends_N[-1]):,}; the file is truncated or mixed up")
+        raise UserError(
+            f"{tokens}: {size:,} bytes, {file.name} asks for {2 * int(ends_N[-1]):,}; the file is truncated or mixed up"
+        )
     starts_N = np.concatenate([[0], ends_N[:-1]])
-    if not 0 < ends_N.min() <= ends_N.max() <= size // 2 or (ends_N <= starts_N).any() or not 0 <= kinds_N.min() <= kinds_N.max() < kinds:
+    if (
+        not 0 < ends_N.min() <= ends_N.max() <= size // 2
+        or (ends_N <= starts_N).any()
+        or not 0 <= kinds_N.min() <= kinds_N.max() < kinds
+    ):
         raise UserError(f"{file}: damaged, its ends do not rise or it names kinds that dataset.json does not")
     if index_NC.shape[1] == 2:  # the first datasets stored no checksums
-        sums_N = [zlib.crc32(read_at(tokens, 2 * start, 2 * (end - start))) for start, end in zip(starts_N.tolist(), ends_N.tolist())]
+        sums_N = [
+            zlib.crc32(read_at(tokens, 2 * start, 2 * (end - start)))
+            for start, end in zip(starts_N.tolist(), ends_N.tolist())
+        ]
         index_NC = np.column_stack([index_NC, sums_N])
     return index_NC
 
@@ -1293,7 +1710,9 @@ def verify_tokens(folder: Path, digests: dict[Path, str], codes: int):
     todo = [path for path in digests if known.get(path.name) != [*states[path], digests[path], codes]]
     total = sum(states[path][0] for path in todo)
     quick = total < 1 << 30
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"verifying {folder}", disable=quick, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc=f"verifying {folder}", disable=quick, dynamic_ncols=True
+    ) as bar:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing does not hold Python's lock
             for _ in pool.map(lambda path: verify_file(path, digests[path], codes, bar.update), todo):
                 pass
@@ -1311,7 +1730,7 @@ def verify_file(path: Path, digest: str, codes: int, progress):
         with open(path, "rb") as file:
             while block := file.read(1 << 22):
                 sha256.update(block)
-                highest = max(highest, int(np.frombuffer(block[:len(block) & ~1], "<u2").max(initial=0)))
+                highest = max(highest, int(np.frombuffer(block[: len(block) & ~1], "<u2").max(initial=0)))
                 progress(len(block))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
@@ -1347,11 +1766,31 @@ class Jsonl:
     tokens), `<|id|>`, `<|bos|>` and `<|eos|>` (one literal id), each in `[ ]` where the loss shall leave it out.
     Raises UserError for other fields, ids outside the `vocabulary`, an empty file, or more than BAD_LINES bad lines."""
 
-    def __init__(self, path, codes: int, specials, fields: str | None = None, vocabulary: int | None = None, max_rejected: float = BAD_LINES):
-        self.path, self.codes, self.kinds, self.vocabulary = Path(path), codes, ["jsonl"], vocabulary or codes + 100
-        self.fields = [(key, counts, np.array([key], np.int32) if isinstance(key, int) else None)
-                       for key, counts in split_fields(fields or "<|bos|>,{tokens},<|eos|>", specials[:2], self.vocabulary)]
-        self.keys, self.all_count = [key for key, _, _ in self.fields if isinstance(key, str)], all(counts for _, counts, _ in self.fields)
+    def __init__(
+        self,
+        path,
+        codes: int,
+        specials,
+        fields: str | None = None,
+        vocabulary: int | None = None,
+        max_rejected: float = BAD_LINES,
+    ):
+        self.path, self.codes, self.kinds, self.vocabulary = (
+            Path(path),
+            codes,
+            ["jsonl"],
+            vocabulary or codes + 100,
+        )
+        self.fields = [
+            (key, counts, np.array([key], np.int32) if isinstance(key, int) else None)
+            for key, counts in split_fields(
+                fields or "<|bos|>,{tokens},<|eos|>", specials[:2], self.vocabulary
+            )
+        ]
+        self.keys, self.all_count = (
+            [key for key, _, _ in self.fields if isinstance(key, str)],
+            all(counts for _, counts, _ in self.fields),
+        )
         if not self.path.is_file():
             raise UserError(f"{path}: no such file")
         self.file, self.rejected, self.counts_K = open(self.path, "rb"), [], np.zeros(codes, np.int64)
@@ -1370,7 +1809,12 @@ class Jsonl:
                 continue
             # Where each text lies in the file, so that a row is read without parsing JSON; or (-1, the line) if it is escaped.
             found = [line.find(text) for text in texts]
-            places.append([(offset + at, len(text)) if at >= 0 else (-1 - offset, len(line)) for at, text in zip(found, texts)])
+            places.append(
+                [
+                    (offset + at, len(text)) if at >= 0 else (-1 - offset, len(line))
+                    for at, text in zip(found, texts)
+                ]
+            )
             lengths.append(len(codes_T))
             hashes.append(zlib.crc32(codes_T.astype("<u2").tobytes()))
             self.counts_K += np.bincount(codes_T[codes_T < codes], minlength=codes)
@@ -1381,16 +1825,29 @@ class Jsonl:
                 last += f"; {path}.rejected.jsonl lists them"
             except OSError:  # a folder that may only be read
                 pass
-            print(f"{path}: {len(self.rejected)} of {len(self.rejected) + len(places)} lines are bad and left out; {last}", file=sys.stderr)
+            print(
+                f"{path}: {len(self.rejected)} of {len(self.rejected) + len(places)} lines are bad and left out; {last}",
+                file=sys.stderr,
+            )
             if len(self.rejected) > max_rejected * (len(places) + len(self.rejected)):
                 raise UserError(f"{path}: more than {max_rejected:.0%} of its lines are bad; {last}")
         if not places:
             raise UserError(f"{path}: no line in it")
         self.places_NK2, self.lengths_N, self.hashes_N = np.array(places), np.array(lengths), np.array(hashes)
-        self.row_lengths_N, self.longest = self.lengths_N + len(self.fields) - len(self.keys), int(self.lengths_N.max())
+        self.row_lengths_N, self.longest = (
+            self.lengths_N + len(self.fields) - len(self.keys),
+            int(self.lengths_N.max()),
+        )
         self.kinds_N = np.zeros(len(places), int)
         self.digest = hashlib.sha256(self.hashes_N.tobytes()).hexdigest()[:16]
-        self.about = {"tokenizer": None, "codes": codes, "codes_per_image": None, "sentences": len(places), "tokens": sum(lengths), "kinds": {"jsonl": len(places)}}
+        self.about = {
+            "tokenizer": None,
+            "codes": codes,
+            "codes_per_image": None,
+            "sentences": len(places),
+            "tokens": sum(lengths),
+            "kinds": {"jsonl": len(places)},
+        }
 
     def texts(self, line: bytes) -> list[bytes]:
         """The base64 under each key of the fields."""
@@ -1411,8 +1868,12 @@ class Jsonl:
             raise UserError(
                 f"{key!r} holds int64 tokens (every second int32 is 0); write them with tokens.astype('<i4')"
             )
-        if not len(ids_T) or ids_T.view("<u4").max() >= self.vocabulary:  # as unsigned ones negative ids are large too
-            raise UserError(f"{key!r} holds {f'tokens from {ids_T.min()} to {ids_T.max()}' if len(ids_T) else 'no tokens'}; wanted ids below {self.vocabulary}")
+        if (
+            not len(ids_T) or ids_T.view("<u4").max() >= self.vocabulary
+        ):  # as unsigned ones negative ids are large too
+            raise UserError(
+                f"{key!r} holds {f'tokens from {ids_T.min()} to {ids_T.max()}' if len(ids_T) else 'no tokens'}; wanted ids below {self.vocabulary}"
+            )
         return ids_T
 
     def __len__(self):
@@ -1436,7 +1897,13 @@ class Jsonl:
         """-> (int32 ids; which of them the loss counts: None for all)."""
         contents = iter(self.contents(i))
         parts = [next(contents) if isinstance(key, str) else literal for key, _, literal in self.fields]
-        masks = None if self.all_count else np.concatenate([np.full(len(part), counts, np.float32) for part, (_, counts, _) in zip(parts, self.fields)])
+        masks = (
+            None
+            if self.all_count
+            else np.concatenate(
+                [np.full(len(part), counts, np.float32) for part, (_, counts, _) in zip(parts, self.fields)]
+            )
+        )
         return np.concatenate(parts), masks
 
     def code_counts(self):
@@ -1453,7 +1920,9 @@ def split_fields(text: str, specials, vocabulary: int) -> list[tuple["str | int"
         match = re.fullmatch(r"(\[)?(?:<\|(bos|eos|[0-9]{1,9})\|>|\{([^{}\[\]<>|]+)\})(\])?", field.strip())
         if not match or (match[1] is None) != (match[4] is None):
             lost = "; a page that shows HTML swallows <|8192|>" if not field.strip() else ""
-            raise UserError(f"--fields {text!r}: {field!r} is neither {{key}} nor <|id|>, nor one of them in [ ]; LVM's are '<|8192|>,{{tokens}},<|8193|>'{lost}")
+            raise UserError(
+                f"--fields {text!r}: {field!r} is neither {{key}} nor <|id|>, nor one of them in [ ]; LVM's are '<|8192|>,{{tokens}},<|8193|>'{lost}"
+            )
         key = match[3] or ids.get(match[2]) or int(match[2])
         if isinstance(key, int) and key >= vocabulary:
             raise UserError(f"--fields {text!r}: the id {key} is outside the vocabulary of {vocabulary}")
@@ -1463,7 +1932,9 @@ def split_fields(text: str, specials, vocabulary: int) -> list[tuple["str | int"
     return fields
 
 
-def open_sentences(path, codes: int | None = None, specials=None, fields: str | None = None, vocabulary: int | None = None) -> "Shards | Jsonl":
+def open_sentences(
+    path, codes: int | None = None, specials=None, fields: str | None = None, vocabulary: int | None = None
+) -> "Shards | Jsonl":
     """A dataset folder, or a `.jsonl`, whose ids are taken to be of a codebook of `codes` entries."""
     if Path(path).suffix != ".jsonl":
         return Shards(path)
@@ -1479,10 +1950,23 @@ LEAST_SHARE = 1_000_000  # a dataset's part of the mixture is at least one in so
 PACKINGS = ("sentence", "concat", "segment")
 
 
-def open_dataset(paths_and_weights, *, context: int, batch: int, seed: int, start: int = 0, process: int = 0, processes: int = 1,
-                 specials: tuple[int, int, int] | None = None, packing: Literal["sentence", "concat", "segment"] = "sentence",
-                 fields: str | None = None, codes: int | None = None, vocabulary: int | None = None,
-                 heldout_fraction: float = 0.0, heldout: bool = False):
+def open_dataset(
+    paths_and_weights,
+    *,
+    context: int,
+    batch: int,
+    seed: int,
+    start: int = 0,
+    process: int = 0,
+    processes: int = 1,
+    specials: tuple[int, int, int] | None = None,
+    packing: Literal["sentence", "concat", "segment"] = "sentence",
+    fields: str | None = None,
+    codes: int | None = None,
+    vocabulary: int | None = None,
+    heldout_fraction: float = 0.0,
+    heldout: bool = False,
+):
     """Batches for ever, from any number of datasets, shuffled and mixed by `seed`: a grain dataset of
     {"ids_BT": int32, "mask_BT": float32}, and with `segment` {"segment_ids_BT": int32}. `mask_BT` marks the targets.
 
@@ -1503,30 +1987,59 @@ def open_dataset(paths_and_weights, *, context: int, batch: int, seed: int, star
         raise UserError(f"--batch {batch} is not a multiple of the {processes} processes")
     if packing not in PACKINGS:
         raise UserError(f"packing {packing!r} is none of {', '.join(PACKINGS)}")
-    opened, weights = zip(*(p if isinstance(p, tuple) else (p, 1.0) if isinstance(p, (Shards, Jsonl)) else split_weight(p) for p in paths_and_weights))
-    opened = [part if isinstance(part, (Shards, Jsonl)) or Path(part).suffix == ".jsonl" else Shards(part) for part in opened]
+    opened, weights = zip(
+        *(
+            p if isinstance(p, tuple) else (p, 1.0) if isinstance(p, (Shards, Jsonl)) else split_weight(p)
+            for p in paths_and_weights
+        )
+    )
+    opened = [
+        part if isinstance(part, (Shards, Jsonl)) or Path(part).suffix == ".jsonl" else Shards(part)
+        for part in opened
+    ]
     codes = codes or next((part.codes for part in opened if not isinstance(part, str)), None)
-    opened = [open_sentences(part, codes, specials, fields, vocabulary) if isinstance(part, str) else part for part in opened]
+    opened = [
+        open_sentences(part, codes, specials, fields, vocabulary) if isinstance(part, str) else part
+        for part in opened
+    ]
     if fields and not any(isinstance(part, Jsonl) for part in opened):
-        raise UserError(f"--fields {fields!r} is for .jsonl files, and there is none among {', '.join(map(str, paths_and_weights))}")
+        raise UserError(
+            f"--fields {fields!r} is for .jsonl files, and there is none among {', '.join(map(str, paths_and_weights))}"
+        )
     specials = specials or tuple(opened[0].codes + i for i in range(3))
     names = [str(part.folder if isinstance(part, Shards) else part.path) for part in opened]
     for name, part in zip(names, opened):
         for other, first in zip(names, opened):
             if part.codes != first.codes:
-                raise UserError(f"{name} has codes of {part.codes} entries, {other} of {first.codes}: they were made by different tokenizers")
+                raise UserError(
+                    f"{name} has codes of {part.codes} entries, {other} of {first.codes}: they were made by different tokenizers"
+                )
             if len({part.about["tokenizer"], first.about["tokenizer"], None}) > 2:
                 raise UserError(f"{name} was made by another tokenizer than {other}")
     for name, part in zip(names, opened):
         if packing != "concat" and (longest := int(part.row_lengths_N.max())) > context:
-            raise UserError(f"{name}: a sentence has {part.longest} codes and needs --context {longest} with BOS and EOS, got {context}")
-    chosen = [np.flatnonzero(is_heldout(part, heldout_fraction) == heldout) if heldout_fraction or heldout else np.arange(len(part)) for part in opened]
+            raise UserError(
+                f"{name}: a sentence has {part.longest} codes and needs --context {longest} with BOS and EOS, got {context}"
+            )
+    chosen = [
+        np.flatnonzero(is_heldout(part, heldout_fraction) == heldout)
+        if heldout_fraction or heldout
+        else np.arange(len(part))
+        for part in opened
+    ]
     for name, members_N in zip(names, chosen):
         if not len(members_N):
-            raise UserError(f"{name}: a held-out fraction of {heldout_fraction} leaves no sentence {'in' if heldout else 'out of'} it")
-    sentences, tokens = sum(map(len, chosen)), sum(int(part.row_lengths_N[members_N].sum()) for part, members_N in zip(opened, chosen))
+            raise UserError(
+                f"{name}: a held-out fraction of {heldout_fraction} leaves no sentence {'in' if heldout else 'out of'} it"
+            )
+    sentences, tokens = (
+        sum(map(len, chosen)),
+        sum(int(part.row_lengths_N[members_N].sum()) for part, members_N in zip(opened, chosen)),
+    )
     if (sentences if packing == "sentence" else tokens // (context - 1)) < batch:
-        raise UserError(f"{', '.join(names)}: {sentences} sentences of {tokens} tokens do not fill a batch of {batch} rows of {context}; lower --batch")
+        raise UserError(
+            f"{', '.join(names)}: {sentences} sentences of {tokens} tokens do not fill a batch of {batch} rows of {context}; lower --batch"
+        )
     read = pack(opened, chosen, weights, seed=seed, context=context, packing=packing, specials=specials)
     rows = batch // processes
     steps = grain.MapDataset.source(Steps(lambda step: read(step * batch + process * rows, rows)))
@@ -1561,16 +2074,25 @@ def pack(opened, chosen, weights, *, seed: int, context: int, packing: str, spec
     unit = math.lcm(*(share.denominator for share in shares))
     counts = [int(share * unit) // math.gcd(*(int(share * unit) for share in shares)) for share in shares]
     if sum(counts) > 1 << 24:
-        raise UserError(f"the weights {' '.join(map(str, weights))} have no common measure of a reasonable size; round them")
+        raise UserError(
+            f"the weights {' '.join(map(str, weights))} have no common measure of a reasonable size; round them"
+        )
     counts = np.array(counts)
     # One period of the mixture: dataset i comes counts[i] times, evenly spaced; `rank` numbers its turns.
     turns_P = np.argsort(np.concatenate([(np.arange(n) + 0.5) / n for n in counts]), kind="stable")
-    part_P, rank_P = np.repeat(np.arange(len(counts)), counts)[turns_P], np.concatenate([np.arange(n) for n in counts])[turns_P]
+    part_P, rank_P = (
+        np.repeat(np.arange(len(counts)), counts)[turns_P],
+        np.concatenate([np.arange(n) for n in counts])[turns_P],
+    )
 
     @functools.lru_cache(2 * len(opened) + 2)
     def order(part, epoch):
-        key = scramble(scramble(scramble(np.array([seed % (1 << 64)], np.uint64)) + np.uint64(part)) + np.uint64(epoch))
-        return chosen[part][np.argsort(scramble(np.arange(len(chosen[part]), dtype=np.uint64) + key), kind="stable")]
+        key = scramble(
+            scramble(scramble(np.array([seed % (1 << 64)], np.uint64)) + np.uint64(part)) + np.uint64(epoch)
+        )
+        return chosen[part][
+            np.argsort(scramble(np.arange(len(chosen[part]), dtype=np.uint64) + key), kind="stable")
+        ]
 
     def stream(first, count):
         """-> (dataset, sentence in it) of the sentences number first, first + 1, ... of the mixture."""
@@ -1591,8 +2113,8 @@ def pack(opened, chosen, weights, *, seed: int, context: int, packing: str, spec
         ids_BT, mask_BT = empty(count)
         for b, (part, sentence) in enumerate(zip(*(x.tolist() for x in stream(first, count)))):
             ids_T, counts_T = opened[part].row(sentence, specials)
-            ids_BT[b, :len(ids_T)] = ids_T
-            mask_BT[b, 1:len(ids_T)] = 1 if counts_T is None else counts_T[1:]
+            ids_BT[b, : len(ids_T)] = ids_T
+            mask_BT[b, 1 : len(ids_T)] = 1 if counts_T is None else counts_T[1:]
         return {"ids_BT": ids_BT, "mask_BT": mask_BT}
 
     # The other packings need to know where sentences end. The stream is walked in blocks, lengths only; what is kept of a
@@ -1621,17 +2143,21 @@ def pack(opened, chosen, weights, *, seed: int, context: int, packing: str, spec
         b = bisect.bisect_right(begins, low) - 1
         ends = block(b)[2]
         n = bisect.bisect_right(ends, low - begins[b])
-        at = begins[b] + (ends[n - 1] if n else 0) - low  # where sentence n begins, at or before the first row
+        at = (
+            begins[b] + (ends[n - 1] if n else 0) - low
+        )  # where sentence n begins, at or before the first row
         flat_T, counts_T = np.empty(high - low, np.int32), np.ones(high - low, np.float32)
         for ids_T, masks_T in walk(b * BLOCK + n):
             piece = slice(max(at, 0), min(at + len(ids_T), high - low))
-            flat_T[piece] = ids_T[piece.start - at:piece.stop - at]
+            flat_T[piece] = ids_T[piece.start - at : piece.stop - at]
             if masks_T is not None:
-                counts_T[piece] = masks_T[piece.start - at:piece.stop - at]
+                counts_T[piece] = masks_T[piece.start - at : piece.stop - at]
             at += len(ids_T)
             if at >= high - low:
                 break
-        rows = lambda x_T: np.lib.stride_tricks.as_strided(x_T, (count, context), (4 * (context - 1), 4)).copy()
+        rows = lambda x_T: np.lib.stride_tricks.as_strided(
+            x_T, (count, context), (4 * (context - 1), 4)
+        ).copy()
         mask_BT = rows(counts_T)
         mask_BT[:, 0] = 0  # the first of a row is nobody's target here: it was the last of the row before
         return {"ids_BT": rows(flat_T), "mask_BT": mask_BT}
@@ -1641,7 +2167,9 @@ def pack(opened, chosen, weights, *, seed: int, context: int, packing: str, spec
         with lock:
             while len(row_begins) <= first + count:
                 ends, n = block(walked)[2], 0
-                while (n_next := bisect.bisect_right(ends, (ends[n - 1] if n else 0) + context - used)) < BLOCK:
+                while (
+                    n_next := bisect.bisect_right(ends, (ends[n - 1] if n else 0) + context - used)
+                ) < BLOCK:
                     row_begins.append(walked * BLOCK + n_next)
                     n, used = n_next, 0
                 walked, used = walked + 1, used + ends[-1] - (ends[n - 1] if n else 0)
@@ -1653,7 +2181,9 @@ def pack(opened, chosen, weights, *, seed: int, context: int, packing: str, spec
                 ids_T, counts_T = next(sentences)
                 end = at + len(ids_T)
                 ids_BT[b, at:end], segment_ids_BT[b, at:end] = ids_T, number + 1
-                mask_BT[b, at + 1:end] = 1 if counts_T is None else counts_T[1:]  # nothing before it tells a segment's first id
+                mask_BT[b, at + 1 : end] = (
+                    1 if counts_T is None else counts_T[1:]
+                )  # nothing before it tells a segment's first id
                 at = end
         return {"ids_BT": ids_BT, "mask_BT": mask_BT, "segment_ids_BT": segment_ids_BT}
 
@@ -1716,19 +2246,30 @@ def show(config: Show):
         raise UserError(f"{config.data} was made by another tokenizer than {config.tokenizer}")
     kinds_N = shards.kinds_N
     present = np.unique(kinds_N)
-    chosen = [at[i] for kind in present for at in [np.flatnonzero(kinds_N == kind)]
-              for i in np.linspace(0, len(at) - 1, min(max(1, config.count // len(present)), len(at))).astype(int)]
+    chosen = [
+        at[i]
+        for kind in present
+        for at in [np.flatnonzero(kinds_N == kind)]
+        for i in np.linspace(0, len(at) - 1, min(max(1, config.count // len(present)), len(at))).astype(int)
+    ]
     blocks, gap, size = [], 2, tokenizer.config.resolution
     for i in chosen:
         kind, tokens = shards[i]
         if len(tokens) % S or tokens.max() >= shards.codes:
-            raise UserError(f"{config.data}: sentence {i} is not a row of pictures of {S} codes below {shards.codes}")
+            raise UserError(
+                f"{config.data}: sentence {i} is not a row of pictures of {S} codes below {shards.codes}"
+            )
         pictures = np.asarray(vqgan.decode(tokenizer, tokens.reshape(-1, S).astype(np.int32)))
         name = ascii(shards.kinds[kind])[1:-1][:80]  # Pillow's own font has few letters more
         text = f"{name}, sentence {i}: {len(pictures)} pictures, {len(tokens)} codes"
         caption = Image.new("L", (int(ImageFont.load_default().getlength(text)) + 2 * gap, 14), 255)
         ImageDraw.Draw(caption).text((gap, 1), text, fill=0)
-        blocks.append((np.asarray(caption), [pictures[t:t + config.columns] for t in range(0, len(pictures), config.columns)]))
+        blocks.append(
+            (
+                np.asarray(caption),
+                [pictures[t : t + config.columns] for t in range(0, len(pictures), config.columns)],
+            )
+        )
     width = max(
         (size + 2 * gap) * max(len(line) for _, lines in blocks for line in lines),
         *(len(caption_HW[0]) for caption_HW, _ in blocks),
@@ -1738,9 +2279,15 @@ def show(config: Show):
         caption_HW = np.pad(caption_HW, ((0, 0), (0, width - caption_HW.shape[1])), constant_values=255)
         sheet.append(np.repeat(caption_HW[:, :, None], 3, axis=2))
         for line in lines:
-            padded = np.pad((line * 255 + 0.5).astype(np.uint8), ((0, 0), (gap, gap), (gap, gap), (0, 0)), constant_values=255)
+            padded = np.pad(
+                (line * 255 + 0.5).astype(np.uint8),
+                ((0, 0), (gap, gap), (gap, gap), (0, 0)),
+                constant_values=255,
+            )
             row_HWC = np.concatenate(list(padded), axis=1)
-            sheet.append(np.pad(row_HWC, ((0, 0), (0, width - row_HWC.shape[1]), (0, 0)), constant_values=255))
+            sheet.append(
+                np.pad(row_HWC, ((0, 0), (0, width - row_HWC.shape[1]), (0, 0)), constant_values=255)
+            )
     config.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(config.out, encode_image(Image.fromarray(np.concatenate(sheet)), config.out))
     print(f"wrote {config.out}: " + ", ".join(shards.kinds[kinds_N[i]] for i in chosen))
@@ -1768,16 +2315,28 @@ def inspect(config: Inspect):
         for path, _ in shards.shards:  # opening may have passed over what was verified before
             verify_file(path, about["sha256"][path.name], shards.codes, lambda count: None)
         kinds_N = np.bincount(shards.kinds_N, minlength=len(shards.kinds))
-        if len(shards) != about["sentences"] or int(shards.lengths_N.sum()) != about["tokens"] or kinds_N.tolist() != list(about["kinds"].values()):
-            raise UserError(f"{config.data}: dataset.json counts other sentences, tokens or kinds than there are")
+        if (
+            len(shards) != about["sentences"]
+            or int(shards.lengths_N.sum()) != about["tokens"]
+            or kinds_N.tolist() != list(about["kinds"].values())
+        ):
+            raise UserError(
+                f"{config.data}: dataset.json counts other sentences, tokens or kinds than there are"
+            )
     p_K = counts_K[counts_K > 0] / counts_K.sum()
     entropy = float(-(p_K * np.log(p_K)).sum())
     lengths_N = shards.lengths_N
-    print(f"{config.data}: {about['sentences']:,} sentences, {about['tokens']:,} tokens of {about['codes_per_image'] or 'unknown'} a picture; tokenizer {about['tokenizer'] or 'unknown'}")
+    print(
+        f"{config.data}: {about['sentences']:,} sentences, {about['tokens']:,} tokens of {about['codes_per_image'] or 'unknown'} a picture; tokenizer {about['tokenizer'] or 'unknown'}"
+    )
     for kind, count in about["kinds"].items():
         print(f"  {count:>9,} {kind}")
-    print(f"lengths      {lengths_N.min():,} to {lengths_N.max():,} codes; {int((lengths_N + 2 > config.context).sum()):,} longer than --context {config.context} with BOS and EOS")
-    print(f"codes        {len(p_K):,} of {shards.codes:,} in use, perplexity {math.exp(entropy):,.1f}, unigram entropy {entropy:.3f} nats")
+    print(
+        f"lengths      {lengths_N.min():,} to {lengths_N.max():,} codes; {int((lengths_N + 2 > config.context).sum()):,} longer than --context {config.context} with BOS and EOS"
+    )
+    print(
+        f"codes        {len(p_K):,} of {shards.codes:,} in use, perplexity {math.exp(entropy):,.1f}, unigram entropy {entropy:.3f} nats"
+    )
     print(f"left out     {about.get('rejected') or len(getattr(shards, 'rejected', ())):,}")
     if isinstance(shards, Shards):
         print(f"digests      {len(about['sha256'])} files are as they were written")
@@ -1810,8 +2369,15 @@ def import_jsonl(config: ImportJsonl):
     codes, kinds = tokenizer.config.num_embeddings, [path.stem for path in config.inputs]
     if len(set(kinds)) < len(kinds):
         kinds = [f"{n}-{kind}" for n, kind in enumerate(kinds)]
-    files = [Jsonl(path, codes, (codes, codes + 1), "{tokens}", vocabulary=codes, max_rejected=config.max_rejected) for path in config.inputs]
-    sentences = ((kind, file[i][1]) for kind, file in enumerate(files) for i in tqdm(range(len(file)), unit="sentence", dynamic_ncols=True))
+    files = [
+        Jsonl(path, codes, (codes, codes + 1), "{tokens}", vocabulary=codes, max_rejected=config.max_rejected)
+        for path in config.inputs
+    ]
+    sentences = (
+        (kind, file[i][1])
+        for kind, file in enumerate(files)
+        for i in tqdm(range(len(file)), unit="sentence", dynamic_ncols=True)
+    )
     write_dataset(config.out, tokenizer, kinds, sentences, [line for file in files for line in file.rejected])
 
 
@@ -1832,7 +2398,10 @@ def export_jsonl(config: ExportJsonl):
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with naming(config.out), open(partial, "w") as file:
         for i in tqdm(range(len(shards)), unit="sentence", dynamic_ncols=True):
-            file.write(strict_json({"tokens": base64.b64encode(shards[i][1].astype("<i4").tobytes()).decode()}) + "\n")
+            file.write(
+                strict_json({"tokens": base64.b64encode(shards[i][1].astype("<i4").tobytes()).decode()})
+                + "\n"
+            )
     partial.rename(config.out)
     print(f"wrote {len(shards):,} sentences to {config.out}")
 
@@ -1870,7 +2439,11 @@ class Recolor:
 
 
 def recolor(config: Recolor):
-    palette_K3, notes, bad = read_palette(config.palette) if config.palette else draw_palette(config.colours, config.seed), [], 0
+    palette_K3, notes, bad = (
+        read_palette(config.palette) if config.palette else draw_palette(config.colours, config.seed),
+        [],
+        0,
+    )
     stems = find_stems(config.inputs, "", notes)
     with write_folder(config.out) as folder:
         for stem, path in tqdm(stems.items(), unit="picture", dynamic_ncols=True):
@@ -1878,13 +2451,19 @@ def recolor(config: Recolor):
                 if config.invert:
                     pixels_HWC = read_colours(path, config.size)
                     labels_HW = labels_of_colours(pixels_HWC, palette_K3)
-                    image = Image.fromarray(labels_HW.astype(np.uint8 if len(palette_K3) <= 256 else np.uint16))
+                    image = Image.fromarray(
+                        labels_HW.astype(np.uint8 if len(palette_K3) <= 256 else np.uint16)
+                    )
                 else:
                     labels_HW = read_integers(path)
                     if not 0 <= labels_HW.min() <= labels_HW.max() < len(palette_K3):
-                        raise UserError(f"{path}: integers from {labels_HW.min()} to {labels_HW.max()}; the palette has {len(palette_K3)} colours")
+                        raise UserError(
+                            f"{path}: integers from {labels_HW.min()} to {labels_HW.max()}; the palette has {len(palette_K3)} colours"
+                        )
                     image = Image.fromarray(palette_K3[labels_HW])
-                    image = image.resize((config.size,) * 2, Image.Resampling.NEAREST) if config.size else image
+                    image = (
+                        image.resize((config.size,) * 2, Image.Resampling.NEAREST) if config.size else image
+                    )
             except (UserError, OSError) as error:
                 notes.append({"path": str(path), "reason": str(error)})
                 bad += 1
@@ -1905,7 +2484,9 @@ def read_colours(path, size: int | None) -> np.ndarray:
     if size is None:
         size, height = shown_size(path)
         if size != height:
-            raise UserError(f"{path}: {size}x{height} pixels are no square, as a model's answers are; name a --size")
+            raise UserError(
+                f"{path}: {size}x{height} pixels are no square, as a model's answers are; name a --size"
+            )
     return read_image(path, size)
 
 
@@ -1925,8 +2506,8 @@ def draw_palette(colours: int, seed: int) -> np.ndarray:
 
 def read_palette(path: Path) -> np.ndarray:
     colours = read_json(path, list)
-    good = (
-        lambda colour: isinstance(colour, list)
+    good = lambda colour: (
+        isinstance(colour, list)
         and len(colour) == 3
         and all(type(c) is int and 0 <= c <= 255 for c in colour)
     )
@@ -1945,12 +2526,38 @@ def labels_of_colours(pixels_HWC, palette_K3) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------------- demo
 
-COLOURS = {"white": (1, 1, 1), "black": (0, 0, 0), "red": (0.9, 0.1, 0.1), "green": (0.1, 0.7, 0.2), "blue": (0.1, 0.3, 0.9), "yellow": (1, 0.85, 0.1)}
+COLOURS = {
+    "white": (1, 1, 1),
+    "black": (0, 0, 0),
+    "red": (0.9, 0.1, 0.1),
+    "green": (0.1, 0.7, 0.2),
+    "blue": (0.1, 0.3, 0.9),
+    "yellow": (1, 0.85, 0.1),
+}
 # Colour pairs that no training sentence shows: the examples in the prompt are the only place to learn them from.
-UNSEEN = {("white", "red"), ("red", "white"), ("yellow", "black"), ("black", "green"), ("green", "blue"), ("blue", "yellow")}
+UNSEEN = {
+    ("white", "red"),
+    ("red", "white"),
+    ("yellow", "black"),
+    ("black", "green"),
+    ("green", "blue"),
+    ("blue", "yellow"),
+}
 # kind: share of the training sentences. The last one is never trained on.
-TASKS = {"segmentation": 4, "edges": 2, "depth": 2, "negative": 1, "grey": 1, "colorization": 1.5, "inpainting": 1.5, "rotation": 1,
-         "style": 1.5, "relief": 0.5, "motion": 2, "cut-out": 0}
+TASKS = {
+    "segmentation": 4,
+    "edges": 2,
+    "depth": 2,
+    "negative": 1,
+    "grey": 1,
+    "colorization": 1.5,
+    "inpainting": 1.5,
+    "rotation": 1,
+    "style": 1.5,
+    "relief": 0.5,
+    "motion": 2,
+    "cut-out": 0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1994,11 +2601,16 @@ def demo(config: Demo):
         file = config.out if config.out.suffix == ".npy" else Path(f"{config.out}.npy")
         if file.exists():
             raise UserError(f"--out {file} exists; choose another one or delete it")
-        size, rng = vqgan.PRESETS["mini"].resolution, np.random.default_rng((config.seed, zlib.crc32(b"pictures")))
+        size, rng = (
+            vqgan.PRESETS["mini"].resolution,
+            np.random.default_rng((config.seed, zlib.crc32(b"pictures"))),
+        )
         array = np.empty((config.pictures, size, size, 3), np.uint8)
         for i in tqdm(range(0, config.pictures, 4), unit="picture", unit_scale=4):  # four of each sentence
             _, pixels = demo_sentence(world, rng, size)
-            array[i:i + 4] = (pixels[rng.permutation(16)[:len(array[i:i + 4])]] * 255 + 0.5).astype(np.uint8)
+            array[i : i + 4] = (pixels[rng.permutation(16)[: len(array[i : i + 4])]] * 255 + 0.5).astype(
+                np.uint8
+            )
         config.out.parent.mkdir(parents=True, exist_ok=True)
         np.save(content := io.BytesIO(), array)
         write_whole(file, content.getbuffer())
@@ -2008,7 +2620,9 @@ def demo(config: Demo):
 
     def compose(i, size):
         rng = np.random.default_rng((config.seed, config.split == "heldout", i))
-        labels[i], pixels = demo_sentence(world, rng, size, str(rng.choice(config.tasks)) if config.tasks else None)
+        labels[i], pixels = demo_sentence(
+            world, rng, size, str(rng.choice(config.tasks)) if config.tasks else None
+        )
         return list(pixels)
 
     if config.prompts:
@@ -2019,12 +2633,19 @@ def demo(config: Demo):
                 folder.mkdir(exist_ok=True)
                 for t, pixels_HWC in enumerate(pixels[:-1]):
                     file = folder / f"{t:02d}.png"
-                    write_whole(file, encode_image(Image.fromarray((pixels_HWC * 255 + 0.5).astype(np.uint8)), file))
+                    write_whole(
+                        file, encode_image(Image.fromarray((pixels_HWC * 255 + 0.5).astype(np.uint8)), file)
+                    )
         print(f"wrote {config.sentences} prompts to {config.out}")
         return
     items = [(f"sentence {i}", lambda size, i=i: compose(i, size)) for i in range(config.sentences)]
     codes_NTS, kept, _ = encode_items(tokenizer, items, 16)
-    write_dataset(config.out, tokenizer, kinds, ((kinds.index(labels[i]), codes.reshape(-1)) for i, codes in zip(kept, codes_NTS)))
+    write_dataset(
+        config.out,
+        tokenizer,
+        kinds,
+        ((kinds.index(labels[i]), codes.reshape(-1)) for i, codes in zip(kept, codes_NTS)),
+    )
 
 
 class World:
@@ -2038,14 +2659,35 @@ class World:
         folders = {}
         for folder in ("fluent", "noto", "clipart", "satellite", "height", "film", "photo"):
             files = sorted((PICTURES / folder).glob("*.webp"))
-            mine = [f for f in files if (zlib.crc32(f.name.split("-")[0].encode()) % 8 == 0) == (split == "heldout")]
-            folders[folder] = {f.name: Image.open(f).convert("RGBA" if folder in ("fluent", "noto", "clipart") else "RGB") for f in mine}
-        self.styles = [(image, folders["noto"][name]) for name, image in folders["fluent"].items() if name in folders["noto"]]
-        self.reliefs = [(image, folders["height"][name]) for name, image in folders["satellite"].items() if name in folders["height"]]
-        self.objects = [image for folder in ("fluent", "noto", "clipart") for image in folders[folder].values()]
-        self.grounds = [image for folder in ("satellite", "film", "photo") for image in folders[folder].values()]
+            mine = [
+                f
+                for f in files
+                if (zlib.crc32(f.name.split("-")[0].encode()) % 8 == 0) == (split == "heldout")
+            ]
+            folders[folder] = {
+                f.name: Image.open(f).convert("RGBA" if folder in ("fluent", "noto", "clipart") else "RGB")
+                for f in mine
+            }
+        self.styles = [
+            (image, folders["noto"][name])
+            for name, image in folders["fluent"].items()
+            if name in folders["noto"]
+        ]
+        self.reliefs = [
+            (image, folders["height"][name])
+            for name, image in folders["satellite"].items()
+            if name in folders["height"]
+        ]
+        self.objects = [
+            image for folder in ("fluent", "noto", "clipart") for image in folders[folder].values()
+        ]
+        self.grounds = [
+            image for folder in ("satellite", "film", "photo") for image in folders[folder].values()
+        ]
         if not (self.styles and self.reliefs and self.objects and self.grounds):
-            raise UserError(f"{PICTURES}: the embedded pictures are missing or incomplete; take them from the repository")
+            raise UserError(
+                f"{PICTURES}: the embedded pictures are missing or incomplete; take them from the repository"
+            )
 
 
 def demo_sentence(world: World, rng, size: int, task: str | None = None):
@@ -2053,7 +2695,9 @@ def demo_sentence(world: World, rng, size: int, task: str | None = None):
     task = task or str(rng.choice(list(TASKS), p=np.array(list(TASKS.values())) / sum(TASKS.values())))
     if task == "motion":
         return task, motion(world, rng, size)
-    colours = [pair for pair in itertools.permutations(COLOURS, 2) if (pair in UNSEEN) == (world.split == "heldout")]
+    colours = [
+        pair for pair in itertools.permutations(COLOURS, 2) if (pair in UNSEEN) == (world.split == "heldout")
+    ]
     front, back = (np.array(COLOURS[c], np.float32) for c in colours[rng.integers(len(colours))])
     angle, inverse, swap = int(rng.choice([90, 180, 270])), rng.random() < 0.5, rng.random() < 0.5
     pixels = []
@@ -2087,7 +2731,10 @@ def demo_sentence(world: World, rng, size: int, task: str | None = None):
         elif task == "relief":
             first, second = world.reliefs[rng.integers(len(world.reliefs))]
             box = random_box(rng, first.size[0])
-            picture, answer = (np.asarray(i.resize((2 * size, 2 * size), Image.Resampling.BILINEAR, box), np.float32) / 255 for i in (first, second))
+            picture, answer = (
+                np.asarray(i.resize((2 * size, 2 * size), Image.Resampling.BILINEAR, box), np.float32) / 255
+                for i in (first, second)
+            )
         elif task == "cut-out":
             scene.ground, ground = np.broadcast_to(back, scene.ground.shape), scene.ground
             answer, scene.ground = scene.render(), ground
@@ -2108,7 +2755,11 @@ class Scene:
             self.ground = np.asarray(image, np.float32) / 255
         self.layers = []  # back to front: (image, side, x, y of the centre, angle)
         for i in range(objects):
-            image = world.objects[rng.integers(len(world.objects))] if rng.random() < 0.8 else textured_shape(world, rng)
+            image = (
+                world.objects[rng.integers(len(world.objects))]
+                if rng.random() < 0.8
+                else textured_shape(world, rng)
+            )
             side = rng.uniform(0.5, 0.8) if objects == 1 else rng.uniform(0.4, 0.6)
             x, y = rng.uniform(side / 2 - 0.05, 1.05 - side / 2, 2)
             if objects > 1:  # from left to right, so that they overlap without hiding each other
@@ -2120,9 +2771,17 @@ class Scene:
     def drawn(self, layer, turn=0, shift=(0.0, 0.0)):
         """One object on an empty canvas -> float32 [size, size, 4] in [0, 1]."""
         image, side, x, y, angle = layer
-        image = image.resize((max(2, int(side * self.size)),) * 2, Image.Resampling.BILINEAR).rotate(angle + turn, Image.Resampling.BILINEAR, expand=True)
+        image = image.resize((max(2, int(side * self.size)),) * 2, Image.Resampling.BILINEAR).rotate(
+            angle + turn, Image.Resampling.BILINEAR, expand=True
+        )
         canvas = Image.new("RGBA", (self.size, self.size))
-        canvas.paste(image, (int((x + shift[0]) * self.size - image.width / 2), int((y + shift[1]) * self.size - image.height / 2)))
+        canvas.paste(
+            image,
+            (
+                int((x + shift[0]) * self.size - image.width / 2),
+                int((y + shift[1]) * self.size - image.height / 2),
+            ),
+        )
         return np.asarray(canvas, np.float32) / 255
 
     def render(self, turn=0, shift=(0.0, 0.0)):
@@ -2167,7 +2826,9 @@ def motion(world: World, rng, size: int):
     low, high, position = side / 2, 1 - side / 2, rng.uniform(side / 2, 1 - side / 2, 2)
     velocity, frames = speed * np.array([np.cos(direction), np.sin(direction)]), []
     for t in range(16):
-        fold = (position + t * velocity - low) % (2 * (high - low))  # a triangle wave reflects it at both ends
+        fold = (position + t * velocity - low) % (
+            2 * (high - low)
+        )  # a triangle wave reflects it at both ends
         x, y = low + np.minimum(fold, 2 * (high - low) - fold)
         scene.layers[0] = (image, side, x, y, angle)
         frames.append(halve(scene.render()))
@@ -2180,7 +2841,9 @@ def outlines(labels_HW):
     edge_HW[:, 1:] |= labels_HW[:, 1:] != labels_HW[:, :-1]
     edge_HW[1:] |= labels_HW[1:] != labels_HW[:-1]
     padded = np.pad(edge_HW, 1)
-    return np.any([padded[y:y + len(edge_HW), x:x + len(edge_HW)] for y in range(3) for x in range(3)], axis=0)
+    return np.any(
+        [padded[y : y + len(edge_HW), x : x + len(edge_HW)] for y in range(3) for x in range(3)], axis=0
+    )
 
 
 def random_box(rng, size):
@@ -2197,15 +2860,29 @@ def halve(picture_HWC):
 
 # ---------------------------------------------------------------------------------------------------- commands
 
-COMMANDS = {"pairs": (Pairs, tokenize_pairs), "colorize": (Colorize, tokenize_colorize), "inpaint": (Inpaint, tokenize_inpaint),
-            "multi": (Multi, tokenize_multi), "category": (Category, tokenize_category), "video": (Video, tokenize_video),
-            "frames": (Frames, tokenize_frames), "multi-video": (MultiVideo, tokenize_multi_video), "tracks": (Tracks, tokenize_tracks),
-            "demo": (Demo, demo), "recolor": (Recolor, recolor), "import-jsonl": (ImportJsonl, import_jsonl),
-            "export-jsonl": (ExportJsonl, export_jsonl), "show": (Show, show), "inspect": (Inspect, inspect)}
+COMMANDS = {
+    "pairs": (Pairs, tokenize_pairs),
+    "colorize": (Colorize, tokenize_colorize),
+    "inpaint": (Inpaint, tokenize_inpaint),
+    "multi": (Multi, tokenize_multi),
+    "category": (Category, tokenize_category),
+    "video": (Video, tokenize_video),
+    "frames": (Frames, tokenize_frames),
+    "multi-video": (MultiVideo, tokenize_multi_video),
+    "tracks": (Tracks, tokenize_tracks),
+    "demo": (Demo, demo),
+    "recolor": (Recolor, recolor),
+    "import-jsonl": (ImportJsonl, import_jsonl),
+    "export-jsonl": (ExportJsonl, export_jsonl),
+    "show": (Show, show),
+    "inspect": (Inspect, inspect),
+}
 
 
 def main():
-    config = tyro.extras.subcommand_cli_from_dict({name: config for name, (config, _) in COMMANDS.items()}, description=__doc__)
+    config = tyro.extras.subcommand_cli_from_dict(
+        {name: config for name, (config, _) in COMMANDS.items()}, description=__doc__
+    )
 
     def leave(status):
         if status == 1 and any(thread.name.startswith(READER) for thread in threading.enumerate()):

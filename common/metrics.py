@@ -48,7 +48,7 @@ def reconstruction_values(pixels_BHWC, output_BHWC) -> list[dict]:
     small = min(pixels_BHWC.shape[1:3]) < SSIM_SIDE
     values = []
     for b, decibels in enumerate(psnr(pixels_BHWC, output_BHWC)):
-        similarity = None if small else float(ssim(pixels_BHWC[b:b + 1], output_BHWC[b:b + 1])[0])
+        similarity = None if small else float(ssim(pixels_BHWC[b : b + 1], output_BHWC[b : b + 1])[0])
         reasons = ["psnr: the pictures are identical"] * bool(np.isposinf(decibels))
         reasons += [f"ssim: pictures are smaller than its window of {SSIM_SIDE} pixels"] * small
         values.append({"psnr": None if np.isposinf(decibels) else float(decibels), "ssim": similarity})
@@ -62,7 +62,10 @@ IMAGENET_DEVIATION = np.array([0.229, 0.224, 0.225])  # the mean falls out of a 
 def colour_errors(answer_HWC, truth_HWC) -> dict[str, float]:
     """Mean squared error of pixels in [0, 1], plain and of pixels divided by ImageNet's deviation."""
     error_HWC = np.asarray(answer_HWC, np.float64) - truth_HWC
-    return {"normalised_mse": float(np.square(error_HWC / IMAGENET_DEVIATION).mean()), "mse": float(np.square(error_HWC).mean())}
+    return {
+        "normalised_mse": float(np.square(error_HWC / IMAGENET_DEVIATION).mean()),
+        "mse": float(np.square(error_HWC).mean()),
+    }
 
 
 def depth_errors(near_HW, depth_HW) -> dict[str, float]:
@@ -76,7 +79,10 @@ def depth_errors(near_HW, depth_HW) -> dict[str, float]:
     scale, shift = np.linalg.lstsq(design_N2, 1 / true_N, rcond=None)[0]
     found_N = 1 / np.maximum(scale * drawn_N + shift, 1 / true_N.max())
     ratio_N = np.maximum(found_N / true_N, true_N / found_N)
-    return {"abs_rel": float((np.abs(found_N - true_N) / true_N).mean()), "delta_1.25": float((ratio_N < 1.25).mean())}
+    return {
+        "abs_rel": float((np.abs(found_N - true_N) / true_N).mean()),
+        "delta_1.25": float((ratio_N < 1.25).mean()),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- two masks
@@ -127,7 +133,11 @@ def edge_scores(drawn_HW, true_HW) -> dict[str, float]:
     reach = EDGE_TOLERANCE * math.hypot(*true_HW.shape)
     precision = float((drawn_HW & within(true_HW, reach)).sum() / max(drawn_HW.sum(), 1))
     recall = float((true_HW & within(drawn_HW, reach)).sum() / max(true_HW.sum(), 1))
-    return {"f_score": 2 * precision * recall / max(precision + recall, 1e-12), "precision": precision, "recall": recall}
+    return {
+        "f_score": 2 * precision * recall / max(precision + recall, 1e-12),
+        "precision": precision,
+        "recall": recall,
+    }
 
 
 def within(mask_HW, reach) -> np.ndarray:
@@ -152,7 +162,12 @@ def frechet_interval(a_ND, b_ND) -> dict[str, float]:
     pictures raise it; where both distributions are the same, it has no normal limit, and low is 0."""
     value, of_a_N, of_b_N = frechet_with_influences(a_ND, b_ND)
     error = math.sqrt(of_a_N.var(ddof=1) / len(of_a_N) + of_b_N.var(ddof=1) / len(of_b_N))
-    return {"mean": value, "low": max(value - NORMAL_95 * error, 0.0), "high": value + NORMAL_95 * error, "standard_error": error}
+    return {
+        "mean": value,
+        "low": max(value - NORMAL_95 * error, 0.0),
+        "high": value + NORMAL_95 * error,
+        "standard_error": error,
+    }
 
 
 NORMAL_95 = 1.959963984540054  # standard deviations to each side that hold 95% of a normal distribution
@@ -219,7 +234,7 @@ def bootstrap(values, seed, weights=None, rounds=2000) -> dict:
     rng, means_R, together = np.random.default_rng(seed), np.empty(rounds), max(1, 2**18 // N)
     for r in range(0, rounds, together):  # the same picks as at once, in at most 2 MB or one resample
         picks_RN = rng.integers(N, size=(min(together, rounds - r), N))
-        means_R[r:r + together] = (values_N * weights_N)[picks_RN].sum(1) / weights_N[picks_RN].sum(1)
+        means_R[r : r + together] = (values_N * weights_N)[picks_RN].sum(1) / weights_N[picks_RN].sum(1)
     low, high = np.percentile(means_R, [2.5, 97.5])
     return {"mean": mean, "low": float(low), "high": float(high)}
 

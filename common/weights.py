@@ -55,7 +55,9 @@ class Tensor:
         """The numbers in `dtype`. Raises UserError, naming file and tensor, if they are integers or booleans in the file,
         and if one is NaN or infinite, in the file or in `dtype`."""
         if self.dtype not in FLOATS:
-            raise UserError(f"{self.file}: tensor {self.name} is {self.dtype}; weights must be one of {', '.join(map(str, FLOATS))}")
+            raise UserError(
+                f"{self.file}: tensor {self.name} is {self.dtype}; weights must be one of {', '.join(map(str, FLOATS))}"
+            )
         with np.errstate(over="ignore"):  # said below
             array = np.asarray(self.read(), dtype)
         if not np.isfinite(array).all():
@@ -130,7 +132,9 @@ class _View:
     stride: tuple
 
 
-class _TensorUnpickler(pickle._Unpickler):  # the one in Python: the one in C takes gigabytes where a file of bytes asks for a large memo
+class _TensorUnpickler(
+    pickle._Unpickler
+):  # the one in Python: the one in C takes gigabytes where a file of bytes asks for a large memo
     def __init__(self, stream):
         super().__init__(stream)
         self.storages = {}
@@ -144,7 +148,9 @@ class _TensorUnpickler(pickle._Unpickler):  # the one in Python: the one in C ta
             return lambda tensor, *_: tensor
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
-        if module.startswith("pytorch_lightning."):  # names the entries of a training checkpoint's callbacks; as a word it does nothing
+        if module.startswith(
+            "pytorch_lightning."
+        ):  # names the entries of a training checkpoint's callbacks; as a word it does nothing
             return f"{module}.{name}"
         raise pickle.UnpicklingError(f"it asks to run {module}.{name}; only tensors are read")
 
@@ -167,7 +173,9 @@ def _zip_content(stream):
         content = unpickler.load()
         for storage in unpickler.storages.values():
             entry = archive.getinfo(f"{root}data/{storage.key}")
-            stream.seek(entry.header_offset + 26)  # there the lengths of a name and of an extra field, which the numbers follow
+            stream.seek(
+                entry.header_offset + 26
+            )  # there the lengths of a name and of an extra field, which the numbers follow
             storage.start = entry.header_offset + 30 + sum(struct.unpack("<HH", stream.read(4)))
             storage.size, storage.crc = entry.file_size, entry.CRC
     return content
@@ -195,15 +203,26 @@ def _checked_views(file, content, file_size) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):  # of lightning, of LlamaGen; what is beside it stays unread
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             views = content[key]
-    if not isinstance(views, dict) or not all(isinstance(name, str) and isinstance(view, _View) for name, view in views.items()):
+    if not isinstance(views, dict) or not all(
+        isinstance(name, str) and isinstance(view, _View) for name, view in views.items()
+    ):
         raise UserError("not a dictionary of tensors")
     tensors = {}
     for name, view in views.items():
         storage, numbers = view.storage, (view.offset, *view.shape, *view.stride)
         count = storage.size // storage.dtype.itemsize
-        extent = sum((n - 1) * s for n, s in zip(view.shape, view.stride, strict=True)) + 1 if 0 not in view.shape else 0
-        if not all(type(number) is int and number >= 0 for number in numbers) or max(view.offset + extent, math.prod(view.shape)) > count:
-            raise UserError(f"tensor {name[:100]} of shape {list(view.shape)} does not fit its {count} stored values")
+        extent = (
+            sum((n - 1) * s for n, s in zip(view.shape, view.stride, strict=True)) + 1
+            if 0 not in view.shape
+            else 0
+        )
+        if (
+            not all(type(number) is int and number >= 0 for number in numbers)
+            or max(view.offset + extent, math.prod(view.shape)) > count
+        ):
+            raise UserError(
+                f"tensor {name[:100]} of shape {list(view.shape)} does not fit its {count} stored values"
+            )
         if not 0 <= storage.start <= file_size - storage.size:
             raise UserError(f"tensor {name[:100]} lies outside the file, which was cut")
         read = lambda name=name, view=view, extent=extent: _read_view(file, name, view, extent)
@@ -220,7 +239,9 @@ def _read_view(file, name, view, extent):
             while left and (piece := stream.read(min(left, 2**20))):
                 crc, left = zlib.crc32(piece, crc), left - len(piece)
             if crc != storage.crc:
-                raise UserError(f"{file}: tensor {name} is damaged: its checksum is not that of what was written")
+                raise UserError(
+                    f"{file}: tensor {name} is damaged: its checksum is not that of what was written"
+                )
             storage.crc = None  # once is enough
         stream.seek(storage.start + view.offset * storage.dtype.itemsize)
         flat = np.fromfile(stream, storage.dtype, extent)
@@ -234,13 +255,24 @@ def write_pickle(file, tensors: dict[str, np.ndarray], key: str | None = None):
     words = lambda value: pickle.dumps(value, 2)[2:-1]  # without the frame of a whole pickle
     entries = []
     for i, (name, array) in enumerate(tensors.items()):
-        storage = b"(" + words("storage") + b"ctorch\nFloatStorage\n" + words(str(i)) + words("cpu") + words(array.size) + b"tQ"
+        storage = (
+            b"("
+            + words("storage")
+            + b"ctorch\nFloatStorage\n"
+            + words(str(i))
+            + words("cpu")
+            + words(array.size)
+            + b"tQ"
+        )
         strides = tuple(s // array.itemsize for s in array.strides)
         entries.append(words(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + words(0) + words(array.shape) + words(strides)
                        + b"\x89ccollections\nOrderedDict\n)RtR")  # fmt: skip
     dictionary = b"}(" + b"".join(entries) + b"u"
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("archive/data.pkl", b"\x80\x02" + (dictionary if key is None else b"}" + words(key) + dictionary + b"s") + b".")
+        archive.writestr(
+            "archive/data.pkl",
+            b"\x80\x02" + (dictionary if key is None else b"}" + words(key) + dictionary + b"s") + b".",
+        )
         for i, array in enumerate(tensors.values()):
             archive.writestr(f"archive/data/{i}", array.tobytes())
         archive.writestr("archive/version", "3\n")
@@ -310,7 +342,9 @@ def parse_json(text, source, kind=dict):
             json.dumps(value, ensure_ascii=False).encode(errors="surrogateescape")
         level, depth = [value], 0
         while level:
-            level = [inside for outer in level if isinstance(outer, dict | list) for inside in _entries(outer)]
+            level = [
+                inside for outer in level if isinstance(outer, dict | list) for inside in _entries(outer)
+            ]
             depth += 1
             if depth > DEEPEST_JSON:
                 raise RecursionError
@@ -365,7 +399,9 @@ def _fits(value, kind) -> bool:
     if isinstance(kind, types.UnionType):
         return any(_fits(value, one) for one in typing.get_args(kind))
     if (outer := typing.get_origin(kind)) is not None:
-        return isinstance(value, outer) and all(_fits(one, typing.get_args(kind)[-1]) for one in _entries(value))
+        return isinstance(value, outer) and all(
+            _fits(one, typing.get_args(kind)[-1]) for one in _entries(value)
+        )
     return type(value) is kind or kind is float and type(value) is int
 
 
@@ -506,7 +542,11 @@ def write_safetensors(tensors: dict, file, metadata={"format": "pt"}):
     except SafetensorError as error:  # the operating system's, in words
         if not (number := re.search(r"os error (\d+)", str(error))):
             raise
-        raise no_room(OSError(int(number[1]), os.strerror(int(number[1]))), file, sum(array.nbytes for array in tensors.values())) from None
+        raise no_room(
+            OSError(int(number[1]), os.strerror(int(number[1]))),
+            file,
+            sum(array.nbytes for array in tensors.values()),
+        ) from None
     os.chmod(file, mode)  # safetensors 0.8 makes files that their owner alone can read
 
 
