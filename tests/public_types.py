@@ -37,11 +37,11 @@ def attention(q_BTNK: jax.Array) -> jax.Array:
 def data(paths: list[str]) -> np.ndarray:
     rows = tokenize_data.open_dataset(paths, context=4097, batch=8, seed=0, start=100)
     pixels_HWC: np.ndarray = tokenize_data.read_image("picture.png", 256)
-    return rows[0]["ids_BT"] if len(rows) else pixels_HWC
+    return next(iter(rows))["ids_BT"] if pixels_HWC.size else pixels_HWC
 
 
 def answers(model: lvm.LVM, codes: vqgan.VQGAN, prompt_THWC: np.ndarray, key: jax.Array):
     try:
-        return sample.generate(model, codes, prompt_THWC, frames=1, candidates=4, temperature=1.0, top_k=0, top_p=0.9, key=key)
+        return sample.generate(model, codes, prompt_THWC, frames=1, candidates=4, temperature=1.0, top_p=0.9, key=key)
     except UserError as error:
         raise SystemExit(str(error)) from error
