@@ -241,51 +241,80 @@ class VQGAN(eqx.Module):
 def encode(model: VQGAN, pixels_BHWC) -> jax.Array:
     """float [B, H, W, 3] in [0, 1], square, sides a multiple of `config.factor` -> int32 codes [B, S] in raster order.
 
-    The network computes in the pixels' dtype; in float32 the codes of a picture do not depend on the rest of its batch. Raises UserError for another shape or dtype, and, where the values are at hand (a numpy array), for values out of range."""
-    shape, factor = np.shape(pixels_BHWC), model.config.factor
-    if (
-        len(shape) != 4
-        or shape[3] != model.config.num_channels
-        or shape[1] != shape[2]
-        or shape[1] % factor
-        or not shape[1]
-    ):
+    The network computes in the pixels' dtype; in float32 the codes of a picture do not depend on the rest of
+    its batch. Raises UserError for another shape or dtype, and for values out of range where they are at hand
+    (a numpy array)."""
+    check_pixels(model, pixels_BHWC)
+    return _encode(model, pixels_BHWC)
+
+
+def decode(model: VQGAN, codes_BS, dtype=jnp.float32) -> jax.Array:
+    """int codes [B, S], S a square number -> float32 pixels [B, H, W, 3] clamped to [0, 1].
+
+    The network computes in `dtype`. Raises UserError for another shape and, where the values are at hand (a
+    numpy array), for codes outside the codebook."""
+    check_codes(model, codes_BS)
+    return _decode(model, codes_BS, dtype)
+
+
+def encode_all(model: VQGAN, pixels_NHWC: np.ndarray, batch: int) -> np.ndarray:
+    """`encode` of any number of pictures, `batch` at a time -> int32 codes [N, S].
+
+    The last batch is filled up, so that one shape is compiled. Where the model's weights lie on a mesh, each
+    batch is split over its devices. Raises UserError as `encode` does."""
+    check_pixels(model, pixels_NHWC)
+    return in_batches(_encode, model, pixels_NHWC, batch)
+
+
+def decode_all(model: VQGAN, codes_NS: np.ndarray, batch: int) -> np.ndarray:
+    """`decode` of any number of codes in batches as in `encode_all` -> float32 pixels [N, H, W, 3]."""
+    check_codes(model, codes_NS)
+    return in_batches(lambda model, codes_BS: _decode(model, codes_BS, jnp.float32), model, codes_NS, batch)
+
+
+def in_batches(function, model, rows_N, batch: int) -> np.ndarray:
+    """function(model, rows) of all rows, `batch` at a time; zeros fill up the last batch."""
+    sharding = jax.tree.leaves(model)[0].sharding
+    split = (
+        NamedSharding(sharding.mesh, P(sharding.mesh.axis_names))
+        if isinstance(sharding, NamedSharding)
+        else None
+    )
+    results = []
+    for start in range(0, max(1, len(rows_N)), batch):
+        rows_B = np.asarray(rows_N[start : start + batch])
+        filled_B = np.zeros((batch, *rows_B.shape[1:]), rows_B.dtype)
+        filled_B[: len(rows_B)] = rows_B
+        results.append(np.asarray(function(model, jax.device_put(filled_B, split)))[: len(rows_B)])
+    return np.concatenate(results)
+
+
+def check_pixels(model: VQGAN, pixels_BHWC):
+    shape, factor, channels = np.shape(pixels_BHWC), model.config.factor, model.config.num_channels
+    if len(shape) != 4 or shape[3] != channels or shape[1] != shape[2] or shape[1] % factor or not shape[1]:
         raise UserError(
-            f"encode wants pixels [B, H, W, {model.config.num_channels}] with H = W a multiple of {factor}, got {list(shape)}"
+            f"encode wants pixels [B, H, W, {channels}] with H = W a multiple of {factor}, got {list(shape)}"
         )
     if not jnp.issubdtype(pixels_BHWC.dtype, jnp.floating):
         raise UserError(
             f"encode wants float pixels in [0, 1], got {pixels_BHWC.dtype}; divide 8-bit pixels by 255"
         )
-    if (
-        isinstance(pixels_BHWC, np.ndarray)
-        and pixels_BHWC.size
-        and not (pixels_BHWC.min() >= 0 and pixels_BHWC.max() <= 1)
-    ):
-        raise UserError(
-            f"encode wants pixels in [0, 1], got values in [{pixels_BHWC.min()}, {pixels_BHWC.max()}]"
-        )
-    return _encode(model, pixels_BHWC)
+    if isinstance(pixels_BHWC, np.ndarray) and pixels_BHWC.size:
+        low, high = pixels_BHWC.min(), pixels_BHWC.max()
+        if not (low >= 0 and high <= 1):
+            raise UserError(f"encode wants pixels in [0, 1], got values in [{low}, {high}]")
 
 
-def decode(model: VQGAN, codes_BS, dtype=jnp.float32) -> jax.Array:
-    """int codes [B, S], S a square number -> float32 pixels [B, H, W, 3] clamped to [0, 1]. The network computes in `dtype`.
-
-    Raises UserError for another shape and, where the values are at hand, for codes outside the codebook."""
+def check_codes(model: VQGAN, codes_BS):
     shape, entries = np.shape(codes_BS), model.config.num_embeddings
     if len(shape) != 2 or math.isqrt(shape[1]) ** 2 != shape[1] or not shape[1]:
         raise UserError(f"decode wants codes [B, S] with S a square number, got {list(shape)}")
     if not jnp.issubdtype(codes_BS.dtype, jnp.integer):
         raise UserError(f"decode wants integer codes, got {codes_BS.dtype}")
-    if (
-        isinstance(codes_BS, np.ndarray)
-        and codes_BS.size
-        and not (codes_BS.min() >= 0 and codes_BS.max() < entries)
-    ):
-        raise UserError(
-            f"decode wants codes below {entries}, got values in [{codes_BS.min()}, {codes_BS.max()}]"
-        )
-    return _decode(model, codes_BS, dtype)
+    if isinstance(codes_BS, np.ndarray) and codes_BS.size:
+        low, high = codes_BS.min(), codes_BS.max()
+        if not (low >= 0 and high < entries):
+            raise UserError(f"decode wants codes below {entries}, got values in [{low}, {high}]")
 
 
 @jax.jit

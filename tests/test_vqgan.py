@@ -121,6 +121,10 @@ def test_the_codes_of_a_picture_do_not_depend_on_its_batch_or_the_number_of_devi
     split = vqgan.encode(jax.device_put(tiny, NamedSharding(mesh, P())), jax.device_put(pixels_BHWC, NamedSharding(mesh, P("data"))))
     assert len(split.sharding.device_set) == 8
     np.testing.assert_array_equal(split, codes_BS)
+    replicated = jax.device_put(tiny, NamedSharding(mesh, P()))
+    for model, batch in ((tiny, 3), (tiny, 16), (replicated, 16)):
+        np.testing.assert_array_equal(vqgan.encode_all(model, pixels_BHWC, batch), codes_BS)
+        np.testing.assert_allclose(vqgan.decode_all(model, codes_BS, batch), vqgan.decode(tiny, codes_BS), atol=1e-6)
 
 
 def test_the_released_network_is_146_244_675_parameters_in_277_tensors():
