@@ -62,6 +62,7 @@ import lvm
 import sample
 import tokenize_data
 import vqgan
+from assets import scenes
 from common import metrics
 from common.images import (
     UserError,
@@ -79,9 +80,7 @@ from common.weights import check_fields, parse_json, read_npz, read_text, read_x
 
 REPORTS = Path("runs") / "evaluate"
 SEQUENCES = {"motion", "frames", "video"}  # kinds that are no pairs
-NEVER_TRAINED = {
-    task for task, share in tokenize_data.TASKS.items() if not share
-}  # rows of their own, not pooled
+NEVER_TRAINED = {task for task, share in scenes.TASKS.items() if not share}  # rows of their own, not pooled
 POOLED = "pooled"
 
 
@@ -1853,16 +1852,13 @@ def heldout_demo(config: Shots, tokenizer) -> Path:
     folder = REPORTS / f"heldout-{vqgan.fingerprint(tokenizer)}-{config.sentences}-{config.seed}"
     if folder.exists():
         return folder
-    tasks, world = (
-        [task for task in tokenize_data.TASKS if task not in SEQUENCES],
-        tokenize_data.World("heldout"),
-    )
+    tasks, world = ([task for task in scenes.TASKS if task not in SEQUENCES], scenes.World("heldout"))
 
     def compose(i, size):
         return list(
-            tokenize_data.demo_sentence(
-                world, np.random.default_rng((config.seed, i)), size, tasks[i % len(tasks)]
-            )[1]
+            scenes.demo_sentence(world, np.random.default_rng((config.seed, i)), size, tasks[i % len(tasks)])[
+                1
+            ]
         )
 
     print(f"composing {config.sentences} held-out sentences of each of {len(tasks)} tasks in {folder}")

@@ -19,6 +19,7 @@ import lvm
 import tokenize_data
 import train
 import vqgan
+from assets import scenes
 from common.images import UserError
 from conftest import seal
 
@@ -179,7 +180,7 @@ def test_grey_has_the_published_weights():
 def test_inpainting_covers_a_square_or_patches_and_leaves_the_rest():
     picture_HWC, squares = np.full((64, 64, 3), 0.5, np.float32), 0
     for seed in range(200):
-        covered = tokenize_data.cover(picture_HWC, np.random.default_rng(seed))
+        covered = scenes.random_mask(picture_HWC, np.random.default_rng(seed))
         assert set(np.unique(covered)) <= {0, 0.5}
         rows, columns = np.nonzero(covered[..., 0] == 0)
         if len(rows):
@@ -201,29 +202,29 @@ def test_frames_of_a_sentence_come_from_one_clip_at_one_stride(tmp_path, tokeniz
     assert strides == {1, 2}
 
 
-@pytest.mark.parametrize("task", list(tokenize_data.TASKS))
+@pytest.mark.parametrize("task", list(scenes.TASKS))
 def test_every_demo_task_draws_sixteen_pictures_in_range(task):
-    world = tokenize_data.World("heldout")
-    kind, pixels = tokenize_data.demo_sentence(world, np.random.default_rng(0), 48, task)
+    world = scenes.World("heldout")
+    kind, pixels = scenes.demo_sentence(world, np.random.default_rng(0), 48, task)
     assert kind == task and pixels.shape == (16, 48, 48, 3) and pixels.dtype == np.float32
     assert 0 <= pixels.min() and pixels.max() <= 1 and np.ptp(pixels) > 0.3
 
 
 def test_a_segmentation_answer_is_exact():
     """Where the answer is in the object's colour, and only there, the picture differs from its empty background."""
-    world, rng = tokenize_data.World("train"), np.random.default_rng(3)
-    scene = tokenize_data.Scene(world, rng, 96, objects=1)
+    world, rng = scenes.World("train"), np.random.default_rng(3)
+    scene = scenes.Scene(world, rng, 96, objects=1)
     drawn = scene.drawn(scene.layers[0])[..., 3] > 0.5
     assert ((scene.labels() > 0) == drawn).all() and 0.02 < drawn.mean() < 0.9
     np.testing.assert_array_equal(scene.render()[scene.drawn(scene.layers[0])[..., 3] == 0], scene.ground[scene.drawn(scene.layers[0])[..., 3] == 0])
 
 
 def test_no_object_background_or_colour_pair_is_in_both_splits():
-    train, heldout = tokenize_data.World("train"), tokenize_data.World("heldout")
+    train, heldout = scenes.World("train"), scenes.World("heldout")
     pictures = lambda world: {image.tobytes() for image in world.objects + world.grounds}
     assert not pictures(train) & pictures(heldout)
     assert len(heldout.objects) > 40 and len(heldout.grounds) > 20
-    assert tokenize_data.TASKS["cut-out"] == 0
+    assert scenes.TASKS["cut-out"] == 0
 
 
 # ------------------------------------------------------------------------------------------------ shards and reader
@@ -438,7 +439,7 @@ def test_colorization_and_inpainting_show_the_changed_picture_and_then_the_origi
     [(_, colour)] = run(tokenize_data.Colorize(inputs=folder, out=tmp_path / "c", tokenizer=tokenizer, shots=4))
     wanted = list(zip(codes_of_pixels(tokenizer, [tokenize_data.to_grey(p) for p in originals.values()]), codes_of_pixels(tokenizer, originals.values())))
     assert sorted(zip(colour[::2], colour[1::2])) == sorted(wanted)
-    masks = [[tokenize_data.cover(p, np.random.default_rng((0, epoch, zlib.crc32(path.name.encode())))) for path, p in originals.items()] for epoch in (0, 1)]
+    masks = [[scenes.random_mask(p, np.random.default_rng((0, epoch, zlib.crc32(path.name.encode())))) for path, p in originals.items()] for epoch in (0, 1)]
     found = run(tokenize_data.Inpaint(inputs=folder, out=tmp_path / "i", tokenizer=tokenizer, shots=4, epochs=2))
     for (_, sentence), masked in zip(found, masks):
         assert sorted(zip(sentence[::2], sentence[1::2])) == sorted(zip(codes_of_pixels(tokenizer, masked), codes_of_pixels(tokenizer, originals.values())))
