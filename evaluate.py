@@ -1862,16 +1862,10 @@ def heldout_demo(config: Shots, tokenizer) -> Path:
         )
 
     print(f"composing {config.sentences} held-out sentences of each of {len(tasks)} tasks in {folder}")
-    items = [
-        (f"sentence {i}", lambda size, i=i: compose(i, size)) for i in range(config.sentences * len(tasks))
-    ]
-    codes_NTS, kept, _ = tokenize_data.encode_items(tokenizer, items, 16)
-    tokenize_data.write_dataset(
-        folder,
-        tokenizer,
-        tasks,
-        ((i % len(tasks), codes_TS.reshape(-1)) for i, codes_TS in zip(kept, codes_NTS)),
-    )
+    job = lambda i: tokenize_data.ReadJob(f"sentence {i}", lambda size: compose(i, size))
+    codes_NTS = tokenize_data.encode_jobs(tokenizer, list(map(job, range(config.sentences * len(tasks)))), 16)
+    sentences = ((i % len(tasks), codes_TS.reshape(-1)) for i, codes_TS in enumerate(codes_NTS))
+    tokenize_data.write_dataset(folder, tokenizer, tasks, sentences)
     return folder
 
 

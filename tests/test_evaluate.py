@@ -286,7 +286,7 @@ def test_without_data_the_heldout_demo_is_composed_once_and_the_untrained_task_i
     for name in ("shots.png", "examples.webp"):
         with Image.open(f"runs/evaluate/shots-model/{name}") as picture:
             assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 8
-    monkeypatch.setattr(tokenize_data, "encode_items", None)  # the second time the sentences are there
+    monkeypatch.setattr(tokenize_data, "encode_jobs", None)  # the second time the sentences are there
     assert command(monkeypatch, *arguments) == 0
     assert read("runs/evaluate/shots-model/shots.json") == report
 

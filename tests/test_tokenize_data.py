@@ -138,7 +138,7 @@ def test_a_missing_file_is_a_file_not_found_error():
 
 def test_pairs_are_matched_by_name_and_unmatched_files_are_listed(tmp_path, tokenizer):
     inputs, answers = write_pictures(tmp_path / "in", 5), write_pictures(tmp_path / "out", 4, first=1)
-    tokenize_data.tokenize_pairs(tokenize_data.Pairs(inputs=inputs, answers=answers, out=tmp_path / "d", tokenizer=tokenizer, shots=2))
+    tokenize_data.run(tokenize_data.Pairs(inputs=inputs, answers=answers, out=tmp_path / "d", tokenizer=tokenizer, shots=2))
     known = {tuple(codes_of(tokenizer, inputs / f"{i:03d}.png") + codes_of(tokenizer, answers / f"{i:03d}.png")) for i in range(1, 5)}
     halves = [tuple(s[i:i + 32]) for s in sentences(tmp_path / "d") for i in (0, 32)]
     assert len(halves) == 4 and set(halves) == known
@@ -150,7 +150,7 @@ def test_a_bad_picture_is_left_out_and_the_rest_is_as_without_it(tmp_path, token
     clean, dirty = write_pictures(tmp_path / "clean", 8), write_pictures(tmp_path / "dirty", 8)
     (dirty / "003a.png").write_text("no picture")
     for folder in (clean, dirty):
-        tokenize_data.tokenize_colorize(tokenize_data.Colorize(inputs=folder, out=tmp_path / f"{folder.name}-d", tokenizer=tokenizer,
+        tokenize_data.run(tokenize_data.Colorize(inputs=folder, out=tmp_path / f"{folder.name}-d", tokenizer=tokenizer,
                                                                shots=4, max_rejected=0.2))
     assert sentences(tmp_path / "clean-d") == sentences(tmp_path / "dirty-d")
     assert "003a.png" in (tmp_path / "dirty-d.rejected.jsonl").read_text()
@@ -160,13 +160,13 @@ def test_too_many_bad_pictures_stop_the_run(tmp_path, tokenizer):
     folder = write_pictures(tmp_path / "in", 4)
     (folder / "bad.png").write_text("no picture")
     with pytest.raises(UserError, match="max-rejected"):
-        tokenize_data.tokenize_colorize(tokenize_data.Colorize(inputs=folder, out=tmp_path / "d", tokenizer=tokenizer, shots=2))
+        tokenize_data.run(tokenize_data.Colorize(inputs=folder, out=tmp_path / "d", tokenizer=tokenizer, shots=2))
     assert not (tmp_path / "d").exists()
 
 
 def test_an_epoch_is_a_permutation_and_epochs_differ(tmp_path, tokenizer):
     folder = write_pictures(tmp_path / "in", 6)
-    tokenize_data.tokenize_colorize(tokenize_data.Colorize(inputs=folder, out=tmp_path / "d", tokenizer=tokenizer, shots=2, epochs=2))
+    tokenize_data.run(tokenize_data.Colorize(inputs=folder, out=tmp_path / "d", tokenizer=tokenizer, shots=2, epochs=2))
     pairs = [tuple(s[i:i + 32]) for s in sentences(tmp_path / "d") for i in (0, 32)]
     assert len(pairs) == 12 and set(pairs[:6]) == set(pairs[6:]) and len(set(pairs[:6])) == 6 and pairs[:6] != pairs[6:]
 
@@ -192,7 +192,7 @@ def test_inpainting_covers_a_square_or_patches_and_leaves_the_rest():
 def test_frames_of_a_sentence_come_from_one_clip_at_one_stride(tmp_path, tokenizer):
     clips = [write_pictures(tmp_path / "clips" / name, 9, first) for name, first in (("a", 0), ("b", 100))]
     order = {tuple(codes_of(tokenizer, path)): (clip.name, i) for clip in clips for i, path in enumerate(sorted(clip.iterdir()))}
-    tokenize_data.tokenize_frames(tokenize_data.Frames(inputs=tmp_path / "clips", out=tmp_path / "d", tokenizer=tokenizer, frames=4,
+    tokenize_data.run(tokenize_data.Frames(inputs=tmp_path / "clips", out=tmp_path / "d", tokenizer=tokenizer, frames=4,
                                                        max_stride=2, epochs=6))
     strides = set()
     for sentence in sentences(tmp_path / "d"):
@@ -723,16 +723,6 @@ def test_a_sideways_video_is_turned_upright(tmp_path):
     np.testing.assert_allclose(shown, np.rot90(upright[1], -1), atol=0.02)  # clockwise, as players show it
 
 
-def test_duplicates_are_left_out_and_listed(tmp_path, tokenizer):
-    folder = write_pictures(tmp_path / "in", 6)
-    picture(3).resize((60, 60), Image.Resampling.BICUBIC).save(folder / "100.jpg", quality=80)
-    for name, colour in (("200", "red"), ("201", "blue"), ("202", "red")):
-        Image.new("RGB", (9, 9), colour).save(folder / f"{name}.png")
-    found = run(tokenize_data.Colorize(inputs=folder, out=tmp_path / "d", tokenizer=tokenizer, shots=8, duplicates=3))
-    report = {pathlib.Path(r["path"]).name: pathlib.Path(r["duplicate_of"]).name for r in map(json.loads, (tmp_path / "d.duplicates.jsonl").read_text().splitlines())}
-    assert report == {"100.jpg": "003.png", "202.png": "200.png"} and len(found) == 1
-
-
 def test_sentences_longer_than_the_context_are_reported(tmp_path, tokenizer, capsys):
     folder = write_pictures(tmp_path / "in", 4)
     run(tokenize_data.Colorize(inputs=folder, out=tmp_path / "d", tokenizer=tokenizer, shots=2, context=65))
@@ -763,7 +753,7 @@ def test_hosts_that_share_a_disk_make_the_bytes_of_one(tmp_path, tokenizer, monk
     folder = write_pictures(tmp_path / "in", 14)
     for part in ("1/3", "0/3", "2/3"):
         assert not (tmp_path / "parts").exists()
-        tokenize_data.tokenize_colorize(tokenize_data.Colorize(inputs=folder, out=tmp_path / "parts", tokenizer=tokenizer, shots=3, part=part))
+        tokenize_data.run(tokenize_data.Colorize(inputs=folder, out=tmp_path / "parts", tokenizer=tokenizer, shots=3, part=part))
     run(tokenize_data.Colorize(inputs=folder, out=tmp_path / "one", tokenizer=tokenizer, shots=3))
     assert {p.name: p.read_bytes() for p in (tmp_path / "parts").iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "one").iterdir()}
 
