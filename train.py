@@ -598,7 +598,10 @@ def make_train_step(loss_fn, optimizer, accumulate, shardings):
         updates, moments = optimizer.update(grads, state["optimizer"], state["model"])
         norm = optax.global_norm(grads)
         new = skip_bad_step(
-            {"model": optax.apply_updates(state["model"], updates), "optimizer": moments}, state, loss, norm
+            {"model": optax.apply_updates(state["model"], updates), "optimizer": moments},
+            state,
+            loss,
+            {"loss": loss, "norm": norm},
         )
         counts = {name: new["guard"][name] for name in ("skipped", "in_a_row")}
         targets = jnp.count_nonzero(batch["mask_BT"][:, 1:])  # the first of a row is nobody's target

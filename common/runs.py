@@ -842,42 +842,53 @@ def code_digest() -> str:
 # ------------------------------------------------------------------------------------------ bad steps
 
 
-def new_guard() -> dict:
-    """What a step is judged by: running means of the loss and the gradient norm, and counts of steps."""
-    return {name: jnp.zeros((), jnp.float32) for name in ("loss", "norm")} | {
-        name: jnp.zeros((), jnp.int32) for name in ("taken", "skipped", "in_a_row")
-    }
+def new_guard(watched=("loss", "norm")) -> dict:
+    """What a step is judged by: running means of the numbers `watched`, and counts of steps."""
+    counts = {name: jnp.zeros((), jnp.int32) for name in ("accepted", "skipped", "in_a_row")}
+    return {name: jnp.zeros((), jnp.float32) for name in watched} | counts
 
 
-def skip_bad_step(new: dict, old: dict, loss, norm) -> dict:
+def skip_bad_step(new: dict, old: dict, loss, watched: dict) -> dict:
     """The state after a step: the parts of `new`, or those of the state `old` where the step is bad; and the
     guard after it.
 
-    A step is bad if its loss or gradient norm is no finite number, or, once twenty steps have been taken,
-    if one is a hundred times its running mean."""
-    guard = old["guard"]
-    good = jnp.isfinite(loss) & jnp.isfinite(norm)
-    good &= (guard["taken"] < 20) | (loss <= 100 * guard["loss"]) & (norm <= 100 * guard["norm"])
-    mean = lambda old, value: jnp.where(
-        good, jnp.where(guard["taken"] > 0, 0.95 * old + 0.05 * value, value), old
-    )
+    A step is bad if its loss or one of the `watched` numbers, none of them negative, is not finite, or, once
+    twenty steps have been accepted, if one of those is a hundred times its running mean. A mean of 0 has not
+    begun."""
+    guard, good = old["guard"], jnp.isfinite(loss)
+    for name, value in watched.items():
+        begun = (guard["accepted"] >= 20) & (guard[name] > 0)
+        good &= jnp.isfinite(value) & ~(begun & (value > 100 * guard[name]))
     state = {k: jax.tree.map(lambda a, b: jnp.where(good, a, b), new[k], old[k]) for k in new}
+    means = {
+        name: jnp.where(guard[name] > 0, 0.95 * guard[name] + 0.05 * value, value)
+        for name, value in watched.items()
+    }
     return state | {
-        "guard": {
-            "loss": mean(guard["loss"], loss),
-            "norm": mean(guard["norm"], norm),
-            "taken": guard["taken"] + good,
+        "guard": guard
+        | {name: jnp.where(good, mean, guard[name]) for name, mean in means.items()}
+        | {
+            "accepted": guard["accepted"] + good,
             "skipped": guard["skipped"] + ~good,
             "in_a_row": jnp.where(good, 0, guard["in_a_row"] + 1),
         }
     }
 
 
-def check_health(step: int, metrics: dict, patience: int, last_saved: int):
-    """Stops a run that leaves out one step after another."""
+ADVICE = "try a lower --learning-rate, or look for bad data"
+
+
+def check_health(step: int, metrics: dict, patience: int, last_saved: int, advice=ADVICE):
+    """Raises RunStopped where `patience` steps in a row were skipped."""
     if metrics["in_a_row"] >= patience:
         raise RunStopped(
-            f"{metrics['in_a_row']:.0f} steps in a row were left out, the last, {step}, for a loss of"
-            f" {metrics['loss']} and a gradient norm of {metrics['grad_norm']}; the last checkpoint is that"
-            f" of step {last_saved}; try a lower --learning-rate, or look for bad data"
+            f"{metrics['in_a_row']:.0f} steps in a row were skipped, the last at step {step} with loss"
+            f" {metrics['loss']} and gradient norm {metrics['grad_norm']}; the last checkpoint is that of"
+            f" step {last_saved}; {advice}"
         )
+
+
+def compute_dtype(name: str):
+    """A dtype by name; auto: float32 on CPU, bfloat16 on TPU and GPU."""
+    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(auto if name == "auto" else name)
