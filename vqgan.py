@@ -41,7 +41,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from PIL import Image
 from tqdm import tqdm
 
-from common.images import UserError, encode_image, find_images, read_image, to_pixels
+from common.images import UserError, encode_image, find_images, read_image, sheet, to_pixels
 from common.metrics import bootstrap, psnr, reconstruction_values, ssim  # noqa: F401 (promised here)
 from common.runs import (
     Checkpoints,
@@ -891,10 +891,13 @@ def train_in_own_folder(config: TrainConfig) -> VQGAN:
                     checkpoints.save(done, state)
                     with side_work("the sample picture"):
                         pixels_BHWC = read_batch(0)[:8]
-                        save_rows(
-                            [pixels_BHWC, decode(state["ema"], encode(state["ema"], pixels_BHWC))],
-                            config.out / "samples" / f"{done}.png",
-                        )
+                        rows = [
+                            pixels_BHWC,
+                            np.asarray(decode(state["ema"], encode(state["ema"], pixels_BHWC))),
+                        ]
+                        file = config.out / "samples" / f"{done}.png"
+                        file.parent.mkdir(parents=True, exist_ok=True)
+                        write_whole(file, encode_image(sheet(rows, captions=False), file))
                 if stopping:
                     break
             checkpoints.finish(done, state, config.save_patience)
@@ -1505,20 +1508,6 @@ def as_conv(weight_OIHW, bias_O) -> Conv:
     )
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
-
-
-def save_rows(rows, path: Path, gap: int = 2):
-    """Writes rows of pictures (each [N, H, W, 3] in [0, 1]) as one PNG."""
-    rows = [
-        np.pad(np.asarray(row), ((0, 0), (gap, gap), (gap, gap), (0, 0)), constant_values=1) for row in rows
-    ]
-    grid = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, encode_image(Image.fromarray((grid * 255 + 0.5).astype(np.uint8)), path))
-
-
 # ---------------------------------------------------------------------------------------------------- files
 
 
@@ -1972,14 +1961,15 @@ def reconstruct(
     elif taken := [path for path in (out, out.with_suffix(".json")) if path.exists()]:
         raise UserError(f"--out: {taken[0]} exists; choose another name or delete it")
     vqgan, networks = load(model), {"lpips": load_lpips(lpips_vgg, lpips_heads)} if lpips_vgg else {}
-    report, sheet = measure_reconstruction(vqgan, paths, fit, networks, seed)
+    report, rows = measure_reconstruction(vqgan, paths, fit, networks, seed)
     shown = lambda value, digits: "     -" if value is None else f"{value:6.{digits}f}"
     for example in report["examples"]:
         print(f"{shown(example['psnr'], 2)} dB  SSIM {shown(example['ssim'], 3)}  {example['path']}")
     mean = {name: value["mean"] for name, value in report["mean"].items()}
     print(f"{shown(mean['psnr'], 2)} dB  SSIM {shown(mean['ssim'], 3)}  mean of {len(paths)}")
     print("\n".join(describe(report)))
-    save_rows(sheet, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, encode_image(sheet(rows, captions=False), out))
     write_whole(
         out.with_suffix(".json"),
         strict_json(
@@ -1992,7 +1982,7 @@ def reconstruct(
 
 
 def measure_reconstruction(model: VQGAN, paths, fit="stretch", networks={}, seed=0, batch=16):
-    """-> (report, rows of pictures for `save_rows`). `mean` has every measure's mean over pictures and its 95% bootstrap interval;
+    """-> (report, rows of pictures for `sheet`). `mean` has every measure's mean over pictures and its 95% bootstrap interval;
     the measures are PSNR, SSIM and the distance of each of `networks` (name -> LPIPS or EfficientNetLite0)."""
     counts_K, examples, shown = np.zeros(model.config.num_embeddings, np.int64), [], []
     distance = jax.jit(lambda network, a, b: network.distance(a, b))
@@ -2053,16 +2043,12 @@ def summarise_reconstruction(examples, counts_K, seed) -> dict:
 
 
 def reconstruction_rows(pixels_BHWC, output_BHWC):
-    """For `save_rows`: originals, reconstructions and errors times 4, eight pictures beside one another."""
+    """For `sheet`: originals, reconstructions and errors times 4, eight pictures beside one another."""
     columns, kinds = (
         min(8, len(pixels_BHWC)),
         (pixels_BHWC, output_BHWC, np.clip(4 * np.abs(pixels_BHWC - output_BHWC), 0, 1)),
     )
-    return [
-        pad_row(kind_BHWC[i : i + columns], columns)
-        for i in range(0, len(pixels_BHWC), columns)
-        for kind_BHWC in kinds
-    ]
+    return [kind_BHWC[i : i + columns] for i in range(0, len(pixels_BHWC), columns) for kind_BHWC in kinds]
 
 
 def describe(report) -> list[str]:
@@ -2086,11 +2072,6 @@ def describe(report) -> list[str]:
         f"| codebook used | {book['used']} of {book['entries']} | by {report['codes']} codes |",
         f"| codebook perplexity | {book['perplexity']:.1f} | |",
     ]
-
-
-def pad_row(row_BHWC, columns):
-    """Fills the last row of a sheet with white."""
-    return np.concatenate([row_BHWC, np.ones((columns - len(row_BHWC), *row_BHWC.shape[1:]), np.float32)])
 
 
 def convert(

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import io
 import itertools
+import math
 import os
 import re
 from pathlib import Path
@@ -21,7 +22,7 @@ import av
 import numpy as np
 from av.sidedata.sidedata import Type
 from av.stream import Disposition
-from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError, features
 from PIL import TiffImagePlugin as TIFF
 
 
@@ -813,3 +814,60 @@ def encode_image(image, path, **options) -> bytes:
     content = io.BytesIO()
     image.save(content, Image.registered_extensions()[suffix], **options)
     return content.getvalue()
+
+
+def encode_animation(images: list[Image.Image], path, rate: int = 5) -> bytes:
+    """Frames, `rate` a second, as GIF where `path` ends so, else as MP4 (H.264), to be written whole."""
+    if Path(path).suffix.lower() == ".gif":
+        return encode_image(
+            images[0], path, save_all=True, append_images=images[1:], duration=1000 // rate, loop=0
+        )
+    with av.open(content := io.BytesIO(), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.width, stream.height = (n + n % 2 for n in images[0].size)  # 4:2:0 halves both
+        stream.pix_fmt = "yuv420p"
+        for image in images:
+            canvas = Image.new("RGB", (stream.width, stream.height), "white")
+            canvas.paste(image)
+            container.mux(stream.encode(av.VideoFrame.from_image(canvas)))
+        container.mux(stream.encode())
+    return content.getvalue()
+
+
+def to_image(pixels_HWC) -> Image.Image:
+    """Pixels in [0, 1] -> a PIL image of 8 bits."""
+    return Image.fromarray((np.asarray(pixels_HWC) * 255 + 0.5).astype(np.uint8))
+
+
+def sheet(rows, captions: bool = True, columns: int | None = None) -> Image.Image:
+    """Rows of pictures of one size on white -> one picture.
+
+    A row is a list of pixels_HWC in [0, 1] or of pairs (pixels_HWC, caption below it), or a string: a title.
+    Rows of more than `columns` pictures wrap. Pictures of under 128 pixels are enlarged to at least that."""
+    gap, line, lines, font = 6, 18, [], ImageFont.load_default(13)
+    for row in rows:
+        width = len(row) if isinstance(row, str) else columns or len(row)
+        lines += [row[i : i + width] for i in range(0, len(row), width)]
+    cells = lambda row: [cell if isinstance(cell, tuple) else (cell, "") for cell in row]
+    size = len(next(cells(row)[0][0] for row in lines if not isinstance(row, str)))
+    side = size * math.ceil(128 / size)
+    below = line if captions else 0
+    widths = [
+        math.ceil(font.getlength(row)) + gap if isinstance(row, str) else len(row) * (side + gap)
+        for row in lines
+    ]
+    heights = [line if isinstance(row, str) else side + below + gap for row in lines]
+    image = Image.new("RGB", (gap + max(widths), gap + sum(heights)), "white")
+    draw, top = ImageDraw.Draw(image), gap
+    for row, height in zip(lines, heights):
+        if isinstance(row, str):
+            draw.text((gap, top), row, "black", font)
+        else:
+            for x, (pixels_HWC, caption) in enumerate(cells(row)):
+                left = gap + x * (side + gap)
+                picture = to_image(pixels_HWC).resize((side, side), Image.Resampling.BICUBIC)
+                image.paste(picture, (left, top))
+                if captions:
+                    draw.text((left + side / 2, top + side + 2), caption, "black", font, anchor="ma")
+        top += height
+    return image
