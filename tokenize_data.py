@@ -540,7 +540,7 @@ def tokenize_video(source: Video):
 
 def tokenize_frames(source: Frames):
     notes = []
-    clips = find_clips(source.inputs, source.filter, videos=False, notes=notes)
+    clips = find_clips(source.inputs, source.filter, False, notes)
     items = [
         clip_item(source, [clip], name, epoch, range(1, source.max_stride + 1), source.frames)
         for epoch in range(source.epochs)
@@ -558,7 +558,7 @@ def tokenize_frames(source: Frames):
 
 def tokenize_multi_video(source: MultiVideo):
     notes = []
-    found = [find_clips(folder, source.filter, videos=True, notes=notes) for folder in source.inputs]
+    found = [find_clips(folder, source.filter, True, notes) for folder in source.inputs]
     names = sorted(set(found[0]).intersection(*found[1:]), key=natural)
     mixed = [name for name in names if len({type(clips[name]) for clips in found}) > 1]
     names = [name for name in names if name not in mixed][: source.limit]
