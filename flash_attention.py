@@ -39,7 +39,7 @@ from jaxtyping import Array, Float, Int
 
 OURS = ("hopper", "pallas")  # our kernels
 IMPLEMENTATIONS = (*OURS, "cudnn", "xla", "chunked", "reference")
-HIDDEN = -1e30  # score of a key that a query must not see; -inf would make NaN of rows that see none
+MASK_VALUE = -1e30  # score of a key that a query must not see; -inf would make NaN of rows that see none
 
 
 def flash_attention(
@@ -81,7 +81,7 @@ def flash_attention(
     if implementation == "hopper":
         _refuse_hopper(q_BTNK, k_BTNK, causal, segment_ids_BT)
     segments = None if segment_ids_BT is None else (segment_ids_BT[:, S - T :], segment_ids_BT)
-    q_BTNK, k_BTNK, v_BTNK, segments = _alike(q_BTNK, k_BTNK, v_BTNK, segments)
+    q_BTNK, k_BTNK, v_BTNK, segments = match_varying_axes(q_BTNK, k_BTNK, v_BTNK, segments)
     return _attend(q_BTNK, k_BTNK, v_BTNK, segments, causal, scale, implementation)
 
 
@@ -214,7 +214,7 @@ def ring_attention(
         implementation = "xla" if implementation == "chunked" else implementation
     scale = q_BTNK.shape[3] ** -0.5 if scale is None else scale
     segments = None if segment_ids_BT is None else (segment_ids_BT, segment_ids_BT)
-    q_BTNK, k_BTNK, v_BTNK, segments = _alike(q_BTNK, k_BTNK, v_BTNK, segments, axes={axis})
+    q_BTNK, k_BTNK, v_BTNK, segments = match_varying_axes(q_BTNK, k_BTNK, v_BTNK, segments, axes={axis})
     return _ring(q_BTNK, k_BTNK, v_BTNK, segments, axis, causal, scale, implementation)
 
 
@@ -253,10 +253,10 @@ def _ring_fwd(q_BTNK, k_BTNK, v_BTNK, segments, axis, causal, scale, implementat
         def part(rows, cols):
             pair = None if segments is None else (segments[0][:, rows], kv_segments[:, cols])
             o, lse = forward(q_BTNK[:, rows], k_BTNK[:, cols], v_BTNK[:, cols], pair, False)
-            return _place(o, rows, T), _place(lse, rows, T, HIDDEN)
+            return _place(o, rows, T), _place(lse, rows, T, MASK_VALUE)
 
         new = _visible_half(causal, rank, (rank - i) % ranks, T, part)
-        return (join(*(jnp.stack(pair) for pair in zip(done, new))), passing), None
+        return (merge_partials(*(jnp.stack(pair) for pair in zip(done, new))), passing), None
 
     passing = k_BTNK, v_BTNK, None if segments is None else segments[1]
     ((o_BTNK, lse_BTN), _), _ = lax.scan(step, (own, passing), jnp.arange(1, ranks))
@@ -314,7 +314,7 @@ def _place(x, rows, T, fill=0.0):
     return jnp.pad(x, [(0, 0), (rows.start, T - rows.stop), *[(0, 0)] * (x.ndim - 2)], constant_values=fill)
 
 
-def join(o_PXK, lse_PX, axis=0):
+def merge_partials(o_PXK, lse_PX, axis=0):
     """Results of the same queries against several sets of keys, stacked along `axis` -> (o, lse) against all keys."""
     lse = jax.nn.logsumexp(lse_PX, axis=axis, keepdims=True)
     return jnp.sum(o_PXK * jnp.exp(lse_PX - lse)[..., None], axis=axis), jnp.squeeze(lse, axis)
@@ -334,9 +334,9 @@ def decode_attention(
 ) -> tuple[Float[Array, "B N C K"], Float[Array, "B N C"]]:
     """C queries a row against the first `length` >= 1 slots of one layer's cache -> float32 (o_BNCK, lse_BNC).
 
-    Programs split the cache among them and `join` adds their results (flash-decoding, arXiv 2311.01282), so that one
+    Programs split the cache among them and `merge_partials` adds their results (flash-decoding, arXiv 2311.01282), so that one
     row fills a device too. C candidates that share a prompt are C queries of one row: they read its keys and values
-    once (arXiv 2402.05099); `join` with the attention over each one's own cache. The cache is read in place, and only
+    once (arXiv 2402.05099); `merge_partials` with the attention over each one's own cache. The cache is read in place, and only
     the slots below `length`. `implementation`: "pallas" (S must be a multiple of 128), "xla", or None: "pallas" on
     accelerators.
     """
@@ -356,11 +356,11 @@ def decode_attention(
         k_BNSK = lax.dynamic_index_in_dim(k_LBNSK, layer, keepdims=False)
         v_BNSK = lax.dynamic_index_in_dim(v_LBNSK, layer, keepdims=False)
         s_BNCS = jnp.einsum("bnck,bnsk->bncs", q_BNCK, k_BNSK, preferred_element_type=jnp.float32)
-        s_BNCS = jnp.where(jnp.arange(S) < length, s_BNCS * q_BNCK.shape[-1] ** -0.5, HIDDEN)
+        s_BNCS = jnp.where(jnp.arange(S) < length, s_BNCS * q_BNCK.shape[-1] ** -0.5, MASK_VALUE)
         lse_BNC = jax.nn.logsumexp(s_BNCS, axis=-1)
         p_BNCS = jnp.exp(s_BNCS - lse_BNC[..., None]).astype(v_BNSK.dtype)
         return jnp.einsum("bncs,bnsk->bnck", p_BNCS, v_BNSK, preferred_element_type=jnp.float32), lse_BNC
-    q_BNCK, k_LBNSK, v_LBNSK, at = _alike(q_BNCK, k_LBNSK, v_LBNSK, jnp.stack([layer, length]))
+    q_BNCK, k_LBNSK, v_LBNSK, at = match_varying_axes(q_BNCK, k_LBNSK, v_LBNSK, jnp.stack([layer, length]))
     run = {name: functools.partial(_decode_kernel, name) for name in BLOCKS}
     return lax.platform_dependent(q_BNCK, k_LBNSK, v_LBNSK, at, **run)
 
@@ -404,7 +404,7 @@ def _decode_kernel(platform, q_BNCK, k_LBNSK, v_LBNSK, at):
     o_BNPCK, lse_BNPC1 = pl.pallas_call(body, out_shape=out_shape, **grid, **_compiler(platform))(
         at, q_BNCK, k_LBNSK, v_LBNSK
     )
-    o_BNCK, lse_BNC = join(o_BNPCK, lse_BNPC1[..., 0], axis=2)
+    o_BNCK, lse_BNC = merge_partials(o_BNPCK, lse_BNPC1[..., 0], axis=2)
     return o_BNCK[:, :, :C], lse_BNC[:, :, :C]
 
 
@@ -415,7 +415,7 @@ def _decode_body(at_ref, q_ref, k_ref, v_ref, o_ref, lse_ref, *, dot, scale, col
     @pl.when(first < length)
     def attend():
         s_CS = scale * dot(q_ref[...], k_ref[here], 1, 1)
-        s_CS = jnp.where(first + lax.broadcasted_iota(jnp.int32, s_CS.shape, 1) < length, s_CS, HIDDEN)
+        s_CS = jnp.where(first + lax.broadcasted_iota(jnp.int32, s_CS.shape, 1) < length, s_CS, MASK_VALUE)
         m_C1 = jnp.max(s_CS, axis=1, keepdims=True)
         p_CS = jnp.exp(s_CS - m_C1)
         l_C1 = jnp.sum(p_CS, axis=1, keepdims=True)
@@ -426,7 +426,7 @@ def _decode_body(at_ref, q_ref, k_ref, v_ref, o_ref, lse_ref, *, dot, scale, col
     @pl.when(first >= length)
     def nothing():
         o_ref[...] = jnp.zeros_like(o_ref)
-        lse_ref[...] = jnp.full_like(lse_ref, HIDDEN)
+        lse_ref[...] = jnp.full_like(lse_ref, MASK_VALUE)
 
 
 # ------------------------------------------------------------------------------------ one vjp, kernels and plain jnp
@@ -511,9 +511,9 @@ def _xla_scores(causal, scale, q_BNTK, k_BNSK, segments):
     T, S = q_BNTK.shape[2], k_BNSK.shape[2]
     s_BNTS = scale * jnp.einsum("bntk,bnsk->bnts", q_BNTK, k_BNSK, preferred_element_type=jnp.float32)
     if causal:
-        s_BNTS = jnp.where(jnp.tril(jnp.ones((T, S), bool), S - T), s_BNTS, HIDDEN)
+        s_BNTS = jnp.where(jnp.tril(jnp.ones((T, S), bool), S - T), s_BNTS, MASK_VALUE)
     if segments is not None:
-        s_BNTS = jnp.where((segments[0][:, :, None] == segments[1][:, None, :])[:, None], s_BNTS, HIDDEN)
+        s_BNTS = jnp.where((segments[0][:, :, None] == segments[1][:, None, :])[:, None], s_BNTS, MASK_VALUE)
     return s_BNTS
 
 
@@ -575,8 +575,8 @@ def _portable_forward(platform, causal, scale, out_dtype, q_BNTK, k_BNSK, v_BNSK
         )
         before = [(0, 0), (0, 0), (rows.start, 0)]  # queries that see none of these keys
         os.append(jnp.pad(o, [*before, (0, 0)]))
-        lses.append(jnp.pad(lse, before, constant_values=HIDDEN))
-    o_BNTK, lse_BNT = join(jnp.stack(os), jnp.stack(lses)) if len(pieces) > 1 else (os[0], lses[0])
+        lses.append(jnp.pad(lse, before, constant_values=MASK_VALUE))
+    o_BNTK, lse_BNT = merge_partials(jnp.stack(os), jnp.stack(lses)) if len(pieces) > 1 else (os[0], lses[0])
     return o_BNTK.astype(out_dtype), lse_BNT
 
 
@@ -717,7 +717,7 @@ def _forward_body(q_ref, k_ref, v_ref, *refs, dot, scale, cols, S, causal, offse
         part = pl.ds(pl.multiple_of(j * cols, cols), cols)
         s_TS = scale * dot(q_TK, k_ref[part], 1, 1)
         if segmented:
-            s_TS = jnp.where(segment_refs[0][...] == segment_refs[1][:, part], s_TS, HIDDEN)
+            s_TS = jnp.where(segment_refs[0][...] == segment_refs[1][:, part], s_TS, MASK_VALUE)
         if edge:
             s_TS = _hide(s_TS, row, j * cols, 0, causal, offset, S)
         new_m_T1 = jnp.maximum(m_T1, jnp.max(s_TS, axis=1, keepdims=True))
@@ -727,7 +727,7 @@ def _forward_body(q_ref, k_ref, v_ref, *refs, dot, scale, cols, S, causal, offse
         return o_TK, new_m_T1, l_T1 * shrink_T1 + jnp.sum(p_TS, axis=1, keepdims=True)
 
     zero_T1 = jnp.zeros((q_ref.shape[0], 1), jnp.float32)
-    carry = jnp.zeros(q_ref.shape, jnp.float32), zero_T1 + HIDDEN, zero_T1
+    carry = jnp.zeros(q_ref.shape, jnp.float32), zero_T1 + MASK_VALUE, zero_T1
     o_TK, m_T1, l_T1 = _loop_over_keys(
         add, carry, row, q_ref.shape[0], k_ref.shape[0], cols, S, causal, offset
     )
@@ -747,7 +747,7 @@ def _dq_body(
         k_SK = k_ref[part]
         s_TS = scale * dot(q_TK, k_SK, 1, 1)
         if segmented:
-            s_TS = jnp.where(segment_refs[0][...] == segment_refs[1][:, part], s_TS, HIDDEN)
+            s_TS = jnp.where(segment_refs[0][...] == segment_refs[1][:, part], s_TS, MASK_VALUE)
         if edge:
             s_TS = _hide(s_TS, row, j * cols, 0, causal, offset, S)
         ds_TS = jnp.exp(s_TS - lse_T1) * (dot(do_TK, v_ref[part], 1, 1) - delta_T1)
@@ -771,7 +771,7 @@ def _dkv_body(
         q_TK, do_TK = q_ref[part], do_ref[part]
         s_ST = scale * dot(k_SK, q_TK, 1, 1)
         if segmented:
-            s_ST = jnp.where(segment_refs[1][...] == segment_refs[0][:, part], s_ST, HIDDEN)
+            s_ST = jnp.where(segment_refs[1][...] == segment_refs[0][:, part], s_ST, MASK_VALUE)
         if edge:
             s_ST = _hide(s_ST, i * rows, col, 1, causal, offset, None)
         p_ST = jnp.exp(s_ST - lse_ref[:, part])
@@ -810,13 +810,13 @@ def _loop_over_queries(add, carry, col, cols, rows, T, causal, offset):
 
 
 def _hide(s, row, col, query_axis, causal, offset, S):
-    """HIDDEN where key >= S, or where the key comes after the query; the block's first query is `row`, key `col`."""
+    """MASK_VALUE where key >= S, or where the key comes after the query; the block's first query is `row`, key `col`."""
     key = col + lax.broadcasted_iota(jnp.int32, s.shape, 1 - query_axis)
     visible = key < S if S is not None else None
     if causal:
         seen = key <= row + offset + lax.broadcasted_iota(jnp.int32, s.shape, query_axis)
         visible = seen if visible is None else visible & seen
-    return s if visible is None else jnp.where(visible, s, HIDDEN)
+    return s if visible is None else jnp.where(visible, s, MASK_VALUE)
 
 
 def _dot(platform, a, b, a_axis, b_axis):
@@ -896,7 +896,7 @@ def _out(shape, dtype, like):
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
 
 
-def _alike(*trees, axes=frozenset()):
+def match_varying_axes(*trees, axes=frozenset()):
     """The same arrays, all varying over the mesh axes (of a shard_map around) that any of them varies over, and `axes`."""
     axes = set(axes).union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(trees)))
 

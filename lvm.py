@@ -48,7 +48,7 @@ from flash_attention import (
     cache_slots,
     decode_attention,
     flash_attention,
-    join,
+    merge_partials,
     native_head_dim,
     ring_attention,
     zigzag_here,
@@ -175,8 +175,10 @@ class LVM(eqx.Module):
         row-parallel products over the "tensor" axis. `ring` names the axis over which the tokens of a sentence are
         split, in the order of `flash_attention.zigzag`.
         """
-        ends = _cast(gather(self.ends), dtype)
-        return ends.logits(self.hidden(ends, ids_BT, segment_ids_BT, gather=gather, dtype=dtype, **options))
+        embed_and_head = _cast(gather(self.embed_and_head), dtype)
+        return embed_and_head.logits(
+            self.hidden(embed_and_head, ids_BT, segment_ids_BT, gather=gather, dtype=dtype, **options)
+        )
 
     def losses(
         self,
@@ -192,16 +194,16 @@ class LVM(eqx.Module):
     ) -> Float[Array, "B T"]:
         """`cross_entropy` of the targets; other arguments as for a call. `gather` may give each device along the axis
         `vocabulary` its own columns of the head, and more columns than there are ids."""
-        ends = _cast(gather(self.ends), dtype)
-        x_BTD = self.hidden(ends, ids_BT, segment_ids_BT, gather=gather, dtype=dtype, **options)
-        h_BTD = rms_norm(x_BTD, ends.norm_D, self.config.rms_eps)
+        embed_and_head = _cast(gather(self.embed_and_head), dtype)
+        x_BTD = self.hidden(embed_and_head, ids_BT, segment_ids_BT, gather=gather, dtype=dtype, **options)
+        h_BTD = rms_norm(x_BTD, embed_and_head.norm_D, self.config.rms_eps)
         return cross_entropy(
-            h_BTD, ends.head_DV, targets_BT, self.config.vocab_size, axis=vocabulary, z_loss=z_loss
+            h_BTD, embed_and_head.head_DV, targets_BT, self.config.vocab_size, axis=vocabulary, z_loss=z_loss
         )
 
     def hidden(
         self,
-        ends,
+        embed_and_head,
         ids_BT,
         segment_ids_BT=None,
         *,
@@ -212,13 +214,13 @@ class LVM(eqx.Module):
         ring: str | None = None,
         implementation: str | None = None,
     ) -> Float[Array, "B T D"]:
-        """The residual stream after the last block; `ends` is the gathered, cast model without its blocks."""
+        """The residual stream after the last block; `embed_and_head` is the gathered, cast model without its blocks."""
         if remat not in REMAT:
             raise UserError(f"remat {remat!r} is none of {', '.join(REMAT)}")
         B, T = ids_BT.shape
         if not ring:  # there a sentence may have been padded to whole chunks
             _check_length("ids_BT", T, self.config)
-        x_BTD, N, K = ends.embed(ids_BT, dtype), self.config.heads, self.config.head_dim
+        x_BTD, N, K = embed_and_head.embed(ids_BT, dtype), self.config.heads, self.config.head_dim
         width = native_head_dim((B, T, N, K), x_BTD.dtype, segment_ids_BT is not None, implementation)
         rope_TK = rope_angles(zigzag_here(T, ring) if ring else jnp.arange(T), self.config, width)
         attend = functools.partial(ring_attention, axis=ring) if ring else flash_attention
@@ -235,7 +237,7 @@ class LVM(eqx.Module):
         return lax.scan(jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False), x_BTD, self.blocks)[0]
 
     @property
-    def ends(self):
+    def embed_and_head(self):
         """The model without its blocks: embedding, last norm, head."""
         return eqx.tree_at(lambda model: model.blocks, self, None)
 
@@ -498,7 +500,7 @@ class Cache(NamedTuple):
     """Keys (rotated) and values of the tokens read so far; what stands in the slots at and after `length` is never read.
 
     `length` is one for all rows, or each row's own. `prompt` holds the tokens before these, if any. It is only read, and B
-    may be a multiple of its rows: the first B / P rows continue its first one (`branch`). Int8 has one scale a head and token.
+    may be a multiple of its rows: the first B / P rows continue its first one (`fork_cache`). Int8 has one scale a head and token.
     """
 
     k_LBNSK: Array | Int8
@@ -531,7 +533,7 @@ def prefill(
     _check_length("length", length, model.config)
     if T > length:
         raise UserError(f"the prompt has {T} tokens and the cache room for {length}; pass length={T} or more")
-    ends = _cast(model.ends, dtype)
+    embed_and_head = _cast(model.embed_and_head, dtype)
     rope_TK = rope_angles(jnp.arange(T), model.config)
 
     def run(x_BTD, block):
@@ -547,8 +549,8 @@ def prefill(
         ]
         return block.merge(x_BTD, a_BTNK, reduce), slots
 
-    x_BTD, (k_LBNSK, v_LBNSK) = lax.scan(run, ends.embed(ids_BT, dtype), model.blocks)
-    return ends.logits(x_BTD[:, -1]), Cache(k_LBNSK, v_LBNSK, jnp.int32(T))
+    x_BTD, (k_LBNSK, v_LBNSK) = lax.scan(run, embed_and_head.embed(ids_BT, dtype), model.blocks)
+    return embed_and_head.logits(x_BTD[:, -1]), Cache(k_LBNSK, v_LBNSK, jnp.int32(T))
 
 
 def decode_step(
@@ -588,7 +590,7 @@ def decode_draft(
     read_C = cache.length[..., None] + jnp.arange(
         C
     )  # of this cache, before each id; [B, C] where rows have lengths of their own
-    ends = _cast(model.ends, dtype)
+    embed_and_head = _cast(model.embed_and_head, dtype)
     rope_CK = rope_angles(jnp.asarray(before)[..., None] + read_C, model.config)
     attend = functools.partial(_attend, implementation=implementation)
 
@@ -613,11 +615,13 @@ def decode_draft(
                 jnp.swapaxes(jnp.swapaxes(x, 1, 2).reshape(B, C, N, *x.shape[3:]), 1, 2)
                 for x in (o_PNRK, lse_PNR)
             ]
-            o_BNCK, lse_BNC = join(jnp.stack([o_BNCK, of_prompt[0]]), jnp.stack([lse_BNC, of_prompt[1]]))
+            o_BNCK, lse_BNC = merge_partials(
+                jnp.stack([o_BNCK, of_prompt[0]]), jnp.stack([lse_BNC, of_prompt[1]])
+            )
         a_BCNK = jnp.swapaxes(o_BNCK, 1, 2).astype(q_BCNK.dtype)
         return block.merge(x_BCD, a_BCNK, reduce), slots
 
-    x_BCD, slots = ends.embed(ids_BC, dtype), [cache.k_LBNSK, cache.v_LBNSK]
+    x_BCD, slots = embed_and_head.embed(ids_BC, dtype), [cache.k_LBNSK, cache.v_LBNSK]
     prompt = [cache.prompt.k_LBNSK, cache.prompt.v_LBNSK] if cache.prompt else []
     if isinstance(model.blocks, tuple):  # `unstack`
         written = []
@@ -634,10 +638,27 @@ def decode_draft(
             step, (x_BCD, slots), (model.blocks, jnp.arange(model.config.layers))
         )
     fits = jnp.reshape(cache.length + C <= cache.slots, (-1, 1, 1))
-    return jnp.where(fits, ends.logits(x_BCD), jnp.nan), cache._replace(k_LBNSK=k_LBNSK, v_LBNSK=v_LBNSK)
+    return jnp.where(fits, embed_and_head.logits(x_BCD), jnp.nan), cache._replace(
+        k_LBNSK=k_LBNSK, v_LBNSK=v_LBNSK
+    )
 
 
-def branch(prompt: Cache, rows: int, length: int) -> Cache:
+def greedy(model: LVM, ids_BT: Int[Array, "B T"], count: int) -> Int[Array, "B S"]:
+    """The likeliest next `count` image codes of each row, one after the other; specials are never drawn.
+
+    For `jax.jit` with `count` static. T + count must not exceed the model's context."""
+    logits_BV, cache = prefill(model, ids_BT, ids_BT.shape[1] + count)
+
+    def step(carry, _):
+        logits_BV, cache = carry
+        code_B = jnp.argmax(logits_BV[:, : model.config.codes], axis=-1).astype(jnp.int32)
+        return decode_step(model, code_B, cache), code_B
+
+    _, codes_SB = lax.scan(step, (logits_BV, cache), length=count)
+    return codes_SB.T
+
+
+def fork_cache(prompt: Cache, rows: int, length: int) -> Cache:
     """An empty cache with room for `length` tokens after the prompt in each of `rows` rows, a multiple of the prompt's.
 
     All rows that continue one prompt read its keys and values once a step.

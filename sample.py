@@ -496,7 +496,7 @@ def stream_sentences(
             prompt = read_ids(model, ids_PT, length=ids_PT.shape[1], cache_dtype=cache_dtype, mesh=mesh)
             if len(set(lengths_P)) > 1:
                 prompt = prompt._replace(length=jnp.asarray(lengths_P - 1, jnp.int32))
-            cache = lvm.branch(prompt, R, min(frames - frame, most - longest) * S + jacobi)
+            cache = lvm.fork_cache(prompt, R, min(frames - frame, most - longest) * S + jacobi)
             if jacobi:  # rows keep different numbers of codes
                 cache = cache._replace(length=jnp.zeros(R, jnp.int32))
             last_R = np.repeat([ids_T[-1] for ids_T in ids], R // len(ids))

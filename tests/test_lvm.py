@@ -246,6 +246,14 @@ def test_cached_decoding_in_bfloat16_equals_its_own_forward(model):
     np.testing.assert_allclose(logits_BV, logits_BTV[:, 20], atol=0.03 * np.abs(logits_BTV).max())
 
 
+def test_greedy_codes_are_the_likeliest_at_every_place_and_never_specials(model):
+    model = eqx.tree_at(lambda m: m.head_DV, model, model.head_DV.at[:, CONFIG.codes + 1].mul(50))  # EOS would often win
+    codes_BS = jax.jit(lvm.greedy, static_argnums=2)(model, IDS[:, :13], 11)
+    logits_BTV = forward(model, jnp.concatenate([IDS[:, :13], codes_BS], axis=1))
+    np.testing.assert_array_equal(codes_BS, logits_BTV[:, 12:-1, : CONFIG.codes].argmax(-1))
+    assert (logits_BTV[:, 12:-1].argmax(-1) >= CONFIG.codes).any()
+
+
 @pytest.mark.parametrize("implementation, slots, unstack", [("xla", 11, False), ("xla", 11, True), ("pallas", 128, False)])
 def test_rows_that_share_a_prompt_decode_as_if_each_had_read_it(model, implementation, slots, unstack):
     ids_BT = IDS.at[:4, :13].set(IDS[0, :13]).at[4:, :13].set(IDS[4, :13])  # two prompts, four rows each
@@ -253,7 +261,7 @@ def test_rows_that_share_a_prompt_decode_as_if_each_had_read_it(model, implement
     _, prompt = lvm.prefill(model, ids_BT[::4, :13], 13)
     if implementation == "pallas":
         prompt = prompt._replace(**{k: jnp.pad(getattr(prompt, k), [(0, 0)] * 3 + [(0, 115), (0, 0)]) for k in ("k_LBNSK", "v_LBNSK")})
-    cache = lvm.branch(prompt, 8, slots)
+    cache = lvm.fork_cache(prompt, 8, slots)
     assert cache.prompt.k_LBNSK.shape[1] == 2
     model, cache = lvm.unstack(model, cache) if unstack else (model, cache)
     step = jax.jit(functools.partial(lvm.decode_step, implementation=implementation))
@@ -261,7 +269,7 @@ def test_rows_that_share_a_prompt_decode_as_if_each_had_read_it(model, implement
         logits_BV, cache = step(model, ids_BT[:, t], cache)
         np.testing.assert_allclose(logits_BV, logits_BTV[:, t], atol=2e-5)
     with pytest.raises(UserError, match="7 rows do not divide over the 2 rows of the prompt"):
-        lvm.branch(prompt, 7, slots)
+        lvm.fork_cache(prompt, 7, slots)
 
 
 def test_the_portable_kernels_give_the_models_own_loss_and_gradients(model):

@@ -40,6 +40,7 @@ import lvm
 import sample
 import tokenize_data
 import train
+from benchmarks import pods
 import vqgan
 from common import runs, weights
 from common.images import UserError
@@ -566,7 +567,7 @@ def flag_resize_output(files):
 
 @reader
 def flag_topology(files):
-    return flag(lambda text: train.find_topology(text))
+    return flag(lambda text: pods.find_topology(text))
 
 
 @pytest.mark.parametrize("name", READERS)

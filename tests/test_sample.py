@@ -203,7 +203,7 @@ def test_drafting_ahead_in_any_dtype_draws_each_code_exactly_from_the_logits_tha
     pieces = sample.stream_sentences(model, [prompt_TS], keys(N), drawing, frames=2, jacobi=C)
     drawn_NT = np.concatenate([piece.codes_NC for piece in pieces], axis=1)
     ids_T = np.append([model.config.bos], prompt_TS).astype(np.int32)
-    cache = lvm.branch(sample.read_ids(model, ids_T[None, :-1], length=len(ids_T) - 1), N, T + C)._replace(length=jnp.zeros(N, jnp.int32))
+    cache = lvm.fork_cache(sample.read_ids(model, ids_T[None, :-1], length=len(ids_T) - 1), N, T + C)._replace(length=jnp.zeros(N, jnp.int32))
     fed_NT, pass_over, parts = np.pad(np.insert(drawn_NT, 0, ids_T[-1], axis=1), ((0, 0), (0, C))), jax.jit(lvm.decode_draft), []
     for start in range(0, T, C):
         logits_NCV, cache = pass_over(model, jnp.asarray(fed_NT[:, start:start + C]), cache)

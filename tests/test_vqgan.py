@@ -47,6 +47,7 @@ from weights_rule import (
 )
 
 import vqgan
+from common import metrics
 from common.images import UserError
 from common.runs import RunStopped
 from common.weights import open_pickle, open_tensors
@@ -121,6 +122,10 @@ def test_the_codes_of_a_picture_do_not_depend_on_its_batch_or_the_number_of_devi
     split = vqgan.encode(jax.device_put(tiny, NamedSharding(mesh, P())), jax.device_put(pixels_BHWC, NamedSharding(mesh, P("data"))))
     assert len(split.sharding.device_set) == 8
     np.testing.assert_array_equal(split, codes_BS)
+    replicated = jax.device_put(tiny, NamedSharding(mesh, P()))
+    for model, batch in ((tiny, 3), (tiny, 16), (replicated, 16)):
+        np.testing.assert_array_equal(vqgan.encode_all(model, pixels_BHWC, batch), codes_BS)
+        np.testing.assert_allclose(vqgan.decode_all(model, codes_BS, batch), vqgan.decode(tiny, codes_BS), atol=1e-6)
 
 
 def test_the_released_network_is_146_244_675_parameters_in_277_tensors():
@@ -975,35 +980,35 @@ def test_lpips_equals_the_lpips_package_and_its_files_are_used_whole(tmp_path):
     heads = {k: v for k, v in weights.items() if k.startswith("lin")}
     save_file(vgg | {"classifier.0.bias": np.zeros(4, np.float32)}, tmp_path / "vgg.safetensors")
     save_file(heads, tmp_path / "heads.safetensors")
-    network = vqgan.load_lpips(tmp_path / "vgg.safetensors", tmp_path / "heads.safetensors")
+    network = metrics.load_lpips(tmp_path / "vgg.safetensors", tmp_path / "heads.safetensors")
     a, b = measured_pictures()
     distance = jax.jit(lambda network, a, b: network.distance(a, b))
     np.testing.assert_allclose(distance(network, a, b), MEASURES["lpips_B"], rtol=1e-4)
     assert (distance(network, a, a) < 1e-12).all()
     save_file(heads | {"lin5.model.1.weight": np.zeros((1, 4, 1, 1), np.float32)}, tmp_path / "more.safetensors")
     with pytest.raises(UserError, match=r"more\.safetensors: unexpected tensor lin5"):
-        vqgan.load_lpips(tmp_path / "vgg.safetensors", tmp_path / "more.safetensors")
+        metrics.load_lpips(tmp_path / "vgg.safetensors", tmp_path / "more.safetensors")
     save_file({k: v for k, v in vgg.items() if "28.bias" not in k}, tmp_path / "less.safetensors")
     with pytest.raises(UserError, match=r"less\.safetensors: no tensor features\.28\.bias"):
-        vqgan.load_lpips(tmp_path / "less.safetensors", tmp_path / "heads.safetensors")
+        metrics.load_lpips(tmp_path / "less.safetensors", tmp_path / "heads.safetensors")
 
 
 def test_efficientnet_lite0_equals_its_pytorch_package_and_tells_pictures_apart(tmp_path):
     weights = efficientnet_weights(json.loads(str(MEASURES["efficientnet_shapes"])))
     save_file(weights, tmp_path / "e.safetensors")
-    network = vqgan.load_efficientnet_lite0(tmp_path / "e.safetensors")
+    network = metrics.load_efficientnet_lite0(tmp_path / "e.safetensors")
     a, b = measured_pictures()
     logits_BK, distance_B, none_B = jax.jit(lambda n, a, b: (n(a), n.distance(a, b), n.distance(a, a)))(network, a, b)
     np.testing.assert_allclose(logits_BK[:, ::4], MEASURES["logits_BK"], rtol=0, atol=1e-4)
     assert (distance_B > 0.01).all() and (none_B < 1e-9).all()
     save_file(weights | {"extra": np.zeros(1, np.float32)}, tmp_path / "more.safetensors")
     with pytest.raises(UserError, match="unexpected tensor extra"):
-        vqgan.load_efficientnet_lite0(tmp_path / "more.safetensors")
+        metrics.load_efficientnet_lite0(tmp_path / "more.safetensors")
 
 
 @pytest.mark.skipif("EFFICIENTNET_LITE0" not in os.environ, reason="EFFICIENTNET_LITE0 names no weights; see README.md")
 def test_efficientnet_lite0_knows_what_is_on_the_photographs():
-    network = vqgan.load_efficientnet_lite0(pathlib.Path(os.environ["EFFICIENTNET_LITE0"]))
+    network = metrics.load_efficientnet_lite0(pathlib.Path(os.environ["EFFICIENTNET_LITE0"]))
     folder = pathlib.Path(vqgan.__file__).parent / "assets/pictures/photo"
     cats, cups = sorted(folder.glob("chelsea*")), [folder / f"coffee-{n}.webp" for n in ("01", "09", "14")]  # the crops with the whole cup
     pixels_BHWC = np.stack([vqgan.read_image(path, 224) for path in cats + cups])
