@@ -62,7 +62,7 @@ import jax
 import numpy as np
 import tyro
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
@@ -80,6 +80,7 @@ from common.images import (
     read_half,
     read_image,
     read_integers,
+    sheet,
     shown_size,
     to_pixels,
 )
@@ -539,7 +540,7 @@ def tokenize_video(source: Video):
 
 def tokenize_frames(source: Frames):
     notes = []
-    clips = find_clips(source.inputs, source.filter, videos=False, notes=notes)
+    clips = find_clips(source.inputs, source.filter, False, notes)
     items = [
         clip_item(source, [clip], name, epoch, range(1, source.max_stride + 1), source.frames)
         for epoch in range(source.epochs)
@@ -557,7 +558,7 @@ def tokenize_frames(source: Frames):
 
 def tokenize_multi_video(source: MultiVideo):
     notes = []
-    found = [find_clips(folder, source.filter, videos=True, notes=notes) for folder in source.inputs]
+    found = [find_clips(folder, source.filter, True, notes) for folder in source.inputs]
     names = sorted(set(found[0]).intersection(*found[1:]), key=natural)
     mixed = [name for name in names if len({type(clips[name]) for clips in found}) > 1]
     names = [name for name in names if name not in mixed][: source.limit]
@@ -2252,7 +2253,7 @@ def show(config: Show):
         for at in [np.flatnonzero(kinds_N == kind)]
         for i in np.linspace(0, len(at) - 1, min(max(1, config.count // len(present)), len(at))).astype(int)
     ]
-    blocks, gap, size = [], 2, tokenizer.config.resolution
+    rows = []
     for i in chosen:
         kind, tokens = shards[i]
         if len(tokens) % S or tokens.max() >= shards.codes:
@@ -2261,35 +2262,12 @@ def show(config: Show):
             )
         pictures = np.asarray(vqgan.decode(tokenizer, tokens.reshape(-1, S).astype(np.int32)))
         name = ascii(shards.kinds[kind])[1:-1][:80]  # Pillow's own font has few letters more
-        text = f"{name}, sentence {i}: {len(pictures)} pictures, {len(tokens)} codes"
-        caption = Image.new("L", (int(ImageFont.load_default().getlength(text)) + 2 * gap, 14), 255)
-        ImageDraw.Draw(caption).text((gap, 1), text, fill=0)
-        blocks.append(
-            (
-                np.asarray(caption),
-                [pictures[t : t + config.columns] for t in range(0, len(pictures), config.columns)],
-            )
-        )
-    width = max(
-        (size + 2 * gap) * max(len(line) for _, lines in blocks for line in lines),
-        *(len(caption_HW[0]) for caption_HW, _ in blocks),
-    )
-    sheet = []
-    for caption_HW, lines in blocks:
-        caption_HW = np.pad(caption_HW, ((0, 0), (0, width - caption_HW.shape[1])), constant_values=255)
-        sheet.append(np.repeat(caption_HW[:, :, None], 3, axis=2))
-        for line in lines:
-            padded = np.pad(
-                (line * 255 + 0.5).astype(np.uint8),
-                ((0, 0), (gap, gap), (gap, gap), (0, 0)),
-                constant_values=255,
-            )
-            row_HWC = np.concatenate(list(padded), axis=1)
-            sheet.append(
-                np.pad(row_HWC, ((0, 0), (0, width - row_HWC.shape[1]), (0, 0)), constant_values=255)
-            )
+        rows += [
+            f"{name}, sentence {i}: {len(pictures)} pictures, {len(tokens)} codes",
+            *(pictures[t : t + config.columns] for t in range(0, len(pictures), config.columns)),
+        ]
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(config.out, encode_image(Image.fromarray(np.concatenate(sheet)), config.out))
+    write_whole(config.out, encode_image(sheet(rows, captions=False), config.out))
     print(f"wrote {config.out}: " + ", ".join(shards.kinds[kinds_N[i]] for i in chosen))
 
 

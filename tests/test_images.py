@@ -353,7 +353,7 @@ def test_only_gif_apng_and_animated_webp_are_clips(tmp_path):
 def test_frames_that_are_sought_equal_those_of_a_full_decoding(tmp_path, suffix, codec, options, exact):
     path = write_video(tmp_path / f"clip{suffix}", 60, codec, "yuvj420p" if codec == "mjpeg" else "yuv420p", options)
     whole = [small(frame) for frame in all_frames(path)]
-    index = images.read_index(path, images.stamp(path))
+    index = images.read_index(path)
     assert len(whole) == 60 and index.exact == exact
     for wanted in ([0], [59], [11, 12, 13], range(0, 60, 8), range(5, 50), [7, 23, 24, 58], range(60)):
         read, there = images.read_frames(path, wanted, SIZE)
@@ -364,7 +364,7 @@ def test_frames_that_are_sought_equal_those_of_a_full_decoding(tmp_path, suffix,
 
 def test_a_late_frame_is_read_without_decoding_all_before_it(tmp_path):
     path = write_video(tmp_path / "clip.mp4", 200, stream_options={"g": "10"})
-    index = images.read_index(path, images.stamp(path))
+    index = images.read_index(path)
     with images.open_video(path, index.stream) as (container, stream):
         [frame] = images.sought(container, stream, index, [195])
     assert frame.pts == np.sort(index.pts_N)[195]

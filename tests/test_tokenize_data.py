@@ -329,9 +329,7 @@ def test_a_dataset_appears_whole_or_not_at_all(tmp_path, tokenizer):
 def test_show_decodes_sentences_to_a_picture(tmp_path, dataset, tokenizer):
     tokenize_data.show(tokenize_data.Show(data=dataset[0], out=tmp_path / "s.png", tokenizer=tokenizer, count=4))
     width, height = Image.open(tmp_path / "s.png").size
-    assert height == 4 * (SIZE + 4 + 14) and width > 2 * (
-        SIZE + 4
-    )  # two of each kind, captions above, which are wider
+    assert (width, height) == (6 + 2 * 134, 6 + 4 * (18 + 134))  # two of each kind, titles above
 
 
 def test_show_draws_a_sentence_of_pictures_wider_than_4000_pixels_in_all(tmp_path):
@@ -368,7 +366,7 @@ def test_show_draws_a_sentence_of_pictures_wider_than_4000_pixels_in_all(tmp_pat
         cwd=pathlib.Path(tokenize_data.__file__).parent,
     )
     assert done.returncode == 0, done.stderr
-    assert Image.open(tmp_path / "s.png").size == (16 * 260, 14 + 260)
+    assert Image.open(tmp_path / "s.png").size == (6 + 16 * 262, 6 + 18 + 262)
 
 
 @pytest.mark.parametrize("first, second", [("1", "1e-7"), ("1", "1e-20"), ("3e6", "1"), ("1e-9", "1e-9")])
