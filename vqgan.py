@@ -43,36 +43,9 @@ from jax.sharding import PartitionSpec as P
 from PIL import Image
 from tqdm import tqdm
 
-from common import metrics
+from common import metrics, runs, weights
 from common.images import UserError, encode_image, find_images, read_image, sheet, to_pixels
-from common.metrics import l2_normalize, load_efficientnet_lite0, load_lpips
-from common.runs import (
-    Checkpoints,
-    RunStopped,
-    asked_to_stop,
-    begin_run,
-    check_health,
-    check_numbers,
-    compute_dtype,
-    keep_log_until,
-    new_guard,
-    open_log,
-    own_run_folder,
-    run_command,
-    side_work,
-    skip_bad_step,
-    with_patience,
-)
-from common.weights import (
-    check_fields,
-    open_tensors,
-    parse_json,
-    read_array,
-    read_json,
-    strict_json,
-    write_together,
-    write_whole,
-)
+from common.metrics import l2_normalize, load_efficientnet_lite0, load_lpips, psnr, ssim  # noqa: F401
 
 HERE = Path(__file__).parent
 MINI = HERE / "assets" / "mini" / "tokenizer"
@@ -126,7 +99,7 @@ class VQGANConfig:
             "[0, 1)": "dropout",
             "[0, 1000]": "commitment_cost",
         }
-        check_numbers(self, intervals, called=str)
+        runs.check_numbers(self, intervals, called=str)
         levels, width = len(self.channel_mult), self.hidden_channels
         problems = {
             f"channel_mult {self.channel_mult} must name a level, and none of more than {1 << 16:,} channels":
@@ -306,7 +279,7 @@ def _decode(model, codes_BS, dtype):
 # ---------------------------------------------------------------- the network's parts
 
 
-def run(layers, x):
+def chain(layers, x):
     """x through one layer, or one after the other of a list."""
     for layer in layers if isinstance(layers, list) else [layers]:
         x = layer(x)
@@ -334,7 +307,7 @@ class Encoder(eqx.Module):
         self.conv_out = Conv(widths[-1], config.z_channels, 1 if config.maskgit else 3, key=next(keys))
 
     def __call__(self, pixels_BHWC):
-        x = run(self.mid, run(self.down, self.conv_in(pixels_BHWC)))
+        x = chain(self.mid, chain(self.down, self.conv_in(pixels_BHWC)))
         return self.conv_out(jax.nn.silu(self.norm_out(x)))
 
 
@@ -360,7 +333,7 @@ class Decoder(eqx.Module):
 
     def features(self, latents_BHWC):
         """All but the last convolution."""
-        x = run(self.up[::-1], run(self.mid, self.conv_in(latents_BHWC)))
+        x = chain(self.up[::-1], chain(self.mid, self.conv_in(latents_BHWC)))
         return jax.nn.silu(self.norm_out(x))
 
 
@@ -390,7 +363,7 @@ class Level(eqx.Module):
             x = block(x)
             if self.attends:
                 x = self.attn[i](x)
-        return run([resample for resample in (self.downsample, self.upsample) if resample], x)
+        return chain([resample for resample in (self.downsample, self.upsample) if resample], x)
 
 
 def middle(config, channels, *, key):
@@ -412,7 +385,7 @@ class Middle(eqx.Module):
         self.block_2 = ResidualBlock(config, channels, channels, key=keys[2])
 
     def __call__(self, x):
-        return run([layer for layer in (self.block_1, self.attn_1, self.block_2) if layer], x)
+        return chain([layer for layer in (self.block_1, self.attn_1, self.block_2) if layer], x)
 
 
 class ResidualBlock(eqx.Module):
@@ -498,8 +471,8 @@ class Resample(eqx.Module):
         fold = lambda w: jnp.stack([jnp.stack([w[0], w[1] + w[2]]), jnp.stack([w[0] + w[1], w[2]])])
         weight_bvauIO = fold(jnp.moveaxis(fold(self.conv.weight), 2, 0))
         weight_uvIabO = weight_bvauIO.transpose(3, 1, 4, 2, 0, 5)
-        weights = weight_uvIabO.reshape(2, 2, C, -1), jnp.tile(self.conv.bias, 4)
-        small = eqx.tree_at(lambda conv: (conv.weight, conv.bias), self.conv, weights)
+        folded = weight_uvIabO.reshape(2, 2, C, -1), jnp.tile(self.conv.bias, 4)
+        small = eqx.tree_at(lambda conv: (conv.weight, conv.bias), self.conv, folded)
         y_BHWabO = small(x_BHWC, padding=((1, 1), (1, 1))).reshape(B, H + 1, W + 1, 2, 2, -1)
         y_BHaWbO = jnp.stack([y_BHWabO[:, a : a + H, :, a] for a in (0, 1)], axis=2)
         y_BHaWbO = jnp.stack([y_BHaWbO[:, :, :, b : b + W, b] for b in (0, 1)], axis=4)
@@ -670,7 +643,7 @@ class TrainConfig:
             "[0, 1)": "ema",
             "[0, 1000000]": "gradient_weight perceptual_weight gan_weight gan_penalty_weight",
         }
-        check_numbers(self, intervals)
+        runs.check_numbers(self, intervals)
         if (self.lpips_vgg is None) != (self.lpips_heads is None):
             raise UserError("LPIPS needs both --lpips-vgg and --lpips-heads")
         if self.freeze_encoder and self.init is None:
@@ -695,7 +668,7 @@ def train(config: TrainConfig) -> VQGAN:
 
     Returns the averaged model, which at the end is also saved."""
     with (
-        own_run_folder(config.out),
+        runs.own_run_folder(config.out),
         ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as readers,
         ThreadPoolExecutor(1) as ahead,
     ):
@@ -708,15 +681,15 @@ def train(config: TrainConfig) -> VQGAN:
         read_batch = open_batches(config, network.resolution, readers)
         configs = config, TrainConfig(config.data)
         settings, defaults = ({k: str(v) for k, v in dataclasses.asdict(c).items()} for c in configs)
-        begin_run(config.out / "train.json", settings, defaults, MAY_CHANGE)
+        runs.begin_run(config.out / "train.json", settings, defaults, MAY_CHANGE)
         perceptual, about = perceptual_networks(config)
         print(about)
         state, task = make_state(config, network, started_from, mesh, perceptual)
-        checkpoints = Checkpoints(config.out / "checkpoints", keep=2)
+        checkpoints = runs.Checkpoints(config.out / "checkpoints", keep=2)
         if checkpoints.newest:
             state = checkpoints.restore(state)
             print(f"resuming {config.out} at step {checkpoints.newest}")
-        keep_log_until(config.out / "metrics.jsonl", checkpoints.newest)
+        runs.keep_log_until(config.out / "metrics.jsonl", checkpoints.newest)
         return run_steps(config, task, state, checkpoints, read_batch, ahead, mesh)
 
 
@@ -725,9 +698,9 @@ def run_steps(config: TrainConfig, task, state, checkpoints, read_batch, ahead, 
     first = done = checkpoints.newest
     next_batch, began, waiting, stopping = ahead.submit(read_batch, first), time.monotonic(), [], False
     with (
-        asked_to_stop() as stop,
+        runs.asked_to_stop() as stop,
         checkpoints,
-        open_log(config.out) as write,
+        runs.open_log(config.out) as write,
         tqdm(total=config.steps, initial=first, unit="step", dynamic_ncols=True) as bar,
     ):
         while done < config.steps and not stopping:
@@ -752,13 +725,13 @@ def run_steps(config: TrainConfig, task, state, checkpoints, read_batch, ahead, 
                 check_training(config, lines[-1], checkpoints.newest)
             if saving:
                 checkpoints.save(done, state)
-                with side_work("the sample picture"):
+                with runs.side_work("the sample picture"):
                     pixels_BHWC = read_batch(0)[:8]
                     rebuilt_BHWC = decode(state["ema"], encode(state["ema"], pixels_BHWC))
                     write_sheet([pixels_BHWC, rebuilt_BHWC], config.out / "samples" / f"{done}.png")
         checkpoints.finish(done, state, config.save_patience)
         if not stopping:
-            with_patience(lambda: save(state["ema"], config.out, overwrite=True), config.save_patience)
+            runs.with_patience(lambda: save(state["ema"], config.out, overwrite=True), config.save_patience)
     if stopping:
         print(f"stopped at step {done} of {config.steps}, as a signal asked; type the same command to go on")
     else:
@@ -770,21 +743,20 @@ def run_steps(config: TrainConfig, task, state, checkpoints, read_batch, ahead, 
 def open_batches(config: TrainConfig, resolution: int, readers):
     """-> a function from a step to its batch, float32 [B, H, W, 3] in [0, 1], which depends on nothing but
     the seed and the step: resuming needs no state of a reader. `readers` is a pool of threads."""
-    read_picture, count = open_pictures(config.data, resolution, config.crop, notes := [], paths := [])
-    if count < config.batch:
+    report = config.out / "rejected.jsonl"
+    pictures = Pictures(config.data, resolution, config.crop, report, config.max_rejected)
+    if (count := len(pictures.pictures)) < config.batch:
         raise UserError(
             f"{config.data}: {count} pictures do not fill a batch of {config.batch}; lower --batch"
         )
-    report = config.out / "rejected.jsonl"
-    read_picture = leave_out_unreadable(read_picture, count, report, config.max_rejected, notes, paths)
-    read_picture(0, np.zeros(3))  # data of which nothing can be read are found before anything is compiled
+    pictures.read(0, np.zeros(3))  # data of which nothing can be read are found before anything is compiled
 
     def read_batch(step):
         rng = np.random.default_rng((config.seed, step))
         chosen_B = rng.integers(count, size=config.batch)
         flip_B = rng.random(config.batch) < 0.5
         place_B3 = rng.random((config.batch, 3))
-        pixels_BHWC = np.stack(list(readers.map(read_picture, chosen_B, place_B3)))
+        pixels_BHWC = np.stack(list(readers.map(pictures.read, chosen_B, place_B3)))
         return np.where(flip_B[:, None, None, None], pixels_BHWC[:, :, ::-1], pixels_BHWC)
 
     return read_batch
@@ -798,13 +770,13 @@ def log_line(step, numbers, batch, seconds) -> dict:
 def check_training(config, line, last_saved):
     """Raises RunStopped where the run cannot recover."""
     advice, step = "lower --learning-rate or --gan-weight", line["step"]
-    check_health(step, line, config.patience, last_saved, advice)
+    runs.check_health(step, line, config.patience, last_saved, advice)
     saved = f"at step {step}; the last checkpoint is that of step {last_saved}; {advice}"
     if not config.guard and not math.isfinite(line["loss"]):
-        raise RunStopped(f"the loss became {line['loss']} {saved}")
+        raise runs.RunStopped(f"the loss became {line['loss']} {saved}")
     if config.guard and step > config.first_quantized + 500 and line["perplexity"] < 1.5:
         collapsed = f"the codebook has collapsed: perplexity {line['perplexity']:.2f}"
-        raise RunStopped(f"{collapsed} {saved}, or train with --revive")
+        raise runs.RunStopped(f"{collapsed} {saved}, or train with --revive")
 
 
 def network_config(config: TrainConfig, started_from: VQGAN | None) -> VQGANConfig:
@@ -858,7 +830,7 @@ def make_state(config: TrainConfig, network: VQGANConfig, started_from, mesh, pe
             "ema": jax.tree.map(jnp.copy, model),
             "optimizer": generator.init(model),
             "usage_K": jnp.zeros(network.num_embeddings),
-            "guard": new_guard(("pixel", "norm", "critic_norm")) | {"best": jnp.full((), jnp.inf)},
+            "guard": runs.new_guard(("pixel", "norm", "critic_norm")) | {"best": jnp.full((), jnp.inf)},
         }
         if config.gan_weight:  # with or without it the model begins alike
             key = jax.random.fold_in(key, 1)
@@ -941,7 +913,7 @@ def train_step(task: Task, state: dict, pixels_BHWC, step, adversarial: bool):
     new, dead = revive_codes(config, new, counts_K, latents_BHWD, step, key)
     if config.guard:
         pixel = jnp.where(step >= config.first_quantized, numbers["pixel"], 0)  # 0: not begun
-        new = skip_bad_step(new, state, numbers["loss"], norms | {"pixel": pixel})
+        new = runs.skip_bad_step(new, state, numbers["loss"], norms | {"pixel": pixel})
         pixel, best = new["guard"]["pixel"], guard["best"]
         new["guard"]["best"] = jnp.where(pixel > 0, jnp.minimum(best, pixel), best)
     state = lax.with_sharding_constraint(new, task.shardings)
@@ -964,7 +936,7 @@ class Made(NamedTuple):
 def generator_loss(model: VQGAN, critic, task: Task, pixels_BHWC, step, listen):
     """(loss, Made). `critic` is None while the discriminator is off; `listen` is its weight."""
     config, stop = task.config, lax.stop_gradient
-    dtype, quantize = compute_dtype(config.dtype), step >= config.first_quantized
+    dtype, quantize = runs.compute_dtype(config.dtype), step >= config.first_quantized
     model = map_frozen(stop, model) if config.freeze_encoder else model
     latents_BHWD = model.to_latents(pixels_BHWC.astype(dtype)).astype(jnp.float32)
     codes_BHW = model.quantize.nearest(stop(latents_BHWD))
@@ -996,15 +968,15 @@ def generator_loss(model: VQGAN, critic, task: Task, pixels_BHWC, step, listen):
 
 def reconstruction_loss(task: Task, output_BHWC, pixels_BHWC):
     """(weighted sum of its terms, the terms)"""
-    config, dtype = task.config, compute_dtype(task.config.dtype)
+    config, dtype = task.config, runs.compute_dtype(task.config.dtype)
     size = jnp.abs if config.pixel_loss == "l1" else jnp.square
     terms = {"pixel": size(output_BHWC - pixels_BHWC).mean()}
     if config.gradient_weight:
         terms["gradient"] = image_gradient_loss(output_BHWC, pixels_BHWC)
     for name, network in task.perceptual.items():
         terms[name] = network.distance(output_BHWC.astype(dtype), pixels_BHWC.astype(dtype)).mean()
-    weights = {"pixel": 1.0, "gradient": config.gradient_weight}
-    return sum(weights.get(name, config.perceptual_weight) * term for name, term in terms.items()), terms
+    weight_of = {"pixel": 1.0, "gradient": config.gradient_weight}
+    return sum(weight_of.get(name, config.perceptual_weight) * term for name, term in terms.items()), terms
 
 
 def image_gradient_loss(a_BHWC, b_BHWC, scales=3):
@@ -1021,7 +993,7 @@ def image_gradient_loss(a_BHWC, b_BHWC, scales=3):
 
 def discriminator_loss(critic, config: TrainConfig, real_BHWC, fake_BHWC, key):
     """Hinge loss and penalty: (loss, numbers for the log)."""
-    real, fake = (critic(x.astype(compute_dtype(config.dtype))) for x in (real_BHWC, fake_BHWC))
+    real, fake = (critic(x.astype(runs.compute_dtype(config.dtype))) for x in (real_BHWC, fake_BHWC))
     hinge = (jax.nn.relu(1 - real).mean() + jax.nn.relu(1 + fake).mean()) / 2
     numbers = {"critic": hinge, "critic_real": real.mean(), "critic_fake": fake.mean()}
     if config.gan_penalty == "none":
@@ -1110,67 +1082,68 @@ def k_means(points_ND, clusters, rng, rounds=10):
     return centres_KD
 
 
-def open_pictures(data: Path, resolution: int, crop: float = 1.0, notes=None, paths=None):
-    """Folder or `.npy` -> (function from index and three numbers in [0, 1) to float32 pixels [resolution,
-    resolution, 3] in [0, 1], number of pictures).
+class Pictures:
+    """The pictures of a folder or an `.npy` file: read(i, place_3) is float32 [resolution, resolution, 3] in
+    [0, 1].
 
-    With `crop` below 1 the three numbers place a square whose side is at least that share of the largest.
-    Files that are left out are added to the list `notes`, or printed, and those of a folder to `paths`.
-    Raises UserError where there is nothing to read; the function does for an unreadable picture."""
-    box = lambda u_3: None if crop == 1 else (u_3[0], u_3[1], crop + (1 - crop) * u_3[2])
-    if data.suffix != ".npy":
-        paths = [] if paths is None else paths
-        paths += find_images(data, notes)
-        return lambda i, u_3: read_image(paths[i], resolution, "crop", box(u_3)), len(paths)
-    array = read_array(data, np.uint8, (None, None, None, 3))
-    if not array.size or crop == 1 and array.shape[1:3] != (resolution, resolution):
-        wanted = f"uint8 pictures [N, {resolution}, {resolution}, 3] (of any size with --crop)"
-        raise UserError(f"{data}: wanted {wanted}, got {list(array.shape)}")
-    if crop == 1:
-        return lambda i, _: array[i].astype(np.float32) / 255, len(array)
-    return lambda i, u_3: to_pixels(Image.fromarray(array[i]), resolution, "crop", box(u_3)), len(array)
+    With `crop` below 1 three numbers in [0, 1) place a square whose side is at least that share of the
+    largest. The next picture takes the place of one that cannot be read, which is printed and listed in
+    `report`, {"path", "reason"} a line, as are files that look like pictures and what an earlier run listed.
+    Raises UserError where there is nothing to read, or where more than the share `most` of all cannot be
+    read."""
 
+    def __init__(self, data: Path, resolution: int, crop: float, report: Path, most: float):
+        self.resolution, self.crop, self.report, self.most = resolution, crop, report, most
+        self.reasons, self.lock, self.listed, left_out = {}, threading.Lock(), {}, []
+        if data.suffix != ".npy":
+            self.pictures = find_images(data, left_out)
+        else:
+            self.pictures = weights.read_array(data, np.uint8, (None, None, None, 3))
+            sides, wanted = self.pictures.shape[1:3], (resolution, resolution)
+            if not self.pictures.size or crop == 1 and sides != wanted:
+                wanted = f"uint8 pictures [N, {resolution}, {resolution}, 3] (of any size with --crop)"
+                raise UserError(f"{data}: wanted {wanted}, got {list(self.pictures.shape)}")
+        for line in report.read_bytes().splitlines() if report.exists() else ():
+            with contextlib.suppress(UserError, KeyError):  # damaged lines, and older ones that name no path
+                line = weights.parse_json(line, report)
+                self.listed[line["path"]] = line
+        if left_out:
+            self.write_report(left_out)
+            print(f"{len(left_out)} files are left out; {report} says why")
 
-def leave_out_unreadable(read_picture, count: int, report: Path, most: float, notes=(), paths=()):
-    """The same function, but the next picture takes the place of one that cannot be read.
+    def write_report(self, lines):
+        self.listed |= {line["path"]: line for line in lines}
+        with runs.side_work(str(self.report)):
+            content = "".join(weights.strict_json(line) + "\n" for line in self.listed.values())
+            weights.write_whole(self.report, content)
 
-    Such a one is printed and listed in `report`, {"path", "reason"} a line, after the `notes` and what an
-    earlier run listed; `paths` are the pictures'. Raises UserError when they are more than the share
-    `most`."""
-    reasons, lock, listed = {}, threading.Lock(), {}
-    for line in report.read_bytes().splitlines() if report.exists() else ():
-        with contextlib.suppress(UserError, KeyError):  # damaged lines, and older ones that name no path
-            line = parse_json(line, report)
-            listed[line["path"]] = line
-
-    def write_report():
-        new = [{"path": str(paths[i]) if paths else f"picture {i}", "reason": reasons[i]} for i in reasons]
-        lines = listed | {line["path"]: line for line in (*notes, *new)}
-        with side_work(str(report)):
-            write_whole(report, "".join(strict_json(line) + "\n" for line in lines.values()))
-
-    def read(first, place_3):
+    def read(self, first: int, place_3):
+        count = len(self.pictures)
         for i in (n % count for n in range(first, first + count)):
             try:
-                if i not in reasons:
-                    return read_picture(i, place_3)
+                if i not in self.reasons:
+                    return self.read_one(self.pictures[i], place_3)
             except (UserError, OSError) as error:
-                with lock:
-                    if i not in reasons:
-                        reasons[i] = str(error)
+                with self.lock:
+                    if i not in self.reasons:
+                        self.reasons[i] = str(error)
                         print(f"left out: {error}", file=sys.stderr)
-                        write_report()
-                if len(reasons) > most * count:
-                    found = (
-                        f"{len(reasons)} of {count} pictures cannot be read, more than --max-rejected {most}"
-                    )
-                    raise UserError(f"{found}; the last: {error}") from None
+                        name = str(self.pictures[i]) if isinstance(self.pictures, list) else f"picture {i}"
+                        self.write_report([{"path": name, "reason": str(error)}])
+                if len(self.reasons) > self.most * count:
+                    found = f"{len(self.reasons)} of {count} pictures cannot be read"
+                    limit = f"more than --max-rejected {self.most}; the last: {error}"
+                    raise UserError(f"{found}, {limit}") from None
         raise UserError(f"none of {count} pictures can be read")
 
-    if notes:
-        write_report()
-        print(f"{len(notes)} files are left out; {report} says why")
-    return read
+    def read_one(self, picture, place_3):
+        x, y, size = place_3
+        box = None if self.crop == 1 else (x, y, self.crop + (1 - self.crop) * size)
+        if isinstance(picture, Path):
+            return read_image(picture, self.resolution, "crop", box)
+        if box is None:
+            return picture.astype(np.float32) / 255
+        return to_pixels(Image.fromarray(picture), self.resolution, "crop", box)
 
 
 def perceptual_networks(config: TrainConfig) -> tuple[dict, str]:
@@ -1248,7 +1221,7 @@ def load(path) -> VQGAN:
     UserError, naming the file and the tensor, where anything is missing, left over, misshapen or damaged. A
     pickle that holds anything but containers and tensors is refused before it can run."""
     file, fields = find_weights(Path(path))
-    tensors = open_tensors(file)
+    tensors = weights.open_tensors(file)
     if fields is None:
         layout, config = recognise(file, tensors)
     else:
@@ -1309,9 +1282,9 @@ def save(model: VQGAN, path, overwrite: bool = False, layout: str = "open-muse")
         if layout == "diffusers" and "attn" in name and array.ndim == 4:
             array = array[:, :, 0, 0]
         tensors[their_name(layout, name, config)] = array
-    fields = strict_json(config_fields(layout, config), indent=2) + "\n"
-    weights = safetensors.numpy.save(tensors, metadata={"format": "pt"})
-    write_together({folder / "config.json": fields, file: weights})
+    fields = weights.strict_json(config_fields(layout, config), indent=2) + "\n"
+    content = safetensors.numpy.save(tensors, metadata={"format": "pt"})
+    weights.write_together({folder / "config.json": fields, file: content})
 
 
 def find_weights(path: Path) -> tuple[Path, dict | None]:
@@ -1329,7 +1302,7 @@ def find_weights(path: Path) -> tuple[Path, dict | None]:
             f"{path}: no tokenizer here (wanted config.json beside {', '.join(WEIGHTS)}, or one .ckpt or .pt)"
             f"{found}"
         )
-    fields = read_json(folder / "config.json")
+    fields = weights.read_json(folder / "config.json")
     for name in [path.name] if path.is_file() else WEIGHTS:
         if (folder / name).is_file():
             return folder / name, fields
@@ -1449,7 +1422,7 @@ def from_diffusers(fields) -> dict:
     optional = dict.fromkeys(("norm_num_groups", "vq_embed_dim", "sample_size", "out_channels"), int | None)
     lists = {"block_out_channels": list[int], "down_block_types": list[str], "up_block_types": list[str]}
     texts = {"norm_type": str | None, "act_fn": str | None, "mid_block_add_attention": bool | None}
-    check_fields(fields, dict.fromkeys(DIFFUSERS, int) | optional | lists | texts, "VQModel")
+    weights.check_fields(fields, dict.fromkeys(DIFFUSERS, int) | optional | lists | texts, "VQModel")
     for name, known in ("norm_type", "group"), ("act_fn", "silu"), ("out_channels", fields["in_channels"]):
         if fields.get(name, known) != known:
             raise UserError(f"{name} {fields[name]!r:.80} is another network; {known!r} is known")
@@ -1540,44 +1513,32 @@ def reconstruct(
         raise UserError(f"--out {out}: the name must end in .png .webp .jpg (a picture)")
     elif taken := [path for path in (out, out.with_suffix(".json")) if path.exists()]:
         raise UserError(f"--out: {taken[0]} exists; choose another name or delete it")
-    vqgan, networks = load(model), {"lpips": load_lpips(lpips_vgg, lpips_heads)} if lpips_vgg else {}
-    report, rows = measure_reconstruction(vqgan, paths, fit, networks, seed)
-    shown = lambda value, digits: "     -" if value is None else f"{value:6.{digits}f}"
-    row = lambda psnr, ssim, name: print(f"{shown(psnr, 2)} dB  SSIM {shown(ssim, 3)}  {name}")
-    for example in report["examples"]:
-        row(example["psnr"], example["ssim"], example["path"])
-    row(report["mean"]["psnr"]["mean"], report["mean"]["ssim"]["mean"], f"mean of {len(paths)}")
-    print("\n".join(describe(report)))
-    write_sheet(rows, out)
-    about = {"model": str(model), "fingerprint": fingerprint(vqgan), "fit": fit, "seed": seed}
-    write_whole(out.with_suffix(".json"), strict_json(about | report, indent=1) + "\n")
-    print(f"wrote {out} (originals, reconstructions, errors times 4) and {out.with_suffix('.json')}")
-
-
-def measure_reconstruction(model: VQGAN, paths, fit="stretch", networks={}, seed=0, batch=16):
-    """-> (report, rows of pictures). `mean` has every measure's mean over pictures and its 95% bootstrap
-    interval; the measures are PSNR, SSIM and the distance of each of `networks` {name: network}."""
-    examples, shown, every = [], [], []
+    vqgan, network = load(model), load_lpips(lpips_vgg, lpips_heads) if lpips_vgg else None
     distance = jax.jit(lambda network, a, b: network.distance(a, b))
-    bar = tqdm(total=len(paths), unit="picture", disable=len(paths) <= batch, dynamic_ncols=True)
-    for start in range(0, len(paths), batch):
-        chosen = paths[start : start + batch]
-        pixels_BHWC = np.stack([read_image(path, model.config.resolution, fit) for path in chosen])
-        codes_BS = np.asarray(encode(model, pixels_BHWC))
-        output_BHWC = np.asarray(decode(model, codes_BS))
-        every.append(codes_BS.ravel())
+    examples, shown, codes = [], [], []
+    for start in tqdm(range(0, len(paths), 16), unit="batch", disable=len(paths) <= 16, dynamic_ncols=True):
+        chosen = paths[start : start + 16]
+        pixels_BHWC = np.stack([read_image(path, vqgan.config.resolution, fit) for path in chosen])
+        codes_BS = np.asarray(encode(vqgan, pixels_BHWC))
+        output_BHWC = np.asarray(decode(vqgan, codes_BS))
+        codes += codes_BS.ravel().tolist()
         values_B = metrics.reconstruction_values(pixels_BHWC, output_BHWC)
-        for name, network in networks.items():
-            for values, value in zip(values_B, np.asarray(distance(network, pixels_BHWC, output_BHWC))):
-                values[name] = float(value)
+        if network:
+            lpips_B = np.asarray(distance(network, pixels_BHWC, output_BHWC)).tolist()
+            values_B = [values | {"lpips": lpips} for values, lpips in zip(values_B, lpips_B)]
         examples += [{"path": str(path)} | values for path, values in zip(chosen, values_B)]
         shown += list(zip(pixels_BHWC, output_BHWC))[: 32 - len(shown)]
-        bar.update(len(chosen))
-    bar.close()
-    counts_K = np.bincount(np.concatenate(every), minlength=model.config.num_embeddings)
-    return summarise_reconstruction(examples, counts_K, seed), reconstruction_rows(
-        *map(np.stack, zip(*shown))
-    )
+    counts_K = np.bincount(codes, minlength=vqgan.config.num_embeddings)
+    report = summarise_reconstruction(examples, counts_K, seed)
+    number = lambda value, digits: "     -" if value is None else f"{value:6.{digits}f}"
+    means = {name: measure["mean"] for name, measure in report["mean"].items()}
+    for e in (*examples, means | {"path": f"mean of {len(paths)}"}):
+        print(f"{number(e['psnr'], 2)} dB  SSIM {number(e['ssim'], 3)}  {e['path']}")
+    print("\n".join(describe(report)))
+    write_sheet(reconstruction_rows(*map(np.stack, zip(*shown))), out)
+    about = {"model": str(model), "fingerprint": fingerprint(vqgan), "fit": fit, "seed": seed}
+    weights.write_whole(out.with_suffix(".json"), weights.strict_json(about | report, indent=1) + "\n")
+    print(f"wrote {out} (originals, reconstructions, errors times 4) and {out.with_suffix('.json')}")
 
 
 def summarise_reconstruction(examples, counts_K, seed) -> dict:
@@ -1628,7 +1589,7 @@ def describe(report) -> list[str]:
 def write_sheet(rows, path: Path):
     """Rows of pictures (each [N, H, W, 3] in [0, 1]) as one picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, encode_image(sheet(rows, captions=False), path))
+    weights.write_whole(path, encode_image(sheet(rows, captions=False), path))
 
 
 def convert(
@@ -1670,7 +1631,7 @@ def train_command(config: tyro.conf.OmitArgPrefixes[TrainConfig]):
 
 def main():
     commands = {"train": train_command, "reconstruct": reconstruct, "convert": convert}
-    run_command(lambda: tyro.extras.subcommand_cli_from_dict(commands, description=__doc__))
+    runs.run_command(lambda: tyro.extras.subcommand_cli_from_dict(commands, description=__doc__))
 
 
 if __name__ == "__main__":

@@ -301,8 +301,8 @@ def begin_run(file: Path, flags: dict, defaults: dict, may_change: set[str], abo
                 raise UserError(f"{file}: 'train' is no JSON object")
         except UserError as error:
             raise UserError(
-                f"{error}: this run's settings are damaged; put a copy of the file back, or delete it and give"
-                f" the same flags as before to go on from step {max(steps)}, or choose another --out"
+                f"{error}: this run's settings are damaged; put a copy of the file back, or delete it and"
+                f" give the flags of before to go on from step {max(steps)}, or choose another --out"
             ) from None
         was = defaults | was
         changed = [f"{k}: {was[k]} -> {v}" for k, v in flags.items() if was[k] != v and k not in may_change]

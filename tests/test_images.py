@@ -210,10 +210,9 @@ def test_pictures_of_nan_are_named_by_every_command_and_in_no_batch(tmp_path, to
     Image.fromarray(np.full((20, 20), np.nan, np.float32)).save(bad)
     tokenize_data.tokenize_colorize(tokenize_data.Colorize(inputs=tmp_path / "in", out=tmp_path / "d", tokenizer=tokenizer, shots=2, max_rejected=0.2))
     assert "NaN" in rejected(tmp_path / "d")["nan.tif"] and len(tokenize_data.Shards(tmp_path / "d")) == 4
-    read, count = vqgan.open_pictures(tmp_path / "in", SIZE)
     (tmp_path / "run").mkdir()
-    read = vqgan.leave_out_unreadable(read, count, tmp_path / "run" / "rejected.jsonl", 0.2)
-    assert np.isfinite([read(n, np.zeros(3)) for n in range(count)]).all()
+    pictures = vqgan.Pictures(tmp_path / "in", SIZE, 1.0, tmp_path / "run" / "rejected.jsonl", 0.2)
+    assert np.isfinite([pictures.read(n, np.zeros(3)) for n in range(9)]).all()
     assert "nan.tif" in (tmp_path / "run" / "rejected.jsonl").read_text()
     for command in (["vqgan.py", "reconstruct", "--images", bad, "--model", tokenizer], ["sample.py", "--prompt", bad],
                     ["evaluate.py", "reconstruction", "--data", tmp_path / "in", "--tokenizer", tokenizer, "--out", tmp_path / "report"]):

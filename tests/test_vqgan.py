@@ -813,19 +813,17 @@ def test_the_next_picture_stands_in_the_place_of_one_that_cannot_be_read_which_i
     for i in (3, 4, 9):
         (tmp_path / f"{i}.png").write_bytes(b"no picture")
     (tmp_path / "out").mkdir()
-    read, count = vqgan.open_pictures(tmp_path, 24, paths=(paths := []))
-    again = vqgan.leave_out_unreadable(read, count, tmp_path / "out" / "rejected.jsonl", 0.3, paths=paths)
-    assert [round(again(i, None)[0, 0, 0] * 255 / 20) for i in (*range(10), 3)] == [0, 1, 2, 5, 5, 5, 6, 7, 8, 0, 5]
+    opened = lambda most: vqgan.Pictures(tmp_path, 24, 1.0, tmp_path / "out" / "rejected.jsonl", most)
+    again = opened(0.3)
+    assert [round(again.read(i, np.zeros(3))[0, 0, 0] * 255 / 20) for i in (*range(10), 3)] == [0, 1, 2, 5, 5, 5, 6, 7, 8, 0, 5]
     listed = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     reasons = [line["reason"] for line in listed]
     assert [line["path"] for line in listed] == [reason.split(": ")[0] for reason in reasons] == [str(tmp_path / f"{i}.png") for i in (3, 4, 9)]
     assert [line for line in capsys.readouterr().err.splitlines()] == [f"left out: {reason}" for reason in reasons]
-    resumed = vqgan.leave_out_unreadable(read, count, tmp_path / "out" / "rejected.jsonl", 0.3, paths=paths)
-    assert round(resumed(9, None)[0, 0, 0] * 255 / 20) == 0  # what is listed already stays, once
+    assert round(opened(0.3).read(9, np.zeros(3))[0, 0, 0] * 255 / 20) == 0  # what is listed already stays, once
     assert [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()] == listed
-    strict = vqgan.leave_out_unreadable(read, count, tmp_path / "out" / "rejected.jsonl", 0.1, paths=paths)
     with pytest.raises(UserError, match="2 of 10 pictures cannot be read, more than --max-rejected 0.1; the last: .*4.png"):
-        strict(3, None)
+        opened(0.1).read(3, np.zeros(3))
 
 
 def test_a_resumed_adversarial_run_equals_an_uninterrupted_one_and_logs_every_step_once(pictures):
