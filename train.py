@@ -45,7 +45,7 @@ from tqdm import tqdm
 import lvm
 import tokenize_data
 import vqgan
-from common.images import UserError
+from common.images import UserError, encode_image, sheet
 from common.runs import (
     Checkpoints,
     asked_to_stop,
@@ -65,7 +65,7 @@ from common.runs import (
     steps_of,
     warn,
 )
-from common.weights import read_json
+from common.weights import read_json, write_whole
 from flash_attention import zigzag
 
 AXES = ("data", "fsdp", "tensor", "seq")
@@ -602,7 +602,10 @@ def make_train_step(loss_fn, optimizer, accumulate, shardings):
         updates, moments = optimizer.update(grads, state["optimizer"], state["model"])
         norm = optax.global_norm(grads)
         new = skip_bad_step(
-            {"model": optax.apply_updates(state["model"], updates), "optimizer": moments}, state, loss, norm
+            {"model": optax.apply_updates(state["model"], updates), "optimizer": moments},
+            state,
+            loss,
+            {"loss": loss, "norm": norm},
         )
         counts = {name: new["guard"][name] for name in ("skipped", "in_a_row")}
         targets = jnp.count_nonzero(batch["mask_BT"][:, 1:])  # the first of a row is nobody's target
@@ -1199,7 +1202,8 @@ def sample_picture(config: Config, model, chosen: list[Sentences], path: Path, r
     pixels = vqgan.decode(tokenizer, codes_BNS.reshape(-1, S)).reshape(
         *codes_BNS.shape[:2], *[tokenizer.config.resolution] * 2, 3
     )
-    vqgan.save_rows(list(np.asarray(pixels)), path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, encode_image(sheet(list(np.asarray(pixels)), captions=False), path))
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -441,8 +441,8 @@ def pictures_as_npy(files):
     content = npy(np.zeros((2, 8, 8, 3), np.uint8))
 
     def read(new):
-        read_picture, count = vqgan.open_pictures(files.write("pictures.npy", new), 8)
-        read_picture(count - 1, (0, 0, 0))
+        pictures = vqgan.Pictures(files.write("pictures.npy", new), 8, 1.0, files.root / "rejected.jsonl", 0)
+        pictures.read(len(pictures.pictures) - 1, (0, 0, 0))
 
     return arrays(content), read
 
