@@ -62,29 +62,28 @@ ROW_KEYS = ("ids_BT", "mask_BT", "segment_ids_BT")  # the last only where a row 
 @dataclasses.dataclass(frozen=True)
 class Config:
     preset: Literal["none", "lvm-7b"] = "none"
-    """Other defaults for all flags that are not given. lvm-7b: the published recipe of the 7b."""
+    """Other defaults for the flags that are not given. lvm-7b: the published recipe of the 7b."""
     size: Literal[tuple(lvm.SIZES)] = "mini"
     """Width and depth of the model; `python lvm.py sizes` prints the table."""
     data: tuple[str, ...] = ()
     """Dataset folders or LVM's `.jsonl` files, each `DIR` or `DIR:weight`; by default demo sentences."""
     packing: Literal[tokenize_data.PACKINGS] = "sentence"
-    """sentence: one a row, padded. concat, as published: joined for ever and cut, attention crosses
-    sentences, and --context 4097 are LVM's 4096 inputs and targets. segment: as many whole ones as fit, each
-    by itself."""
+    """How sentences become rows. sentence: one a row, padded. concat, as published: joined and cut; attention
+    crosses sentences, and --context 4097 are LVM's 4096 inputs and targets. segment: as many whole ones as
+    fit."""
     fields: str | None = None
     """For .jsonl data, LVM's mini-language: `{key}` tokens of the line, `<|id|>` a literal id, in [ ] what
-    the loss leaves out; by default '<|bos|>,{tokens},<|eos|>', which for LVM's codes is
+    the loss leaves out; by default '<|bos|>,{tokens},<|eos|>', which is LVM's
     '<|8192|>,{tokens},<|8193|>'."""
     special_ids: tuple[int, int, int] | None = None
     """Ids of BOS, EOS and padding; by default the three after the codes."""
     heldout: Path | None = None
-    """Dataset for the held-out loss and the sample pictures, without what the training data hold too."""
+    """Dataset for the held-out loss and the sample pictures, less what the training data hold too."""
     heldout_fraction: float = 0.0
-    """Keep this fraction of the sentences of every --data, chosen by their hash, out of the training. Without
-    --heldout, the held-out loss and the sample pictures come from them; with neither there is no such
-    loss."""
+    """Keep this fraction of every --data, chosen by the hash of the tokens, out of the training, and measure
+    the held-out loss on it unless there is a --heldout."""
     accept_new_data: bool = False
-    """Go on with a run though the data under the same paths have changed, such as tokenized anew."""
+    """Resume though the data under the same paths have changed."""
     out: Path = Path("runs/mini")
     """Run folder; a run that it already holds is resumed."""
     init: Path | None = None
@@ -102,7 +101,7 @@ class Config:
     optimizer: Literal["adamw", "palm", "muon"] = "adamw"
     """adamw, as published; palm, the published alternative (PaLM's with --schedule rsqrt --b2 0.99
     --weight-decay 1 --learning-rate 0.01 --warmup 10000); muon for the blocks' matrices, at adamw's learning
-    rate, which keeps the rest with Nesterov's momentum."""
+    rate, adamw for the rest."""
     learning_rate: float = 2e-3
     """Peak of the schedule."""
     schedule: Literal["cosine", "wsd", "rsqrt"] = "cosine"
@@ -128,17 +127,17 @@ class Config:
     """Compute dtype; weights are float32. auto: bfloat16 on TPU and GPU, float32 on CPU."""
     mesh: str = "auto"
     """Devices along data, fsdp (splits weights and moments), tensor (heads and feed-forward width) and seq
-    (tokens of a sentence), such as 1,-1,1,1, where -1 is all that are left. auto chooses, and says why."""
+    (tokens); one may be -1 for all that are left. auto chooses, and says why."""
     remat: Literal[tuple(lvm.REMAT)] = "none"
-    """What the backward pass computes again: minimal, elementwise work; full, each block, a third more
+    """What the backward pass computes again: minimal, elementwise work; full, whole blocks, a third more
     compute for the least memory; offload, as full, with the blocks' inputs in the host's memory."""
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's denominator in the gradient; PaLM takes 1e-4."""
     moments: Literal["float32", "bfloat16"] = "float32"
     """Stored dtype of the optimizer's moments; palm's second moment is always float32."""
     compile_only: bool = False
-    """Compile the training step for the chips of --topology, which need not be here, and say what it takes;
-    status 1 where it does not fit. Needs no data, but the packages of tests/compilers.txt."""
+    """Say what the training step takes on the chips of --topology, which need not be here; status 1 where it
+    does not fit. Needs no data, but the packages of tests/compilers.txt."""
     topology: str | None = None
     """v4:2x2x4, v5e:16x16, v5p:4x4x8, v6e:8x8, two slices v5e:16x16*2, or h200:16."""
     compilation_cache: str = "auto"
@@ -162,8 +161,8 @@ class Config:
     profile: Path | None = None
     """Write a trace of the second to fourth step of this start here, for TensorBoard or Perfetto."""
     patience: int = 20
-    """Stop after so many steps in a row that were left out, as their loss or gradient norm was no finite
-    number or a hundred times the usual."""
+    """Stop after so many steps in a row that were left out for a loss or gradient norm that is no finite
+    number, or a hundred times the usual."""
     coordinator: str | None = None
     """HOST:PORT of process 0, where neither SLURM, Open MPI nor a TPU pod tells it."""
     processes: int | None = None
@@ -185,10 +184,7 @@ class Config:
         if (self.processes, self.process) != (None, None) and not (
             self.coordinator and self.process is not None and self.process < (self.processes or 0)
         ):
-            raise UserError(
-                "wanted --coordinator HOST:PORT --processes N --process I with I from 0 to N - 1, got "
-                f"{self.coordinator}, {self.processes}, {self.process}"
-            )
+            raise UserError("wanted --coordinator HOST:PORT --processes N --process I with I from 0 to N - 1")
         for name in ("tensorboardX" if name == "tensorboard" else name for name in self.log):
             if importlib.util.find_spec(name) is None:
                 raise UserError(f"--log needs a package that is not installed here; type: pip install {name}")
@@ -198,12 +194,11 @@ class Config:
             raise UserError(f"--warmup {warmup} must be less than --steps {self.steps}")
         if self.schedule == "wsd" and warmup + self.decay_fraction * self.steps > self.steps:
             raise UserError(
-                f"--warmup {warmup} and --decay-fraction {self.decay_fraction} do not fit into {self.steps} steps"
+                f"--warmup {warmup} and --decay-fraction {self.decay_fraction} overlap: lower one"
             )
         if self.moments == "bfloat16" and self.optimizer != "palm" and self.b2 > 0.99:
             raise UserError(
-                f"--moments bfloat16 rounds away what --b2 {self.b2} takes from a second moment in a step: take"
-                " --b2 0.99 or less, or --moments float32"
+                f"--moments bfloat16 would round off --b2 {self.b2}: take --b2 0.99 or less, or float32"
             )
         if self.fields and not any(is_jsonl(tokenize_data.split_weight(text)[0]) for text in self.data):
             raise UserError(f"--fields {self.fields!r} is for .jsonl files, and --data names none")
@@ -219,9 +214,11 @@ PRESETS = {"lvm-7b": dict(
     final_learning_rate=0.2, b1=0.9, b2=0.95, clip=1.0, weight_decay=0.1, decay_norms=True, dtype="bfloat16",
     remat="full", save_every=2_000, log_every=50, out=Path("runs/lvm-7b"))}  # fmt: skip
 # These may differ when a run is resumed; everything else must be as it was.
-MAY_CHANGE = set("""preset out steps save_every keep milestone_every evaluate_every log_every log profile patience
-save_patience mesh remat compile_only topology compilation_cache learning_rate final_learning_rate warmup tokenizer
-heldout coordinator processes process heartbeat accept_new_data""".split())  # fmt: skip
+MAY_CHANGE = set(
+    "preset out steps save_every keep milestone_every evaluate_every log_every log profile patience mesh"
+    " remat save_patience compile_only topology compilation_cache learning_rate final_learning_rate warmup"
+    " tokenizer heldout coordinator processes process heartbeat accept_new_data".split()
+)
 
 
 def preset(arguments) -> Config:
@@ -250,8 +247,10 @@ def train(config: Config) -> lvm.LVM:
 def train_in_own_folder(config: Config) -> lvm.LVM:
     """`train`, once no other training can use the run folder."""
     say, out, log = print if leads() else lambda text: None, config.out, config.out / "metrics.jsonl"
-    warmup, data_before = settings_of(out)
+    picture = lambda step: out / "samples" / f"{step}.png"
+    before = settings_of(out)
     if config.warmup is None:  # a longer --steps must not fall back into a longer warm-up
+        warmup = before["train"].get("warmup") if before else None
         config = dataclasses.replace(config, warmup=warmup_of(config) if warmup is None else warmup)
     runs.check_hosts_agree(facts_of(config))
 
@@ -259,32 +258,27 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
     with runs.together():  # process 0 first, as it may have to write them
         data = open_data(config) if leads() else None
     with runs.together():
-        trained, asked, model_config = data or open_data(config)
+        trained, asked, arch = data or open_data(config)
     runs.check_hosts_agree({f"data {rows.name}": rows.part.digest for rows in trained + asked})
     heldout = find_heldout(trained, asked, config.heldout_fraction, say)
     facts = [rows.facts() for rows in trained]
-    for old, new in zip(data_before, [] if config.accept_new_data else facts):
-        if old["path"] == new["path"] and old != new:
-            differ = ", ".join(f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v)
-            raise UserError(
-                f"the data were changed since this run began ({new['path']}: {differ}): put them back, or go on"
-                " with the new ones by --accept-new-data"
-            )
+    if before and not config.accept_new_data:
+        check_same_data(before, facts)
     flags, defaults = (json.loads(json.dumps(vars(c), default=str)) for c in (config, Config()))
-    about = {"model": dataclasses.asdict(model_config), "tokenizer": facts[0]["tokenizer"]}
+    about = {"model": dataclasses.asdict(arch), "tokenizer": facts[0]["tokenizer"]}
 
     # The state: the newest whole checkpoint, or else random weights or those of --init.
-    mesh = make_mesh(config.mesh, model_config, config.batch, config.accumulate, bytes_a_weight(config))
+    mesh = make_mesh(config.mesh, arch, config.batch, config.accumulate, bytes_a_weight(config))
     memories = [memory.kind for memory in jax.devices()[0].addressable_memories()]
     if config.remat == "offload" and "pinned_host" not in memories:
         raise UserError(f"--remat offload needs pinned host memory, here is {memories}: take --remat full")
     runs.begin_run(out / "config.json", flags, defaults, MAY_CHANGE, about, noted={"data": facts})
     checkpoints = runs.Checkpoints(out / "checkpoints", config.keep, config.milestone_every)
     first = checkpoints.newest
-    batches = on_devices(mesh, read_rows(config, trained, model_config, mesh, first), config.batch)
+    batches = on_devices(mesh, read_rows(config, trained, arch, mesh, first), config.batch)
     optimizer, schedule = make_optimizer(config)
     init = None if first else config.init
-    state, shardings = make_state(model_config, optimizer, mesh, config.seed, init, about["tokenizer"])
+    state, shardings = make_state(arch, optimizer, mesh, config.seed, init, about["tokenizer"])
     if first:
         state = checkpoints.restore(state)
         say(f"resuming {out} at step {first}")
@@ -293,18 +287,18 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
 
     auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     dtype = jnp.dtype(auto if config.dtype == "auto" else config.dtype)
-    size, device = lvm.parameter_count(model_config), jax.devices()[0].device_kind
+    size, device = lvm.parameter_count(arch), jax.devices()[0].device_kind
     say(f"{config.size}: {size:,} parameters, {dtype.name} on {mesh.size} {device}")
     entropy = unigram_entropy(trained)
     say(f"baseline: the entropy of the unigram distribution is {entropy:.3f} nats a code")
-    kinds = heldout_kinds(heldout, model_config, mesh.shape["data"] * mesh.shape["fsdp"], say)
+    kinds = heldout_kinds(heldout, arch, mesh.shape["data"] * mesh.shape["fsdp"], say)
     if not kinds:
         say(
-            "no held-out loss: no sentence is withheld from the training; --heldout-fraction 0.01 or --heldout"
-            " DIR would. The sample pictures are of training sentences"
+            "no held-out loss: no sentence is withheld from the training; --heldout-fraction 0.01 does it."
+            " The sample pictures are of training sentences"
         )
-    length = model_config.context if config.packing == "concat" else attended_length(trained)
-    tokens, flops = tokens_until(log, first) if leads() else 0, lvm.training_flops(model_config, length)
+    length = arch.context if config.packing == "concat" else attended_length(trained)
+    tokens, flops = tokens_until(log, first) if leads() else 0, lvm.training_flops(arch, length)
     meter = Meter(tokens, flops, peak_rates(dtype))
     specs = lvm.partition_specs(state["model"])
     loss_fn = make_loss(mesh, specs, dtype, config.remat, config.z_loss)
@@ -361,18 +355,14 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
                     model = whole_model(state["model"])
                     with side_work("the sample picture"):
                         if leads():
-                            path = out / "samples" / f"{step}.png"
-                            sample_picture(config.tokenizer, model, heldout or trained, path)
+                            sample_picture(config.tokenizer, model, heldout or trained, picture(step))
             if stopping:
                 break
         checkpoints.finish(step, state, config.save_patience)
     if stopping:
-        say(
-            f"stopped at step {step} of {config.steps}, as a signal asked; the same command goes on from there"
-        )
+        say(f"stopped at step {step} of {config.steps} by a signal; the same command goes on from there")
     elif leads():
-        picture = out / "samples" / f"{config.steps}.png"
-        look = f"look at {picture}, then" if picture.exists() else "now"
+        look = f"look at {picture(step)}, then" if picture(step).exists() else "now"
         say(f"""done: {out} ({last_loss(log)}, unigram entropy {entropy:.3f}); {look} type
     python sample.py --model {out}
     python evaluate.py shots --model {out}""")
@@ -394,9 +384,7 @@ def make_loss(mesh, specs, dtype, remat="none", z_loss=0.0, implementation=None)
         def whole(path, w):
             name = path[-1].name
             w = own_columns(w) if name == "head_DV" else w
-            w = lax.pcast(
-                w, ("data", "seq"), to="varying"
-            )  # gradients are summed over them in shards, not whole
+            w = lax.pcast(w, ("data", "seq"), to="varying")  # gradients are summed in shards, not whole
             if w.ndim > 1 and name != "embedding_VD":  # `LVM.embed` casts what it has looked up
                 w = w.astype(dtype)
             if "fsdp" in (axes := lvm.SHARDING[name]):
@@ -412,9 +400,9 @@ def make_loss(mesh, specs, dtype, remat="none", z_loss=0.0, implementation=None)
         return lax.dynamic_slice_in_dim(head_DV, lax.axis_index("tensor") * width, width, axis=1)
 
     def shard_loss(model, ids_BT, targets_BT, mask_BT, segment_ids_BT=None):
-        losses_BT = model.losses(
-            ids_BT, targets_BT, segment_ids_BT, gather=gather, reduce=lambda x: lax.psum(x, "tensor"), dtype=dtype,
-            remat=remat, ring=ring, vocabulary="tensor", z_loss=z_loss, implementation=implementation)  # fmt: skip
+        options = {"remat": remat, "ring": ring, "z_loss": z_loss, "implementation": implementation}
+        options |= {"gather": gather, "reduce": lambda x: lax.psum(x, "tensor"), "vocabulary": "tensor"}
+        losses_BT = model.losses(ids_BT, targets_BT, segment_ids_BT, dtype=dtype, **options)
         loss, _ = lvm.mean_of_rows(losses_BT, mask_BT, whole_row=lambda sum_B: lax.psum(sum_B, "seq"))
         return lax.pmean(loss, ("data", "fsdp"))
 
@@ -455,8 +443,7 @@ def make_train_step(loss_fn, optimizer, accumulate, shardings):
 
 
 def make_optimizer(config: Config):
-    """(clipping by the global norm and the update, the learning rate); both count updates, not
-    micro-batches."""
+    """(clipping by the global norm and the update, the learning rate of an update counted from 0)"""
     schedule, b1, b2, decay = make_schedule(config), config.b1, config.b2, config.weight_decay
     by_name = lambda of: lambda model: jax.tree.map_with_path(lambda path, w: of(path[-1].name, w), model)
     decayed = by_name(lambda name, w: config.decay_norms or "norm" not in name)
@@ -532,28 +519,28 @@ def with_narrow_moments(update, dtype):
 # --------------------------------------------------------------------------------------------- state and mesh
 
 
-def make_state(model_config, optimizer, mesh, seed=0, init: Path | None = None, tokenizer: str | None = None):
+def make_state(arch, optimizer, mesh, seed=0, init: Path | None = None, tokenizer: str | None = None):
     """({"model", "optimizer", "guard"}, their shardings): every leaf is born on the devices that keep it.
 
     The weights are random, or those of `init`. Raises UserError where those have other shapes, or were
     trained on codes of another tokenizer than that with the fingerprint `tokenizer`."""
-    _, shardings = abstract_state(model_config, optimizer, mesh)
+    _, shardings = abstract_state(arch, optimizer, mesh)
     if init is None:
-        random = lambda: new_state(lvm.LVM(model_config, key=jax.random.key(seed)), optimizer)
+        random = lambda: new_state(lvm.LVM(arch, key=jax.random.key(seed)), optimizer)
         return jax.jit(random, out_shardings=shardings)(), shardings
     file = init / "config.json"
     known = read_json(file).get("tokenizer") if file.is_file() else None
     if None not in (known, tokenizer) and known != tokenizer:
         raise UserError(
-            f"--init {init} was trained on the codes of tokenizer {known}, and the data are codes of {tokenizer}:"
+            f"--init {init} was trained on codes of the tokenizer {known}, and the data are of {tokenizer}:"
             " tokenize them with the first one"
         )
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # one of the mesh may be too small for it
         given = lvm.load(init)
     # No weight's shape or meaning depends on these.
-    free = {name: getattr(model_config, name) for name in ("context", "bos_id", "eos_id", "pad_id")}
-    if dataclasses.replace(given.config, **free) != model_config:
-        raise UserError(f"--init {init} holds {given.config}, --size and the data ask for {model_config}")
+    free = {name: getattr(arch, name) for name in ("context", "bos_id", "eos_id", "pad_id")}
+    if dataclasses.replace(given.config, **free) != arch:
+        raise UserError(f"--init {init} holds {given.config}, --size and the data ask for {arch}")
     leaves, tree = jax.tree.flatten(shardings["model"])
     weights = [place(w, sharding) for w, sharding in zip(map(np.asarray, jax.tree.leaves(given)), leaves)]
     new = jax.jit(lambda model: new_state(model, optimizer), out_shardings=shardings, donate_argnums=0)
@@ -569,9 +556,9 @@ def new_state(model, optimizer):
     return {"model": model, "optimizer": optimizer.init(model), "guard": runs.new_guard()}
 
 
-def abstract_state(model_config, optimizer, mesh):
+def abstract_state(arch, optimizer, mesh):
     """(the state's shapes, its shardings)"""
-    model = functools.partial(lvm.LVM, model_config, key=jax.random.key(0))
+    model = functools.partial(lvm.LVM, arch, key=jax.random.key(0))
     shapes = eqx.filter_eval_shape(lambda: new_state(model(), optimizer))
     specs, is_leaf = lvm.partition_specs(shapes), lambda x: isinstance(x, P)
     return shapes, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_leaf)
@@ -587,13 +574,17 @@ def parse_mesh(text: str) -> list[int] | None:
     """The sizes along AXES, or None for auto."""
     if text == "auto":
         return None
-    sizes = [int(n) for n in text.split(",")] if re.fullmatch(r"(-1|\d+)(,(-1|\d+)){3}", text, re.A) else []
+    sizes = (
+        [int(n) for n in text.split(",")]
+        if re.fullmatch(r"(-1|\d{1,9})(,(-1|\d{1,9})){3}", text, re.A)
+        else []
+    )
     if sizes.count(-1) > 1 or 0 in sizes or not sizes:
         raise UserError(f"--mesh {text}: wanted auto or four numbers {','.join(AXES)}, such as 1,-1,1,1")
     return sizes
 
 
-def make_mesh(asked, model_config, batch, accumulate=1, bytes_a_weight=16, devices=None, memory=None):
+def make_mesh(asked, arch, batch, accumulate=1, bytes_a_weight=16, devices=None, memory=None):
     """The mesh of --mesh over all devices: fsdp, tensor and seq next to each other within a node or slice,
     data across. `memory` is a device's in bytes; None asks it. Raises UserError where the devices, the model
     or the batch do not divide by it."""
@@ -603,18 +594,15 @@ def make_mesh(asked, model_config, batch, accumulate=1, bytes_a_weight=16, devic
     sizes, reason = parse_mesh(asked), "as asked for"
     if sizes is None:
         memory = memory or (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-        group, state = (
-            n // slices if on_tpu else min(8, n),
-            bytes_a_weight * lvm.parameter_count(model_config),
-        )
-        sizes, reason = choose_mesh(model_config, batch // accumulate, state, n, group, memory, slices)
+        group, state = n // slices if on_tpu else min(8, n), bytes_a_weight * lvm.parameter_count(arch)
+        sizes, reason = choose_mesh(arch, batch // accumulate, state, n, group, memory, slices)
     elif -1 in sizes:
         sizes[sizes.index(-1)] = n // -math.prod(sizes)
     if math.prod(sizes) != n:
         raise UserError(f"--mesh {asked} does not make use of exactly the {n} devices that are here")
-    heads = math.gcd(model_config.heads, model_config.ffn)
+    heads = math.gcd(arch.heads, arch.ffn)
     for axis, size, name, whole in (
-        ("fsdp", sizes[1], "hidden size", model_config.hidden),
+        ("fsdp", sizes[1], "hidden size", arch.hidden),
         ("tensor", sizes[2], "heads and ffn", heads),
         ("data x fsdp x micro-batches", sizes[0] * sizes[1] * accumulate, "--batch", batch),
     ):
@@ -635,7 +623,7 @@ def make_mesh(asked, model_config, batch, accumulate=1, bytes_a_weight=16, devic
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def choose_mesh(model_config, rows: int, state: int, devices: int, group: int, memory, slices=1):
+def choose_mesh(arch, rows: int, state: int, devices: int, group: int, memory, slices=1):
     """(sizes, reason) of --mesh auto, for `rows` sentences a micro-batch and a `state` of so many bytes.
 
     A `group` is a node of GPUs or a slice of TPUs, where gathers are quick; `memory` in bytes a device, None
@@ -645,16 +633,16 @@ def choose_mesh(model_config, rows: int, state: int, devices: int, group: int, m
     if memory is None:
         shards, reason = 1, "these devices share one memory, so nothing is gained by splitting weights"
     else:
-        half, told = memory / 2, f"weights, gradients and moments take {state / 1e9:.1f} GB"
+        half = memory / 2
         shards = 1 if state <= half else group if state <= half * group or slices > 1 else devices
-        reason = f"{told} of a device's {memory / 1e9:.0f} GB: split over {shards} of {devices} devices"
+        where = f"split over {shards} devices" if shards > 1 else "every device holds them all"
+        told = f"weights, gradients and moments take {state / 1e9:.1f} GB"
+        reason = f"{told} of a device's {memory / 1e9:.0f} GB: {where}"
     # The devices that work on one row do so by tensor, or else by seq. The last choice always fits.
     for seq, tensor in (*itertools.product((1, 2, 4, 8), (1, 2, 4, 8)), (devices, 1)):
         workers, rest = divmod(devices, tensor * seq)
-        if not (rest or model_config.heads % tensor or model_config.ffn % tensor or rows % max(1, workers)):
-            fit = [
-                m for m in range(1, min(workers, shards) + 1) if workers % m == model_config.hidden % m == 0
-            ]
+        if not (rest or arch.heads % tensor or arch.ffn % tensor or rows % max(1, workers)):
+            fit = [m for m in range(1, min(workers, shards) + 1) if workers % m == arch.hidden % m == 0]
             if tensor * seq > 1:
                 reason += f"; {rows} rows a micro-batch do not divide by them: {tensor * seq} devices a row"
             return (workers // fit[-1], fit[-1], tensor, seq), reason
@@ -676,7 +664,7 @@ def start_processes(coordinator, processes, process, heartbeat: int):
         jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=heartbeat)
 
 
-# ---------------------------------------------------------------------------------------------------- the data
+# ------------------------------------------------------------------------------------------ the data
 
 
 class Sentences(NamedTuple):
@@ -705,17 +693,17 @@ def open_data(config: Config):
     pairs = list(map(tokenize_data.split_weight, data))
     folders = {path: tokenize_data.open_sentences(path) for path, _ in pairs if not is_jsonl(path)}
     codes = next((part.codes for part in folders.values()), lvm.SIZES[config.size].codes)
-    model_config = model_config_for(config, codes)
-    options = (codes, specials_of(model_config), config.fields, model_config.vocab_size)
+    arch = arch_for(config, codes)
+    options = (codes, specials_of(arch), config.fields, arch.vocab_size)
 
     def opened(path, weight=1.0):
         part = folders.get(path) or tokenize_data.open_sentences(path, *options)
         return Sentences(path, part, weight, np.arange(len(part)))
 
-    return list(itertools.starmap(opened, pairs)), [opened(str(heldout))] if heldout else [], model_config
+    return list(itertools.starmap(opened, pairs)), [opened(str(heldout))] if heldout else [], arch
 
 
-def model_config_for(config: Config, codes: int) -> lvm.LVMConfig:
+def arch_for(config: Config, codes: int) -> lvm.LVMConfig:
     """That of the size, with another codebook, and the context and special ids that were asked for."""
     size, ids = lvm.SIZES[config.size], config.special_ids or ()
     try:
@@ -725,18 +713,18 @@ def model_config_for(config: Config, codes: int) -> lvm.LVMConfig:
         raise UserError(f"--special-ids {' '.join(map(str, ids))}: {error}") from None
 
 
-def specials_of(model_config) -> tuple[int, int, int]:
-    return model_config.bos, model_config.eos, model_config.pad
+def specials_of(arch) -> tuple[int, int, int]:
+    return arch.bos, arch.eos, arch.pad
 
 
-def read_rows(config: Config, trained: list[Sentences], model_config, mesh, start: int):
+def read_rows(config: Config, trained: list[Sentences], arch, mesh, start: int):
     """The rows that this process feeds its devices at each step from `start` on."""
     process, processes = rows_of_process(mesh, config.batch, jax.process_index())
     return tokenize_data.open_dataset(
         [(rows.part, rows.weight) for rows in trained],
         **{name: getattr(config, name) for name in ("batch", "seed", "packing", "heldout_fraction")},
-        context=model_config.context,
-        specials=specials_of(model_config),
+        context=arch.context,
+        specials=specials_of(arch),
         start=start,
         process=process,
         processes=processes,
@@ -744,8 +732,7 @@ def read_rows(config: Config, trained: list[Sentences], model_config, mesh, star
 
 
 def rows_of_process(mesh, batch: int, process: int) -> tuple[int, int]:
-    """(part, parts): a process feeds its devices the part-th of so many equal parts of a batch's rows, in
-    order.
+    """(part, parts): a process feeds its devices the part-th of so many equal parts of a batch, in order.
 
     The rows of its devices need not be neighbours: a host of TPUs is a block of the torus. Processes that
     split a sentence or a matrix between them read the same rows. Where the rows of two processes differ and
@@ -760,8 +747,7 @@ def rows_of_process(mesh, batch: int, process: int) -> tuple[int, int]:
 
 
 def on_devices(mesh, batches, batch: int, ahead=2):
-    """Yields batches of so many rows in all, which were sent to the devices two steps before they are
-    wanted."""
+    """Yields batches of so many rows in all, sent to the devices two steps before they are wanted."""
     coming, sharding = collections.deque(), NamedSharding(mesh, ROWS)
     send = lambda x_BT: jax.make_array_from_process_local_data(sharding, x_BT, (batch, *x_BT.shape[1:]))
     for rows in batches:
@@ -777,21 +763,17 @@ def attended_length(trained: list[Sentences]) -> float:
 
 
 def unigram_entropy(trained: list[Sentences]) -> float:
-    """Entropy in nats of the codes' frequencies in the mixture: the loss of a model that knows these
-    alone."""
+    """Entropy in nats of the codes' frequencies in the mixture: the loss of who knows these alone."""
     p_V = sum(rows.weight * rows.part.code_counts() / len(rows.part) for rows in trained)
     p_V = p_V[p_V > 0] / p_V.sum()
     return float(-(p_V * np.log(p_V)).sum())
 
 
-def find_heldout(
-    trained: list[Sentences], asked: list[Sentences], fraction=0.0, say=print
-) -> list[Sentences]:
+def find_heldout(trained: list, asked: list, fraction=0.0, say=print) -> list[Sentences]:
     """Sentences that are never trained on: of the one dataset `asked` those that the training data do not
     hold too, or else the `fraction` of each training dataset that `open_dataset` leaves out."""
-    withheld = lambda part: (
-        tokenize_data.is_heldout(part, fraction) if fraction else np.zeros(len(part), bool)
-    )
+    none = lambda part, fraction: np.zeros(len(part), bool)
+    withheld = functools.partial(tokenize_data.is_heldout if fraction else none, fraction=fraction)
     if not asked:
         found = [rows._replace(chosen_N=np.flatnonzero(withheld(rows.part))) for rows in trained]
         for name, part, _, chosen_N in found if fraction else ():
@@ -808,15 +790,15 @@ def find_heldout(
     twins[twins] = [part[n][1].tobytes() in known for n in np.flatnonzero(twins)]
     if twins.all():
         raise UserError(
-            f"--heldout {name}: all of its {len(part):,} sentences are among those of --data; name data that the"
-            " model is not trained on, or use --heldout-fraction 0.01"
+            f"--heldout {name}: all of its {len(part):,} sentences are among those of --data; name other"
+            " data, or use --heldout-fraction 0.01"
         )
     if twins.any():
         say(f"--heldout {name}: {twins.sum():,} of its {len(part):,} sentences are trained on, and left out")
     return [asked[0]._replace(chosen_N=np.flatnonzero(~twins))]
 
 
-def heldout_kinds(heldout: list[Sentences], model_config, rows: int, say=print, most=32) -> dict:
+def heldout_kinds(heldout: list[Sentences], arch, rows: int, say=print, most=32) -> dict:
     """Held-out sentences -> {kind: (its share of the loss, how many are taken, batches of `rows` rows of ids
     and masks)}; kinds of several datasets are named "dataset/kind".
 
@@ -833,11 +815,11 @@ def heldout_kinds(heldout: list[Sentences], model_config, rows: int, say=print, 
     for label, (share, part, members_N) in groups.items():
         count = min(len(members_N), -(-most // len(groups) // rows) * rows)
         say(f"held-out loss of {label}: of {count} of {len(members_N):,} sentences")
-        ids_NT = np.full((-(-count // rows) * rows, model_config.context), model_config.pad, np.int32)
+        ids_NT = np.full((-(-count // rows) * rows, arch.context), arch.pad, np.int32)
         mask_NT = np.zeros(ids_NT.shape, np.float32)
         for n, i in enumerate(members_N[np.linspace(0, len(members_N) - 1, count).astype(int)]):
-            ids_T, counts_T = part.row(i, specials_of(model_config))
-            T = min(len(ids_T), model_config.context)
+            ids_T, counts_T = part.row(i, specials_of(arch))
+            T = min(len(ids_T), arch.context)
             ids_NT[n, :T], mask_NT[n, 1:T] = ids_T[:T], 1 if counts_T is None else counts_T[1:T]
         batches = [(ids_NT[n : n + rows], mask_NT[n : n + rows]) for n in range(0, len(ids_NT), rows)]
         kinds[label] = share, count, batches
@@ -861,18 +843,14 @@ def sample_picture(tokenizer_path: Path, model, chosen: list[Sentences], path: P
     ours = vqgan.fingerprint(tokenizer)
     pool = [(c.part, i) for c in chosen if c.part.about["tokenizer"] == ours for i in c.chosen_N]
     if not pool:
-        warn(
-            f"no sample pictures: the sentences were not made by --tokenizer {tokenizer_path}, or do not say so"
-        )
+        warn(f"no sample pictures: the sentences were not made by --tokenizer {tokenizer_path}")
         return
     S = pool[0][0].about["codes_per_image"]
     if (most := (context - 1) // S * S) < 2 * S:
         warn(f"no sample pictures: --context {context} holds no two pictures of {S} codes after BOS")
         return
     codes = [pool[n][0][pool[n][1]][1] for n in np.linspace(0, len(pool) - 1, rows).astype(int)]
-    codes_BT = np.stack([codes_T[-most:] for codes_T in codes if len(codes_T) == len(codes[0])]).astype(
-        np.int32
-    )
+    codes_BT = np.stack([c[-most:] for c in codes if len(c) == len(codes[0])]).astype(np.int32)
     prompt_BT = np.pad(codes_BT[:, :-S], ((0, 0), (1, 0)), constant_values=model.config.bos)
     model = jax.device_put(model, jax.local_devices()[0])
     answer_BS = jax.jit(lvm.greedy, static_argnums=2)(model, jnp.asarray(prompt_BT), S)
@@ -886,7 +864,7 @@ def whole_model(model):
     return multihost_utils.process_allgather(model, tiled=True) if jax.process_count() > 1 else model
 
 
-# ------------------------------------------------------------------------------------- the run and its numbers
+# --------------------------------------------------------------------------- the run and its numbers
 
 
 def facts_of(config: Config) -> dict[str, str]:
@@ -900,13 +878,24 @@ def facts_of(config: Config) -> dict[str, str]:
     }
 
 
-def settings_of(out: Path) -> tuple[int | None, list]:
-    """(warm-up, facts of the data) of the run that is resumed, as far as they can be read."""
-    with contextlib.suppress(UserError, AttributeError):  # `begin_run` says what is wrong with the file
+def settings_of(out: Path) -> dict:
+    """config.json of the run that is resumed; {} where there is none, or a damaged one (see `begin_run`)."""
+    with contextlib.suppress(UserError):
         if runs.steps_of(out / "checkpoints"):
             settings = read_json(out / "config.json")
-            return settings["train"].get("warmup"), settings.get("data", [])
-    return None, []
+            return settings if isinstance(settings.get("train"), dict) else {}
+    return {}
+
+
+def check_same_data(before: dict, facts: list[dict]):
+    """Raises UserError where a dataset of a run that goes on is not what it was, with the difference."""
+    for old, new in zip(before.get("data", []), facts):
+        if old["path"] == new["path"] and old != new:
+            differ = ", ".join(f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v)
+            raise UserError(
+                f"the data were changed since this run began ({new['path']}: {differ}): put them back, or go"
+                " on with the new ones by --accept-new-data"
+            )
 
 
 def read_log(log: Path) -> list[dict]:
@@ -996,10 +985,10 @@ def peak_rates(dtype) -> dict[str, float]:
 # leave products to cuBLAS, and rematerialise only what --remat says. TPUs do so by themselves.
 GPU_FLAGS = """
 --xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_enable_triton_gemm=false
---xla_gpu_enable_pipelined_all_gather=true --xla_gpu_enable_pipelined_reduce_scatter=true
---xla_gpu_enable_pipelined_all_reduce=true --xla_gpu_enable_while_loop_double_buffering=true
---xla_gpu_all_gather_combine_threshold_bytes=134217728 --xla_gpu_reduce_scatter_combine_threshold_bytes=134217728
---xla_gpu_all_reduce_combine_threshold_bytes=134217728 --xla_disable_hlo_passes=rematerialization""".split()
+--xla_gpu_enable_pipelined_all_gather=true --xla_gpu_all_gather_combine_threshold_bytes=134217728
+--xla_gpu_enable_pipelined_reduce_scatter=true --xla_gpu_reduce_scatter_combine_threshold_bytes=134217728
+--xla_gpu_enable_pipelined_all_reduce=true --xla_gpu_all_reduce_combine_threshold_bytes=134217728
+--xla_gpu_enable_while_loop_double_buffering=true --xla_disable_hlo_passes=rematerialization""".split()
 
 
 def tell_xla(platform: str | None = None):

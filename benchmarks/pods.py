@@ -313,7 +313,7 @@ def find_topology(name: str):
 def compile_step(config, train, devices, memory):
     """(compiled training step, mesh, model config) for devices with so many bytes each. Nothing of it
     runs."""
-    model_config = train.model_config_for(config, lvm.SIZES[config.size].codes)
+    model_config = train.arch_for(config, lvm.SIZES[config.size].codes)
     sizes = config.mesh, model_config, config.batch, config.accumulate, train.bytes_a_weight(config)
     mesh = train.make_mesh(*sizes, devices, memory)
     optimizer, _ = train.make_optimizer(config)

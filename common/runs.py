@@ -182,8 +182,8 @@ def check_together(problem: str | None):
 
 @contextlib.contextmanager
 def together():
-    """Raises what one process finds wrong in this block, which must not compute together, as UserError on all.
-    The others would else wait for it until they take it for dead."""
+    """Raises what one process finds wrong in this block, which must not compute together, as UserError on
+    all. The others would else wait for it until they take it for dead."""
     problem = None
     try:
         yield

@@ -2,6 +2,7 @@ import base64
 import dataclasses
 import json
 import math
+import re
 import sys
 import zlib
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from jax.sharding import AxisType, NamedSharding
 
 import lvm
@@ -179,6 +181,26 @@ def test_training_starts_from_given_weights_at_another_context_with_other_specia
         np.testing.assert_array_equal(a, b)
     with pytest.raises(UserError, match="--init"):
         train.make_state(dataclasses.replace(asked, ffn=300), optimizer, mesh, init=path)
+
+
+def test_a_fork_with_the_optimizer_of_the_readme_trains_resumes_and_draws(dataset, uninterrupted, tmp_path):
+    old, new = re.search(r"```diff\n-(.+)\n\+(.+)\n```", (ROOT / "README.md").read_text()).groups()
+    assert (ROOT / "train.py").read_text().count(old) == 1
+    (tmp_path / "mine.py").write_text((ROOT / "train.py").read_text().replace(old, new))
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+
+    def python(script, *arguments):
+        process = launch([sys.executable, script, *map(str, arguments)], cwd=tmp_path, environment={"PYTHONPATH": str(ROOT)})
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output
+        return output
+
+    python("mine.py", *command(dataset, "run", "--steps", 4)[2:])
+    assert "resuming run at step 4" in python("mine.py", *command(dataset, "run", "--steps", 6)[2:])
+    lines = log_of(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, 7)) and lines[3]["loss"] != log_of(uninterrupted[0])[3]["loss"]
+    python(ROOT / "sample.py", "--model", "run", "--tokenizer", dataset[1], "--prompt", "red.png", "--out", "out.png", "--candidates", 1)
+    assert (tmp_path / "out.png").exists()
 
 
 FAKE_TENSORBOARD = """
