@@ -543,7 +543,7 @@ def flag(read):
 
 @reader
 def flag_mesh_of_train(files):
-    return flag(lambda text: train.make_mesh(train.Config(mesh=text)))
+    return flag(train.parse_mesh)
 
 
 @reader
