@@ -55,6 +55,7 @@ import lvm
 import sample
 import tokenize_data
 import vqgan
+from assets import scenes
 from common import images, metrics
 from common.images import UserError
 from common.runs import Record, RunStopped, check_numbers, code_digest, run_command
@@ -62,7 +63,7 @@ from common.weights import check_fields, parse_json, read_npz, read_text, read_x
 
 REPORTS = Path("runs") / "evaluate"
 SEQUENCES = {"motion", "frames", "video"}  # kinds that are no pairs
-NEVER_TRAINED = {task for task, share in tokenize_data.TASKS.items() if not share}  # these are not pooled
+NEVER_TRAINED = {task for task, share in scenes.TASKS.items() if not share}  # these are not pooled
 NO_SETTINGS = {"out", "batch", "devices", "sheet"}  # these flags change no value
 INTERVALS = {
     "[0, inf)": "sheet temperature shots",
@@ -627,18 +628,17 @@ def heldout_demo(config: Shots, tokenizer) -> Path:
     folder = REPORTS / f"heldout-{vqgan.fingerprint(tokenizer)}-{config.sentences}-{config.seed}"
     if folder.exists():
         return folder
-    tasks = [task for task in tokenize_data.TASKS if task not in SEQUENCES]
-    world, count = tokenize_data.World("heldout"), config.sentences * len(tasks)
+    tasks, world = [task for task in scenes.TASKS if task not in SEQUENCES], scenes.World("heldout")
+    print(f"composing {config.sentences} held-out sentences of each of {len(tasks)} tasks in {folder}")
 
     def compose(i, size):
         rng = np.random.default_rng((config.seed, i))
-        return list(tokenize_data.demo_sentence(world, rng, size, tasks[i % len(tasks)])[1])
+        return list(scenes.demo_sentence(world, rng, size, tasks[i % len(tasks)])[1])
 
-    print(f"composing {config.sentences} held-out sentences of each of {len(tasks)} tasks in {folder}")
-    items = [(f"sentence {i}", partial(compose, i)) for i in range(count)]
-    codes_NTS, kept, _ = tokenize_data.encode_items(tokenizer, items, 16)
-    rows = ((i % len(tasks), codes_TS.reshape(-1)) for i, codes_TS in zip(kept, codes_NTS))
-    tokenize_data.write_dataset(folder, tokenizer, tasks, rows)
+    job = lambda i: tokenize_data.ReadJob(f"sentence {i}", partial(compose, i))
+    codes_NTS = tokenize_data.encode_jobs(tokenizer, [*map(job, range(config.sentences * len(tasks)))], 16)
+    sentences = ((i % len(tasks), codes_TS.reshape(-1)) for i, codes_TS in enumerate(codes_NTS))
+    tokenize_data.write_dataset(folder, tokenizer, tasks, sentences)
     return folder
 
 
@@ -945,7 +945,7 @@ def colorization(config: Colorization):
 
 def read_coloured(paths, fit, size):
     colours = [images.read_image(path, size, fit) for path in paths]
-    return [p for colour_HWC in colours for p in (tokenize_data.to_grey(colour_HWC), colour_HWC)]
+    return [p for colour_HWC in colours for p in (scenes.to_grey(colour_HWC), colour_HWC)]
 
 
 @flags
