@@ -44,6 +44,7 @@ import lvm
 import playground
 import tokenize_data
 import vqgan
+import weights_rule
 from common import runs, weights
 from common.images import UserError
 from common.runs import RunStopped
@@ -1535,7 +1536,7 @@ def bad_weights(kind, tmp_path):
         return convert, "model.safetensors: tensor model.norm.weight is int8"
     tensors["model.norm.weight"][3] = np.nan
     (tmp_path / "hf" / "model.safetensors").unlink()
-    weights.write_pickle(tmp_path / "hf" / "pytorch_model.bin", tensors)
+    weights_rule.write_pickle(tmp_path / "hf" / "pytorch_model.bin", tensors)
     return convert, "pytorch_model.bin: tensor model.norm.weight holds NaN or infinity"
 
 
