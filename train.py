@@ -84,8 +84,8 @@ class Config:
     size: Literal[tuple(lvm.SIZES)] = "mini"
     """Width and depth of the model; `python lvm.py sizes` prints the table."""
     data: tuple[str, ...] = ()
-    """Dataset folders or LVM's `.jsonl` files, each `DIR` or `DIR:weight`. Without any, demo sentences are made in the run
-    folder."""
+    """Dataset folders or LVM's `.jsonl` files (also .jsonl.gz, .jsonl.zst), each `DIR` or `DIR:weight`; files are imported
+    once into the run folder. Without any, demo sentences are made in the run folder."""
     packing: Literal[tokenize_data.PACKINGS] = "sentence"
     """How sentences become rows. sentence: one a row, padded. concat, as published: joined for ever and cut; attention
     crosses sentences, and --context 4097 are LVM's 4096 inputs and targets. segment: as many whole ones as fit, each
@@ -233,7 +233,7 @@ class Config:
                 "a step rounds back to what it was: take --b2 0.99 or less, or --moments float32"
             )
         if self.fields and not any(
-            tokenize_data.split_weight(path)[0].endswith(".jsonl") for path in self.data
+            tokenize_data.is_lines(tokenize_data.split_weight(path)[0]) for path in self.data
         ):
             raise UserError(f"--fields {self.fields!r} is for .jsonl files, and --data names none")
         if self.compile_only != bool(self.topology):
@@ -334,7 +334,7 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
     # The data: what the model reads follows from --data, --seed and the step alone, so a checkpoint need not hold its place.
     data, asked = (config.data, config.heldout) if config.data else make_demo(config)
     paths, weights = zip(*map(tokenize_data.split_weight, data))
-    folders = {path: tokenize_data.open_sentences(path) for path in paths if not path.endswith(".jsonl")}
+    folders = {path: tokenize_data.open_sentences(path) for path in paths if not tokenize_data.is_lines(path)}
     codes = next((part.codes for part in folders.values()), lvm.SIZES[config.size].codes)
     model_config = model_config_for(config, codes)
     mesh = make_mesh(config, model_config)
@@ -352,7 +352,11 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
         specials=specials,
         fields=config.fields,
         vocabulary=model_config.vocab_size,
+        beside=config.out / "data",
     )
+    for path in filter(tokenize_data.is_lines, (*paths, asked) if leads() else ()):
+        open_sentences(path)  # imports it, before all look for its shards
+    multihost_utils.sync_global_devices("imported")
     shards = [folders.get(path) or open_sentences(path) for path in paths]
     trained = [
         Sentences(*about, np.arange(len(about[1])), weight) for *about, weight in zip(paths, shards, weights)
@@ -384,7 +388,7 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
         defaults,
         MAY_CHANGE,
         about={"model": dataclasses.asdict(model_config), "tokenizer": shards[0].about["tokenizer"]},
-        noted={"data": facts},
+        noted={"data": facts, "format": tokenize_data.FORMAT},
     )
 
     # The state: the newest whole checkpoint, or else random weights or those of --init. What is wrong with the data is said before.
@@ -598,7 +602,10 @@ def make_train_step(loss_fn, optimizer, accumulate, shardings):
         updates, moments = optimizer.update(grads, state["optimizer"], state["model"])
         norm = optax.global_norm(grads)
         new = skip_bad_step(
-            {"model": optax.apply_updates(state["model"], updates), "optimizer": moments}, state, loss, norm
+            {"model": optax.apply_updates(state["model"], updates), "optimizer": moments},
+            state,
+            loss,
+            {"loss": loss, "norm": norm},
         )
         counts = {name: new["guard"][name] for name in ("skipped", "in_a_row")}
         targets = jnp.count_nonzero(batch["mask_BT"][:, 1:])  # the first of a row is nobody's target
@@ -935,12 +942,19 @@ def facts_of(config: Config) -> dict[str, str]:
 
 
 def check_same_data(config: Config, data: list[dict]):
-    """Raises UserError where a dataset of a run that goes on is not what it was, with the difference."""
-    before = []
+    """Raises UserError where a dataset of a run that goes on is not what it was, with the difference, or where an older
+    program, which read the rows in another order, began it."""
+    before = {}
     if not config.accept_new_data and steps_of(config.out / "checkpoints"):
         with contextlib.suppress(UserError):  # `begin_run` says what is wrong with this file
-            before = read_json(config.out / "config.json").get("data")
-    before = before if isinstance(before, list) else []  # older runs do not say what their data were
+            before = read_json(config.out / "config.json")
+    if before and before.get("format") != tokenize_data.FORMAT:
+        raise UserError(
+            f"{config.out} is a run of format {before.get('format', 'below 3')}, this program's is "
+            f"{tokenize_data.FORMAT}: it read the data in another order. Start from its weights with --init "
+            f"{config.out} and another --out, or go on in the new order by --accept-new-data"
+        )
+    before = before.get("data") if isinstance(before.get("data"), list) else []
     differ = [
         f"{new['path']}: " + ", ".join(f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v)
         for old, new in zip(before, data)
@@ -1046,7 +1060,7 @@ class Sentences(NamedTuple):
 
     name: str
     """its path"""
-    part: "tokenize_data.Shards | tokenize_data.Jsonl"
+    part: tokenize_data.Shards
     """all of it"""
     chosen_N: np.ndarray
     """numbers of the sentences that are meant"""
@@ -1112,9 +1126,7 @@ def heldout_kinds(heldout: list[Sentences], context: int, specials, rows: int, m
     stems = [Path(held.name).stem for held in heldout]
     names, groups, taken = stems if len(set(stems)) == len(stems) else [held.name for held in heldout], {}, {}
     for name, (_, part, chosen_N, weight) in zip(names, heldout):
-        kinds_N = np.zeros(len(part), int)
-        if isinstance(part, tokenize_data.Shards):
-            kinds_N = np.concatenate([index_N3[:, 1] for _, index_N3 in part.shards])
+        kinds_N = part.kinds_N
         for kind in np.unique(kinds_N[chosen_N]):
             members_N = chosen_N[kinds_N[chosen_N] == kind]
             share = weight / sum(held.weight for held in heldout) * len(members_N) / len(chosen_N)
