@@ -119,7 +119,7 @@ class TokenizeConfig:
     """What all kinds made from files have in common."""
 
     inputs: Path
-    """Folder of pictures, searched in depth."""
+    """Folder of pictures, searched in depth, also in its .tar (webdataset) and .parquet files; or one such file."""
     out: Path
     """Dataset folder to write; must not exist."""
     tokenizer: Path = vqgan.MINI
@@ -938,17 +938,23 @@ class Chunks:
         self.about = {}
         self.look()
 
+    def file(self, chunk: int) -> Path:
+        return self.folder / f"{chunk:06d}.json"
+
     def jobs_of(self, chunk: int) -> range:
         return range(chunk * self.size, min(len(self.jobs), (chunk + 1) * self.size))
+
+    def states_of(self, chunk: int) -> list[str]:
+        return [self.states_N[i] for i in self.jobs_of(chunk)]
 
     def look(self):
         """Finds the chunks that are there. Those whose inputs are no longer what they were are taken away."""
         changed, anew = [], 0
         for chunk in self.numbers:
-            file = self.folder / f"{chunk:06d}.json"
+            file = self.file(chunk)
             if chunk in self.about or not file.exists():
                 continue
-            about = self.read(file)
+            about = read_chunk(file, self.S)
             pairs = list(zip(self.jobs_of(chunk), about["inputs"] or [None] * len(self.jobs_of(chunk))))
             differ = [self.jobs[i].name for i, before in pairs if before != self.states_N[i]]
             if differ:
@@ -962,29 +968,6 @@ class Chunks:
                 f"{anew} chunks are encoded anew"
             )
 
-    def read(self, file: Path) -> dict:
-        kinds = {"counts": list[int], "rejections": list[dict[str, str | bool]], "bad": int}
-        try:
-            check_fields(about := read_json(file), kinds | {"inputs": list[str] | None, "sha256": str}, file)
-            if not all({"path", "reason"} <= note.keys() for note in about["rejections"]):
-                raise UserError(f"{file}: a rejection without path or reason")
-            data = file.with_suffix(".codes").read_bytes()
-            size = 2 * self.S * sum(about["counts"])
-            if len(data) != size or min(about["counts"], default=0) < 0 or sha256(data) != about["sha256"]:
-                raise UserError(f"{file}: its codes are others than it says")
-            return about
-        except (OSError, UserError) as error:
-            raise UserError(f"{error}; delete {file} and run the same command again") from None
-
-    def write(self, chunk: int, codes: list, rejections, bad: int):
-        """The codes first, then what vouches for them; either appears whole."""
-        data, jobs = np.concatenate(codes).astype("<u2").tobytes(), self.jobs_of(chunk)
-        about = {"counts": [len(codes_TS) for codes_TS in codes], "rejections": rejections, "bad": bad}
-        about |= {"inputs": self.states_N[jobs.start : jobs.stop], "sha256": sha256(data)}
-        write_whole(self.folder / f"{chunk:06d}.codes", data)
-        write_whole(self.folder / f"{chunk:06d}.json", strict_json(about) + "\n")
-        self.about[chunk] = about
-
     def gather(self):
         """Of all chunks: (was it readable, for each job; function from a job to its codes [T, S]; rejections)."""
         abouts = [self.about[chunk] for chunk in self.numbers]
@@ -994,11 +977,36 @@ class Chunks:
         )
 
         def codes_of(i):
-            file, width = self.folder / f"{i // self.size:06d}.codes", 2 * self.S
+            file, width = self.file(i // self.size).with_suffix(".codes"), 2 * self.S
             codes = read_at(file, width * int(starts_N[i]), width * int(counts_N[i]))
             return np.frombuffer(codes, "<u2").reshape(counts_N[i], self.S)
 
         return counts_N > 0, codes_of, [note for about in abouts for note in about["rejections"]]
+
+
+def write_chunk(file: Path, codes: list, rejections, bad: int, states) -> dict:
+    """The codes first, then what vouches for them; either appears whole."""
+    data = np.concatenate(codes).astype("<u2").tobytes()
+    about = {"counts": [len(codes_TS) for codes_TS in codes], "rejections": rejections, "bad": bad}
+    about |= {"inputs": states, "sha256": sha256(data)}
+    write_whole(file.with_suffix(".codes"), data)
+    write_whole(file, strict_json(about) + "\n")
+    return about
+
+
+def read_chunk(file: Path, S: int) -> dict:
+    kinds = {"counts": list[int], "rejections": list[dict[str, str | bool]], "bad": int}
+    try:
+        check_fields(about := read_json(file), kinds | {"inputs": list[str] | None, "sha256": str}, file)
+        if not all({"path", "reason"} <= note.keys() for note in about["rejections"]):
+            raise UserError(f"{file}: a rejection without path or reason")
+        data = file.with_suffix(".codes").read_bytes()
+        size = 2 * S * sum(about["counts"])
+        if len(data) != size or min(about["counts"], default=0) < 0 or sha256(data) != about["sha256"]:
+            raise UserError(f"{file}: its codes are others than it says")
+        return about
+    except (OSError, UserError) as error:
+        raise UserError(f"{error}; delete {file} and run the same command again") from None
 
 
 def sha256(data: bytes) -> str:
@@ -1050,7 +1058,9 @@ def encode_chunks(config: TokenizeConfig, tokenizer, jobs: list[ReadJob], pictur
                     f"{config.max_rejected}; the last: {reasons[-1]['reason'] if reasons else ''}"
                 )
             if i in last:
-                chunks.write(i // chunks.size, codes, found, bad_here)
+                chunk = i // chunks.size
+                about = write_chunk(chunks.file(chunk), codes, found, bad_here, chunks.states_of(chunk))
+                chunks.about[chunk] = about
                 codes, found, bad, bad_here = [], [], bad + bad_here, 0
     chunks.look()
     missing = len(chunks.numbers) - len(chunks.about)
@@ -1114,7 +1124,8 @@ def file_state(file, contents=False) -> str:
 def files_of(job: ReadJob) -> list[Path]:
     """The files that a job reads: a picture, a video, or every frame of the folders of a clip."""
     tracks = job.read.keywords.get("tracks") or [job.read.keywords["path"]]
-    return [file for track in tracks for file in ([track] if isinstance(track, Path) else track)]
+    files = [file for track in tracks for file in ([track] if isinstance(track, Path) else track)]
+    return [getattr(file, "archive", file) for file in files]
 
 
 # Names of files of scratch.

@@ -15,6 +15,7 @@ import itertools
 import math
 import os
 import re
+import tarfile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -85,9 +86,11 @@ def find_files(folder: Path, suffixes, others: dict[str, str], text="", rejectio
     Links are followed, after real folders, and each folder is read once; what begins with a dot is skipped.
     Left out and reported to `reject` are files of the suffixes `others` (suffix -> reason), links that lead
     nowhere or back, what is no regular file, and folders that cannot be read."""
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such folder")
-    files, found, left_out, roots, seen = [], [], [], [Path(folder)], set()
+    folder = Path(folder)
+    if not folder.is_dir() and not (folder.is_file() and folder.suffix.lower() in ARCHIVES):
+        raise UserError(f"{folder}: no such folder, and no {' or '.join(ARCHIVES)} file")
+    single = folder.is_file()
+    files, found, left_out, roots, seen = [folder] * single, [], [], [folder] * (not single), set()
 
     def unreadable(error):
         if Path(error.filename) == Path(folder):
@@ -105,12 +108,15 @@ def find_files(folder: Path, suffixes, others: dict[str, str], text="", rejectio
             roots += [Path(here, name) for name in folders if os.path.islink(Path(here, name))]
             files += [Path(here, name) for name in names if not name.startswith(".")]
         roots.sort(key=natural)
+    if not VIDEOS & {*suffixes} - SUFFIXES:  # videos are not read from archives
+        for path in [path for path in files if path.suffix.lower() in ARCHIVES and os.path.isfile(path)]:
+            files += members(path)
     looked_for = {*suffixes, *others}
     files = [path for path in files if path.suffix.lower() in looked_for]
     for path in sorted(files, key=natural):
         if text not in path.relative_to(folder).as_posix():
             continue
-        if not os.path.isfile(path):
+        if not isinstance(path, Member) and not os.path.isfile(path):
             missing = "not a regular file" if os.path.exists(path) else "a link that leads nowhere"
             left_out.append((path, missing))
         elif path.suffix.lower() in suffixes:
@@ -142,6 +148,74 @@ def none_below(folder, what: str, suffixes, text: str) -> UserError:
     )
 
 
+ARCHIVES = (".tar", ".parquet")
+
+
+class Member(type(Path())):
+    """A picture inside of a `.tar` or `.parquet` file, as the path ARCHIVE/NAME. `place` is where `archive` holds its
+    bytes: (offset, size), or (row group, row in it, column)."""
+
+    @classmethod
+    def of(cls, archive, name: str, place: tuple):
+        member = cls(archive, name)
+        member.archive, member.place = archive, place
+        return member
+
+    def __reduce__(self):
+        return Member.of, (self.archive, self.relative_to(self.archive).as_posix(), self.place)
+
+    def read(self) -> bytes:
+        if self.archive.suffix.lower() == ".parquet":
+            group, row, column = self.place
+            value = read_row_group(self.archive, group, column)[row].as_py()
+            return (value["bytes"] if isinstance(value, dict) else value) or b""
+        offset, size = self.place
+        with open(self.archive, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+def members(archive: Path) -> list[Member]:
+    """The files in a `.tar` (webdataset's naming: 0001.jpg and 0001.mask.png are of one sample), or the pictures in a
+    `.parquet`: ROW.COLUMN.png for each column of bytes, or LABEL/ROW.COLUMN.png where there is a column `label`."""
+    found = []
+    with naming(archive):
+        if archive.suffix.lower() == ".tar":
+            with tarfile.open(archive, "r:") as tar:
+                for entry in tar:
+                    parts = Path(entry.name.lstrip("/")).parts
+                    if entry.isfile() and not any(part.startswith(".") for part in parts):
+                        place = (entry.offset_data, entry.size)
+                        found.append(Member.of(archive, Path(*parts).as_posix(), place))
+            return found
+        file, row = open_parquet(archive), 0
+        types = {field.name: str(field.type) for field in file.schema_arrow}
+        columns = [name for name, kind in types.items() if "binary" in kind.split("bytes:")[-1][:14]]
+        if not columns:
+            raise UserError(f"no column of pictures among {', '.join(types)}")
+        labels = file.read(["label"]).column(0).to_pylist() if "label" in types else None
+        for group in range(file.num_row_groups):
+            for n in range(file.metadata.row_group(group).num_rows):
+                folder = f"{labels[row]}/".replace("/", "_")[:-1] + "/" if labels else ""
+                for column in columns:
+                    found.append(Member.of(archive, f"{folder}{row:08d}.{column}.png", (group, n, column)))
+                row += 1
+    return found
+
+
+def open_parquet(archive):
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError("parquet files are read by pyarrow: pip install pyarrow") from None
+    return parquet.ParquetFile(archive)
+
+
+@functools.lru_cache(2)
+def read_row_group(archive, group: int, column: str):
+    return open_parquet(archive).read_row_group(group, [column]).column(0)
+
+
 def find_images(folder: Path, rejections: list | None = None, text: str = "") -> list[Path]:
     """The pictures below a folder; see `find_files`. Raises UserError where there is no folder, or nothing in
     it."""
@@ -155,7 +229,10 @@ def find_stems(folder: Path, text: str, rejections: list | None = None) -> dict[
     rejected."""
     stems, twice = {}, []
     for path in find_images(folder, rejections, text):
-        if stems.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path) != path:
+        stem = path.relative_to(folder).with_suffix("")
+        if isinstance(path, Member):  # webdataset's naming: what a sample is called ends at the first dot
+            stem = stem.with_name(path.name.split(".")[0])
+        if stems.setdefault(stem.as_posix(), path) != path:
             twice.append((path, "another picture has this name, but for the suffix"))
     reject(folder, twice, rejections)
     return stems
@@ -245,6 +322,8 @@ class PatientFile(io.BufferedReader):
 def open_file(path) -> io.BufferedReader:
     """A file opened to read bytes. Raises UserError for a FIFO (opening would wait), a device (it has no
     end), and what is mostly unwritten."""
+    if isinstance(path, Member):
+        return io.BytesIO(path.read())
     if not os.path.isfile(path):
         raise UserError(f"{path}: {'not a regular file' if os.path.exists(path) else 'no such file'}")
     file = PatientFile(io.FileIO(path))
@@ -275,8 +354,9 @@ def open_image(path):
     """The first picture in a file, not decoded yet. Raises UserError, naming the file, for whatever fails in
     it."""
     with naming(path), open_file(path) as file:
-        if (size := os.fstat(file.fileno()).st_size) > 16 * MAX_PIXELS:  # some decoders read it all at once
+        if (size := file.seek(0, os.SEEK_END)) > 16 * MAX_PIXELS:  # some decoders read it all at once
             raise UserError(f"{size:,} bytes are over the limit of {16 * MAX_PIXELS:,} for a picture")
+        file.seek(0)
         try:
             image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:

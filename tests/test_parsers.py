@@ -416,15 +416,12 @@ def tokens_as_jsonl(files):
 
 @reader
 def chunk_of_codes(files):
-    codes_NS = np.zeros((3, 16), np.uint16)
+    codes = [np.zeros((1, 16), np.uint16), np.zeros((2, 16), np.uint16)]
     (files.root / "chunks").mkdir()
-    tokenize_data.write_chunk(
-        files.root / "chunks", 0, [1, 2], codes_NS, [{"path": "a", "reason": "b", "bad": True}], 1, ["a"] * 2
-    )
-    content = (files.root / "chunks" / "000000.json").read_bytes()
-    return bytes_or_json(content), lambda new: tokenize_data.read_chunk(
-        files.write("chunks/000000.json", new).parent, 0, 16
-    )
+    file = files.root / "chunks" / "000000.json"
+    tokenize_data.write_chunk(file, codes, [{"path": "a", "reason": "b", "bad": True}], 1, ["a"] * 2)
+    content = file.read_bytes()
+    return bytes_or_json(content), lambda new: tokenize_data.read_chunk(files.write("chunks/000000.json", new), 16)
 
 
 @reader

@@ -5,6 +5,7 @@ import importlib
 import itertools
 import json
 import pathlib
+import tarfile
 import re
 import shutil
 import subprocess
@@ -721,6 +722,63 @@ def test_a_sideways_video_is_turned_upright(tmp_path):
     path.write_bytes(data)
     [shown], _ = tokenize_data.read_frames(path, [1], SIZE)
     np.testing.assert_allclose(shown, np.rot90(upright[1], -1), atol=0.02)  # clockwise, as players show it
+
+
+KINDS_OF_ARCHIVES = [
+    (tokenize_data.Colorize, {"shots": 2}), (tokenize_data.Inpaint, {"shots": 2, "flip": True}), (tokenize_data.Frames, {"frames": 3}),
+    (tokenize_data.Category, {"per_class": 2, "pictures": 4}), (tokenize_data.Pairs, {"shots": 2, "filter": ".jpg", "answer_filter": ".mask."})]
+
+
+@pytest.mark.parametrize("kind, flags", KINDS_OF_ARCHIVES)
+def test_a_webdataset_gives_the_sentences_of_its_folder(tmp_path, tokenizer, kind, flags):
+    """Samples are named up to the first dot; an entry that cannot be read is listed as FILE.tar/NAME."""
+    folder, paired = tmp_path / "in", kind is tokenize_data.Pairs
+    for i in range(8):
+        (folder / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+        picture(i).save(folder / f"class{i % 2}" / f"{i:04}.jpg", quality=95)
+        if paired:
+            picture(i + 50).save(folder / f"class{i % 2}" / f"{i:04}.mask.png")
+    (folder / "class0" / "bad.jpg").write_text("no picture")
+    for name in ("bad.mask.png", "0000.json"):
+        (folder / "class0" / name).write_text("{}")
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for path in sorted(folder.rglob("*.*")):
+            tar.add(path, path.relative_to(folder))
+    if paired:  # in folders the names differ in the suffix alone
+        for path in list(folder.rglob("*.mask.png")):
+            (tmp_path / "masks" / path.parent.name).mkdir(parents=True, exist_ok=True)
+            path.rename(tmp_path / "masks" / path.parent.name / path.name.replace(".mask", ""))
+    same = {"tokenizer": tokenizer, "max_rejected": 0.3}
+    of_folder = {"answers": (tmp_path / "masks",), **flags, "answer_filter": "", "filter": ""} if paired else flags
+    run(kind(inputs=folder, out=tmp_path / "a", **same, **of_folder))
+    run(kind(inputs=tmp_path / "set.tar", out=tmp_path / "b", **same, **({"answers": (tmp_path / "set.tar",)} if paired else {}), **flags))
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    reports = [[json.loads(line)["path"] for line in (tmp_path / f"{name}.rejected.jsonl").read_text().splitlines()] for name in "ab"]
+    assert str(tmp_path / "set.tar/class0/bad.jpg") in reports[1] and len(reports[0]) == len(reports[1])
+
+
+def test_a_parquet_file_gives_the_sentences_of_its_pictures(tmp_path, tokenizer):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    files = sorted(write_pictures(tmp_path / "in", 6).iterdir())
+    rows = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
+    table = pyarrow.table({"image": rows, "label": [0, 1] * 3, "caption": ["a"] * 6})
+    parquet.write_table(table, tmp_path / "set.parquet", row_group_size=4)
+    run(tokenize_data.Colorize(inputs=tmp_path / "in", out=tmp_path / "a", tokenizer=tokenizer, shots=3))
+    parquet.write_table(table.drop(["label"]), tmp_path / "plain.parquet", row_group_size=4)
+    run(tokenize_data.Colorize(inputs=tmp_path / "plain.parquet", out=tmp_path / "b", tokenizer=tokenizer, shots=3))
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    (_, shown), = run(tokenize_data.Category(inputs=tmp_path / "set.parquet", out=tmp_path / "c", tokenizer=tokenizer, per_class=2, pictures=4))
+    assert len(shown) == 4
+    with pytest.raises(UserError, match="no column of pictures among caption"):
+        parquet.write_table(table.select(["caption"]), tmp_path / "text.parquet")
+        run(tokenize_data.Colorize(inputs=tmp_path / "text.parquet", out=tmp_path / "d", tokenizer=tokenizer))
+
+
+def test_a_compressed_or_cut_tar_is_refused_by_name(tmp_path, tokenizer):
+    for name, content in (("cut.tar", b"no tar"), ("packed.tar", gzip.compress(bytes(10240)))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}: "):
+            run(tokenize_data.Colorize(inputs=tmp_path / name, out=tmp_path / "d", tokenizer=tokenizer))
 
 
 def test_sentences_longer_than_the_context_are_reported(tmp_path, tokenizer, capsys):
