@@ -569,13 +569,13 @@ def test_plots_show_what_was_measured(tmp_path):
     pytest.importorskip("matplotlib", reason=WANTED)
     decibels = {"b.png": 30.0, "a.png": 20.0, "$c$.png": 25.0}
     mean = metrics.bootstrap(list(decibels.values()), 0)
-    (ax,) = evaluate.draw_ranks(tmp_path / "psnr.png", decibels, "PSNR", mean).axes
+    (ax,) = evaluate.draw(tmp_path / "psnr.png", evaluate.ranked(decibels, mean), "PSNR", "rank", styles=["o"], level=mean["mean"]).axes
     dots = ax.lines[0]
     assert ax.get_yscale() == "linear" and list(dots.get_ydata()) == [20, 25, 30]
     assert dots.get_linestyle() == "None"  # three examples are no curve
     assert ax.get_title() == "a.png to b.png; line: mean 25 (20 - 30)" and list(ax.lines[-1].get_ydata()) == [25, 25]
     values = {"a": 2.0, "b": None, "c": np.inf}  # what has no value, or an infinite one, is no dot
-    (ax,) = evaluate.draw_ranks(tmp_path / "a.png", values, "title", {"mean": None, "low": None}, log=True).axes
+    (ax,) = evaluate.draw(tmp_path / "a.png", evaluate.ranked(values, {"mean": None, "low": None}), "title", "x", log=True).axes
     assert list(ax.lines[0].get_ydata()) == [2.0]
 
     points = [{"x": k, "mean": 1 - k / 10, "low": 0.8 - k / 10, "high": None if k else 1.1} for k in range(3)]
