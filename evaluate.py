@@ -546,8 +546,8 @@ def save_examples(bench, config, queries, prompts):
                 if line == main or line not in prompts and not line.startswith("copy"):  # those are there
                     row.append((answers[line][b], line.replace("nearest example's", "nearest")))
             rows.append(row)
-    image, content = sample.sheet(rows, columns=max(map(len, rows))), io.BytesIO()
-    image.save(content, "WEBP", quality=90)
+    content = io.BytesIO()
+    images.sheet(rows).save(content, "WEBP", quality=90)
     write_whole(bench.out / "examples.webp", content.getbuffer())
     print(f"wrote {bench.out}/examples.webp")
 
@@ -1080,7 +1080,7 @@ def reconstruction(config: Reconstruction):
     most = min(len(paths), 32)
     batches = [range(n, min(n + config.batch, most)) for n in range(0, most, config.batch)]
     shown_2BHWC = np.concatenate([rebuild(at)[1] for at in batches]).swapaxes(0, 1)
-    vqgan.save_rows(vqgan.reconstruction_rows(*shown_2BHWC), bench.out / "reconstruction.png")
+    vqgan.write_sheet(vqgan.reconstruction_rows(*shown_2BHWC), bench.out / "reconstruction.png")
     print(f"wrote {bench.out}/reconstruction.png")
     values = {Path(e["path"]).relative_to(config.data).as_posix(): e["psnr"] for e in examples}
     mean, title = report["mean"]["psnr"], "PSNR of each picture"

@@ -85,6 +85,7 @@ from common.images import (
     read_half,
     read_image,
     read_integers,
+    sheet,
     shown_size,
     to_pixels,
 )
@@ -477,7 +478,7 @@ def video(config: Video) -> Sentences:
 
 def frames(config: Frames) -> Sentences:
     rejections = []
-    clips = find_clips(config.inputs, config.filter, videos=False, notes=rejections)
+    clips = find_clips(config.inputs, config.filter, False, rejections)
     clips = {name: [clip] for name, clip in list(clips.items())[: config.limit]}
     jobs = clip_jobs(config, clips, config.frames)
     return Sentences(
@@ -487,7 +488,7 @@ def frames(config: Frames) -> Sentences:
 
 def multi_video(config: MultiVideo) -> Sentences:
     rejections = []
-    found = [find_clips(folder, config.filter, videos=True, notes=rejections) for folder in config.inputs]
+    found = [find_clips(folder, config.filter, True, rejections) for folder in config.inputs]
     names = sorted(set(found[0]).intersection(*found[1:]), key=natural)
     mixed = [name for name in names if len({type(clips[name]) for clips in found}) > 1]
     for folder, clips in zip(config.inputs, found):
@@ -1807,8 +1808,6 @@ class Show:
 
 
 def show(config: Show):
-    from common.images import sheet
-
     tokenizer = vqgan.load(config.tokenizer)
     S = tokenizer.config.codes_per_image
     with tempfile.TemporaryDirectory() as scratch:

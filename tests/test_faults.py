@@ -6,6 +6,7 @@ Two runs are equal when every array of weights and optimizer state is, to the bi
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
 import importlib.util
 import io
@@ -44,6 +45,7 @@ import lvm
 import playground
 import tokenize_data
 import vqgan
+import weights_rule
 from common import runs, weights
 from common.images import UserError
 from common.runs import RunStopped
@@ -712,7 +714,7 @@ def test_fault_16_a_poisoned_step_changes_nothing_and_is_counted(dataset, tmp_pa
 def test_fault_16_too_many_bad_steps_in_a_row_stop_the_run(dataset, tmp_path):
     out = tmp_path / "run"
     output = finish(launch(command(dataset, out, "--learning-rate", 1e30, "--warmup", 0, "--patience", 3, "--save-every", 1)), status=1)
-    assert "3 steps in a row were left out" in output and "--learning-rate" in output and "Traceback" not in output
+    assert "3 steps in a row were skipped" in output and "--learning-rate" in output and "Traceback" not in output
     assert all(np.isfinite(leaf).all() for step in steps_in(out) for leaf in jax.tree.leaves(state_of(out, step)))
 
 
@@ -728,34 +730,34 @@ import jax, jax.numpy as jnp, numpy as np
 import vqgan
 
 factors, seen = json.loads(sys.argv.pop(1)), open(sys.argv.pop(1), "w", buffering=1)
-train_step, losses, discriminator_loss = vqgan.train_step, vqgan.losses, vqgan.discriminator_loss
+train_step, generator_loss, discriminator_loss = vqgan.train_step, vqgan.generator_loss, vqgan.discriminator_loss
 key_of = lambda step: jax.random.key_data(jax.random.split(jax.random.fold_in(jax.random.key(0), step - 1), 1)[0])
 
 
-def factor(part, key):
-    return jnp.prod(jnp.stack([jnp.where((jax.random.key_data(key) == key_of(int(step))).all(), by, 1.0) for step, by in factors[part].items()]))
+def factor(part, is_now):
+    return jnp.prod(jnp.stack([jnp.where(is_now(int(step)), by, 1.0) for step, by in factors[part].items()]))
 
 
-def poisoned(learnt, static, pixels_BHWC, key, *more):
-    total, (codes_BHW, latents_BHWD, metrics) = losses(learnt, static, pixels_BHWC, key, *more)
-    by, loss = factor("generator", key), metrics["loss"]
-    return total + (by - 1) * loss, (codes_BHW, latents_BHWD, metrics | {"loss": by * loss})
+def poisoned(model, critic, task, pixels_BHWC, step, listen):
+    loss, made = generator_loss(model, critic, task, pixels_BHWC, step, listen)
+    by = factor("generator", lambda bad: step + 1 == bad)
+    return by * loss, made._replace(numbers=made.numbers | {"loss": by * loss})
 
 
 def poisoned_discriminator(critic, config, real_BHWC, fake_BHWC, key):
     loss, metrics = discriminator_loss(critic, config, real_BHWC, fake_BHWC, key)
-    return factor("discriminator", key) * loss, metrics
+    return factor("discriminator", lambda bad: (jax.random.key_data(key) == key_of(bad)).all()) * loss, metrics
 
 
-def watched(static, state, *more):
-    before, step = jax.device_get(state), int(more[-1]) + 1
-    state, metrics = train_step(static, state, *more)
+def watched(task, state, pixels_BHWC, step, adversarial):
+    before, done = jax.device_get(state), int(step) + 1
+    state, metrics = train_step(task, state, pixels_BHWC, step, adversarial)
     same = jax.tree.map(np.array_equal, before, jax.device_get(state))
-    print(json.dumps({"step": step, "changed": [name for name in same if not all(jax.tree.leaves(same[name]))]}), file=seen)
+    print(json.dumps({"step": done, "changed": [name for name in same if not all(jax.tree.leaves(same[name]))]}), file=seen)
     return state, metrics
 
 
-vqgan.losses, vqgan.discriminator_loss, vqgan.train_step = poisoned, poisoned_discriminator, watched
+vqgan.generator_loss, vqgan.discriminator_loss, vqgan.train_step = poisoned, poisoned_discriminator, watched
 vqgan.main()
 """
 
@@ -1408,14 +1410,18 @@ def test_fault_24_recolor_and_demo_go_on_after_kill_9_and_leave_nothing_half(tmp
 
 
 def test_fault_24_exported_weights_are_the_old_ones_where_the_disk_is_full(tmp_path):
-    old, new = (vqgan.VQGAN(SMALL, key=jax.random.key(i)) for i in range(2))
+    old, new = (vqgan.VQGAN(dataclasses.replace(SMALL, num_embeddings=32 * (i + 1)), key=jax.random.key(i)) for i in range(2))
     with small_disk(tmp_path / "disk", 1) as disk:
         vqgan.save(old, disk / "model")
         fill(disk)
+        with open(disk / "ballast", "ab") as ballast:  # room for the settings, not for the weights
+            ballast.truncate((disk / "ballast").stat().st_size - 16_384)
+        assert (disk / "model/model.safetensors").stat().st_size > 20_000
         with pytest.raises(OSError, match="it needs [0-9,]+ bytes"):
             vqgan.save(new, disk / "model", overwrite=True)
         assert vqgan.fingerprint(vqgan.load(disk / "model")) == vqgan.fingerprint(old)
         assert sorted(path.name for path in (disk / "model").iterdir()) == ["config.json", "model.safetensors"]
+        fill(disk)
         with pytest.raises(OSError, match="it needs [0-9,]+ bytes"):
             lvm.save(lvm.LVM(lvm.LVMConfig(hidden=16, ffn=24, layers=2, heads=2, codes=32, context=80), key=jax.random.key(0)), disk / "hf")
         assert not (disk / "hf").exists() and not list(disk.glob(".*"))
@@ -1535,7 +1541,7 @@ def bad_weights(kind, tmp_path):
         return convert, "model.safetensors: tensor model.norm.weight is int8"
     tensors["model.norm.weight"][3] = np.nan
     (tmp_path / "hf" / "model.safetensors").unlink()
-    weights.write_pickle(tmp_path / "hf" / "pytorch_model.bin", tensors)
+    weights_rule.write_pickle(tmp_path / "hf" / "pytorch_model.bin", tensors)
     return convert, "pytorch_model.bin: tensor model.norm.weight holds NaN or infinity"
 
 
