@@ -21,7 +21,6 @@ D features, H W C a picture, M sizes of a ladder.
 
 import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
 
-# isort: split
 import base64
 import dataclasses
 
@@ -47,8 +46,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from PIL import Image
 from tqdm import tqdm
 
@@ -82,8 +80,7 @@ flags = dataclasses.dataclass(frozen=True, kw_only=True)
 @flags
 class Shared:
     out: Path | None = None
-    """A new folder, or that of this very evaluation, which goes on. By default one in runs/evaluate,
-    replaced."""
+    """New, or of this very evaluation, which goes on. By default a folder in runs/evaluate is replaced."""
     batch: int = 8
     """Rows or pictures at a time, over all devices."""
     devices: int | None = None
@@ -623,8 +620,7 @@ def squared_error(answer_HWC, truth_HWC, *_) -> dict:
 
 
 def heldout_demo(config: Shots, tokenizer) -> Path:
-    """Composes `config.sentences` sentences of every task of pairs, or finds those that an earlier call
-    made."""
+    """Composes `config.sentences` sentences of every task of pairs, once."""
     folder = REPORTS / f"heldout-{vqgan.fingerprint(tokenizer)}-{config.sentences}-{config.seed}"
     if folder.exists():
         return folder
