@@ -21,11 +21,11 @@ D features, H W C a picture, M sizes of a ladder.
 
 import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
 
-# isort: split
 import base64
 import dataclasses
 
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -46,8 +46,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from PIL import Image
 from tqdm import tqdm
 
@@ -81,8 +80,7 @@ flags = dataclasses.dataclass(frozen=True, kw_only=True)
 @flags
 class Shared:
     out: Path | None = None
-    """A new folder, or that of this very evaluation, which goes on. By default one in runs/evaluate,
-    replaced."""
+    """New, or of this very evaluation, which goes on. By default a folder in runs/evaluate is replaced."""
     batch: int = 8
     """Rows or pictures at a time, over all devices."""
     devices: int | None = None
@@ -126,6 +124,7 @@ class Bench(NamedTuple):
     about: dict  # the head of the report
     mesh: jax.sharding.Mesh  # weights are whole on each of its devices, batches are split
     batch: int
+    plots: bool
     model: lvm.LVM | None = None
     tokenizer: vqgan.VQGAN | None = None
     bos: bool = True
@@ -164,7 +163,7 @@ class Bench(NamedTuple):
         nats_NT = self.by_batches(partial(id_nats, mesh=self.mesh), self.model, ids_NT)
         return [nats_T[: bos + len(s) - 1].astype(np.float64) for nats_T, s in zip(nats_NT, sentences)]
 
-    def draw(self, prompts_BTS, numbers, temperature) -> np.ndarray:
+    def next_pictures(self, prompts_BTS, numbers, temperature) -> np.ndarray:
         """The codes of the next picture of each prompt, [B, S], drawn by the seed and the example's
         number."""
         B, T, S = prompts_BTS.shape
@@ -209,7 +208,13 @@ class Bench(NamedTuple):
     def write(self, **results) -> dict:
         report = self.about | results
         write_whole(self.out / f"{self.command}.json", strict_json(report, indent=1, default=str) + "\n")
+        print(f"wrote {self.out}/{self.command}.json")
         return report
+
+    def plot(self, name, *panels, **how):
+        if self.plots:
+            draw(self.out / name, *panels, **how)
+            print(f"wrote {self.out / name}")
 
 
 def open_bench(config: Shared, name, **about) -> Bench:
@@ -225,7 +230,7 @@ def open_bench(config: Shared, name, **about) -> Bench:
     settings["command"] = "python evaluate.py " + shlex.join(sys.argv[1:])
     settings |= {"protocol": " ".join(config.__doc__.split()), "device": jax.devices()[0].device_kind}
     out = config.out or REPORTS / f"{command}-{name}"
-    return Bench(command, out, config.out is None, settings | about, mesh, config.batch)
+    return Bench(command, out, config.out is None, settings | about, mesh, config.batch, can_draw())
 
 
 def open_models(config: Common) -> Bench:
@@ -356,20 +361,17 @@ def perplexity(config: Perplexity):
             each = [exp(picture.mean()) for picture in pictures]
             yield {"kind": kinds[n], "values": values, "perplexity of each picture": each}
 
-    plot = can_draw("perplexity.png")
     report = bench.run(names, measure, "model", inputs)
-    if plot and examples:
+    if examples:
         values = {e["example"]: e["values"]["model"]["perplexity"] for e in report["examples"]}
-        mean = report["rows"][0]["measures"]["perplexity"]
-        draw_ranks(bench.out / "perplexity.png", values, "Perplexity of each line's targets", mean, log=True)
-    elif plot:
-        curves = {}
-        for kind, members in groups_of(report["examples"]).items():
-            pictures = zip(*(e["perplexity of each picture"] for e in members))
-            curves[kind] = points_of(enumerate(pictures, 1), config.seed)
-        title = "Perplexity of each picture, given those before it"
-        draw(bench.out / "perplexity.png", curves, title, "picture of the sentence", log=True)
-    print(f"wrote {bench.out}/perplexity.json{' and perplexity.png' * plot}")
+        mean, title = report["rows"][0]["measures"]["perplexity"], "Perplexity of each line's targets"
+        how = {"styles": ["o"], "log": True, "level": mean["mean"]}
+        return bench.plot("perplexity.png", ranked(values, mean), title, "rank", **how)
+    curves, title = {}, "Perplexity of each picture, given those before it"
+    for kind, members in groups_of(report["examples"]).items():
+        pictures = zip(*(e["perplexity of each picture"] for e in members))
+        curves[kind] = points_of(enumerate(pictures, 1), config.seed)
+    bench.plot("perplexity.png", curves, title, "picture of the sentence", log=True)
 
 
 def likelihood(nats_T) -> dict:
@@ -461,13 +463,13 @@ class Prompted(Common):
             raise UserError(f"--temperature must be 0 (the likeliest) or >= 1e-6, got {self.temperature}")
 
 
-def run_prompted(config: Prompted, queries: list[Query], prompts: dict[str, int], judge, **about):
+def run_prompted(config: Prompted, queries: list[Query], prompts: dict[str, int], judge, bench=None, **about):
     """Measures the answers after each of `prompts` (name: pictures before the answer), and the baselines.
 
     `judge(answer_HWC, truth, pictures_THWC, kind)` -> measures of an answer. Adds its true perplexity."""
     if not queries:
         raise UserError(f"no example to measure in {config.data}")
-    bench, most = open_models(config), max(prompts.values()) + 1
+    bench, most = bench or open_models(config), max(prompts.values()) + 1
     bench.about.update(about)
     S, context = bench.tokenizer.config.codes_per_image, bench.model.config.context
     if most > sample.pictures_in_context(bench.model, S, config.bos):
@@ -488,10 +490,9 @@ def run_prompted(config: Prompted, queries: list[Query], prompts: dict[str, int]
             yield {"kind": query.kind, "values": values}
 
     report = bench.run([q.name for q in queries], measure, list(prompts)[-1], [q.inputs for q in queries])
-    print(f"wrote {bench.out}/{bench.command}.json")
     if config.sheet:
         save_examples(bench, config, queries, prompts)
-    return bench, report
+    return report
 
 
 def predict(bench, config, queries, at, prompts):
@@ -506,7 +507,7 @@ def predict(bench, config, queries, at, prompts):
         codes_BTS = bench.encode(pictures_BTHWC)
     answers = {}
     for line, T in prompts.items():
-        answers[line] = bench.decode(bench.draw(codes_BTS[:, -1 - T : -1], at, config.temperature))
+        answers[line] = bench.decode(bench.next_pictures(codes_BTS[:, -1 - T : -1], at, config.temperature))
     if config.baseline:
         guesses = [baselines(pictures_THWC, members[0].kind) for pictures_THWC in pictures_BTHWC]
         answers |= {line: np.stack([guess[line] for guess in guesses]) for line in guesses[0]}
@@ -579,30 +580,26 @@ class Shots(Prompted):
 def shots(config: Shots):
     if config.shots < 1:
         raise UserError("--shots must be at least 1: a curve begins at no pairs and ends at so many")
-    model_path, tokenizer_path = sample.find_models(config.model, config.tokenizer)
-    tokenizer, pairs, queries = sample.open_tokenizer(tokenizer_path, model_path), config.shots + 1, []
-    S, prompts = tokenizer.config.codes_per_image, check_shots(range(pairs))
-    shards = open_data(config.data or heldout_demo(config, tokenizer), tokenizer)
+    bench, pairs, queries = open_models(config), config.shots + 1, []
+    S, prompts = bench.tokenizer.config.codes_per_image, check_shots(range(pairs))
+    shards = open_data(config.data or heldout_demo(config, bench.tokenizer), bench.tokenizer)
     for i, kind, codes_T in zip(*choose(shards, config.sentences, leave_out=SEQUENCES)):
         if len(codes_T) % (2 * S) or len(codes_T) < 2 * pairs * S:
             why = f"wanted pairs, and {pairs} of them; lower --shots or name other --data"
             raise UserError(f"{shards.folder}: a sentence has {len(codes_T) / S:g} pictures, {why}")
         codes_TS = codes_T[-2 * pairs * S :].reshape(2 * pairs, S).astype(np.int32)
         queries.append(Query(i, kind, None, codes_TS=codes_TS))
-    plot, about = can_draw("shots.png"), {"data": str(shards.folder), "data_digest": shards.digest}
-    bench, report = run_prompted(config, queries, prompts, judge_sentence, **about)
+    about = {"data": str(shards.folder), "data_digest": shards.digest}
+    report, curves = run_prompted(config, queries, prompts, judge_sentence, bench, **about), {}
     print_beside(report["rows"], list(prompts))
-    if plot:
-        curves = {}
-        for kind, members in groups_of(report["examples"]).items():
-            values = np.array([[e["values"][k]["perplexity"] for e in members] for k in prompts], np.float64)
-            none_N, last_N = values[0], values[-1]
-            name = f"{kind}: {none_N.mean():.3g} to {last_N.mean():.3g}"
-            # A ratio of means is the mean of ratios weighed by what divides: so the bootstrap draws pairs.
-            curves[name] = points_of(enumerate(values / none_N), config.seed, weights=none_N)
-        title = "Perplexity of the answer after k example pairs, as a ratio to no pairs"
-        draw(bench.out / "shots.png", curves, title, "example pairs in the prompt", "ratio", level=1)
-        print(f"wrote {bench.out}/shots.png")
+    for kind, members in groups_of(report["examples"]).items():
+        values = np.array([[e["values"][k]["perplexity"] for e in members] for k in prompts], np.float64)
+        none_N, last_N = values[0], values[-1]
+        # A ratio of means is the mean of ratios weighed by what divides: so the bootstrap draws pairs.
+        points = points_of(enumerate(values / none_N), config.seed, weights=none_N)
+        curves[f"{kind}: {none_N.mean():.3g} to {last_N.mean():.3g}"] = points
+    title = "Perplexity of the answer after k example pairs, as a ratio to no pairs"
+    bench.plot("shots.png", curves, title, "example pairs in the prompt", "ratio", level=1)
 
 
 def judge_sentence(answer_HWC, truth_HWC, pictures_THWC, kind) -> dict:
@@ -623,8 +620,7 @@ def squared_error(answer_HWC, truth_HWC, *_) -> dict:
 
 
 def heldout_demo(config: Shots, tokenizer) -> Path:
-    """Composes `config.sentences` sentences of every task of pairs, or finds those that an earlier call
-    made."""
+    """Composes `config.sentences` sentences of every task of pairs, once."""
     folder = REPORTS / f"heldout-{vqgan.fingerprint(tokenizer)}-{config.sentences}-{config.seed}"
     if folder.exists():
         return folder
@@ -1070,7 +1066,6 @@ def reconstruction(config: Reconstruction):
                 value[name] = float(distance)
         return [value | {"codes": codes_S.tolist()} for value, codes_S in zip(values, codes_BS)]
 
-    plot = can_draw("psnr.png")
     examples = bench.measured([str(path) for path in paths], measure, [inputs_of(path) for path in paths])
     codes = np.concatenate([e.pop("codes") for e in examples])
     counts_K = np.bincount(codes, minlength=tokenizer.config.num_embeddings)
@@ -1081,13 +1076,12 @@ def reconstruction(config: Reconstruction):
     most = min(len(paths), 32)
     batches = [range(n, min(n + config.batch, most)) for n in range(0, most, config.batch)]
     shown_2BHWC = np.concatenate([rebuild(at)[1] for at in batches]).swapaxes(0, 1)
-    shown = images.sheet(vqgan.reconstruction_rows(*shown_2BHWC), captions=False)
-    write_whole(bench.out / "reconstruction.png", images.encode_image(shown, "reconstruction.png"))
-    if plot:
-        values = {Path(e["path"]).relative_to(config.data).as_posix(): e["psnr"] for e in examples}
-        mean, title = report["mean"]["psnr"], "PSNR of each picture"
-        draw_ranks(bench.out / "psnr.png", values, title, mean, "PSNR in dB")
-    print(f"wrote {bench.out}/reconstruction.json, reconstruction.png{' and psnr.png' * plot}")
+    vqgan.write_sheet(vqgan.reconstruction_rows(*shown_2BHWC), bench.out / "reconstruction.png")
+    print(f"wrote {bench.out}/reconstruction.png")
+    values = {Path(e["path"]).relative_to(config.data).as_posix(): e["psnr"] for e in examples}
+    mean, title = report["mean"]["psnr"], "PSNR of each picture"
+    how = {"styles": ["o"], "level": mean["mean"]}
+    bench.plot("psnr.png", ranked(values, mean), title, "rank", "PSNR in dB", **how)
 
 
 # -------------------- two sets of pictures
@@ -1169,7 +1163,7 @@ def fid(config: Fid):
     about = {"definition": definition, "weights_sha256": digest, "pictures": counts}
     bench = open_bench(config, config.network, **about, size=size, generated=generated)
     bench, network = bench._replace(tokenizer=bench.place(tokenizer)), bench.place(load(config.weights))
-    extract, plot = jax.jit(lambda network, pixels_BHWC: network.pooled(pixels_BHWC)), can_draw("fid.png")
+    extract = jax.jit(lambda network, pixels_BHWC: network.pooled(pixels_BHWC))
 
     def measure(side, at):
         pixels_BHWC = np.stack([images.read_image(paths[side][n], size, "crop") for n in at])
@@ -1198,15 +1192,13 @@ def fid(config: Fid):
     print_table(["distance", "definition", "pictures", "value", "95% interval"], body)
     examples = {side: [str(path) for path in paths[side]] for side in paths}
     bench.write(distances=distances, examples=examples)
-    if plot:
-        shares = {}
-        for side, x_ND in (("generated", b_ND), ("data", a_ND)):
-            far_N = np.sort(np.linalg.norm(x_ND - a_ND.mean(0), axis=1))
-            shares[side] = [{"x": x, "mean": n / len(far_N)} for n, x in enumerate(far_N)]
-        title = "How far the pictures' features lie from the mean of the data"
-        draw(bench.out / "fid.png", {"": shares}, title, "distance", "share of nearer pictures", ["-", "-"])
-    files = f"fid.json{', fid.png' * plot} and the features"
-    print(f"wrote {bench.out}/{files}; never compare figures of different definitions")
+    print("never compare figures of different definitions; features are in", bench.out)
+    shares = {}
+    for side, x_ND in (("generated", b_ND), ("data", a_ND)):
+        far_N = np.sort(np.linalg.norm(x_ND - a_ND.mean(0), axis=1))
+        shares[side] = [{"x": x, "mean": n / len(far_N)} for n, x in enumerate(far_N)]
+    title = "How far the pictures' features lie from the mean of the data"
+    bench.plot("fid.png", {"": shares}, title, "distance", "share of nearer pictures", styles=["-", "-"])
 
 
 def read_features(file, definition, D: int) -> np.ndarray:
@@ -1261,7 +1253,6 @@ class Scaling(Shared):
 
 def scaling(config: Scaling):
     context, steps = check_ladder(config)
-    plot = can_draw("loss.png", "tasks.png")
     data, heldout = train_ladder(config, context, steps)
     bench, parameters, examples = measure_ladder(config, heldout)
     rows = summarise(examples, config.seed)
@@ -1272,12 +1263,10 @@ def scaling(config: Scaling):
     law = "{:.3f} + {:.3g} / N^{:.3f}".format(*(fit[name]["value"] for name in ("E", "A", "a")))
     few = "; three sizes fix three parameters: this is no test of the law" * (len(parameters) == 3)
     print(f"loss = {law}, largest residual {fit['residual']:.2g} nats{few}")
-    if plot:
-        draw_ladder(config, parameters, loss_NM, rows, fit, law)
     seen = {"steps": steps, "tokens": steps * config.batch * context, "heldout": str(heldout)}
     bench.about.update(seen, data=list(map(str, data)), sizes=parameters)
     bench.write(fit=fit, rows=rows, examples=examples)
-    print(f"wrote {config.out}/scaling.json{', loss.png and tasks.png' * plot}")
+    draw_ladder(bench, parameters, loss_NM, rows, fit, law)
 
 
 def check_ladder(config: Scaling) -> tuple[int, int]:
@@ -1380,17 +1369,17 @@ def fit_ladder(parameters, loss_NM, seed) -> dict:
     return fit
 
 
-def draw_ladder(config: Scaling, parameters, loss_NM, rows, fit, law):
+def draw_ladder(bench, parameters, loss_NM, rows, fit, law):
     ticks = {n: f"{size}\n{n / 1e6:.3g} M" for size, n in parameters.items()}
     E, A, a = (fit[name]["value"] for name in ("E", "A", "a"))
     curves = {law: [{"x": n, "mean": E + A * n**-a} for n in np.geomspace(min(ticks), max(ticks), 100)]}
-    curves["held-out loss"] = points_of(zip(ticks, loss_NM.T), config.seed)
-    title, where = "Held-out loss against size", {"x_label": "parameters", "ticks": ticks}
-    draw(config.out / "loss.png", {"": curves}, title, y_label="nats a code", styles=["--", "o"], **where)
+    curves["held-out loss"] = points_of(zip(ticks, loss_NM.T), bench.about["seed"])
+    how = {"x_label": "parameters", "ticks": ticks}
+    bench.plot("loss.png", {"": curves}, "Held-out loss", y_label="nats a code", styles=["--", "o"], **how)
     tasks = defaultdict(list)
     for row in rows:
         tasks[row["kind"]].append({"x": parameters[row["line"]]} | row["measures"]["perplexity"])
-    draw(config.out / "tasks.png", tasks, "Perplexity of the last picture against size", log=True, **where)
+    bench.plot("tasks.png", tasks, "Perplexity of the last picture", log=True, **how)
 
 
 # -------------------- what is reported
@@ -1492,15 +1481,12 @@ def print_table(head, rows):
 # -------------------- plots
 
 
-def can_draw(*names) -> bool:
+def can_draw() -> bool:
     """Whether matplotlib is installed; if not, one line says, before any work, what will be missing."""
-    try:
-        import matplotlib.figure  # noqa: F401 (optional: only plots need it)
-    except ImportError:
-        missing = f"{' and '.join(names)} will not be drawn, tables and JSON are the same"
-        print(f"matplotlib is not installed: {missing}; to have it, type: pip install matplotlib")
-        return False
-    return True
+    there = bool(importlib.util.find_spec("matplotlib"))
+    if not there:
+        print("no plot will be drawn, tables and JSON are the same; to have it: pip install matplotlib")
+    return there
 
 
 def points_of(values, seed, weights=None) -> list[dict]:
@@ -1548,13 +1534,13 @@ def draw(
     return figure
 
 
-def draw_ranks(path, values: dict[str, float], title, mean, y_label="perplexity", log=False):
-    """A dot for each name's finite value, from the smallest to the largest; a line at the mean."""
+def ranked(values: dict[str, float], mean) -> dict[str, list[dict]]:
+    """A panel for `draw`: each finite value, from the smallest to the largest, the outermost named in its
+    title."""
     finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
     names = sorted(finite, key=finite.get)
-    points = [{"x": n, "mean": finite[name]} for n, name in enumerate(names, 1)]
     about = f"{names[0]} to {names[-1]}; line: mean {show(mean)}" if names else "no value"
-    return draw(path, {about: points}, title, "rank", y_label, styles=["o"], log=log, level=mean["mean"])
+    return {about: [{"x": n, "mean": finite[name]} for n, name in enumerate(names, 1)]}
 
 
 KINDS = (

@@ -252,7 +252,7 @@ def changed_by_bfloat16(model, paths, batch=16):
 
 def curves(config: Curves):
     logs = {run.name: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in config.runs}
-    drawn = evaluate.can_draw(config.out.name)
+    drawn = evaluate.can_draw()
     if drawn:
         from matplotlib.figure import Figure
 
@@ -262,11 +262,8 @@ def curves(config: Curves):
             axes, ("pixel", "perplexity"), ("pixel error of training batches", "perplexity of the codebook")
         ):
             for name, log in logs.items():
-                ax.plot(
-                    *zip(*smooth([(line["step"], line[what]) for line in log], config.window)),
-                    linewidth=2,
-                    label=name,
-                )
+                points = smooth([(line["step"], line[what]) for line in log], config.window)
+                ax.plot(*zip(*points), linewidth=2, label=name)
             ax.set(title=title, xlabel="step", yscale="log")
         axes[0].legend(frameon=False)
         figure.savefig(config.out)

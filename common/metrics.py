@@ -196,8 +196,8 @@ def frechet_with_influences(a_ND, b_ND) -> tuple[float, np.ndarray, np.ndarray]:
     products_D, directions_DD = linalg.eigh(root_DD @ b_DD @ root_DD)
     overlap_D = np.sqrt(np.maximum(products_D, 0))
     value = float(np.square(mean_D).sum() + np.trace(a_DD) + np.trace(b_DD) - 2 * overlap_D.sum())
-    # The transport map of a onto b is A^-1/2 (A^1/2 B A^1/2)^1/2 A^-1/2, that of b onto a its inverse; where a set
-    # does not vary there is nothing to move.
+    # The transport map of a onto b is A^-1/2 (A^1/2 B A^1/2)^1/2 A^-1/2, that of b onto a its inverse; where
+    # a set does not vary there is nothing to move.
     inverse = lambda x_D: np.divide(1, x_D, out=np.zeros_like(x_D), where=x_D > 1e-10 * x_D.max(initial=0))
     white_ND = a_ND @ ((vectors_DD * np.sqrt(inverse(values_D))) @ vectors_DD.T @ directions_DD)
     moved_ND = b_ND @ root_DD @ directions_DD

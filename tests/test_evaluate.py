@@ -513,37 +513,19 @@ def test_identical_and_small_pictures_have_null_and_a_reason_in_strict_json(
     strict = lambda file: json.loads(
         Path(file).read_text(), parse_constant=lambda name: pytest.fail(f"{file} holds {name}")
     )
-    assert (
-        command(
-            monkeypatch,
-            "reconstruction",
-            "--data",
-            "photos",
-            "--tokenizer",
-            "black",
-            "--out",
-            "out",
-            "--batch",
-            2,
-        )
-        == 0
-    )
+    flags = ("--data", "photos", "--tokenizer", "black", "--out", "out", "--batch", 2)
+    assert command(monkeypatch, "reconstruction", *flags) == 0
     vqgan.reconstruct((Path("photos"),), Path("black"))
     for report in strict("out/reconstruction.json"), strict("reconstruction.json"):
         values = {Path(e["path"]).stem: e for e in report["examples"]}
-        assert (
-            values["black-1"]["psnr"] is None
-            and "psnr: the pictures are identical" in values["black-1"]["reason"]
-        )
-        assert values["grey"]["psnr"] == pytest.approx(-20 * math.log10(128 / 255)) and values["white"][
-            "psnr"
-        ] == pytest.approx(0, abs=1e-9)
+        black = values["black-1"]
+        assert black["psnr"] is None and "psnr: the pictures are identical" in black["reason"]
+        assert values["grey"]["psnr"] == pytest.approx(-20 * math.log10(128 / 255))
+        assert values["white"]["psnr"] == pytest.approx(0, abs=1e-9)
         assert all(e["ssim"] is None and "11 pixels" in e["reason"] for e in values.values())
-        assert (
-            report["mean"]["psnr"]["mean"] == pytest.approx(-10 * math.log10(128 / 255))
-            and report["mean"]["psnr"]["left_out"] == 2
-        )
-        assert report["mean"]["ssim"]["mean"] is None and report["mean"]["ssim"]["reason"]
+        psnr, ssim = (report["mean"][name] for name in ("psnr", "ssim"))
+        assert psnr["mean"] == pytest.approx(-10 * math.log10(128 / 255)) and psnr["left_out"] == 2
+        assert ssim["mean"] is None and ssim["reason"]
     assert "2 without a value left out" in capsys.readouterr().out
     with pytest.raises(UserError, match="11 pixels"):
         vqgan.ssim(np.zeros((1, 10, 20, 3)), np.zeros((1, 10, 20, 3)))
@@ -569,13 +551,13 @@ def test_plots_show_what_was_measured(tmp_path):
     pytest.importorskip("matplotlib", reason=WANTED)
     decibels = {"b.png": 30.0, "a.png": 20.0, "$c$.png": 25.0}
     mean = metrics.bootstrap(list(decibels.values()), 0)
-    (ax,) = evaluate.draw_ranks(tmp_path / "psnr.png", decibels, "PSNR", mean).axes
+    (ax,) = evaluate.draw(tmp_path / "psnr.png", evaluate.ranked(decibels, mean), "PSNR", "rank", styles=["o"], level=mean["mean"]).axes
     dots = ax.lines[0]
     assert ax.get_yscale() == "linear" and list(dots.get_ydata()) == [20, 25, 30]
     assert dots.get_linestyle() == "None"  # three examples are no curve
     assert ax.get_title() == "a.png to b.png; line: mean 25 (20 - 30)" and list(ax.lines[-1].get_ydata()) == [25, 25]
     values = {"a": 2.0, "b": None, "c": np.inf}  # what has no value, or an infinite one, is no dot
-    (ax,) = evaluate.draw_ranks(tmp_path / "a.png", values, "title", {"mean": None, "low": None}, log=True).axes
+    (ax,) = evaluate.draw(tmp_path / "a.png", evaluate.ranked(values, {"mean": None, "low": None}), "title", "x", log=True).axes
     assert list(ax.lines[0].get_ydata()) == [2.0]
 
     points = [{"x": k, "mean": 1 - k / 10, "low": 0.8 - k / 10, "high": None if k else 1.1} for k in range(3)]
