@@ -67,6 +67,7 @@ from common import metrics
 from common.images import (
     UserError,
     count_frames,
+    encode_image,
     find_stems,
     find_videos,
     read_clip,
@@ -74,6 +75,7 @@ from common.images import (
     read_edges,
     read_frames,
     read_integers,
+    sheet,
 )
 from common.runs import Record, RunStopped, check_numbers, code_digest, run_command
 from common.weights import check_fields, parse_json, read_npz, read_text, read_xml, strict_json, write_whole
@@ -396,7 +398,7 @@ def run_prompted(
                         ),
                     ]
                 )
-        examples = sample.sheet(rows, columns=max(map(len, rows)))
+        examples = sheet(rows)
         write_picture(out / "examples.webp", lambda file: examples.save(file, "WEBP", quality=90))
         print(f"wrote {out}/examples.webp")
     return out, report
@@ -1127,10 +1129,8 @@ def reconstruction(config: Reconstruction):
     print("\n".join(vqgan.describe(report)))
     write_report(out, "reconstruction", about | report)
     shown = [rebuild(range(n, min(n + batch, len(paths), 32))) for n in range(0, min(len(paths), 32), batch)]
-    vqgan.save_rows(
-        vqgan.reconstruction_rows(*(np.concatenate(part) for part in list(zip(*shown))[::2])),
-        out / "reconstruction.png",
-    )
+    rows = vqgan.reconstruction_rows(*(np.concatenate(part) for part in list(zip(*shown))[::2]))
+    write_whole(out / "reconstruction.png", encode_image(sheet(rows, captions=False), "reconstruction.png"))
     decibels = {
         Path(e["path"]).relative_to(config.data).as_posix(): e["psnr"]
         for e in report["examples"]

@@ -49,9 +49,9 @@ import lvm
 import tokenize_data
 import vqgan
 from common import runs
-from common.images import UserError
+from common.images import UserError, encode_image, sheet
 from common.runs import leads, side_work, warn
-from common.weights import read_json
+from common.weights import read_json, write_whole
 from flash_attention import zigzag
 
 AXES = ("data", "fsdp", "tensor", "seq")
@@ -66,7 +66,8 @@ class Config:
     size: Literal[tuple(lvm.SIZES)] = "mini"
     """Width and depth of the model; `python lvm.py sizes` prints the table."""
     data: tuple[str, ...] = ()
-    """Dataset folders or LVM's `.jsonl` files, each `DIR` or `DIR:weight`; by default demo sentences."""
+    """Dataset folders or LVM's `.jsonl` files (also .jsonl.gz, .jsonl.zst), which are imported once into the
+    run folder, each `DIR` or `DIR:weight`; by default demo sentences."""
     packing: Literal[tokenize_data.PACKINGS] = "sentence"
     """How sentences become rows. sentence: one a row, padded. concat, as published: joined and cut; attention
     crosses sentences, and --context 4097 are LVM's 4096 inputs and targets. segment: as many whole ones as
@@ -200,7 +201,9 @@ class Config:
             raise UserError(
                 f"--moments bfloat16 would round off --b2 {self.b2}: take --b2 0.99 or less, or float32"
             )
-        if self.fields and not any(is_jsonl(tokenize_data.split_weight(text)[0]) for text in self.data):
+        if self.fields and not any(
+            tokenize_data.is_lines(tokenize_data.split_weight(text)[0]) for text in self.data
+        ):
             raise UserError(f"--fields {self.fields!r} is for .jsonl files, and --data names none")
         if self.compile_only != bool(self.topology):
             raise UserError("--compile-only and --topology go together, such as --topology v5p:4x4x8")
@@ -231,10 +234,6 @@ def preset(arguments) -> Config:
 def warmup_of(config: Config) -> int:
     """Steps from 0 to the peak."""
     return min(config.steps // 10, 8_000) if config.warmup is None else config.warmup
-
-
-def is_jsonl(path) -> bool:
-    return Path(path).suffix == ".jsonl"
 
 
 def train(config: Config) -> lvm.LVM:
@@ -272,7 +271,14 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
     memories = [memory.kind for memory in jax.devices()[0].addressable_memories()]
     if config.remat == "offload" and "pinned_host" not in memories:
         raise UserError(f"--remat offload needs pinned host memory, here is {memories}: take --remat full")
-    runs.begin_run(out / "config.json", flags, defaults, MAY_CHANGE, about, noted={"data": facts})
+    runs.begin_run(
+        out / "config.json",
+        flags,
+        defaults,
+        MAY_CHANGE,
+        about,
+        noted={"data": facts, "format": tokenize_data.FORMAT},
+    )
     checkpoints = runs.Checkpoints(out / "checkpoints", config.keep, config.milestone_every)
     first = checkpoints.newest
     batches = on_devices(mesh, read_rows(config, trained, arch, mesh, first), config.batch)
@@ -285,8 +291,7 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
     if leads():
         runs.keep_log_until(log, first)
 
-    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    dtype = jnp.dtype(auto if config.dtype == "auto" else config.dtype)
+    dtype = jnp.dtype(runs.compute_dtype(config.dtype))
     size, device = lvm.parameter_count(arch), jax.devices()[0].device_kind
     say(f"{config.size}: {size:,} parameters, {dtype.name} on {mesh.size} {device}")
     entropy = unigram_entropy(trained)
@@ -434,7 +439,7 @@ def make_train_step(loss_fn, optimizer, accumulate, shardings):
         updates, moments = optimizer.update(grads, state["optimizer"], model)
         new = {"model": optax.apply_updates(model, updates), "optimizer": moments}
         norm = optax.global_norm(grads)
-        new = runs.skip_bad_step(new, state, loss, norm)
+        new = runs.skip_bad_step(new, state, loss, {"loss": loss, "norm": norm})
         counts = {name: new["guard"][name] for name in ("skipped", "in_a_row")}
         targets = jnp.count_nonzero(batch["mask_BT"][:, 1:])  # the first of a row is nobody's target
         return new, {"loss": loss, "grad_norm": norm, **counts, "targets": targets}
@@ -553,7 +558,7 @@ def place(x, sharding):
 
 
 def new_state(model, optimizer):
-    return {"model": model, "optimizer": optimizer.init(model), "guard": runs.new_guard()}
+    return {"model": model, "optimizer": optimizer.init(model), "guard": runs.new_guard(accepted="taken")}
 
 
 def abstract_state(arch, optimizer, mesh):
@@ -671,7 +676,7 @@ class Sentences(NamedTuple):
     """Some sentences of a dataset: its path, all of it, its weight in the mixture, numbers of those meant."""
 
     name: str
-    part: "tokenize_data.Shards"
+    part: tokenize_data.Shards
     weight: float
     chosen_N: np.ndarray
 
@@ -691,10 +696,12 @@ def open_data(config: Config):
                 print(f"composing {count} demo sentences ({split}) in {folder}")
                 tokenize_data.demo(tokenize_data.Demo(folder, count, split=split, tokenizer=config.tokenizer))
     pairs = list(map(tokenize_data.split_weight, data))
-    folders = {path: tokenize_data.open_sentences(path) for path, _ in pairs if not is_jsonl(path)}
+    folders = {
+        path: tokenize_data.open_sentences(path) for path, _ in pairs if not tokenize_data.is_lines(path)
+    }
     codes = next((part.codes for part in folders.values()), lvm.SIZES[config.size].codes)
     arch = arch_for(config, codes)
-    options = (codes, specials_of(arch), config.fields, arch.vocab_size)
+    options = (codes, specials_of(arch), config.fields, arch.vocab_size, demo)
 
     def opened(path, weight=1.0):
         part = folders.get(path) or tokenize_data.open_sentences(path, *options)
@@ -807,7 +814,7 @@ def heldout_kinds(heldout: list[Sentences], arch, rows: int, say=print, most=32)
     names, groups, kinds = [Path(held.name).stem for held in heldout], {}, {}
     names = names if len(set(names)) == len(names) else [held.name for held in heldout]
     for name, (_, part, weight, chosen_N) in zip(names, heldout):
-        kinds_N = getattr(part, "kinds_N", np.zeros(len(part), int))[chosen_N]
+        kinds_N = part.kinds_N[chosen_N]
         for kind in np.unique(kinds_N):
             label = part.kinds[kind] if len(heldout) == 1 else f"{name}/{part.kinds[kind]}"
             share = weight / sum(held.weight for held in heldout) * np.mean(kinds_N == kind)
@@ -820,7 +827,7 @@ def heldout_kinds(heldout: list[Sentences], arch, rows: int, say=print, most=32)
         for n, i in enumerate(members_N[np.linspace(0, len(members_N) - 1, count).astype(int)]):
             ids_T, counts_T = part.row(i, specials_of(arch))
             T = min(len(ids_T), arch.context)
-            ids_NT[n, :T], mask_NT[n, 1:T] = ids_T[:T], 1 if counts_T is None else counts_T[1:T]
+            ids_NT[n, :T], mask_NT[n, 1:T] = ids_T[:T], counts_T[1:T]
         batches = [(ids_NT[n : n + rows], mask_NT[n : n + rows]) for n in range(0, len(ids_NT), rows)]
         kinds[label] = share, count, batches
     return kinds
@@ -856,7 +863,9 @@ def sample_picture(tokenizer_path: Path, model, chosen: list[Sentences], path: P
     answer_BS = jax.jit(lvm.greedy, static_argnums=2)(model, jnp.asarray(prompt_BT), S)
     codes_NS = np.concatenate([codes_BT, answer_BS], axis=1).reshape(-1, S)
     pixels = np.asarray(vqgan.decode(tokenizer, codes_NS))
-    vqgan.save_rows(list(pixels.reshape(len(codes_BT), -1, *pixels.shape[1:])), path)
+    rows = sheet(list(pixels.reshape(len(codes_BT), -1, *pixels.shape[1:])), captions=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, encode_image(rows, path))
 
 
 def whole_model(model):
@@ -888,7 +897,14 @@ def settings_of(out: Path) -> dict:
 
 
 def check_same_data(before: dict, facts: list[dict]):
-    """Raises UserError where a dataset of a run that goes on is not what it was, with the difference."""
+    """Raises UserError where a dataset of a run that goes on is not what it was, with the difference, or
+    where an older program, which read the rows in another order, began it."""
+    if before.get("format") != tokenize_data.FORMAT:
+        raise UserError(
+            f"--out holds a run of format {before.get('format', 'below 3')}, which read the data in another"
+            f" order than this program's {tokenize_data.FORMAT}: start from its weights with --init and"
+            " another --out, or go on in the new order by --accept-new-data"
+        )
     for old, new in zip(before.get("data", []), facts):
         if old["path"] == new["path"] and old != new:
             differ = ", ".join(f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v)

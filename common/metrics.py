@@ -229,13 +229,13 @@ def l2_normalize(x):
 
 
 class Conv(eqx.Module):
-    """A convolution whose weights were read from a file."""
+    """A convolution."""
 
     weight: jax.Array  # [H, W, I, O]; [O, I, H, W] in files
-    bias: jax.Array
+    bias: jax.Array | None
 
     def __call__(self, x_BHWI, stride=1, padding="SAME", groups=1):
-        # Highest precision costs nothing in bfloat16 and gives the same float32 features on every chip.
+        # Highest precision costs nothing in bfloat16 and gives the same float32 numbers on every chip.
         y_BHWO = lax.conv_general_dilated(
             x_BHWI,
             self.weight.astype(x_BHWI.dtype),
@@ -245,7 +245,8 @@ class Conv(eqx.Module):
             feature_group_count=groups,
             precision="highest",
         )
-        return (y_BHWO.astype(jnp.float32) + self.bias).astype(x_BHWI.dtype)
+        # Added in float32, so that the gradient of the bias is the float32 sum over all places.
+        return y_BHWO if self.bias is None else (y_BHWO.astype(jnp.float32) + self.bias).astype(x_BHWI.dtype)
 
 
 def squared_differences(network, a_BHWC, b_BHWC) -> list[jax.Array]:

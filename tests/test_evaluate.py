@@ -467,7 +467,7 @@ def test_reconstruction_reports_every_measure_with_its_interval_and_every_pictur
     for name in ("psnr", "ssim"):
         mean = report["mean"][name]
         assert min(e[name] for e in report["examples"]) <= mean["low"] < mean["mean"] < mean["high"] <= max(e[name] for e in report["examples"])
-    assert Image.open("out/reconstruction.png").size == (5 * 16, 3 * 16)
+    assert Image.open("out/reconstruction.png").size == (6 + 5 * 138, 6 + 3 * 138)
     assert "95% interval" in capsys.readouterr().out
     assert command(monkeypatch, "reconstruction", "--data", "photos", "--lpips-vgg", "vgg.pth") == 2
     assert command(monkeypatch, "reconstruction", "--data", "nowhere") == 2

@@ -396,7 +396,7 @@ def tokens_as_jsonl(files):
     lines = st.lists(
         st.binary(max_size=40)
         | JSON.map(lambda value: json.dumps(value).encode())
-        | damaged(b'{"tokens": "AAAAAAEAAAACAAAA"}')
+        | damaged(b'{"tokens": "AAAAAAEAAAACAAAA", "context": "AQAAAA=="}')
         | st.dictionaries(st.sampled_from(["tokens", "context"]), JSON, max_size=2).map(
             lambda value: json.dumps(value).encode()
         ),
@@ -404,9 +404,11 @@ def tokens_as_jsonl(files):
     )
 
     def read(new):
-        sentences = tokenize_data.Jsonl(files.write("dataset.jsonl", new), 16, (16, 17, 18), max_rejected=1.0)
-        for i in range(len(sentences)):
-            sentences.row(i, (16, 17, 18))
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            file = files.write("dataset.jsonl", new)
+            sentences = tokenize_data.open_sentences(file, 16, fields="[{context}],{tokens}", beside=folder)
+            for i in range(len(sentences)):
+                sentences.row(i, (16, 17, 18))
 
     return lines.map(b"\n".join), read
 
@@ -439,8 +441,8 @@ def pictures_as_npy(files):
     content = npy(np.zeros((2, 8, 8, 3), np.uint8))
 
     def read(new):
-        read_picture, count = vqgan.open_pictures(files.write("pictures.npy", new), 8)
-        read_picture(count - 1, (0, 0, 0))
+        pictures = vqgan.Pictures(files.write("pictures.npy", new), 8, 1.0, files.root / "rejected.jsonl", 0)
+        pictures.read(len(pictures.pictures) - 1, (0, 0, 0))
 
     return arrays(content), read
 
