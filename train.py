@@ -194,13 +194,9 @@ class Config:
         if (warmup := warmup_of(self)) >= self.steps:
             raise UserError(f"--warmup {warmup} must be less than --steps {self.steps}")
         if self.schedule == "wsd" and warmup + self.decay_fraction * self.steps > self.steps:
-            raise UserError(
-                f"--warmup {warmup} and --decay-fraction {self.decay_fraction} overlap: lower one"
-            )
+            raise UserError(f"--warmup {warmup} and --decay-fraction {self.decay_fraction} overlap")
         if self.moments == "bfloat16" and self.optimizer != "palm" and self.b2 > 0.99:
-            raise UserError(
-                f"--moments bfloat16 would round off --b2 {self.b2}: take --b2 0.99 or less, or float32"
-            )
+            raise UserError(f"--moments bfloat16 would round off --b2 {self.b2}: take --b2 0.99 or less")
         if self.fields and not any(
             tokenize_data.is_lines(tokenize_data.split_weight(text)[0]) for text in self.data
         ):
@@ -271,14 +267,8 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
     memories = [memory.kind for memory in jax.devices()[0].addressable_memories()]
     if config.remat == "offload" and "pinned_host" not in memories:
         raise UserError(f"--remat offload needs pinned host memory, here is {memories}: take --remat full")
-    runs.begin_run(
-        out / "config.json",
-        flags,
-        defaults,
-        MAY_CHANGE,
-        about,
-        noted={"data": facts, "format": tokenize_data.FORMAT},
-    )
+    noted = {"data": facts, "format": tokenize_data.FORMAT}
+    runs.begin_run(out / "config.json", flags, defaults, MAY_CHANGE, about, noted)
     checkpoints = runs.Checkpoints(out / "checkpoints", config.keep, config.milestone_every)
     first = checkpoints.newest
     batches = on_devices(mesh, read_rows(config, trained, arch, mesh, first), config.batch)
@@ -357,7 +347,9 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
                     checkpoints.save(step, state)
             if evaluating:
                 with meter.clock("evaluate"):
-                    model = whole_model(state["model"])
+                    model = state["model"]
+                    if jax.process_count() > 1:
+                        model = multihost_utils.process_allgather(model, tiled=True)
                     with side_work("the sample picture"):
                         if leads():
                             sample_picture(config.tokenizer, model, heldout or trained, picture(step))
@@ -577,16 +569,11 @@ def bytes_a_weight(config: Config) -> int:
 
 def parse_mesh(text: str) -> list[int] | None:
     """The sizes along AXES, or None for auto."""
-    if text == "auto":
-        return None
-    sizes = (
-        [int(n) for n in text.split(",")]
-        if re.fullmatch(r"(-1|\d{1,9})(,(-1|\d{1,9})){3}", text, re.A)
-        else []
-    )
-    if sizes.count(-1) > 1 or 0 in sizes or not sizes:
+    sizes = [int(n) for n in re.findall(r"-?[0-9]{1,9}", text)]
+    fits = len(sizes) == len(AXES) and sizes.count(-1) < 2 and min(sizes) >= -1 and 0 not in sizes
+    if text != "auto" and not (fits and text == ",".join(map(str, sizes))):
         raise UserError(f"--mesh {text}: wanted auto or four numbers {','.join(AXES)}, such as 1,-1,1,1")
-    return sizes
+    return sizes or None
 
 
 def make_mesh(asked, arch, batch, accumulate=1, bytes_a_weight=16, devices=None, memory=None):
@@ -866,11 +853,6 @@ def sample_picture(tokenizer_path: Path, model, chosen: list[Sentences], path: P
     rows = sheet(list(pixels.reshape(len(codes_BT), -1, *pixels.shape[1:])), captions=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, encode_image(rows, path))
-
-
-def whole_model(model):
-    """The whole model where one process uses it alone."""
-    return multihost_utils.process_allgather(model, tiled=True) if jax.process_count() > 1 else model
 
 
 # --------------------------------------------------------------------------- the run and its numbers
