@@ -52,7 +52,8 @@ MOST_HOLES = 1 << 30  # bytes of a sparse file; decoders would look through its 
 # What looks like a picture or a video and is not read: suffix -> what to do about it.
 OTHERS = {
     "not a format that is read; save it as PNG, TIFF or JPEG": (
-        ".psd .psb .xcf .jp2 .j2k .jxl .jxr .tga .exr .hdr .pfm .ppm .pgm .pbm .pnm .svg .eps .ico .dds .pcx .fits"
+        ".psd .psb .xcf .jp2 .j2k .jxl .jxr .tga .exr .hdr .pfm .ppm .pgm .pbm .pnm .svg .eps .ico .dds .pcx "
+        ".fits"
     ),
     "a camera's raw data; develop it to TIFF or JPEG": (
         ".raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw"
@@ -67,7 +68,7 @@ OTHER_VIDEOS = dict.fromkeys(
 )
 
 
-# ------------------------------------------------------------------------------------------ finding files
+# ---------------------------------------- finding files
 
 
 def natural(path):
@@ -81,43 +82,41 @@ def find_files(folder: Path, suffixes, others: dict[str, str], text="", rejectio
     """Files below a folder that end in one of `suffixes` and whose path below it holds `text`, in natural
     order.
 
-    Links are followed, after real folders, and each folder is read once, so that loops end and no file comes
-    twice. What begins with a dot is skipped. `rejections` gets {"path", "reason"} of what is left out (see
-    `reject`): files of the suffixes `others`, links that lead nowhere or back, what is no regular file,
-    folders that cannot be read."""
+    Links are followed, after real folders, and each folder is read once; what begins with a dot is skipped.
+    Left out and reported to `reject` are files of the suffixes `others` (suffix -> reason), links that lead
+    nowhere or back, what is no regular file, and folders that cannot be read."""
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder")
-    found, files, left_out, folders, links, seen = [], [], [], [Path(folder)], [], set()
-    while folders or links:
-        here = folders.pop() if folders else links.pop(0)
-        if (real := os.path.realpath(here)) in seen:
-            left_out.append((here, f"a link to {real}, which is read already"))
-            continue
-        seen.add(real)
-        try:
-            entries = list(os.scandir(here))
-        except OSError as error:
-            if here == Path(folder):
-                raise UserError(f"{folder}: {error.strerror}") from None
-            left_out.append((here, error.strerror))
-            continue
-        for entry in entries:
-            path, linked = here / entry.name, entry.is_symlink()
-            if entry.name.startswith("."):
+    files, found, left_out, roots, seen = [], [], [], [Path(folder)], set()
+
+    def unreadable(error):
+        if Path(error.filename) == Path(folder):
+            raise UserError(f"{folder}: {error.strerror}")
+        left_out.append((error.filename, error.strerror))
+
+    while roots:
+        for here, folders, names in os.walk(roots.pop(0), onerror=unreadable):
+            if (real := os.path.realpath(here)) in seen:
+                left_out.append((here, f"a link to {real}, which is read already"))
+                folders.clear()
                 continue
-            if os.path.isdir(path) if linked else entry.is_dir():
-                (links if linked else folders).append(path)
-            elif path.suffix.lower() in {*suffixes, *others} and text in path.relative_to(folder).as_posix():
-                files.append((path, os.path.isfile(path) if linked else entry.is_file()))
-        links.sort(key=natural)
-    for path, regular in sorted(files, key=lambda file: natural(file[0])):
-        if regular and path.suffix.lower() in suffixes:
+            seen.add(real)
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            roots += [Path(here, name) for name in folders if os.path.islink(Path(here, name))]
+            files += [Path(here, name) for name in names if not name.startswith(".")]
+        roots.sort(key=natural)
+    looked_for = {*suffixes, *others}
+    files = [path for path in files if path.suffix.lower() in looked_for]
+    for path in sorted(files, key=natural):
+        if text not in path.relative_to(folder).as_posix():
+            continue
+        if not os.path.isfile(path):
+            missing = "not a regular file" if os.path.exists(path) else "a link that leads nowhere"
+            left_out.append((path, missing))
+        elif path.suffix.lower() in suffixes:
             found.append(path)
-        elif regular:
-            left_out.append((path, others[path.suffix.lower()]))
         else:
-            exists = os.path.exists(path)
-            left_out.append((path, "not a regular file" if exists else "a link that leads nowhere"))
+            left_out.append((path, others[path.suffix.lower()]))
     reject(folder, left_out, rejections)
     return found
 
@@ -164,13 +163,12 @@ def find_stems(folder: Path, text: str, rejections: list | None = None) -> dict[
 
 def find_videos(folder: Path, text: str = "", rejections: list | None = None) -> list[Path]:
     """The videos and animations below a folder; see `find_files`."""
-    found = find_files(folder, VIDEOS | {".png", ".webp"}, OTHER_VIDEOS, text, rejections)
-    files, still = [], "a picture that does not move; the kind `frames` reads folders of them"
-    for path in found:
-        if path.suffix.lower() in VIDEOS or moves(path):
-            files.append(path)
-        elif rejections is not None:
-            reject(folder, [(path, still)], rejections)
+    files, stills = [], []
+    for path in find_files(folder, VIDEOS | {".png", ".webp"}, OTHER_VIDEOS, text, rejections):
+        (files if path.suffix.lower() in VIDEOS or moves(path) else stills).append(path)
+    why = "a picture that does not move; the kind `frames` reads folders of them"
+    if rejections is not None:
+        reject(folder, [(path, why) for path in stills], rejections)
     if not files:
         raise none_below(folder, "videos", VIDEOS, text)
     return files
@@ -215,7 +213,7 @@ def find_tracks(folder: Path, text: str, modalities: tuple[str, ...], rejections
     return tracks
 
 
-# ------------------------------------------------------------------------------------------ opening files
+# ---------------------------------------- opening files
 
 
 @contextlib.contextmanager
@@ -297,7 +295,7 @@ def check_size(width, height):
         raise UserError(f"{width}x{height} pixels are over the limit of {MAX_PIXELS:,}")
 
 
-# ------------------------------------------------------------------------------------------ pictures
+# ---------------------------------------- pictures
 
 # EXIF's Orientation as the signs (a, b, c, d) of a display matrix: x' = a x + c y, y' = b x + d y.
 ORIENTATIONS = {
@@ -329,11 +327,11 @@ def read_image(path, size: int, fit: Literal["stretch", "crop"] = "stretch", box
     """One picture file -> float32 [size, size, 3] in [0, 1].
 
     `stretch` resizes by bicubic without keeping the aspect ratio, as LVM does; `crop` cuts a square. `box` =
-    (x, y, side) is the part to show: side as a share of the largest, x and y the shares of what is left over
-    that lie left of it and above it; by default (0.5, 0.5, 1), the largest in the middle. EXIF rotation is
-    applied, transparency is laid over white, of a file of several pictures the first is taken. Greys of 16
-    and 32 bits are scaled by 65535, floats must lie in [0, 1]. Raises UserError, naming the file, for what is
-    missing, no picture of FORMATS, damaged, over 64 Mpx, or holds NaN, infinity or more than full scale."""
+    (x, y, side) is the part to show: side as a share of the largest, x and y the shares of the rest that lie
+    left of it and above it; by default (0.5, 0.5, 1). EXIF rotation is applied, transparency is laid over
+    white, of several pictures the first is taken. Greys of 16 and 32 bits are scaled by 65535, floats must
+    lie in [0, 1]. Raises UserError, naming the file, for what is missing, no picture of FORMATS, damaged,
+    over 64 Mpx, not finite or over full scale."""
     with open_image(path) as image:
         image = next(frames_of_gif(image, [0])) if image.format == "GIF" else image
         return to_pixels(image, size, fit, box)
@@ -428,20 +426,16 @@ def read_half(path) -> np.ndarray:
     bits_HW = read_integers(path)
     if bits_HW.min(initial=0) < 0 or bits_HW.max(initial=0) > 65535:
         raise UserError(f"{path}: values of more than 16 bits are no float16")
-    depth_HW, wrong = bits_HW.astype(np.uint16).view(np.float16).astype(np.float32), None
-    if (depth_HW < 0).any():
-        wrong = "are negative"
-    depth_HW = np.where(np.isfinite(depth_HW), depth_HW, 0)
-    if not wrong and (depth_HW > 0).any():
-        low, middle, high = np.quantile(depth_HW[depth_HW > 0], (0.05, 0.5, 0.95))
-        if middle < 1 / 16 or high > 1024 * low:
-            wrong = f"lie around {middle:.2g}, from {low:.2g} to {high:.2g}"
-    if wrong:
+    depth_HW = bits_HW.astype(np.uint16).view(np.float16).astype(np.float32)
+    known_HW = np.where(np.isfinite(depth_HW), depth_HW, 0)
+    some = known_HW[known_HW != 0] if known_HW.any() else np.ones(1)
+    low, middle, high = np.quantile(some, (0.05, 0.5, 0.95))
+    if (depth_HW < 0).any() or middle < 1 / 16 or high > 1024 * low:
         raise UserError(
-            f"{path}: as float16 (--half-floats) its depths {wrong}: it holds ordinary integers; "
-            f"type --half-floats without a name"
+            f"{path}: as float16 (--half-floats) its depths lie around {middle:.2g}, from {low:.2g} to "
+            f"{high:.2g}: it holds ordinary integers; type --half-floats without a name"
         )
-    return depth_HW
+    return known_HW
 
 
 def read_depth(path, size) -> np.ndarray:
@@ -465,10 +459,9 @@ def read_depth(path, size) -> np.ndarray:
 
 
 def read_edges(path) -> np.ndarray:
-    """A picture of white lines on black -> bool [H, W], True where it is brighter than half of its full scale
-    (1 of 1 bit, 255 of 8 bits, 65535 of more, 1.0 of floats; colours by their luminance). Raises UserError
-    for values outside of the scale, for transparency, and where something is drawn but nothing is brighter
-    than half."""
+    """A picture of white lines on black -> bool [H, W], True over half of full scale (1 of 1 bit, 255 of 8
+    bits, 65535 of more, 1.0 of floats; colours by their luminance). Raises UserError for values outside of
+    the scale, transparency, and where something is drawn but nothing is over half."""
     with open_image(path) as image:
         grey = image.mode.startswith("I") or image.mode == "F"
         opaque = not image.has_transparency_data
@@ -480,7 +473,8 @@ def read_edges(path) -> np.ndarray:
         grey_HW = upright(image, np.asarray(shown if grey else shown.convert("L")) / (1 if grey else 255))
         if 0 < grey_HW.max() <= 0.5:
             raise UserError(
-                f"its brightest pixel is {grey_HW.max():.3g} of full scale; edges are those over 0.5: draw them white"
+                f"its brightest pixel is {grey_HW.max():.3g} of full scale, and edges are those over 0.5; "
+                "draw them white"
             )
         return grey_HW > 0.5
 
@@ -495,7 +489,7 @@ def shown_size(path) -> tuple[int, int]:
         return upright(image, np.broadcast_to(0, image.size[::-1])).shape[::-1]
 
 
-# ------------------------------------------------------------------------------------------ clips
+# ---------------------------------------- clips
 
 
 def count_frames(path) -> int:
@@ -585,7 +579,7 @@ def frames_of_gif(image: Image.Image, wanted):
             drawn_HW = before_HW
 
 
-# ------------------------------------------------------------------------------------------ videos
+# ---------------------------------------- videos
 
 HEIF_BRANDS = b"avif avis heic heix heim heis hevc hevx mif1 msf1".split()
 ONE_FRAME_A_PACKET = {"h264", "hevc", "av1", "libdav1d", "vp9", "mjpeg", "prores"}
@@ -610,8 +604,7 @@ class Index(NamedTuple):
     """The packets of a video's moving stream, in the order in which they are decoded.
 
     `exact`: frame n is surely the n-th of the shown packets by time, so that it can be sought. `seek_N`: the
-    times by which the container finds packets: in Matroska those of showing them, else those of decoding
-    them."""
+    times by which the container finds packets: of showing them in Matroska, else of decoding them."""
 
     stream: int
     shown: int  # packets whose frames are shown: an edit list hides some
@@ -635,21 +628,23 @@ def _read_index(path, size, changed) -> Index:
         streams = [stream for stream in container.streams.video if not stream.disposition & covers]
         if not streams:
             raise UserError("no moving picture in it")
-        packets = {stream.index: [] for stream in streams}
-        for packet in container.demux(*streams):
-            if packet.size:
-                about = packet.pts, packet.dts, packet.is_keyframe, packet.is_discard
-                packets[packet.stream_index].append(about)
-        shown = {index: sum(not hidden for *_, hidden in found) for index, found in packets.items()}
-        number = max(shown, key=shown.get)  # a cover can be a video of one frame, and come first
+        packets = [
+            (packet.stream_index, packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
+            for packet in container.demux(*streams)
+            if packet.size
+        ]
+        shown = collections.Counter(number for number, *_, hidden in packets if not hidden)
+        # A cover can be a video of one frame, and come first.
+        number = max((stream.index for stream in streams), key=lambda index: shown[index])
+        packets = [packet[1:] for packet in packets if packet[0] == number]
         if (codec := container.streams[number].codec_context) is None:
             raise UserError("its codec is not one that this FFmpeg decodes; type: ffmpeg -i IN OUT.mp4")
         check_size(codec.width, codec.height)
         by_showing = "matroska" in container.format.name
-        times = [(pts, pts if by_showing else dts) for pts, dts, *_ in packets[number]]
+        times = [(pts, pts if by_showing else dts) for pts, dts, *_ in packets]
         known = bool(times) and not any(time is None for pair in times for time in pair)
         pts_N, seek_N = np.array(times).T if known else np.zeros((2, 0), np.int64)
-        key_N, hidden_N = np.array([packet[2:] for packet in packets[number]], bool).reshape(-1, 2).T
+        key_N, hidden_N = np.array([packet[2:] for packet in packets], bool).reshape(-1, 2).T
         exact = known and codec.name in ONE_FRAME_A_PACKET and key_N[0] and pts_N.min() == pts_N[0]
         exact = bool(exact and len(np.unique(pts_N[~hidden_N])) == shown[number])
         return Index(number, shown[number], exact, pts_N, seek_N, key_N, hidden_N)
@@ -736,7 +731,7 @@ def frame_image(frame: av.VideoFrame) -> Image.Image:
     return image
 
 
-# ------------------------------------------------------------------------------------------ pictures out
+# ---------------------------------------- pictures out
 
 
 def encode_image(image: Image.Image, path, **options) -> bytes:
