@@ -66,7 +66,8 @@ class Config:
     size: Literal[tuple(lvm.SIZES)] = "mini"
     """Width and depth of the model; `python lvm.py sizes` prints the table."""
     data: tuple[str, ...] = ()
-    """Dataset folders or LVM's `.jsonl` files, each `DIR` or `DIR:weight`; by default demo sentences."""
+    """Dataset folders or LVM's `.jsonl` files (also .jsonl.gz, .jsonl.zst), which are imported once into the
+    run folder, each `DIR` or `DIR:weight`; by default demo sentences."""
     packing: Literal[tokenize_data.PACKINGS] = "sentence"
     """How sentences become rows. sentence: one a row, padded. concat, as published: joined and cut; attention
     crosses sentences, and --context 4097 are LVM's 4096 inputs and targets. segment: as many whole ones as
@@ -193,13 +194,9 @@ class Config:
         if (warmup := warmup_of(self)) >= self.steps:
             raise UserError(f"--warmup {warmup} must be less than --steps {self.steps}")
         if self.schedule == "wsd" and warmup + self.decay_fraction * self.steps > self.steps:
-            raise UserError(
-                f"--warmup {warmup} and --decay-fraction {self.decay_fraction} overlap: lower one"
-            )
+            raise UserError(f"--warmup {warmup} and --decay-fraction {self.decay_fraction} overlap")
         if self.moments == "bfloat16" and self.optimizer != "palm" and self.b2 > 0.99:
-            raise UserError(
-                f"--moments bfloat16 would round off --b2 {self.b2}: take --b2 0.99 or less, or float32"
-            )
+            raise UserError(f"--moments bfloat16 would round off --b2 {self.b2}: take --b2 0.99 or less")
         if self.fields and not any(
             tokenize_data.is_lines(tokenize_data.split_weight(text)[0]) for text in self.data
         ):
@@ -261,7 +258,7 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
     heldout = find_heldout(trained, asked, config.heldout_fraction, say)
     facts = [rows.facts() for rows in trained]
     if before and not config.accept_new_data:
-        check_same_data(out, before, facts)
+        check_same_data(before, facts)
     flags, defaults = (json.loads(json.dumps(vars(c), default=str)) for c in (config, Config()))
     about = {"model": dataclasses.asdict(arch), "tokenizer": facts[0]["tokenizer"]}
 
@@ -270,14 +267,8 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
     memories = [memory.kind for memory in jax.devices()[0].addressable_memories()]
     if config.remat == "offload" and "pinned_host" not in memories:
         raise UserError(f"--remat offload needs pinned host memory, here is {memories}: take --remat full")
-    runs.begin_run(
-        out / "config.json",
-        flags,
-        defaults,
-        MAY_CHANGE,
-        about,
-        noted={"data": facts, "format": tokenize_data.FORMAT},
-    )
+    noted = {"data": facts, "format": tokenize_data.FORMAT}
+    runs.begin_run(out / "config.json", flags, defaults, MAY_CHANGE, about, noted)
     checkpoints = runs.Checkpoints(out / "checkpoints", config.keep, config.milestone_every)
     first = checkpoints.newest
     batches = on_devices(mesh, read_rows(config, trained, arch, mesh, first), config.batch)
@@ -290,8 +281,7 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
     if leads():
         runs.keep_log_until(log, first)
 
-    auto = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    dtype = jnp.dtype(auto if config.dtype == "auto" else config.dtype)
+    dtype = jnp.dtype(runs.compute_dtype(config.dtype))
     size, device = lvm.parameter_count(arch), jax.devices()[0].device_kind
     say(f"{config.size}: {size:,} parameters, {dtype.name} on {mesh.size} {device}")
     entropy = unigram_entropy(trained)
@@ -357,7 +347,9 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
                     checkpoints.save(step, state)
             if evaluating:
                 with meter.clock("evaluate"):
-                    model = whole_model(state["model"])
+                    model = state["model"]
+                    if jax.process_count() > 1:
+                        model = multihost_utils.process_allgather(model, tiled=True)
                     with side_work("the sample picture"):
                         if leads():
                             sample_picture(config.tokenizer, model, heldout or trained, picture(step))
@@ -558,7 +550,7 @@ def place(x, sharding):
 
 
 def new_state(model, optimizer):
-    return {"model": model, "optimizer": optimizer.init(model), "guard": runs.new_guard()}
+    return {"model": model, "optimizer": optimizer.init(model), "guard": runs.new_guard(accepted="taken")}
 
 
 def abstract_state(arch, optimizer, mesh):
@@ -577,16 +569,11 @@ def bytes_a_weight(config: Config) -> int:
 
 def parse_mesh(text: str) -> list[int] | None:
     """The sizes along AXES, or None for auto."""
-    if text == "auto":
-        return None
-    sizes = (
-        [int(n) for n in text.split(",")]
-        if re.fullmatch(r"(-1|\d{1,9})(,(-1|\d{1,9})){3}", text, re.A)
-        else []
-    )
-    if sizes.count(-1) > 1 or 0 in sizes or not sizes:
+    sizes = [int(n) for n in re.findall(r"-?[0-9]{1,9}", text)]
+    fits = len(sizes) == len(AXES) and sizes.count(-1) < 2 and min(sizes) >= -1 and 0 not in sizes
+    if text != "auto" and not (fits and text == ",".join(map(str, sizes))):
         raise UserError(f"--mesh {text}: wanted auto or four numbers {','.join(AXES)}, such as 1,-1,1,1")
-    return sizes
+    return sizes or None
 
 
 def make_mesh(asked, arch, batch, accumulate=1, bytes_a_weight=16, devices=None, memory=None):
@@ -676,7 +663,7 @@ class Sentences(NamedTuple):
     """Some sentences of a dataset: its path, all of it, its weight in the mixture, numbers of those meant."""
 
     name: str
-    part: "tokenize_data.Shards"
+    part: tokenize_data.Shards
     weight: float
     chosen_N: np.ndarray
 
@@ -814,7 +801,7 @@ def heldout_kinds(heldout: list[Sentences], arch, rows: int, say=print, most=32)
     names, groups, kinds = [Path(held.name).stem for held in heldout], {}, {}
     names = names if len(set(names)) == len(names) else [held.name for held in heldout]
     for name, (_, part, weight, chosen_N) in zip(names, heldout):
-        kinds_N = getattr(part, "kinds_N", np.zeros(len(part), int))[chosen_N]
+        kinds_N = part.kinds_N[chosen_N]
         for kind in np.unique(kinds_N):
             label = part.kinds[kind] if len(heldout) == 1 else f"{name}/{part.kinds[kind]}"
             share = weight / sum(held.weight for held in heldout) * np.mean(kinds_N == kind)
@@ -827,7 +814,7 @@ def heldout_kinds(heldout: list[Sentences], arch, rows: int, say=print, most=32)
         for n, i in enumerate(members_N[np.linspace(0, len(members_N) - 1, count).astype(int)]):
             ids_T, counts_T = part.row(i, specials_of(arch))
             T = min(len(ids_T), arch.context)
-            ids_NT[n, :T], mask_NT[n, 1:T] = ids_T[:T], 1 if counts_T is None else counts_T[1:T]
+            ids_NT[n, :T], mask_NT[n, 1:T] = ids_T[:T], counts_T[1:T]
         batches = [(ids_NT[n : n + rows], mask_NT[n : n + rows]) for n in range(0, len(ids_NT), rows)]
         kinds[label] = share, count, batches
     return kinds
@@ -863,14 +850,9 @@ def sample_picture(tokenizer_path: Path, model, chosen: list[Sentences], path: P
     answer_BS = jax.jit(lvm.greedy, static_argnums=2)(model, jnp.asarray(prompt_BT), S)
     codes_NS = np.concatenate([codes_BT, answer_BS], axis=1).reshape(-1, S)
     pixels = np.asarray(vqgan.decode(tokenizer, codes_NS))
-    rows = list(pixels.reshape(len(codes_BT), -1, *pixels.shape[1:]))
+    rows = sheet(list(pixels.reshape(len(codes_BT), -1, *pixels.shape[1:])), captions=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, encode_image(sheet(rows, captions=False), path))
-
-
-def whole_model(model):
-    """The whole model where one process uses it alone."""
-    return multihost_utils.process_allgather(model, tiled=True) if jax.process_count() > 1 else model
+    write_whole(path, encode_image(rows, path))
 
 
 # --------------------------------------------------------------------------- the run and its numbers
@@ -896,17 +878,17 @@ def settings_of(out: Path) -> dict:
     return {}
 
 
-def check_same_data(out: Path, before: dict, facts: list[dict]):
-    """Raises UserError where a dataset of a run that goes on is not what it was, with the difference, or where an
-    older program, which read the rows in another order, began it."""
+def check_same_data(before: dict, facts: list[dict]):
+    """Raises UserError where a dataset of a run that goes on is not what it was, with the difference, or
+    where an older program, which read the rows in another order, began it."""
     if before.get("format") != tokenize_data.FORMAT:
         raise UserError(
-            f"{out} is a run of format {before.get('format', 'below 3')}, this program's is {tokenize_data.FORMAT}: it"
-            f" read the data in another order. Start from its weights with --init {out} and another --out, or go on in"
-            " the new order by --accept-new-data"
+            f"--out holds a run of format {before.get('format', 'below 3')}, which read the data in another"
+            f" order than this program's {tokenize_data.FORMAT}: start from its weights with --init and"
+            " another --out, or go on in the new order by --accept-new-data"
         )
-    for old, new in zip(before["data"] if isinstance(before.get("data"), list) else [], facts):
-        if isinstance(old, dict) and old.get("path") == new["path"] and old != new:
+    for old, new in zip(before.get("data", []), facts):
+        if old["path"] == new["path"] and old != new:
             differ = ", ".join(f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v)
             raise UserError(
                 f"the data were changed since this run began ({new['path']}: {differ}): put them back, or go"

@@ -16,7 +16,6 @@ cell says so and nothing is compiled.
 `compile_only` and `collectives`, which reads from a compiled program what goes over the network.
 """
 
-# ruff: noqa: E402
 import dataclasses
 import importlib.util
 import json

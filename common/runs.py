@@ -504,14 +504,13 @@ class Checkpoints:
         warnings.filterwarnings("ignore", "coroutine .* was never awaited")
         with together():
             if leads():
-                self._open()
+                self._find_newest()
         self.newest = agreed(self.newest)
         if self.newest < 0:
             again = "restore one from a copy, or begin again with another --out"
             raise UserError(f"{self.folder} has no checkpoint that is whole; {again}")
 
-    def _open(self):
-        """Finds the newest whole step, and removes what a kill has left."""
+    def _find_newest(self):
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in {*self.folder.glob("*.partial*"), *self.folder.glob("*.orbax-checkpoint-tmp*")}:
             shutil.rmtree(leftover)
@@ -767,9 +766,10 @@ def code_digest() -> str:
 # ---------------------------------------------------------------- bad steps
 
 
-def new_guard(watched=("loss", "norm")) -> dict:
-    """What a step is judged by: running means of the numbers `watched`, and counts of steps."""
-    counts = {name: jnp.zeros((), jnp.int32) for name in ("accepted", "skipped", "in_a_row")}
+def new_guard(watched=("loss", "norm"), accepted="accepted") -> dict:
+    """What a step is judged by: running means of the numbers `watched`, and counts of steps. Checkpoints of
+    the LVM call that of `accepted` steps "taken"."""
+    counts = {name: jnp.zeros((), jnp.int32) for name in (accepted, "skipped", "in_a_row")}
     return {name: jnp.zeros((), jnp.float32) for name in watched} | counts
 
 
@@ -781,12 +781,13 @@ def skip_bad_step(new: dict, old: dict, loss, watched: dict) -> dict:
     twenty steps have been accepted, if one of those is a hundred times its running mean. A mean of 0 has not
     begun."""
     guard, good = old["guard"], jnp.isfinite(loss)
+    accepted = "taken" if "taken" in guard else "accepted"
     for name, value in watched.items():
-        begun = (guard["accepted"] >= 20) & (guard[name] > 0)
+        begun = (guard[accepted] >= 20) & (guard[name] > 0)
         good &= jnp.isfinite(value) & ~(begun & (value > 100 * guard[name]))
     mean = lambda mean, value: jnp.where(mean > 0, 0.95 * mean + 0.05 * value, value)
     after = {k: jnp.where(good, mean(guard[k], value), guard[k]) for k, value in watched.items()}
-    after["accepted"], after["skipped"] = guard["accepted"] + good, guard["skipped"] + ~good
+    after[accepted], after["skipped"] = guard[accepted] + good, guard["skipped"] + ~good
     after["in_a_row"] = jnp.where(good, 0, guard["in_a_row"] + 1)
     kept = {k: jax.tree.map(lambda a, b: jnp.where(good, a, b), new[k], old[k]) for k in new}
     return kept | {"guard": guard | after}
