@@ -194,7 +194,7 @@ def answer_file(config: Config, model, tokenizer, prompts, inputs, out: Path):
 
     A stopped call goes on: batches are kept whose answers are all there, of the same inputs, settings and
     model."""
-    record = Record(out / RECORD, settings_of(config, model, tokenizer))
+    record = Record(inside(out, RECORD), settings_of(config, model, tokenizer))
     known = {line["output"]: line for line in record.lines if isinstance(line.get("output"), str)}
     finished = []
     record.write(record.lines)
