@@ -1808,8 +1808,6 @@ class Show:
 
 
 def show(config: Show):
-    from common.images import sheet
-
     tokenizer = vqgan.load(config.tokenizer)
     S = tokenizer.config.codes_per_image
     with tempfile.TemporaryDirectory() as scratch:

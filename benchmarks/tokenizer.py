@@ -254,7 +254,10 @@ def curves(config: Curves):
     logs = {run.name: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in config.runs}
     drawn = evaluate.can_draw(config.out.name)
     if drawn:
-        figure, (axes,) = evaluate.new_figure(1, 2, 13, 4.8)
+        from matplotlib.figure import Figure
+
+        figure = Figure((13, 4.8), dpi=110, layout="constrained")
+        axes = figure.subplots(1, 2)
         for ax, what, title in zip(
             axes, ("pixel", "perplexity"), ("pixel error of training batches", "perplexity of the codebook")
         ):
@@ -265,7 +268,6 @@ def curves(config: Curves):
                     label=name,
                 )
             ax.set(title=title, xlabel="step", yscale="log")
-            evaluate.plain_numbers(ax.yaxis)
         axes[0].legend(frameon=False)
         figure.savefig(config.out)
     steps, rows = min(len(log) for log in logs.values()), []

@@ -171,6 +171,20 @@ def check_together(problem: str | None):
         raise UserError(found[0])
 
 
+@contextlib.contextmanager
+def together():
+    """Raises what one process finds wrong in this block, which must not compute together, as UserError on
+    all. The others would else wait for it until they take it for dead."""
+    problem = None
+    try:
+        yield
+    except (UserError, OSError) as error:
+        if count_processes() == 1:
+            raise
+        problem = str(error) if isinstance(error, UserError) else in_one_line(error)
+    check_together(problem)
+
+
 def agreed(value: int) -> int:
     """Process 0's value, on all of them."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if count_processes() > 1 else value
@@ -488,21 +502,26 @@ class Checkpoints:
         self.failure, self.failed, self.told = None, [], False
         # A save that fails for want of threads leaves some of orbax's steps undone: said once is enough.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited")
-        if leads():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in {*self.folder.glob("*.partial*"), *self.folder.glob("*.orbax-checkpoint-tmp*")}:
-                shutil.rmtree(leftover)
-            steps, whole = steps_of(self.folder), next(whole_steps(self.folder), None)
-            # An older tokenizer's training named a step before its digests, and was perhaps killed between.
-            killed = len(steps) == 1 and not (steps[0] / DIGESTS).exists() and (steps[0] / "default").is_dir()
-            self.newest = int(whole.name) if whole else 0 if killed or not steps else -1
-            for path in steps if self.newest >= 0 else ():
-                if int(path.name) > self.newest:  # out of the way of the steps to come
-                    path.rename(path.with_name(f"{path.name}.damaged-{time.time():.0f}"))
+        with together():
+            if leads():
+                self._open()
         self.newest = agreed(self.newest)
         if self.newest < 0:
             again = "restore one from a copy, or begin again with another --out"
             raise UserError(f"{self.folder} has no checkpoint that is whole; {again}")
+
+    def _open(self):
+        """Finds the newest whole step, and removes what a kill has left."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in {*self.folder.glob("*.partial*"), *self.folder.glob("*.orbax-checkpoint-tmp*")}:
+            shutil.rmtree(leftover)
+        steps, whole = steps_of(self.folder), next(whole_steps(self.folder), None)
+        # An older tokenizer's training named a step before its digests, and was perhaps killed between.
+        killed = len(steps) == 1 and not (steps[0] / DIGESTS).exists() and (steps[0] / "default").is_dir()
+        self.newest = int(whole.name) if whole else 0 if killed or not steps else -1
+        for path in steps if self.newest >= 0 else ():
+            if int(path.name) > self.newest:  # out of the way of the steps to come
+                path.rename(path.with_name(f"{path.name}.damaged-{time.time():.0f}"))
 
     def restore(self, state: dict):
         """The state of the newest step, on the devices of the given one, whose memory it takes over. Raises

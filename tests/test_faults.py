@@ -6,6 +6,7 @@ Two runs are equal when every array of weights and optimizer state is, to the bi
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
 import importlib.util
 import io
@@ -44,6 +45,7 @@ import lvm
 import playground
 import tokenize_data
 import vqgan
+import weights_rule
 from common import runs, weights
 from common.images import UserError
 from common.runs import RunStopped
@@ -1408,14 +1410,18 @@ def test_fault_24_recolor_and_demo_go_on_after_kill_9_and_leave_nothing_half(tmp
 
 
 def test_fault_24_exported_weights_are_the_old_ones_where_the_disk_is_full(tmp_path):
-    old, new = (vqgan.VQGAN(SMALL, key=jax.random.key(i)) for i in range(2))
+    old, new = (vqgan.VQGAN(dataclasses.replace(SMALL, num_embeddings=32 * (i + 1)), key=jax.random.key(i)) for i in range(2))
     with small_disk(tmp_path / "disk", 1) as disk:
         vqgan.save(old, disk / "model")
         fill(disk)
+        with open(disk / "ballast", "ab") as ballast:  # room for the settings, not for the weights
+            ballast.truncate((disk / "ballast").stat().st_size - 16_384)
+        assert (disk / "model/model.safetensors").stat().st_size > 20_000
         with pytest.raises(OSError, match="it needs [0-9,]+ bytes"):
             vqgan.save(new, disk / "model", overwrite=True)
         assert vqgan.fingerprint(vqgan.load(disk / "model")) == vqgan.fingerprint(old)
         assert sorted(path.name for path in (disk / "model").iterdir()) == ["config.json", "model.safetensors"]
+        fill(disk)
         with pytest.raises(OSError, match="it needs [0-9,]+ bytes"):
             lvm.save(lvm.LVM(lvm.LVMConfig(hidden=16, ffn=24, layers=2, heads=2, codes=32, context=80), key=jax.random.key(0)), disk / "hf")
         assert not (disk / "hf").exists() and not list(disk.glob(".*"))
@@ -1535,7 +1541,7 @@ def bad_weights(kind, tmp_path):
         return convert, "model.safetensors: tensor model.norm.weight is int8"
     tensors["model.norm.weight"][3] = np.nan
     (tmp_path / "hf" / "model.safetensors").unlink()
-    weights.write_pickle(tmp_path / "hf" / "pytorch_model.bin", tensors)
+    weights_rule.write_pickle(tmp_path / "hf" / "pytorch_model.bin", tensors)
     return convert, "pytorch_model.bin: tensor model.norm.weight holds NaN or infinity"
 
 

@@ -42,6 +42,7 @@ import tokenize_data
 import train
 from benchmarks import pods
 import vqgan
+import weights_rule
 from common import runs, weights
 from common.images import UserError
 
@@ -252,7 +253,7 @@ def checkpoint_of_a_tokenizer(files):
 
     def write(shapes):
         arrays = {name: np.zeros(shape, np.float32) for name, shape in zip(tensors, shapes)}
-        weights.write_pickle(files.root / "last.ckpt", arrays, "state_dict")
+        weights_rule.write_pickle(files.root / "last.ckpt", arrays, "state_dict")
         return files.root / "last.ckpt"
 
     shapes = st.lists(st.lists(st.integers(0, 5), max_size=5).map(tuple), max_size=4)
@@ -261,7 +262,7 @@ def checkpoint_of_a_tokenizer(files):
 
 @reader
 def pickle_of_tensors(files):
-    weights.write_pickle(
+    weights_rule.write_pickle(
         files.root / "last.ckpt",
         {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)},
         "state_dict",
@@ -543,7 +544,7 @@ def flag(read):
 
 @reader
 def flag_mesh_of_train(files):
-    return flag(lambda text: train.make_mesh(train.Config(mesh=text)))
+    return flag(train.parse_mesh)
 
 
 @reader

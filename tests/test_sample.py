@@ -31,8 +31,9 @@ import playground
 import sample
 import vqgan
 from common import images
+import weights_rule
 from common.images import UserError
-from common.weights import open_tensors, write_pickle
+from common.weights import open_tensors
 from conftest import free_port, post
 
 ROOT = Path(__file__).parent.parent
@@ -534,7 +535,7 @@ def test_a_folder_of_pickled_weights_draws_what_its_safetensors_draw(folder, mon
     Path("pickled").mkdir()
     shutil.copy("model/config.json", "pickled")
     weights = {name: tensor.read() for name, tensor in open_tensors("model/model.safetensors").items()}
-    write_pickle("pickled/pytorch_model.bin", weights)
+    weights_rule.write_pickle("pickled/pytorch_model.bin", weights)
     for name in ("model", "pickled"):
         status, _, errors = command(monkeypatch, capsys, *BASE, "--model", name, "--out", f"{name}.png")
         assert status == 0, errors
