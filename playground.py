@@ -3,8 +3,7 @@
     pip install "gradio>=6.20,<7"
     python sample.py --serve                                     # http://127.0.0.1:7860, nowhere else
 
-Dimension key: as in sample.py.
-"""
+Dimension key: as in sample.py."""
 
 import asyncio
 import contextlib
@@ -177,8 +176,7 @@ def serve(config: sample.Config):
 
 
 def shown_path(path) -> str:
-    """A path as the replay's command may show it: relative to this folder or the code's, else the name
-    alone."""
+    """A path as a replay may show it: relative to this folder or the code's, else the name alone."""
     path = Path(path)
     for folder in (Path.cwd(), vqgan.HERE):
         if path.is_absolute() and path.is_relative_to(folder):
@@ -383,8 +381,7 @@ class Scratch:
         return found
 
     def sweep(self, room: int = 0):
-        """Removes what is older than `OLDEST`, then the oldest until `room` bytes of `MOST_SCRATCH` are
-        free."""
+        """Removes what is older than OLDEST, then the oldest until `room` bytes of MOST_SCRATCH are free."""
         found = sorted((file for file in self.list() if file[0] not in self.kept), key=lambda file: file[1])
         used = sum(size for *_, size in found)
         for file, written, size in found:
@@ -401,8 +398,7 @@ class Guard:
     """The ASGI application around gradio's, which lets through what our own page sends: to the paths that it
     uses, from this origin, to this host's name (not another that was bound to it), of limited size, in time.
 
-    It hides where files lie on this machine: answers call the folder of `files` FILES, and requests that name
-    FILES mean that folder."""
+    It hides where files lie: answers and requests call the folder of `files` FILES."""
 
     def __init__(self, app, port: int, files: Scratch):
         self.app, self.files, self.running = app, files, 0
@@ -463,8 +459,7 @@ class Guard:
         return text
 
     async def read_request(self, receive):
-        """Reads the body, of at most MOST_MESSAGE bytes -> a `receive` that hands it on in one piece;
-        None where it does not come."""
+        """Reads the body -> a `receive` that hands it on in one piece; None where it does not come."""
         parts, message = [], {"more_body": True}
         while message.get("more_body"):
             message = await in_time(receive)()
@@ -479,8 +474,7 @@ class Guard:
         return receive_read
 
     def hiding(self, send):
-        """A `send` that hands on answers with FILES for the folder's path: texts as a whole, of streams each
-        piece by itself."""
+        """A `send` that writes FILES for the folder's path: in whole texts, in each piece of a stream."""
         held, parts, stream = None, [], False
 
         async def send_hidden(message):

@@ -66,8 +66,7 @@ class Config:
     prompt: tuple[Path, ...] = (PROMPT,)
     """Pictures in reading order: files, folders (their pictures by name), GIFs and videos (every frame)."""
     prompts: Path | None = None
-    """JSONL of many prompts, a line each: {"input": [files], "output": name in --out, "target": [files],
-    optional}."""
+    """JSONL of many prompts, a line each: {"input": [files], "output": name in --out, "target": [files]}."""
     prompt_book: bool = False
     """Answer every bundled prompt on one sheet."""
     serve: bool = False
@@ -75,14 +74,13 @@ class Config:
     port: int = 7860
     """Of the playground."""
     model: str | None = None
-    """Run folder, Hugging Face folder or EasyLM stream; by default the newest run in runs/, else the bundled
-    model."""
+    """Run folder, Hugging Face folder or EasyLM stream; by default the newest run, else the bundled model."""
     tokenizer: Path | None = None
     """Tokenizer folder; by default the one that the run names, else the bundled one."""
     out: Path | None = None
     """New picture (.png .webp .jpg), animation (.gif .mp4) or folder of pictures (no suffix); by default
-    sample.png or prompt-book.png, which is replaced. With --prompts a folder, where a call that was stopped
-    goes on."""
+    sample.png or prompt-book.png, which is replaced. With --prompts a folder, where a stopped call goes
+    on."""
     candidates: int = 4
     """Continuations to draw, each by its own random numbers."""
     best: bool = False
@@ -95,11 +93,9 @@ class Config:
     stride: int = 1
     """Take every so many-th frame of a GIF or video, the last one among them."""
     context_frames: int | None = None
-    """Most pictures that the model sees at a time, with the one it draws (published: 16); by default what
-    fits."""
+    """Most pictures that the model sees at a time, with the one it draws (published: 16)."""
     temperature: float = 0.8
-    """Divides the logits (published: 1); 0 takes the likeliest code every time, which leaves one
-    candidate."""
+    """Divides the logits (published: 1); 0 takes the likeliest code, which leaves one candidate."""
     top_k: int = 0
     """Draw from this many likeliest codes only; 0 draws from all."""
     top_p: float = 0.9
@@ -113,15 +109,13 @@ class Config:
     """Candidate i depends on the seed and i, not on how many there are."""
     jacobi: int = 0
     """Speculative Jacobi decoding in fewer, larger steps of this many codes; a row of codes is a good number,
-    0 draws code by code. The picture is the same in float32; in bfloat16 it may be another one, as fairly
-    drawn."""
+    0 draws code by code. The picture is the same in float32; in bfloat16 another one is as fairly drawn."""
     fit: Literal["stretch", "crop"] = "stretch"
     """Stretch each picture to the square, as LVM does, or crop it."""
     captions: bool = True
     """Write under each picture what it is."""
     resize_output: str | None = None
-    """With --prompts: size of each picture written, `original` (the last input's) or `w,h`; by default as
-    drawn."""
+    """With --prompts: size of each picture written, `original` (the last input's) or `w,h`."""
     include_input: bool = False
     """With --prompts: put the input pictures before the new ones."""
     batch: int = 8
@@ -198,9 +192,9 @@ def answer_file(config: Config, model, tokenizer, prompts, inputs, out: Path):
     """`--prompts`: grids as published (a row a candidate, a column a frame, no gaps), and answers.jsonl
     beside them.
 
-    A call that was stopped goes on: batches whose answers are all there, and whose inputs, settings and model
-    are the same, are kept."""
-    record = Record(out / RECORD, settings_of(config, model, tokenizer))
+    A stopped call goes on: batches are kept whose answers are all there, of the same inputs, settings and
+    model."""
+    record = Record(inside(out, RECORD), settings_of(config, model, tokenizer))
     known = {line["output"]: line for line in record.lines if isinstance(line.get("output"), str)}
     finished = []
     record.write(record.lines)
@@ -325,25 +319,27 @@ def generate(
     prompt_THWC: Float[Array | np.ndarray, "T H W C"],
     *,
     key: jax.Array,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    frames: int = 1,
     candidates: int = 1,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     **flags,
 ) -> Float[Array, "N M H W C"]:
     """Pictures in [0, 1] -> the `frames` pictures after them, `candidates` times, in [0, 1].
 
     Of a prompt that does not fit the context the last pictures are kept. Codes are drawn by temperature, then
     `top_k`, then `top_p`, then `min_p`. `key` and i decide candidate i, whatever N is, up to the rounding of
-    a batched product. `flags` are `frames`, `top_k`, `min_p`, `guidance`, `bos` and `jacobi` of `Config`.
-    Raises UserError for what these cannot be, an empty prompt, and a tokenizer of other codes than the
-    model's."""
-    config = Config(temperature=temperature, top_p=top_p, candidates=candidates, **flags)
-    if tokenizer.config.num_embeddings != model.config.codes:
-        raise UserError("the tokenizer and the model are of different numbers of codes")
+    a batched product. `flags` are `min_p`, `guidance`, `bos` and `jacobi` of `Config`. Raises UserError for
+    what these cannot be, an empty prompt, and a tokenizer of other codes than the model's."""
+    flags |= dict(frames=frames, candidates=candidates, temperature=temperature, top_k=top_k, top_p=top_p)
+    config, codes = Config(**flags), tokenizer.config.num_embeddings
+    if codes != model.config.codes:
+        raise UserError(f"the tokenizer has {codes} codes and the model {model.config.codes}")
     if not len(prompt_THWC):
         raise UserError("the prompt is empty; pass at least one picture")
     pieces = draw_after(config, model, tokenizer, [prompt_THWC], candidate_keys(key, candidates))
-    return decode(tokenizer, join_pieces(list(pieces), config.frames)[0])
+    return decode(tokenizer, join_pieces(list(pieces), frames)[0])
 
 
 def draw_answers(config: Config, model, tokenizer, prompts) -> list[Answer]:
@@ -366,8 +362,7 @@ def draw_answers(config: Config, model, tokenizer, prompts) -> list[Answer]:
 
 
 def draw_after(config: Config, model, tokenizer, prompts, keys_N, piece=None):
-    """Yields the Pieces of `draw`, as the flags say, after P prompts of pictures [T, H, W, C], by the same
-    keys each."""
+    """Yields the Pieces of `draw`, as the flags say, after P prompts of pictures, by the same keys each."""
     pixels_BHWC, ends = np.concatenate(prompts), np.cumsum([len(prompt_THWC) for prompt_THWC in prompts])
     codes_BS = vqgan.encode_all(tokenizer, pixels_BHWC, min(len(pixels_BHWC), 16))
     yield from draw(
@@ -425,7 +420,7 @@ def pictures_in_context(model, S, bos) -> int:
 
 
 def fit_context(config: Config, model, tokenizer, pictures) -> tuple[bool, int]:
-    """(whether a prompt is an analogy, how many of its last pictures the model sees): an analogy loses whole
+    """(is a prompt an analogy, how many of its last pictures the model sees); an analogy loses whole
     pairs."""
     T, analogy = len(pictures), is_analogy(config, pictures)
     holds = pictures_in_context(model, tokenizer.config.codes_per_image, config.bos)
@@ -482,11 +477,9 @@ def draw(
             drawn.append(new.codes_NC)
             yield new
         if frame + 1 < frames:
-            new_NS, rows = (
-                np.concatenate(drawn, axis=1),
-                np.repeat(np.arange(len(sentences)), R // len(sentences)),
-            )
-            sentences = [np.concatenate([sentences[row], new_NS[r % N, None]]) for r, row in enumerate(rows)]
+            new_NS = np.concatenate(drawn, axis=1)
+            before = [sentences[r * len(sentences) // R] for r in range(R)]
+            sentences = [np.concatenate([codes_TS, new_NS[r % N, None]]) for r, codes_TS in enumerate(before)]
 
 
 @functools.partial(jax.jit, static_argnames=("length", "cache_dtype", "mesh"))
@@ -498,8 +491,7 @@ def read_ids(model, ids_PT, *, length, cache_dtype=None, mesh=None):
 
 
 def unstack_long(model, cache):
-    """`lvm.unstack` where it pays, on a CPU for prompts of many tokens in all; it takes the weights' memory
-    again."""
+    """`lvm.unstack` where it pays, on a CPU for many tokens; it takes the weights' memory once more."""
     P = jax.tree.leaves(cache.prompt.k_LBNSK)[0].shape[1]
     long = jax.default_backend() == "cpu" and P * cache.prompt.slots >= UNSTACK_FROM
     return jax.jit(lvm.unstack)(model, cache) if long else (model, cache)
@@ -509,8 +501,7 @@ def unstack_long(model, cache):
 def draw_codes(
     model, last_R, cache, keys_N, first, drawing, *, count, jacobi=0, mesh=None
 ) -> tuple[Piece, lvm.Cache]:
-    """`count` more codes after `last_R`, the last id of each row. `first` is the place of the first one among
-    all that are drawn."""
+    """`count` more codes after `last_R`, the last id of each row; `first` is the place of the first one."""
     draw = functools.partial(draw_by_drafts, C=jacobi) if jacobi else draw_one_by_one
     draw = functools.partial(draw, count=count, reduce=add_up(mesh))
     specs = (weight_specs(model), NOWHERE, CACHE, NOWHERE, NOWHERE, NOWHERE)
@@ -569,8 +560,7 @@ def draw_by_drafts(model, last_R, cache, keys_N, first, drawing, *, count, reduc
 
 
 def choose(logits_RCV, keys_N, position_NC, drawing: Drawing):
-    """A code for each of N x C places, by its candidate's key and its position -> codes [N, C],
-    log-likelihoods."""
+    """A code for each of N x C places, by its candidate's key and its position -> codes, log-likelihoods."""
     N = len(keys_N)
     logits_NCV = logits_RCV[:N]
     nats_NCV = jax.nn.log_softmax(logits_NCV)
@@ -582,8 +572,7 @@ def choose(logits_RCV, keys_N, position_NC, drawing: Drawing):
 
 
 def draw_code(logits_V, key, drawing: Drawing):
-    """Adds Gumbel noise of its own to every code and takes the largest sum: so similar logits mostly draw the
-    same."""
+    """Takes the largest sum of logit and Gumbel noise of its own: so similar logits mostly draw the same."""
     likeliest_first_V, hot = jnp.argsort(-logits_V).astype(jnp.int32), drawing.temperature > 0
     scaled_V = logits_V[likeliest_first_V] / jnp.where(hot, drawing.temperature, 1)
     kept_V = keep_likeliest(scaled_V, drawing.top_k, drawing.top_p, drawing.min_p)
@@ -604,16 +593,12 @@ def keep_likeliest(logits_V, top_k, top_p, min_p=0.0):
 
 # ---------------------------------------- several devices
 
-NOWHERE, HEADS = (
-    PartitionSpec(),
-    PartitionSpec(None, None, "tensor"),
-)  # not split; a cache, split by its heads
+NOWHERE, HEADS = PartitionSpec(), PartitionSpec(None, None, "tensor")  # not split; a cache, by its heads
 CACHE = lvm.Cache(HEADS, HEADS, NOWHERE, lvm.Cache(HEADS, HEADS, NOWHERE))
 
 
 def split_over_devices(model, devices: int):
-    """The same model with heads and feed-forward width on `devices` devices; what is drawn runs on all of
-    them."""
+    """The same model with its heads and feed-forward width split over the devices."""
     there, c = jax.devices(), model.config
     if devices > len(there):
         raise UserError(f"--tensor {devices}: there are {len(there)} devices")
@@ -658,8 +643,8 @@ def add_up(mesh):
 
 
 def find_models(model, tokenizer) -> tuple[str, Path]:
-    """The paths that the flags name, or else the newest run (by its last checkpoint) and its tokenizer, or
-    the bundled ones."""
+    """The paths of the flags, else of the newest run (by its last checkpoint) and its tokenizer, else the
+    bundled."""
     if model is None:
         steps = [step for step in sorted(Path("runs").glob("*/checkpoints/*")) if step.name.isdigit()]
         steps = [step for step in steps if "model" in read_config(step.parents[1])]
@@ -680,8 +665,7 @@ def read_config(folder) -> dict:
 
 
 def open_tokenizer(path, model_path) -> vqgan.VQGAN:
-    """Reads a tokenizer; where the model's config.json says whose codes it was trained on, it must be that
-    one."""
+    """Reads a tokenizer, which must be the one that the model's config.json names, if it names one."""
     tokenizer = vqgan.load(path)
     config, found = read_config(model_path), vqgan.fingerprint(tokenizer)
     check_fields(config, {"tokenizer": str | None}, Path(model_path) / "config.json")
@@ -694,8 +678,7 @@ def open_tokenizer(path, model_path) -> vqgan.VQGAN:
 
 
 def open_model(path, tokenizer, tokenizer_path, dtype="auto", weights="dtype", tensor=1) -> lvm.LVM:
-    """Reads a model onto one device or `tensor` of them. What is packed or split is read on the host
-    first."""
+    """Reads a model onto `tensor` devices; what is packed or split is read on the host first."""
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     whole_fits = weights == "dtype" and tensor == 1
@@ -787,8 +770,7 @@ def outputs_of(record: Path) -> set[str]:
 
 
 def list_prompt(paths, stride: int = 1) -> list[tuple[Path, int]]:
-    """Files, folders, animations and videos -> (file, frame) of every picture. Raises UserError for none or
-    too many."""
+    """Files, folders, clips -> (file, frame) of every picture. Raises UserError for none and for too many."""
     files = [file for path in paths for file in (find_images(path) if path.is_dir() else [path])]
     frames = [range(count_frames(file))[::-stride][::-1] for file in files[:MOST_PICTURES]]
     if max(len(files), sum(map(len, frames))) > MOST_PICTURES:  # a file can promise 2^31 frames
@@ -846,8 +828,7 @@ def check_out(config: Config) -> Path:
 
 
 def inside(root: Path, name: str) -> Path:
-    """`name` as a path in `root`. Raises UserError for what could lie elsewhere: absolute, with `..` or NUL,
-    or through a link."""
+    """`name` as a path in `root`. UserError for what could lie elsewhere: absolute, `..`, NUL, links."""
     parts = Path(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
         raise UserError(f"{name!r} must be a relative path inside {root}, without ..")
@@ -882,7 +863,7 @@ def sheet_of(shown, drawn, captions):
 
 
 def write(out: Path, shown, drawn, captions):
-    """(picture, caption) of the prompt and of each candidate, as one picture, an animation, or a folder of
+    """The prompt and the candidates (pictures and captions) as one picture, an animation, or a folder of
     files."""
     if out.suffix in ANIMATIONS:
         frames = [[frame] * len(drawn) for frame in shown] + [list(frame) for frame in zip(*drawn)]
@@ -898,8 +879,7 @@ def write(out: Path, shown, drawn, captions):
 
 
 def write_grid(out: Path, rows, size):
-    """Rows of pictures with nothing between them, each resized to `size`; in an animation, candidates side by
-    side."""
+    """Rows of pictures without gaps, each resized to `size`; in an animation, candidates side by side."""
 
     def grid(rows):
         image = to_image(np.concatenate([np.concatenate(list(row), axis=1) for row in rows]))

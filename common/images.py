@@ -4,8 +4,7 @@ Commands find the files below a folder here, open them safely and take their pix
 pictures are opened by a list of formats and up to MAX_PIXELS, videos by a demuxer that is named, and whatever
 fails in a file becomes a UserError that names it.
 
-Dimension key: N packets of a video, H W C a picture.
-"""
+Dimension key: N packets of a video, H W C a picture."""
 
 import collections
 import contextlib
@@ -30,8 +29,7 @@ from PIL import TiffImagePlugin as TIFF
 class UserError(ValueError):
     """Wrong usage or bad input: the message names the file or flag, says what was wrong and what to type.
 
-    Commands print it as one line and end with status 2. Any other exception is a bug and keeps its
-    traceback."""
+    Commands print it as one line and end with status 2. Any other exception is a bug."""
 
     def __init__(self, message):
         message = str(message)  # what is quoted in it may be megabytes long
@@ -73,8 +71,7 @@ OTHER_VIDEOS = dict.fromkeys(
 
 
 def natural(path):
-    """Sorting key of paths: folder by folder, numbers of ASCII digits by value, so frame 2 comes before frame
-    10."""
+    """Sorting key of paths: folder by folder, numbers of ASCII digits by value: frame 2 before frame 10."""
     split = lambda name: [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
     return [split(part) for part in Path(path).parts], str(path)
 
@@ -128,8 +125,7 @@ def find_files(folder: Path, suffixes, others: dict[str, str], text="", rejectio
 
 
 def reject(folder, left_out, rejections: list | None):
-    """Adds (path, reason) pairs to `rejections` as {"path", "reason"}; if that is None, prints them in one
-    line."""
+    """Adds (path, reason) pairs to `rejections` as {"path", "reason"}, or prints them in one line if None."""
     if rejections is not None:
         rejections += [{"path": str(path), "reason": reason} for path, reason in left_out]
     elif left_out:
@@ -217,16 +213,14 @@ def read_row_group(archive, group: int, column: str):
 
 
 def find_images(folder: Path, rejections: list | None = None, text: str = "") -> list[Path]:
-    """The pictures below a folder; see `find_files`. Raises UserError where there is no folder, or nothing in
-    it."""
+    """The pictures below a folder; see `find_files`. Raises UserError where there are none."""
     if not (paths := find_files(folder, SUFFIXES, OTHER_PICTURES, text, rejections)):
         raise none_below(folder, "pictures", SUFFIXES, text)
     return paths
 
 
 def find_stems(folder: Path, text: str, rejections: list | None = None) -> dict[str, Path]:
-    """{path below the folder without its suffix: path} of the pictures. A second file of the same stem is
-    rejected."""
+    """{path below the folder without its suffix: path} of the pictures; a second of the same is rejected."""
     stems, twice = {}, []
     for path in find_images(folder, rejections, text):
         stem = path.relative_to(folder).with_suffix("")
@@ -252,38 +246,32 @@ def find_videos(folder: Path, text: str = "", rejections: list | None = None) ->
 
 
 def find_clips(folder: Path, text: str, videos: bool, rejections: list | None = None) -> dict:
-    """{name: the pictures that a folder directly holds (a tuple of Paths) or, with `videos`, a video file (a
+    """{name: the pictures that a folder directly holds (a tuple) or, with `videos`, a video file (a
     Path)}."""
-    films = VIDEOS if videos else set()
-    others = OTHER_PICTURES | (OTHER_VIDEOS if videos else {})
+    films, others = (VIDEOS, OTHER_PICTURES | OTHER_VIDEOS) if videos else (set(), OTHER_PICTURES)
     clips, folders = {}, collections.defaultdict(list)
     for path in find_files(folder, SUFFIXES | films, others, "", rejections):
+        place = path.relative_to(folder)
         if path.suffix.lower() not in films:
-            folders[path.parent].append(path)
-        elif text in (name := path.relative_to(folder)).as_posix():
-            if (name := name.with_suffix("").as_posix()) in clips:
-                raise UserError(f"{path}: another clip of this name is beside it; rename one of them")
-            clips[name] = path
-    for parent, pictures in folders.items():
-        if parent != folder and text in (name := parent.relative_to(folder).as_posix()):
+            folders[place.parent.as_posix()].append(path)
+        elif text in place.as_posix() and clips.setdefault(place.with_suffix("").as_posix(), path) != path:
+            raise UserError(f"{path}: another clip of this name is beside it; rename one of them")
+    for name, pictures in folders.items():
+        if text in name if name != "." else not videos and text in folder.name:
             clips[name] = tuple(pictures)
-        elif parent == folder and not videos and text in folder.name:
-            clips["."] = tuple(pictures)
     if not clips:
         raise none_below(folder, "clips", (), text)
     return dict(sorted(clips.items(), key=lambda clip: natural(clip[0])))
 
 
 def find_tracks(folder: Path, text: str, modalities: tuple[str, ...], rejections: list) -> dict[str, list]:
-    """{name of a folder that holds one folder a modality: the pictures (a tuple of Paths) of each of
-    these}."""
+    """{name of a folder that holds one folder a modality: the pictures (a tuple) of each of these}."""
     clips, tracks = collections.defaultdict(list), {}
     for path in find_images(folder, rejections):
         clips[path.parent].append(path)
     found = {parent.parent for parent in clips if parent.name == modalities[0] and parent != folder}
     for track in sorted(found, key=natural):
-        missing = [name for name in modalities if track / name not in clips]
-        if missing:
+        if missing := [name for name in modalities if track / name not in clips]:
             reject(folder, [(track, f"a track without {' and '.join(missing)}")], rejections)
         elif text in (name := track.relative_to(folder).as_posix()):
             tracks[name] = [tuple(clips[track / modality]) for modality in modalities]
@@ -351,8 +339,8 @@ def count_holes(file) -> int:
 
 @contextlib.contextmanager
 def open_image(path):
-    """The first picture in a file, not decoded yet. Raises UserError, naming the file, for whatever fails in
-    it."""
+    """The first picture in a file, not decoded yet. Whatever fails in it is a UserError that names the
+    file."""
     with naming(path), open_file(path) as file:
         if (size := file.seek(0, os.SEEK_END)) > 16 * MAX_PIXELS:  # some decoders read it all at once
             raise UserError(f"{size:,} bytes are over the limit of {16 * MAX_PIXELS:,} for a picture")
@@ -455,15 +443,13 @@ def displayed(image: Image.Image) -> Image.Image:
 
 
 def stored_as(image: Image.Image) -> str:
-    """Pillow's name for how an image that is not loaded yet stores its pixels, such as L;4 for greys of 4
-    bits."""
+    """Pillow's name for how an image that is not loaded yet stores pixels; L;4 are greys of 4 bits."""
     layout = image.tile[0].args if getattr(image, "tile", []) else ""
     return str(layout if isinstance(layout, str) or not layout else layout[0])
 
 
 def levels_between(image: Image.Image) -> int:
-    """By what Pillow multiplies the numbers of an image as it loads it: it widens greys of 2 and 4 bits to
-    8."""
+    """By what Pillow multiplies the numbers as it loads an image: it widens greys of 2 and 4 bits to 8."""
     return {"L;2": 85, "L;4": 17}.get(stored_as(image)[:3], 1)
 
 
@@ -489,8 +475,8 @@ def stored_numbers(image: Image.Image):
 
 
 def read_integers(path) -> np.ndarray:
-    """A grey or palette picture -> the integers that it stores, int64 [H, W]. Raises UserError for colours
-    and floats."""
+    """A grey or palette picture -> the integers that it stores, int64 [H, W]. UserError for colours and
+    floats."""
     with open_image(path) as image:
         if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
             raise UserError(f"a {image.mode} picture, not a map of integers")
@@ -501,8 +487,8 @@ def read_half(path) -> np.ndarray:
     """A 16-bit picture that holds float16 values -> float32 [H, W], infinities and NaN as 0.
 
     Raises UserError where the numbers are ordinary integers, such as millimetres, which would be black: where
-    float16 values are negative, their median is under 1/16 (integers up to 11,264), or nine of ten span a
-    factor over 1,024."""
+    float16 values are negative, their median is under 1/16 (integers up to 11,264), or nine of ten span 1,024
+    times."""
     bits_HW = read_integers(path)
     if bits_HW.min(initial=0) < 0 or bits_HW.max(initial=0) > 65535:
         raise UserError(f"{path}: values of more than 16 bits are no float16")
@@ -524,9 +510,10 @@ def read_depth(path, size) -> np.ndarray:
     with open_image(path) as image:
         if image.mode == "P":
             image = image.convert("RGB")
-        red, *others = image.split() if image.mode == "RGB" else (image,)
-        if others and all(np.array_equal(red, other) for other in others):
-            image = red  # a palette of greys: the depth is what is shown, not the number of its entry
+        if image.mode == "RGB" and not np.ptp(image, axis=2).any():
+            image = image.getchannel(
+                0
+            )  # a palette of greys: the depth is what is shown, not the entry's number
         if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):
             raise UserError(f"a picture of colours ({image.mode}), not a map of depths")
         depth_HW = upright(image, stored_numbers(image)[0].astype(np.float64))
@@ -544,10 +531,8 @@ def read_edges(path) -> np.ndarray:
     the scale, transparency, and where something is drawn but nothing is over half."""
     with open_image(path) as image:
         grey = image.mode.startswith("I") or image.mode == "F"
-        opaque = not image.has_transparency_data
-        if not opaque and not grey:
-            opaque = image.convert("RGBA").getchannel("A").getextrema()[0] == 255
-        if not opaque:
+        clear = image.has_transparency_data
+        if clear and (grey or image.convert("RGBA").getchannel("A").getextrema()[0] < 255):
             raise UserError("has transparent pixels; wanted white lines on black")
         shown = displayed(image)
         grey_HW = upright(image, np.asarray(shown if grey else shown.convert("L")) / (1 if grey else 255))
@@ -573,8 +558,7 @@ def shown_size(path) -> tuple[int, int]:
 
 
 def count_frames(path) -> int:
-    """Frames that a video or an animation (GIF, APNG, WebP) shows, nothing being decoded; 1 for any other
-    picture."""
+    """Frames that a video or an animation (GIF, APNG, WebP) shows, undecoded; 1 for any other picture."""
     if is_video(path):
         return read_index(path).shown
     with open_image(path) as image:
@@ -606,8 +590,7 @@ def read_clip(path, wanted, size: int, fit="stretch") -> list[np.ndarray]:
 
 
 def read_pictures(pictures, size, fit) -> np.ndarray:
-    """(file, frame) of every picture -> float32 [T, size, size, 3] in [0, 1]; a clip's frames are read in one
-    go."""
+    """(file, frame) of every picture -> float32 [T, size, size, 3] in [0, 1]; a clip is read once."""
     pixels = []
     for path, group in itertools.groupby(pictures, lambda picture: picture[0]):
         frames = [frame for _, frame in group]
@@ -628,8 +611,7 @@ def moves(path) -> bool:
 
 
 def frames_in(image: Image.Image) -> int:
-    """Frames of a GIF, APNG or WebP; 1 for what holds further pictures, such as a phone's JPEG or a TIFF of
-    pages."""
+    """Frames of a GIF, APNG or WebP; 1 for a phone's JPEG of several pictures or a TIFF of pages."""
     count = getattr(image, "n_frames", 1) if image.format in ("GIF", "PNG", "WEBP") else 1
     return count - (count > 1 and getattr(image, "default_image", False))  # shown only where APNG is unknown
 
@@ -641,7 +623,7 @@ def frames_of(image: Image.Image, wanted):
 
 
 def frames_of_gif(image: Image.Image, wanted):
-    """As browsers show them: what no frame has drawn, or one has cleared, is transparent. Pillow makes it
+    """As browsers show them: what no frame has drawn, or one cleared, is transparent. Pillow makes it
     black."""
     drawn_HW = np.zeros(image.size[::-1], bool)
     for number in range(wanted[-1] + 1):
@@ -769,8 +751,7 @@ def read_video(path, wanted: list[int], show):
 
 def sought(container, stream, index: Index, wanted):
     """Yields the wanted frames, each decoded from the last key frame before it. Stops early where the decoder
-    shows other frames than the packets promise, or damaged ones: then only decoding everything tells which
-    frame is which."""
+    shows other frames than the packets promise, or damaged ones: then all must be decoded."""
     order_N, frames, last = np.sort(index.pts_N[~index.hidden_N]), None, -1
     for number in wanted:
         place = np.flatnonzero((index.pts_N == order_N[number]) & ~index.hidden_N)[0]
@@ -797,8 +778,7 @@ def sought(container, stream, index: Index, wanted):
 
 def frame_image(frame: av.VideoFrame) -> Image.Image:
     """A decoded frame -> RGB (RGBA where it has transparent parts) as players show it: turned and mirrored as
-    its display matrix says, colours by its own matrix and range (BT.601 where none is named) within three
-    levels."""
+    its display matrix says, colours by its own matrix and range (BT.601 where none is named)."""
     check_size(frame.width, frame.height)
     transparent = any(component.is_alpha for component in frame.format.components)
     image = Image.fromarray(frame.to_ndarray(format="rgba")) if transparent else frame.to_image()

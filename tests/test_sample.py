@@ -32,7 +32,6 @@ import sample
 import vqgan
 from common import images
 import weights_rule
-from common.images import UserError
 from common.weights import open_tensors
 from conftest import free_port, post
 
@@ -71,19 +70,17 @@ def codes(count, sentences=1, seed=0):
     return np.random.default_rng(seed).integers(0, CODES, (sentences, count, S)).astype(np.int32)
 
 
-def keys(count):
-    return sample.candidate_keys(jax.random.key(0), count)
+keys = functools.partial(sample.candidate_keys, jax.random.key(0))
 
 
 def continued(model, prompts, keys_N, *, frames, **how):
-    """The codes of the new pictures [N, M, S] and their mean log-likelihoods [N, M]."""
-    drawing = sample.Drawing(**{name: how.pop(name) for name in sample.Drawing._fields if name in how})
+    drawing = sample.Drawing(**{k: how.pop(k) for k in sample.Drawing._fields if k in how})
     return sample.join_pieces(list(sample.draw(model, prompts, keys_N, drawing, frames=frames, **how)), frames)
 
 
 @jax.jit
 def logits_of(model, ids_BT):
-    return model(ids_BT)[:, :, :CODES]
+    return model(ids_BT)[..., :CODES]
 
 
 def greedy_by_full_passes(model, window_BTS, bos):
@@ -363,7 +360,7 @@ def test_an_analogy_that_does_not_fit_loses_whole_pairs(folder, monkeypatch, cap
 def test_a_video_continues_as_a_gif_an_mp4_and_single_pictures(folder, monkeypatch, capsys):
     still = np.kron(pictures(1)[0], np.ones((8, 8, 1)))  # 32 x 32
     frames = [images.to_image(still * (0.5 + 0.05 * t)) for t in range(9)]
-    Path("clip.mp4").write_bytes(images.encode_animation(frames, "clip.mp4"))
+    Path("clip.mp4").write_bytes(images.encode_animation(frames, ".mp4"))
     run = functools.partial(command, monkeypatch, capsys, *BASE[:4], "--prompt", "clip.mp4", "--frames", 2, "--candidates", 2)
     status, printed, _ = run("--stride", 4, "--out", "continued.gif")
     assert status == 0 and "clip.mp4: 3 pictures, a sequence" in printed
@@ -510,11 +507,7 @@ def test_every_bad_input_gives_exit_status_2_and_one_line(folder, monkeypatch, c
     for arguments, reason in cases.items():
         base = BASE[:4] if arguments[0] == "--prompts" else BASE
         status, _, errors = command(monkeypatch, capsys, *base, *arguments)
-        assert status == 2 and reason in " ".join(errors) and "Traceback" not in "".join(errors), (
-            arguments,
-            status,
-            errors,
-        )
+        assert status == 2 and reason in " ".join(errors) and "Traceback" not in "".join(errors), (arguments, status, errors)
     assert not Path("sample.png").exists()
 
 
@@ -544,7 +537,7 @@ def test_a_folder_of_pickled_weights_draws_what_its_safetensors_draw(folder, mon
 
 @pytest.mark.parametrize("bad", [dict(candidates=0), dict(frames=0), dict(temperature=-0.1), dict(top_p=0.0), dict(top_k=-1)])
 def test_generate_refuses_what_cannot_be(model, tokenizer, bad):
-    with pytest.raises(UserError, match=next(iter(bad)).replace("_", ".")):
+    with pytest.raises(images.UserError, match=next(iter(bad)).replace("_", ".")):
         sample.generate(model, tokenizer, pictures(1), key=jax.random.key(0), **bad)
 
 
