@@ -29,6 +29,7 @@ D features, H W C a picture, M measures.
 
 import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
 
+# isort: split
 import base64
 import collections
 import dataclasses
@@ -47,13 +48,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Literal, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from PIL import Image
 from tqdm import tqdm
 
@@ -61,10 +62,12 @@ import lvm
 import sample
 import tokenize_data
 import vqgan
+from assets import scenes
 from common import metrics
 from common.images import (
     UserError,
     count_frames,
+    encode_image,
     find_stems,
     find_videos,
     read_clip,
@@ -72,15 +75,14 @@ from common.images import (
     read_edges,
     read_frames,
     read_integers,
+    sheet,
 )
 from common.runs import Record, RunStopped, check_numbers, code_digest, run_command
 from common.weights import check_fields, parse_json, read_npz, read_text, read_xml, strict_json, write_whole
 
 REPORTS = Path("runs") / "evaluate"
 SEQUENCES = {"motion", "frames", "video"}  # kinds that are no pairs
-NEVER_TRAINED = {
-    task for task, share in tokenize_data.TASKS.items() if not share
-}  # rows of their own, not pooled
+NEVER_TRAINED = {task for task, share in scenes.TASKS.items() if not share}  # rows of their own, not pooled
 POOLED = "pooled"
 
 
@@ -396,7 +398,7 @@ def run_prompted(
                         ),
                     ]
                 )
-        examples = sample.sheet(rows, columns=max(map(len, rows)))
+        examples = sheet(rows)
         write_picture(out / "examples.webp", lambda file: examples.save(file, "WEBP", quality=90))
         print(f"wrote {out}/examples.webp")
     return out, report
@@ -841,7 +843,7 @@ class Colorization(Prompted):
 def colorization(config: Colorization):
     if (config.lpips_vgg is None) != (config.lpips_heads is None):
         raise UserError("LPIPS needs both --lpips-vgg and --lpips-heads")
-    network = vqgan.load_lpips(config.lpips_vgg, config.lpips_heads) if config.lpips_vgg else None
+    network = metrics.load_lpips(config.lpips_vgg, config.lpips_heads) if config.lpips_vgg else None
     distance = jax.jit(lambda network, a_BHWC, b_BHWC: network.distance(a_BHWC, b_BHWC))
     prompts, paths = check_shots(config.shots), vqgan.find_images(config.data)
     if len(paths) <= max(max(config.shots), 1):
@@ -1067,9 +1069,9 @@ def reconstruction(config: Reconstruction):
         raise UserError("LPIPS needs both --lpips-vgg and --lpips-heads")
     mesh, batch = share(config.devices, config.batch)
     paths, tokenizer = vqgan.find_images(config.data), vqgan.load(config.tokenizer)
-    networks = {"lpips": vqgan.load_lpips(config.lpips_vgg, config.lpips_heads)} if config.lpips_vgg else {}
+    networks = {"lpips": metrics.load_lpips(config.lpips_vgg, config.lpips_heads)} if config.lpips_vgg else {}
     networks |= (
-        {"efficientnet_lite0": vqgan.load_efficientnet_lite0(config.efficientnet)}
+        {"efficientnet_lite0": metrics.load_efficientnet_lite0(config.efficientnet)}
         if config.efficientnet
         else {}
     )
@@ -1127,10 +1129,8 @@ def reconstruction(config: Reconstruction):
     print("\n".join(vqgan.describe(report)))
     write_report(out, "reconstruction", about | report)
     shown = [rebuild(range(n, min(n + batch, len(paths), 32))) for n in range(0, min(len(paths), 32), batch)]
-    vqgan.save_rows(
-        vqgan.reconstruction_rows(*(np.concatenate(part) for part in list(zip(*shown))[::2])),
-        out / "reconstruction.png",
-    )
+    rows = vqgan.reconstruction_rows(*(np.concatenate(part) for part in list(zip(*shown))[::2]))
+    write_whole(out / "reconstruction.png", encode_image(sheet(rows, captions=False), "reconstruction.png"))
     decibels = {
         Path(e["path"]).relative_to(config.data).as_posix(): e["psnr"]
         for e in report["examples"]
@@ -1234,12 +1234,12 @@ def fid(config: Fid):
                 f"{sides[side]}: {count} pictures, and a {name} distance of {D} features needs {least} or more{hint}"
             )
 
-    network = (vqgan.load_efficientnet_lite0 if config.network == "efficientnet-lite0" else load_inception)(
-        config.weights
-    )
+    network = (
+        metrics.load_efficientnet_lite0 if config.network == "efficientnet-lite0" else metrics.load_inception
+    )(config.weights)
     mesh, batch = share(config.devices, config.batch)
     network, tokenizer = jax.device_put((network, tokenizer), NamedSharding(mesh, P()))
-    extract = jax.jit(Inception.pooled if config.network == "inception" else efficientnet_pooled)
+    extract = jax.jit(lambda network, pixels_BHWC: network.pooled(pixels_BHWC))
     out = open_out(config.out, "fid", config.network)
     about = {
         "command": "python evaluate.py " + shlex.join(sys.argv[1:]),
@@ -1346,116 +1346,6 @@ def read_features(file, definition, D: int) -> np.ndarray:
             f"call's is {definition}"
         )
     return features_ND
-
-
-def efficientnet_pooled(network, pixels_BHWC) -> jax.Array:
-    """Pixels in [0, 1] -> the mean over positions of what the classifier is given, float32 [B, 1280]."""
-    x = jax.image.resize(pixels_BHWC, (len(pixels_BHWC), 224, 224, 3), "bilinear")
-    return jnp.clip(network.convs[-1](network.features(x)[-1]), 0, 6).mean((1, 2))
-
-
-class Inception(eqx.Module):
-    """InceptionV3 of the usual FID, with its oddities: 1008 classes (left out), average pools that do not count their padding,
-    and a maximum pool in the last block where InceptionV3 has an average. Batch norms are folded into the convolutions."""
-
-    convs: dict[str, vqgan.Conv]
-
-    def pooled(self, pixels_BHWC) -> jax.Array:
-        """Pixels in [0, 1], any size -> 2048 features, float32 [B, 2048]. Resized as pytorch-fid does: bilinearly, unsmoothed."""
-        x = (
-            2 * jax.image.resize(pixels_BHWC, (len(pixels_BHWC), 299, 299, 3), "bilinear", antialias=False)
-            - 1
-        )
-
-        def conv(name, x, stride=1, padding="SAME"):
-            return jax.nn.relu(self.convs[name](x, stride, "VALID" if stride > 1 else padding))
-
-        def chain(names, x, last_stride=1):
-            *first, last = names.split()
-            for name in first:
-                x = conv(name, x)
-            return conv(last, x, last_stride)
-
-        def window(x, stride=1, padding="VALID"):
-            return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
-
-        def mean(x):
-            total = lax.reduce_window(x, 0.0, lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
-            counts = (
-                np.convolve(np.ones(n, np.float32), np.ones(3, np.float32), "same") for n in x.shape[1:3]
-            )
-            return total / np.outer(*counts)[:, :, None]
-
-        x = conv("Conv2d_1a_3x3", x, 2)
-        x = window(conv("Conv2d_2b_3x3", conv("Conv2d_2a_3x3", x, padding="VALID")), 2)
-        x = window(conv("Conv2d_4a_3x3", conv("Conv2d_3b_1x1", x), padding="VALID"), 2)
-        join = lambda *parts: jnp.concatenate(parts, axis=-1)
-        for m in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
-            x = join(
-                conv(f"{m}.branch1x1", x),
-                chain(f"{m}.branch5x5_1 {m}.branch5x5_2", x),
-                chain(f"{m}.branch3x3dbl_1 {m}.branch3x3dbl_2 {m}.branch3x3dbl_3", x),
-                conv(f"{m}.branch_pool", mean(x)),
-            )
-        m = "Mixed_6a"
-        x = join(
-            conv(f"{m}.branch3x3", x, 2),
-            chain(f"{m}.branch3x3dbl_1 {m}.branch3x3dbl_2 {m}.branch3x3dbl_3", x, 2),
-            window(x, 2),
-        )
-        for m in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
-            x = join(
-                conv(f"{m}.branch1x1", x),
-                chain(" ".join(f"{m}.branch7x7_{i}" for i in range(1, 4)), x),
-                chain(" ".join(f"{m}.branch7x7dbl_{i}" for i in range(1, 6)), x),
-                conv(f"{m}.branch_pool", mean(x)),
-            )
-        m = "Mixed_7a"
-        x = join(
-            chain(f"{m}.branch3x3_1 {m}.branch3x3_2", x, 2),
-            chain(" ".join(f"{m}.branch7x7x3_{i}" for i in range(1, 5)), x, 2),
-            window(x, 2),
-        )
-        for m, pool in (("Mixed_7b", mean), ("Mixed_7c", lambda x: window(x, padding="SAME"))):
-            y, z = conv(f"{m}.branch3x3_1", x), chain(f"{m}.branch3x3dbl_1 {m}.branch3x3dbl_2", x)
-            x = join(
-                conv(f"{m}.branch1x1", x),
-                conv(f"{m}.branch3x3_2a", y),
-                conv(f"{m}.branch3x3_2b", y),
-                conv(f"{m}.branch3x3dbl_3a", z),
-                conv(f"{m}.branch3x3dbl_3b", z),
-                conv(f"{m}.branch_pool", pool(x)),
-            )
-        return x.mean((1, 2))
-
-
-def load_inception(file: Path) -> Inception:
-    """Reads pytorch-fid's pt_inception-2015-12-05-6726825d.pth by the reader that runs nothing; every tensor is used once."""
-    tensors = {
-        name: array
-        for name, array in vqgan.open_tensors(file).items()
-        if not name.endswith("num_batches_tracked") and not name.startswith("fc.")
-    }
-    convs = {}
-    for name in [n.removesuffix(".conv.weight") for n in tensors if n.endswith(".conv.weight")]:
-        weight_OIHW = vqgan.take(file, tensors, f"{name}.conv.weight")
-        gamma, beta, mean, variance = (
-            vqgan.take(file, tensors, f"{name}.bn.{part}")
-            for part in ("weight", "bias", "running_mean", "running_var")
-        )
-        scale = gamma / np.sqrt(variance + 1e-3)
-        convs[name] = vqgan.as_conv(weight_OIHW * scale[:, None, None, None], beta - mean * scale)
-    vqgan.none_left(file, tensors)
-    if len(convs) != 94:
-        raise UserError(
-            f"{file}: {len(convs)} convolutions, InceptionV3 has 94; wanted pytorch-fid's pt_inception-2015-12-05-6726825d.pth"
-        )
-    network = Inception(convs)
-    try:
-        eqx.filter_eval_shape(network.pooled, jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: not pytorch-fid's InceptionV3 ({error})") from None
-    return network
 
 
 # ---------------------------------------------------------------------------------------------------- loss against size
@@ -1962,29 +1852,20 @@ def heldout_demo(config: Shots, tokenizer) -> Path:
     folder = REPORTS / f"heldout-{vqgan.fingerprint(tokenizer)}-{config.sentences}-{config.seed}"
     if folder.exists():
         return folder
-    tasks, world = (
-        [task for task in tokenize_data.TASKS if task not in SEQUENCES],
-        tokenize_data.World("heldout"),
-    )
+    tasks, world = ([task for task in scenes.TASKS if task not in SEQUENCES], scenes.World("heldout"))
 
     def compose(i, size):
         return list(
-            tokenize_data.demo_sentence(
-                world, np.random.default_rng((config.seed, i)), size, tasks[i % len(tasks)]
-            )[1]
+            scenes.demo_sentence(world, np.random.default_rng((config.seed, i)), size, tasks[i % len(tasks)])[
+                1
+            ]
         )
 
     print(f"composing {config.sentences} held-out sentences of each of {len(tasks)} tasks in {folder}")
-    items = [
-        (f"sentence {i}", lambda size, i=i: compose(i, size)) for i in range(config.sentences * len(tasks))
-    ]
-    codes_NTS, kept, _ = tokenize_data.encode_items(tokenizer, items, 16)
-    tokenize_data.write_dataset(
-        folder,
-        tokenizer,
-        tasks,
-        ((i % len(tasks), codes_TS.reshape(-1)) for i, codes_TS in zip(kept, codes_NTS)),
-    )
+    job = lambda i: tokenize_data.ReadJob(f"sentence {i}", lambda size: compose(i, size))
+    codes_NTS = tokenize_data.encode_jobs(tokenizer, list(map(job, range(config.sentences * len(tasks)))), 16)
+    sentences = ((i % len(tasks), codes_TS.reshape(-1)) for i, codes_TS in enumerate(codes_NTS))
+    tokenize_data.write_dataset(folder, tokenizer, tasks, sentences)
     return folder
 
 

@@ -32,7 +32,7 @@ from PIL import Image, ImageOps
 import lvm
 import sample
 import vqgan
-from common.images import FORMATS, MAX_PIXELS, UserError, frames_in, read_pictures
+from common.images import FORMATS, MAX_PIXELS, UserError, frames_in, read_pictures, sheet, to_image
 from common.weights import strict_json
 
 MOST_UPLOAD = 16 << 20  # bytes of one request that brings pictures
@@ -103,7 +103,7 @@ def play(config: sample.Config, model, tokenizer):
             f"{rank}. candidate {n + 1}: {nats_NT[n].mean():.3f} nats a code"
             for rank, n in enumerate(order, 1)
         )
-        yield sample.sheet([shown, *new], config.captions), likelihoods
+        yield sheet([shown, *new], config.captions, sample.COLUMNS), likelihoods
 
 
 def command_line(config: sample.Config) -> str:
@@ -128,7 +128,7 @@ def save_replay(config: sample.Config, size: int, path: Path) -> str:
         names = [f"prompt/{t:03}.png" for t in range(len(pictures))]
         for name, pixels_HWC in zip(names, read_pictures(pictures, size, config.fit)):
             with archive.open(name, "w") as file:
-                sample.to_image(pixels_HWC).save(file, format="PNG")
+                to_image(pixels_HWC).save(file, format="PNG")
         again = dataclasses.replace(
             config,
             prompt=(sample.PROMPT,),

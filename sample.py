@@ -17,12 +17,11 @@ T pictures of a prompt, S codes of a picture, C of them in one piece, V vocabula
 
 import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
 
+# isort: split
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import io
-import math
 import os
 import re
 import threading
@@ -36,11 +35,20 @@ import tyro
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
-from PIL import Image, ImageDraw, ImageFont
 
 import lvm
 import vqgan
-from common.images import UserError, count_frames, encode_image, find_images, read_pictures, shown_size
+from common.images import (
+    UserError,
+    count_frames,
+    encode_animation,
+    encode_image,
+    find_images,
+    read_pictures,
+    sheet,
+    shown_size,
+    to_image,
+)
 from common.runs import Record, check_numbers, code_digest, run_command
 from common.weights import check_fields, parse_json, read_json, read_text, strict_json, write_whole
 
@@ -290,7 +298,7 @@ def answer_book(config: Config, out: Path):
         print(
             f"{folder.name:13} mean log-likelihoods {' '.join(f'{nats:.2f}' for nats in answer.nats_NM.mean(1))}"
         )
-    write_whole(out, encode_image(sheet(rows, config.captions, columns=max(map(len, rows))), out))
+    write_whole(out, encode_image(sheet(rows, config.captions), out))
     print(f"wrote      {out}")
 
 
@@ -989,10 +997,11 @@ def write(out: Path, shown, drawn, captions):
     """The prompt (a row of pictures and captions), then a row for each candidate: as one picture, an animation, or a folder of files."""
     if out.suffix in ANIMATIONS:
         frames = [[frame] * len(drawn) for frame in shown] + [list(frame) for frame in zip(*drawn)]
-        return save_animation([sheet([frame], captions) for frame in frames], out)
+        images = [sheet([frame], captions, COLUMNS) for frame in frames]
+        return write_whole(out, encode_animation(images, out))
     if out.suffix:
         new = drawn if len(drawn[0]) > 1 else [[row[0] for row in drawn]]
-        return write_whole(out, encode_image(sheet([shown, *new], captions), out))
+        return write_whole(out, encode_image(sheet([shown, *new], captions, COLUMNS), out))
     out.mkdir()
     for row in (shown, *drawn):
         for picture, caption in row:
@@ -1009,51 +1018,9 @@ def write_grid(out: Path, rows, size):
 
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix in ANIMATIONS:
-        save_animation([grid([column]) for column in zip(*rows)], out)
+        write_whole(out, encode_animation([grid([column]) for column in zip(*rows)], out))
     else:
         write_whole(out, encode_image(grid(rows), out))
-
-
-def save_animation(images: list[Image.Image], out: Path, rate: int = 5):
-    if out.suffix == ".gif":
-        frames = {"save_all": True, "append_images": images[1:], "duration": 1000 // rate, "loop": 0}
-        return write_whole(out, encode_image(images[0], out, **frames))
-    import av
-
-    with av.open(content := io.BytesIO(), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=rate)
-        stream.width, stream.height = (
-            side + side % 2 for side in images[0].size
-        )  # the usual 4:2:0 halves both
-        stream.pix_fmt = "yuv420p"
-        for image in images:
-            canvas = Image.new("RGB", (stream.width, stream.height), "white")
-            canvas.paste(image)
-            container.mux(stream.encode(av.VideoFrame.from_image(canvas)))
-        container.mux(stream.encode())
-    write_whole(out, content.getbuffer())
-
-
-def to_image(pixels_HWC) -> Image.Image:
-    return Image.fromarray((np.asarray(pixels_HWC) * 255 + 0.5).astype(np.uint8))
-
-
-def sheet(rows, captions=True, columns=COLUMNS) -> Image.Image:
-    """Rows of (pixels_HWC, caption); long ones wrap after `columns`. Small pictures are enlarged to at least 128 pixels."""
-    rows = [row[i : i + columns] for row in rows for i in range(0, len(row), columns)]
-    size = rows[0][0][0].shape[0]
-    side, gap, line = size * math.ceil(128 / size), 6, 18 if captions else 0
-    image = Image.new(
-        "RGB", (gap + max(map(len, rows)) * (side + gap), gap + len(rows) * (side + line + gap)), "white"
-    )
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    for y, row in enumerate(rows):
-        for x, (pixels_HWC, caption) in enumerate(row):
-            left, top = gap + x * (side + gap), gap + y * (side + line + gap)
-            image.paste(to_image(pixels_HWC).resize((side, side), Image.Resampling.BICUBIC), (left, top))
-            if captions:
-                draw.text((left + side / 2, top + side + 2), caption, "black", font, anchor="ma")
-    return image
 
 
 def main():

@@ -25,9 +25,7 @@ import hashlib
 import importlib.util
 import json
 import math
-import operator
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -40,14 +38,14 @@ import numpy as np
 import optax
 import tyro
 from jax import lax
-from jax.experimental import mesh_utils, multihost_utils, topologies
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
 import lvm
 import tokenize_data
 import vqgan
-from common.images import UserError
+from common.images import UserError, encode_image, sheet
 from common.runs import (
     Checkpoints,
     asked_to_stop,
@@ -67,7 +65,7 @@ from common.runs import (
     steps_of,
     warn,
 )
-from common.weights import read_json
+from common.weights import read_json, write_whole
 from flash_attention import zigzag
 
 AXES = ("data", "fsdp", "tensor", "seq")
@@ -86,8 +84,8 @@ class Config:
     size: Literal[tuple(lvm.SIZES)] = "mini"
     """Width and depth of the model; `python lvm.py sizes` prints the table."""
     data: tuple[str, ...] = ()
-    """Dataset folders or LVM's `.jsonl` files, each `DIR` or `DIR:weight`. Without any, demo sentences are made in the run
-    folder."""
+    """Dataset folders or LVM's `.jsonl` files (also .jsonl.gz, .jsonl.zst), each `DIR` or `DIR:weight`; files are imported
+    once into the run folder. Without any, demo sentences are made in the run folder."""
     packing: Literal[tokenize_data.PACKINGS] = "sentence"
     """How sentences become rows. sentence: one a row, padded. concat, as published: joined for ever and cut; attention
     crosses sentences, and --context 4097 are LVM's 4096 inputs and targets. segment: as many whole ones as fit, each
@@ -235,7 +233,7 @@ class Config:
                 "a step rounds back to what it was: take --b2 0.99 or less, or --moments float32"
             )
         if self.fields and not any(
-            tokenize_data.split_weight(path)[0].endswith(".jsonl") for path in self.data
+            tokenize_data.is_lines(tokenize_data.split_weight(path)[0]) for path in self.data
         ):
             raise UserError(f"--fields {self.fields!r} is for .jsonl files, and --data names none")
         if self.compile_only != bool(self.topology):
@@ -336,7 +334,7 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
     # The data: what the model reads follows from --data, --seed and the step alone, so a checkpoint need not hold its place.
     data, asked = (config.data, config.heldout) if config.data else make_demo(config)
     paths, weights = zip(*map(tokenize_data.split_weight, data))
-    folders = {path: tokenize_data.open_sentences(path) for path in paths if not path.endswith(".jsonl")}
+    folders = {path: tokenize_data.open_sentences(path) for path in paths if not tokenize_data.is_lines(path)}
     codes = next((part.codes for part in folders.values()), lvm.SIZES[config.size].codes)
     model_config = model_config_for(config, codes)
     mesh = make_mesh(config, model_config)
@@ -354,7 +352,11 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
         specials=specials,
         fields=config.fields,
         vocabulary=model_config.vocab_size,
+        beside=config.out / "data",
     )
+    for path in filter(tokenize_data.is_lines, (*paths, asked) if leads() else ()):
+        open_sentences(path)  # imports it, before all look for its shards
+    multihost_utils.sync_global_devices("imported")
     shards = [folders.get(path) or open_sentences(path) for path in paths]
     trained = [
         Sentences(*about, np.arange(len(about[1])), weight) for *about, weight in zip(paths, shards, weights)
@@ -386,7 +388,7 @@ def train_in_own_folder(config: Config) -> lvm.LVM:
         defaults,
         MAY_CHANGE,
         about={"model": dataclasses.asdict(model_config), "tokenizer": shards[0].about["tokenizer"]},
-        noted={"data": facts},
+        noted={"data": facts, "format": tokenize_data.FORMAT},
     )
 
     # The state: the newest whole checkpoint, or else random weights or those of --init. What is wrong with the data is said before.
@@ -600,7 +602,10 @@ def make_train_step(loss_fn, optimizer, accumulate, shardings):
         updates, moments = optimizer.update(grads, state["optimizer"], state["model"])
         norm = optax.global_norm(grads)
         new = skip_bad_step(
-            {"model": optax.apply_updates(state["model"], updates), "optimizer": moments}, state, loss, norm
+            {"model": optax.apply_updates(state["model"], updates), "optimizer": moments},
+            state,
+            loss,
+            {"loss": loss, "norm": norm},
         )
         counts = {name: new["guard"][name] for name in ("skipped", "in_a_row")}
         targets = jnp.count_nonzero(batch["mask_BT"][:, 1:])  # the first of a row is nobody's target
@@ -937,12 +942,19 @@ def facts_of(config: Config) -> dict[str, str]:
 
 
 def check_same_data(config: Config, data: list[dict]):
-    """Raises UserError where a dataset of a run that goes on is not what it was, with the difference."""
-    before = []
+    """Raises UserError where a dataset of a run that goes on is not what it was, with the difference, or where an older
+    program, which read the rows in another order, began it."""
+    before = {}
     if not config.accept_new_data and steps_of(config.out / "checkpoints"):
         with contextlib.suppress(UserError):  # `begin_run` says what is wrong with this file
-            before = read_json(config.out / "config.json").get("data")
-    before = before if isinstance(before, list) else []  # older runs do not say what their data were
+            before = read_json(config.out / "config.json")
+    if before and before.get("format") != tokenize_data.FORMAT:
+        raise UserError(
+            f"{config.out} is a run of format {before.get('format', 'below 3')}, this program's is "
+            f"{tokenize_data.FORMAT}: it read the data in another order. Start from its weights with --init "
+            f"{config.out} and another --out, or go on in the new order by --accept-new-data"
+        )
+    before = before.get("data") if isinstance(before.get("data"), list) else []
     differ = [
         f"{new['path']}: " + ", ".join(f"{k} {old.get(k)} -> {v}" for k, v in new.items() if old.get(k) != v)
         for old, new in zip(before, data)
@@ -1048,7 +1060,7 @@ class Sentences(NamedTuple):
 
     name: str
     """its path"""
-    part: "tokenize_data.Shards | tokenize_data.Jsonl"
+    part: tokenize_data.Shards
     """all of it"""
     chosen_N: np.ndarray
     """numbers of the sentences that are meant"""
@@ -1114,9 +1126,7 @@ def heldout_kinds(heldout: list[Sentences], context: int, specials, rows: int, m
     stems = [Path(held.name).stem for held in heldout]
     names, groups, taken = stems if len(set(stems)) == len(stems) else [held.name for held in heldout], {}, {}
     for name, (_, part, chosen_N, weight) in zip(names, heldout):
-        kinds_N = np.zeros(len(part), int)
-        if isinstance(part, tokenize_data.Shards):
-            kinds_N = np.concatenate([index_N3[:, 1] for _, index_N3 in part.shards])
+        kinds_N = part.kinds_N
         for kind in np.unique(kinds_N[chosen_N]):
             members_N = chosen_N[kinds_N[chosen_N] == kind]
             share = weight / sum(held.weight for held in heldout) * len(members_N) / len(chosen_N)
@@ -1192,7 +1202,8 @@ def sample_picture(config: Config, model, chosen: list[Sentences], path: Path, r
     pixels = vqgan.decode(tokenizer, codes_BNS.reshape(-1, S)).reshape(
         *codes_BNS.shape[:2], *[tokenizer.config.resolution] * 2, 3
     )
-    vqgan.save_rows(list(np.asarray(pixels)), path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, encode_image(sheet(list(np.asarray(pixels)), captions=False), path))
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -1207,366 +1218,6 @@ def likeliest_picture(model, prompt_BT, S):
 
     _, codes_SB = lax.scan(step, (logits_BV, cache), length=S)
     return codes_SB.T
-
-
-# ------------------------------------------------------------------------------- programs for chips that are not here
-
-
-class Chip(NamedTuple):
-    flops: float
-    """bf16 FLOP/s, nominal"""
-    memory: float
-    """bytes that a program may fill"""
-    link: float
-    """bytes/s: TPU, both ways along one axis of the torus; GPU, into it from its node (NVLink)"""
-    topology: dict
-    """for `get_topology_desc`"""
-    ring: int = 1
-    """a whole axis of the torus is closed where this divides its length"""
-
-
-# The CUDA compiler's description of the device; its cluster has nodes of eight, each GPU with 400 Gbit/s to the others.
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 150000000000
-  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
-  device_vendor: "NVIDIA Corporation" name: "NVIDIA H200"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA H200"
-"""
-CHIPS = {
-    "v4": Chip(275e12, 31.75 * 2**30, 9e10, {"chip_config_name": "megacore"}, ring=4),
-    "v5e": Chip(197e12, 15.75 * 2**30, 9e10, {}, ring=16),
-    "v5p": Chip(459e12, 95.74 * 2**30, 1.8e11, {"chip_config_name": "megachip_tccontrol"}, ring=4),
-    "v6e": Chip(918e12, 31.25 * 2**30, 1.8e11, {}, ring=16),
-    "h200": Chip(989e12, 0.92 * 141e9, 4.5e11, {"topology_name": "h200", "target_config": H200}),
-}
-NETWORK, SLICE_NETWORK = 5e10, 6.25e9  # bytes/s of a GPU to other nodes, and of a TPU chip to other slices
-
-
-def find_topology(name: str):
-    """(chip, devices) of a --topology; to be called before any backend has started."""
-    match = re.fullmatch(r"(v4|v5e|v5p|v6e):(\d+(?:x\d+)+)(?:\*(\d+))?|h200:(\d+)", name)
-    if not match:
-        raise UserError(
-            f"--topology {name}: wanted one of {', '.join(CHIPS)} and a shape, such as v5p:4x4x8, v5e:16x16*2 (two slices) or h200:16"
-        )
-    kind, shape, slices, gpus = match.groups()
-    n = int(gpus or 0)
-    if n > 8 and n % 8:
-        raise UserError(f"--topology {name}: more than 8 GPUs come in nodes of 8")
-    package = "jax_cuda13_plugin" if gpus else "libtpu"
-    if importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"--topology {name} needs the compiler of {package}, which is not installed; type: pip install -r tests/compilers.txt"
-        )
-    chip = CHIPS[kind or "h200"]
-    os.environ.update(
-        TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
-    )  # libtpu shall not look for chips
-    tell_xla("cuda" if gpus else "tpu")
-    try:
-        if gpus:
-            return chip, topologies.get_topology_desc(
-                platform="cuda", topology=f"1x{max(1, n // 8)}x{min(n, 8)}", **chip.topology
-            ).devices
-        more = {"num_slices": int(slices)} if slices else {}
-        return chip, topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{kind}:{shape}", **more, **chip.topology
-        ).devices
-    except Exception as error:  # the compiler's own refusal, such as of a shape that no pod has
-        raise UserError(f"--topology {name}: {str(error).splitlines()[0]}") from None
-
-
-def compile_step(config: Config, chip: Chip, devices):
-    """(compiled training step, mesh, model config) on devices that need not be here: nothing of it runs."""
-    model_config = model_config_for(config, lvm.SIZES[config.size].codes)
-    mesh = make_mesh(config, model_config, devices, chip.memory)
-    check_batch(config, mesh)
-    optimizer, _ = make_optimizer(config)
-    state, shardings = abstract_state(config, model_config, optimizer, mesh)
-    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    row = lambda dtype: jax.ShapeDtypeStruct(
-        (config.batch, model_config.context), dtype, sharding=NamedSharding(mesh, ROWS)
-    )
-    dtype = jnp.dtype("bfloat16" if config.dtype == "auto" else config.dtype)
-    loss_fn = make_loss(
-        mesh, lvm.partition_specs(state["model"]), dtype, config.remat, config.z_loss, implementation="pallas"
-    )
-    step = make_train_step(loss_fn, optimizer, config.accumulate, shardings)
-    batch = {"ids_BT": row(jnp.int32), "mask_BT": row(jnp.float32)}
-    return step.trace(jax.tree.map(place, state, shardings), batch).lower().compile(), mesh, model_config
-
-
-def compile_only(config: Config) -> dict:
-    """Compiles the step for --topology, prints what it takes, and returns it; `fits` says whether it does."""
-    chip, devices = find_topology(config.topology)
-    began = time.monotonic()
-    try:
-        compiled, mesh, model_config = compile_step(config, chip, devices)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        used = re.search(r"[Uu]sed ([\d.]+)([GM]) of", str(error))
-        peak = float(used[1]) * {"G": 2**30, "M": 2**20}[used[2]] if used else math.inf
-        print(f"does not fit: {str(error).splitlines()[0][:300]}")
-        return {"fits": False, "peak": peak, "memory": chip.memory, "seconds": time.monotonic() - began}
-    seconds = time.monotonic() - began
-    memory, n = compiled.memory_analysis(), len(devices)
-    peak = (
-        memory.argument_size_in_bytes
-        + memory.temp_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.generated_code_size_in_bytes
-    )
-    moved = collectives(compiled.as_text(), mesh, chip)
-    tokens = config.batch * model_config.context
-    flops = tokens * lvm.training_flops(model_config, model_config.context)
-    compute = flops * (4 / 3 if config.remat in ("full", "offload") else 1) / (n * chip.flops)
-    network = None if moved is None else sum(c["seconds"] for c in moved.values())
-    facts = {
-        "fits": peak <= chip.memory,
-        "mesh": ",".join(map(str, mesh.devices.shape)),
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "host": memory.host_temp_size_in_bytes,
-        "peak": peak,
-        "memory": chip.memory,
-        "flops": flops,
-        "collectives": moved,
-        "compute_seconds": compute,
-        "network_seconds": network,
-        "tokens": tokens,
-        "seconds": seconds,
-    }
-    GB = lambda bytes: f"{bytes / 1e9:.2f} GB"
-    print(
-        f"{config.topology}: {n} chips of {chip.flops / 1e12:.0f} TFLOP/s; {config.size}, {config.batch} x {model_config.context} tokens an update in {config.accumulate} micro-batch(es), remat {config.remat}, "
-        f"{config.moments} moments; jax {jax.__version__}, compiled in {seconds:.0f} s"
-    )
-    print(
-        f"bytes a chip: arguments {GB(facts['arguments'])}, temporaries {GB(facts['temporaries'])}, peak {GB(peak)} of {GB(chip.memory)}"
-        + (f", and {GB(facts['host'])} of the host's memory" if facts["host"] else "")
-    )
-    print(
-        f"FLOPs a step: {flops:.3e} (6 a weight and token, causal attention at half; what remat repeats is not counted)"
-    )
-    for name, c in (moved or {}).items():
-        print(f"{name}: {c['count']} a step, {GB(c['bytes'])} through each chip, {c['seconds'] * 1e3:.1f} ms")
-    repeated = " (remat included)" if config.remat in ("full", "offload") else ""
-    roofline = f"roofline: {compute * 1e3:.0f} ms of compute{repeated}"
-    if moved is None:
-        print(
-            f"{roofline}; collectives are not counted, as the program does not say how often one of its loops runs"
-        )
-    else:
-        bound = "compute" if compute >= network else "communication"
-        print(
-            f"{roofline}, {network * 1e3:.0f} ms of collectives: {bound}-bound where they overlap, "
-            f"{tokens / max(compute, network):,.0f} tokens/s at most"
-        )
-    print("it fits" if facts["fits"] else f"does not fit: {GB(peak)} of {GB(chip.memory)}")
-    return facts
-
-
-_BYTES = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "bf16": 2,
-    "f16": 2,
-    "s16": 2,
-    "u16": 2,
-    "f32": 4,
-    "s32": 4,
-    "u32": 4,
-    "f64": 8,
-    "s64": 8,
-    "u64": 8,
-}
-_KINDS = "all-gather|reduce-scatter|all-reduce|all-to-all|collective-permute"
-
-
-def collectives(text: str, mesh, chip: Chip) -> dict | None:
-    """{kind: {"count", "bytes" through a device, "seconds"}} of one step, read from optimized HLO; None where
-    a loop holds collectives and does not say how often it runs.
-
-    A loop's body counts as often as XLA says (known_trip_count), or else as `trip_count` finds. A ring moves
-    an array (n - 1) / n times through each of n devices, an all-reduce twice. A group of TPUs has the links
-    of the axes of the torus that it spans, both ways where the axis is closed; GPUs have NVLink within a
-    node, and each its own network card between nodes."""
-    computations, name, entry = {}, None, None
-    for line in text.splitlines():
-        if line.endswith("{") and (head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(", line)):
-            name = head[1]
-            computations[name] = []
-            entry = name if line.startswith("ENTRY") else entry
-        elif name:
-            computations[name].append(line)
-    total, uncounted = {}, []
-
-    def visit(name, times, fused=False):
-        lines = computations.get(name, [])
-        # TPUs split an asynchronous gather into fusions that start it, go on with it and end it: the first counts.
-        counts = (
-            not fused or "all-reduce-scatter" in name or any("AsyncCollectiveStart" in line for line in lines)
-        )
-        for line in lines:
-            found = counts and re.search(rf" = (.+?) ({_KINDS})(-start)?\(", line)
-            if found and times is None:
-                uncounted.append(line)
-            elif found:
-                shapes, kind, start = found.groups()
-                group = _group(line, mesh)
-                n = len(group)
-                size = sum(
-                    _BYTES.get(t, 0) * math.prod(int(d) for d in dims.split(",") if d)
-                    for t, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-                )
-                # An asynchronous one lists its operands before its results, but for the all-reduce that is not a tuple of tuples.
-                both = start and (kind != "all-reduce" or shapes.startswith("(("))
-                if "all-reduce-scatter" in name:
-                    kind = "reduce-scatter"  # a fusion of TPUs, which sums and keeps a part
-                elif kind in ("all-gather", "reduce-scatter"):
-                    size *= n / (n + 1) if both else n if kind == "reduce-scatter" else 1  # the whole array
-                elif both:
-                    size /= 2
-                through = size * (
-                    1 if kind == "collective-permute" else (n - 1) / n * (2 if kind == "all-reduce" else 1)
-                )
-                if through:
-                    row = total.setdefault(kind, {"count": 0, "bytes": 0.0, "seconds": 0.0})
-                    row["count"] += times
-                    row["bytes"] += times * through
-                    row["seconds"] += times * through / _bandwidth(group, mesh, chip, kind)
-            inner = times
-            if times is not None and " while(" in line:
-                known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-                trips = int(known[1]) if known else trip_count(computations, name, line)
-                inner = None if trips is None else times * trips
-            for how, callee in re.findall(
-                r"(calls|body|true_computation|false_computation)=%?([\w.\-]+)", line
-            ):
-                visit(callee, inner, how == "calls")
-            for callees in re.findall(r"branch_computations=\{([^}]*)\}", line):
-                for callee in re.findall(r"[\w.\-]+", callees):
-                    visit(callee, times)
-
-    visit(entry, 1)
-    return None if uncounted else total
-
-
-def trip_count(computations, name: str, line: str, most=100_000):
-    """How often a loop runs, found by running its counters: the integers of its state that begin at
-    constants. None where they do not decide it. `computations` holds the lines of each by its name, `line` is
-    the loop's in the one called `name`."""
-    instructions = {}
-    for computation, lines in computations.items():
-        for text in lines:
-            if found := re.match(r"\s*(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)", text):
-                root, own, shape, operation, rest = found.groups()
-                inside = rest[: rest.index(")")]
-                operands = [word.strip().split(" ")[-1].lstrip("%") for word in inside.split(",")]
-                instructions[computation, own] = shape, operation, operands, rest
-                if root:
-                    instructions[computation, "ROOT"] = instructions[computation, own]
-    compare = {name.upper(): getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")}
-    arithmetic = {
-        "add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "minimum": min, "maximum": max,
-        "and": operator.and_, "or": operator.or_, "select": lambda which, a, b: a if which else b}  # fmt: skip
-
-    def value(computation, own, arguments, index=None):
-        """An integer, or None for what is no integer or not known; `index` picks one of a tuple."""
-        shape, operation, operands, rest = instructions.get((computation, own), ("", "", [], ""))
-        of = lambda i, index=None: value(computation, operands[i], arguments, index)
-        if operation == "parameter":
-            given = arguments[int(operands[0])] if arguments else None
-            return given if index is None or given is None else given[index]
-        if operation == "get-tuple-element":
-            return of(0, int(re.search(r"index=(\d+)", rest)[1]))
-        if operation == "tuple" and index is not None:
-            return of(index)
-        if operation in ("copy", "copy-start", "copy-done", "bitcast", "convert", "opt-barrier"):
-            return of(0, index)
-        if not re.match(r"(s32|u32|s64|pred)\[\]", shape):
-            return None
-        if operation == "constant":
-            return (
-                {"true": 1, "false": 0}[operands[0]] if operands[0] in ("true", "false") else int(operands[0])
-            )
-        if operation in ("fusion", "call"):
-            callee = re.search(r"(?:calls|to_apply)=%?([\w.\-]+)", rest)[1]
-            return value(callee, "ROOT", [of(i) for i in range(len(operands))])
-        known = (
-            [of(i) for i in range(len(operands))]
-            if operation in arithmetic or operation == "compare"
-            else [None]
-        )
-        if None in known:
-            return None
-        if operation == "compare":
-            return compare[re.search(r"direction=(\w+)", rest)[1]](*known)
-        return arithmetic[operation](*known)
-
-    condition, body = (re.search(rf"{what}=%?([\w.\-]+)", line)[1] for what in ("condition", "body"))
-    operand = re.search(r" while\([^)]*?%?([\w.\-]+)\)", line)[1]
-    slots = range(len(instructions[body, "ROOT"][2]))
-    state = [value(name, operand, None, i) for i in slots]  # nothing is known of the parameters around it
-    for trips in range(most):
-        if not (goes_on := value(condition, "ROOT", [state])):
-            return trips if goes_on is not None else None
-        state = [None if old is None else value(body, "ROOT", [state], i) for i, old in zip(slots, state)]
-    return None
-
-
-def _group(line, mesh):
-    """The devices of the first group of a collective."""
-    devices = mesh.devices.reshape(-1)
-    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
-        return [devices[int(i)] for i in pairs.groups()]
-    if axes := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        sizes = {k: int(v) for k, v in re.findall(r"'(\w+)'=(\d+)", axes[1])}
-        names = re.findall(r"'(\w+)'", axes[2])
-        index = tuple(slice(None) if k in names else 0 for k in sizes)
-        return list(devices.reshape(tuple(sizes.values()))[index].reshape(-1))
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        ids = np.arange(len(devices)).reshape([int(d) for d in iota[3].split(",")])
-        ids = ids.transpose([int(d) for d in iota[4].split(",")]) if iota[4] else ids
-        return [devices[i] for i in ids.reshape(int(iota[1]), int(iota[2]))[0]]
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-    return [devices[int(i)] for i in listed[1].split(",")] if listed else list(devices)
-
-
-def _bandwidth(group, mesh, chip, kind):
-    """Bytes/s into a device of a group."""
-    if group[0].platform != "tpu":
-        nodes = {}
-        for device in group:
-            nodes[device.process_index] = nodes.get(device.process_index, 0) + 1
-        return (
-            chip.link
-            if len(nodes) == 1
-            else NETWORK * (1 if kind == "collective-permute" else max(nodes.values()))
-        )
-    if len({getattr(device, "slice_index", None) for device in group}) > 1:
-        return SLICE_NETWORK
-    if kind == "collective-permute":
-        return chip.link / 2
-    speed = 0.0
-    for i in range(3):
-        here = len({device.coords[i] for device in group})
-        whole = len({device.coords[i] for device in mesh.devices.flat})
-        if here > 1:
-            speed += chip.link if here == whole and whole % chip.ring == 0 else chip.link / 2
-    return speed
 
 
 # What XLA needs to be told. TPUs nothing: compiled for v5e, six of the seven gathers of a block run inside fusions that compute
@@ -1687,6 +1338,34 @@ def main():
     # An orderly exit would first wait minutes for the other processes, which wait for this one.
     leave = lambda status: os._exit(status) if jax.distributed.is_initialized() else sys.exit(status)
     run_command(main_of, tyro.cli(Config, description=__doc__, default=preset(sys.argv[1:])), leave=leave)
+
+
+def compile_step(config: Config, devices, memory):
+    """(compiled training step, mesh, model config) for devices with so many bytes each, which need not be here."""
+    model_config = model_config_for(config, lvm.SIZES[config.size].codes)
+    mesh = make_mesh(config, model_config, devices, memory)
+    check_batch(config, mesh)
+    optimizer, _ = make_optimizer(config)
+    state, shardings = abstract_state(config, model_config, optimizer, mesh)
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    row = lambda dtype: jax.ShapeDtypeStruct(
+        (config.batch, model_config.context), dtype, sharding=NamedSharding(mesh, ROWS)
+    )
+    dtype = jnp.dtype("bfloat16" if config.dtype == "auto" else config.dtype)
+    loss_fn = make_loss(
+        mesh, lvm.partition_specs(state["model"]), dtype, config.remat, config.z_loss, implementation="pallas"
+    )
+    step = make_train_step(loss_fn, optimizer, config.accumulate, shardings)
+    batch = {"ids_BT": row(jnp.int32), "mask_BT": row(jnp.float32)}
+    return step.trace(jax.tree.map(place, state, shardings), batch).lower().compile(), mesh, model_config
+
+
+def compile_only(config: Config) -> dict:
+    """Compiles the step for --topology, prints what it takes, and returns that; `fits` says whether it does."""
+    from benchmarks import pods
+
+    tell_xla("cuda" if config.topology.startswith("h200") else "tpu")
+    return pods.compile_only(config, compile_step)
 
 
 def main_of(config: Config):

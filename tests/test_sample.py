@@ -31,6 +31,7 @@ import playground
 import sample
 import vqgan
 import weights_rule
+from common import images
 from common.images import UserError
 from common.weights import open_tensors
 from conftest import free_port, post
@@ -355,7 +356,8 @@ def test_an_analogy_that_does_not_fit_loses_whole_pairs(folder, monkeypatch, cap
 
 def test_a_video_continues_as_a_gif_an_mp4_and_single_pictures(folder, monkeypatch, capsys):
     still = np.kron(pictures(1)[0], np.ones((8, 8, 1)))  # 32 x 32
-    sample.save_animation([sample.to_image(still * (0.5 + 0.05 * t)) for t in range(9)], Path("clip.mp4"))
+    frames = [images.to_image(still * (0.5 + 0.05 * t)) for t in range(9)]
+    Path("clip.mp4").write_bytes(images.encode_animation(frames, "clip.mp4"))
     run = functools.partial(command, monkeypatch, capsys, *BASE[:4], "--prompt", "clip.mp4", "--frames", 2, "--candidates", 2)
     status, printed, _ = run("--stride", 4, "--out", "continued.gif")
     assert status == 0 and "clip.mp4: 3 pictures, a sequence" in printed
@@ -561,7 +563,7 @@ def test_the_playground_shows_row_after_row_and_its_replay_draws_the_same(folder
         changed = np.nonzero((before != after).any((1, 2)))[0]
         assert len(changed), row
     [answer] = sample.draw_answers(config, model, tokenizer, [sample.read_pictures(sample.list_prompt(config.prompt), 4, "stretch")])
-    first = sample.to_image(np.asarray(answer.pixels_NMHWC)[0, 0]).resize((128, 128), Image.Resampling.BICUBIC)
+    first = images.to_image(np.asarray(answer.pixels_NMHWC)[0, 0]).resize((128, 128), Image.Resampling.BICUBIC)
     np.testing.assert_allclose(np.asarray(first, int), shown[-1][6 + 152:6 + 152 + 128, 6:134].astype(int), atol=2)
 
     line = playground.save_replay(config, 4, folder / "replay.zip")

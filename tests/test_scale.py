@@ -19,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import lvm
 import train
+from benchmarks import pods
 from common.images import UserError
 from conftest import ROOT, free_port, launch
 
@@ -356,8 +357,8 @@ def test_collectives_are_counted_with_their_bytes_and_loops():
     program = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(both, both), out_specs=P(), check_vma=False))
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, both))
     text = program.lower(shape(8 * 100, 7), shape(8 * 16, 3)).compile().as_text()
-    moved = train.collectives(text, mesh, train.CHIPS["h200"])
-    assert "known_trip_count" in text and train.collectives(text.replace("known_trip_count", "x"), mesh, train.CHIPS["h200"]) == moved
+    moved = pods.collectives(text, mesh, pods.CHIPS["h200"])
+    assert "known_trip_count" in text and pods.collectives(text.replace("known_trip_count", "x"), mesh, pods.CHIPS["h200"]) == moved
     assert {kind: (c["count"], c["bytes"]) for kind, c in moved.items()} == {
         "all-gather": (5, 5 * 4 * 400 * 7 * 3 / 4), "collective-permute": (5, 5 * 4 * 16 * 3),
         "reduce-scatter": (5, 5 * 4 * 64 * 3 * 3 / 4), "all-reduce": (1, 4 * 16 * 3 * 2 * 7 / 8)}  # fmt: skip
@@ -401,7 +402,7 @@ ENTRY %main (p: f32[8], n: s32[]) -> f32[8] {
 @pytest.mark.parametrize("limit, first, runs", [(9, "%one", 4), (8, "%one", 4), (1, "%one", 0), (9, "%n", None)])
 def test_a_loop_whose_count_is_not_printed_is_counted_or_no_number_is_given(limit, first, runs):
     """As XLA writes accumulation on GPUs: the first turn peeled off, two turns in one, the limit inside of a fusion."""
-    moved = train.collectives(LOOP.replace("LIMIT", str(limit)).replace("FIRST", first), mesh_of(8, 1, 1, 1), train.CHIPS["h200"])
+    moved = pods.collectives(LOOP.replace("LIMIT", str(limit)).replace("FIRST", first), mesh_of(8, 1, 1, 1), pods.CHIPS["h200"])
     assert moved == (None if runs is None else moved) and (runs is None or moved.get("all-reduce", {"count": 0})["count"] == runs)
 
 
@@ -421,13 +422,13 @@ def test_the_users_own_xla_flags_win(monkeypatch, capsys):
 def test_a_topology_that_is_none_says_so(name, words, monkeypatch):
     monkeypatch.setattr(train, "tell_xla", lambda platform: None)
     with pytest.raises(UserError, match=words):
-        train.find_topology(name)
+        pods.find_topology(name)
 
 
 def test_without_the_compiler_the_error_says_what_to_type(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install -r tests/compilers.txt"):
-        train.find_topology("v5p:2x2x1")
+        pods.find_topology("v5p:2x2x1")
 
 
 @pytest.mark.parametrize("topology, mesh", [("v5e:2x2", "1,2,2,1"), ("h200:16", "2,4,2,1")])
@@ -468,7 +469,7 @@ def test_ahead_of_time_every_row_is_fed_to_one_shard_and_alike_by_all_hosts_that
     if importlib.util.find_spec("jax_cuda13_plugin" if "h200" in topology else "libtpu") is None:
         pytest.skip("its compiler is not installed: pip install -r tests/compilers.txt on Linux x86_64")
     monkeypatch.setattr(train, "tell_xla", lambda platform: None)  # this process has its flags
-    chip, devices = train.find_topology(topology)
+    chip, devices = pods.find_topology(topology)
     n, slices = len(devices), 2 if "*" in topology else 1
     for mesh in ("auto", f"{n},1,1,1", f"{slices},-1,1,1", f"{n // 4},1,4,1", f"{slices},-1,2,2", f"{n // 8},2,4,1", f"{slices},-1,1,8"):
         mesh = train.make_mesh(train.Config(size="7b", batch=2 * n, mesh=mesh), lvm.SIZES["7b"], devices, chip.memory)

@@ -219,8 +219,8 @@ def finetuned(tmp_path_factory):
 
 
 def test_finetuning_counts_what_the_fields_ask_for_and_begins_at_the_given_weights(finetuned):
-    batch = next(iter(tokenize_data.open_dataset([finetuned / "answers.jsonl"], context=34, batch=2, seed=0, codes=8192, specials=(8200, 8201, 8202),
-                                                 fields="<|bos|>,[{context}],{target},<|eos|>")))
+    [data] = [path for path in (finetuned / "run/data").iterdir() if path.name.startswith("answers.jsonl-")]
+    batch = next(iter(tokenize_data.open_dataset([data], context=34, batch=2, seed=0, specials=(8200, 8201, 8202))))
     model = lvm.load(finetuned / "hf")
     logits_BTV = jax.jit(lambda model, ids_BT: model(ids_BT))(model, batch["ids_BT"])
     log_p_BTV = np.asarray(jax.nn.log_softmax(logits_BTV))
@@ -262,7 +262,7 @@ def withheld(dataset, tmp_path_factory):
 
 def parts_of(place):
     """{name: (dataset, which of its sentences are withheld)}"""
-    parts = {text: tokenize_data.open_sentences(place / text.split(":")[0], 32, (32, 33, 34)) for text in THREE}
+    parts = {text: tokenize_data.open_sentences(place / text.split(":")[0], 32, beside=place / "parts") for text in THREE}
     return {text: (part, tokenize_data.is_heldout(part, 0.3)) for text, part in parts.items()}
 
 
@@ -295,7 +295,8 @@ def test_rows_are_withheld_from_every_dataset_and_their_losses_are_of_each_kind_
 def test_no_withheld_sentence_is_trained_on_from_any_dataset_and_tokens_are_the_targets_of_those_that_are(withheld):
     place, _ = withheld
     held = {tuple(part[i][1].tolist()) for part, held_N in parts_of(place).values() for i in np.flatnonzero(held_N)}
-    batches = iter(tokenize_data.open_dataset([str(place / text) for text in THREE], context=50, batch=4, seed=0, heldout_fraction=0.3))
+    mixture = [(part, float(text.split(":")[1])) for text, (part, _) in parts_of(place).items()]
+    batches = iter(tokenize_data.open_dataset(mixture, context=50, batch=4, seed=0, heldout_fraction=0.3))
     targets = []
     for _ in range(60):
         ids_BT = next(batches)["ids_BT"]
