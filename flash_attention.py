@@ -56,9 +56,8 @@ def flash_attention(
     segments. `scale` is 1 / sqrt(K) if None; heads filled up with zeros (`native_head_dim`) keep that of
     their own width. `implementation`: None picks by device and shape (`choose`); "pallas" our portable
     kernels, "hopper" ours for that GPU, "cudnn" and "xla" `jax.nn.dot_product_attention`, "chunked" plain jnp
-    that skips most of what causality hides and keeps no scores, "reference" the definition. All give the same
-    numbers; those that cannot do what is asked raise ValueError.
-    """
+    that skips most of what causality hides, "reference" the definition. Those that cannot do what is asked
+    raise ValueError."""
     if implementation not in (None, *IMPLEMENTATIONS):
         names = ", ".join(map(repr, IMPLEMENTATIONS))
         raise ValueError(f"implementation {implementation!r} is none of None, {names}")
@@ -84,10 +83,9 @@ def flash_attention(
 
 
 def choose(q_BTNK, k_BTNK, causal: bool, segmented: bool) -> str:
-    """What `implementation=None` means: our kernels on accelerators, plain jnp on a CPU.
-
-    The devices are those of the mesh around (`jax.shard_map`), which need not be here, or else of the default
-    backend. A Hopper GPU that is here must first get the numbers right (`_hopper_trial`)."""
+    """What `implementation=None` means: our kernels on accelerators, plain jnp on a CPU. The devices are
+    those of the mesh around (`jax.shard_map`), which need not be here, or else of the default backend. A
+    Hopper GPU that is here must first get the numbers right (`_hopper_trial`)."""
     platform, is_hopper, is_here = _devices_around()
     if platform == "cpu":
         return "chunked"
@@ -112,11 +110,8 @@ def _devices_around() -> tuple[str, bool, bool]:
 
 def native_head_dim(shape_BTNK, dtype, segmented: bool, implementation: str | None = None) -> int:
     """How many columns a head of q, k and v should have for what `flash_attention` will run: K, or more of
-    zeros.
-
-    The Hopper kernels take no rows of 100. Given such they pad them, which copies activations in every step;
-    a model that pads its projections instead (and names its own `scale`) has them born wide enough.
-    """
+    zeros. The Hopper kernels take no rows of 100: padding them copies activations in every step, while a
+    model that pads its projections (and names its own `scale`) has them born wide enough."""
     *sizes, K = shape_BTNK
     wide = jax.ShapeDtypeStruct((*sizes, _HOPPER_HEAD_DIM.get(K, K)), dtype)
     return wide.shape[3] if (implementation or choose(wide, wide, True, segmented)) == "hopper" else K
@@ -338,11 +333,10 @@ def ring_attention(
     """`flash_attention` inside `jax.shard_map` of sentences whose tokens are split over a mesh axis.
 
     With R devices along `axis` the sentence is cut into 2R chunks, and device r holds the chunks r and 2R - 1
-    - r one after the other (`zigzag` gives the order, also for positions and targets): so each device has the
-    same share of the causal triangle. Keys and values travel round the ring (arXiv 2310.01889), 2R - 2
-    half-blocks of work a device. `implementation`: "pallas" or "hopper" (its kernel for the block on the
-    diagonal, "pallas" for the rest), or "xla".
-    """
+    - r (`zigzag` gives the order, also for positions and targets): so all have the same share of the causal
+    triangle. Keys and values travel round the ring (arXiv 2310.01889), 2R - 2 half-blocks of work a device.
+    `implementation`: "xla", "pallas", or "hopper", whose kernel does the block on the diagonal and "pallas"
+    the rest."""
     if implementation not in (None, "pallas", "hopper", "xla"):
         raise ValueError(
             f'implementation {implementation!r} of a ring is none of None, "pallas", "hopper", "xla"'
@@ -435,10 +429,8 @@ def _pass_on(tree, axis, ranks):
 
 
 def _visible_half(causal, rank, sender, T, part):
-    """part(rows, cols) where queries of `rank` see keys of `sender`, another rank, in zigzag order.
-
-    Both chunks of queries see the first chunk of an earlier rank; the second chunk sees both of a later rank.
-    """
+    """part(rows, cols) where queries of `rank` see keys of `sender`, another rank, in zigzag order: both
+    chunks of queries see the first chunk of an earlier rank, the second chunk sees both of a later rank."""
     everything, first, second = slice(0, T), slice(0, T // 2), slice(T // 2, T)
     if not causal:
         return part(everything, everything)
@@ -468,12 +460,10 @@ def decode_attention(
     """C queries a row against the first `length` >= 1 slots of one layer's cache -> float32 (o_BNCK,
     lse_BNC).
 
-    Programs split the cache among them and `merge_partials` adds their results (flash-decoding, arXiv
-    2311.01282), so that one row fills a device too. C candidates that share a prompt are C queries of one
-    row, whose keys and values are read once (arXiv 2402.05099); merge the result with that over each one's
-    own cache. The cache is read in place, and only the slots below `length`. `implementation`: "pallas" (S
-    must be a multiple of 128), "xla", or None: "pallas" on accelerators.
-    """
+    Programs split the cache and `merge_partials` adds their results (flash-decoding, arXiv 2311.01282), so
+    that one row fills a device too. C candidates that share a prompt are C queries of one row, whose keys and
+    values are read once (arXiv 2402.05099). Only slots below `length` are read, in place. `implementation`:
+    "pallas" (S must be a multiple of 128), "xla", or None: "pallas" on accelerators."""
     if implementation not in (None, "pallas", "xla"):
         raise ValueError(f'implementation {implementation!r} of decoding is none of None, "pallas", "xla"')
     S, K = k_LBNSK.shape[3:]
@@ -481,9 +471,8 @@ def decode_attention(
         raise ValueError(f"the cache has {S} slots; the decode kernel wants a multiple of 128")
     if implementation is None:
         backend = _devices_around()[0]
-        fits = S % 128 == 0 and (
-            backend != "gpu" or K == pl.next_power_of_2(K)
-        )  # a cache is too big to be padded
+        whole = backend != "gpu" or K == pl.next_power_of_2(K)  # a cache is too big to be padded
+        fits = S % 128 == 0 and whole
         implementation = "pallas" if backend != "cpu" and fits else "xla"
     layer, length = jnp.asarray(layer, jnp.int32), jnp.asarray(length, jnp.int32)
     if implementation == "pallas":
@@ -826,8 +815,8 @@ def _out(shape, dtype, like):
 
 
 def match_varying_axes(*trees, axes=frozenset()):
-    """The same arrays, all varying over the mesh axes (of a shard_map around) that any of them varies over,
-    and `axes`."""
+    """The same arrays, all varying over `axes` and over the mesh axes (of shard_map) that any of them varies
+    over."""
     axes = set(axes).union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(trees)))
 
     def vary(x):
@@ -884,10 +873,8 @@ def _refuse_hopper(q_BTNK, k_BTNK, causal, segment_ids_BT):
 
 
 def _cuda_refuses(platform_version) -> str | None:
-    """Why this CUDA cannot compile them; `platform_version` as in `jax.extend.backend.get_backend()`.
-
-    The ptxas of CUDA 12.8.0 to 12.9.0 miscompiles causal masks (JAX's own kernel refuses it too).
-    """
+    """Why this CUDA cannot compile them; `platform_version` as in `jax.extend.backend.get_backend()`. The
+    ptxas of CUDA 12.8.0 to 12.9.0 miscompiles causal masks (JAX's own kernel refuses it too)."""
     numbers = [int(word) for word in platform_version.split() if word.isdigit()]
     if "cuda" in platform_version and numbers and 12080 <= numbers[-1] <= 12090:
         return f"CUDA {numbers[-1]} miscompiles causal masks: install jax[cuda13]"
@@ -1087,11 +1074,8 @@ def _key_blocks(tile, R, C):
 
 def _in_blocks(kernel, *arrays):
     """((R, C, ring slots, tiles), arrays): zeros fill up the tokens to whole tiles and blocks, and heads of
-    100.
-
-    They reach no result: a padded key is later than every query, a padded query has no cotangent, and columns
-    of zeros add nothing to a product. Where none are missing (see `native_head_dim`) nothing is copied.
-    """
+    100. They reach no result: a padded key is later than every query, a padded query has no cotangent,
+    columns of zeros add nothing. Where none are missing (`native_head_dim`) nothing is copied."""
     _, T, _, K = arrays[0].shape
     R, C, slots = HOPPER_BLOCKS[_HOPPER_HEAD_DIM[K]][kernel]
     more_T, more_K = -T % math.lcm(_WARPGROUPS * R, C), _HOPPER_HEAD_DIM[K] - K
