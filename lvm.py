@@ -91,9 +91,8 @@ class LVMConfig:
             "[2, 16777216]": "context",  # one token predicts nothing
             "[0, inf)": "bos_id eos_id pad_id", "(0, inf)": "rope_theta rms_eps"}, called=str)  # fmt: skip
         if self.hidden % self.heads or self.head_dim % 2:
-            raise UserError(
-                f"hidden {self.hidden} / heads {self.heads} must be an even whole number (rotary pairs)"
-            )
+            width = f"hidden {self.hidden} / heads {self.heads}"
+            raise UserError(f"{width} must be an even whole number (rotary pairs)")
         for name in ("bos", "eos", "pad"):
             if not self.codes <= (value := getattr(self, name)) < self.vocab_size:
                 ids = f"{self.codes} to {self.vocab_size - 1}"
@@ -184,15 +183,14 @@ class LVM(eqx.Module):
         """-> (the gathered, cast `embed_and_head`, the residual stream after the last block).
 
         `dtype` is that of the matrix products (None: the weights' own); norms, angles, softmax and logits are
-        float32 always. `implementation` is `flash_attention`'s. `remat` says what the backward pass keeps
+        always float32. `implementation` is `flash_attention`'s. `remat` says what the backward pass keeps
         (`REMAT`).
 
-        Inside `jax.shard_map`, `gather` turns shards into whole weights: it is called with the model without
-        its blocks, and then, in the rematerialised body of the scan, with one (widened) block at a time. It
-        sees the stored dtype; what it casts before its collective is what the wire and the reduced gradient
-        carry. `reduce` sums a block's two row-parallel products over the "tensor" axis. `ring` names the axis
-        over which the tokens of a sentence are split, in the order of `flash_attention.zigzag`.
-        """
+        Inside `jax.shard_map`, `gather` turns shards into whole weights: first of the model without its
+        blocks, then, in the rematerialised body of the scan, of one (widened) block at a time. It sees the
+        stored dtype; what it casts is what the wire and the reduced gradient carry. `reduce` sums a block's
+        two row-parallel products over the "tensor" axis. `ring` names the axis that splits sentences, in the
+        order of `flash_attention.zigzag`."""
         if remat not in REMAT:
             raise UserError(f"remat {remat!r} is none of {', '.join(REMAT)}")
         B, T = ids_BT.shape
@@ -220,8 +218,8 @@ class LVM(eqx.Module):
         return eqx.tree_at(lambda model: model.blocks, self, None)
 
     def embed(self, ids, dtype=None):
-        """Rows of the embedding in `dtype`. They are cast after the lookup, so that a row's gradient is the
-        float32 sum over all its uses: a bfloat16 sum stops growing after a few hundred."""
+        """Rows of the embedding in `dtype`, cast after the lookup: so a row's gradient is the float32 sum
+        over its uses. A bfloat16 sum stops growing after a few hundred."""
         rows = self.embedding_VD.at[ids].get(mode="fill", fill_value=jnp.nan)
         return rows if dtype is None else rows.astype(dtype)
 
@@ -255,12 +253,9 @@ class Block(eqx.Module):
         self.rms_eps = config.rms_eps
 
     def widen(self, K):
-        """The same function with heads of K >= head_dim (`native_head_dim`): zero columns of q, k, v, rows of
-        o.
-
-        They follow each half of a head, so that rotary pairs stay pairs. XLA writes them in the pass that
-        casts the weights; the gradients are those of the other columns and rows.
-        """
+        """The same function with heads of K >= head_dim (`native_head_dim`): zero columns of q, k and v, zero
+        rows of o. They follow each half of a head, so that rotary pairs stay pairs. XLA writes them in the
+        pass that casts the weights."""
 
         def wide(axis, w):
             if w.shape[axis] == 1:  # a scale of Int8, shared
@@ -322,12 +317,8 @@ SHARDING = {
 
 
 def partition_specs(tree):
-    """PartitionSpecs from SHARDING for a model, or a tree that holds models, such as gradients or Adam's
-    moments.
-
-    The stacked layer axis is never split; a leaf that is not a weight (a step count, a placeholder) is
-    replicated.
-    """
+    """PartitionSpecs from SHARDING for a model, or a tree of models such as Adam's moments. The stacked layer
+    axis is never split; a leaf that is not a weight (a step count, a placeholder) is replicated."""
 
     def spec(path, leaf):
         axes = SHARDING.get(getattr(path[-1], "name", None) if path else None)
@@ -370,14 +361,12 @@ def cross_entropy(
     h_BTD, head_DV, targets_BT: Int[Array, "B T"], vocab_size: int, *,
     axis: str | None = None, z_loss: float = 0.0, most: int = 2**24,
 ) -> Float[Array, "B T"]:  # fmt: skip
-    """-log softmax(h head) at the targets, float32, without ever holding more than about `most` logits a
-    device.
+    """-log softmax(h head) at the targets, float32, holding at most about `most` logits a device.
 
     The tokens go through in chunks, whose logits the backward pass makes again; the head's gradient is summed
     in float32. Columns past `vocab_size` are padding. Inside shard_map, with `axis`, each device holds its
-    columns of the head, in order, and sums over the axis join them. `z_loss` times the square of the log of
-    the softmax's denominator is in the gradient (PaLM, arXiv 2204.02311, takes 1e-4), but not in the value.
-    """
+    columns of the head, in order. `z_loss` times the squared log of the softmax's denominator is in the
+    gradient (PaLM, arXiv 2204.02311, takes 1e-4), but not in the value."""
     D, V = head_DV.shape
     M = targets_BT.size
     ids_V = jnp.arange(V) + (lax.axis_index(axis) * V if axis else 0)
@@ -411,7 +400,7 @@ def cross_entropy(
 
 def training_flops(config: LVMConfig, tokens: int) -> float:
     """FLOPs a token of a training step on sentences of so many tokens: 6 for each weight of a matrix product,
-    and causal attention at half of its square; what rematerialisation repeats is not counted."""
+    and causal attention at half of its square. What rematerialisation repeats is not counted."""
     in_no_product = config.vocab_size * config.hidden + (2 * config.layers + 1) * config.hidden
     matrices = parameter_count(config) - in_no_product
     return 6 * matrices + 6 * config.layers * tokens * config.hidden
@@ -462,10 +451,8 @@ def quantize(model: LVM) -> LVM:
 class Cache(NamedTuple):
     """Keys (rotated) and values of the tokens read so far; slots at and after `length` are never read.
 
-    `length` is one for all rows, or each row's own. `prompt` holds the tokens before these, if any. It is
-    only read, and B may be a multiple of its P rows: the first B / P rows continue its first one
-    (`fork_cache`). Int8 has one scale a head and token.
-    """
+    `length` is one for all rows, or each row's own. `prompt`, if any, holds the tokens before these and is
+    only read. B may be a multiple of its P rows: the first B / P rows continue the first (`fork_cache`)."""
 
     k_LBNSK: Array | Int8
     v_LBNSK: Array | Int8
@@ -488,9 +475,8 @@ def prefill(
     """Reads T ids -> float32 logits for the next one, and a cache with room for `length` tokens in all.
 
     `length`, `dtype` (None: the weights' own) and `cache_dtype` (None: `dtype`; jnp.int8 for `Int8`) are
-    static under jit. Rows of unequal lengths are padded behind, and their lengths then put into the cache:
-    `cache._replace(length=length_B)`. `reduce` is that of `LVM.__call__`.
-    """
+    static under jit. Rows of unequal lengths are padded behind, and their lengths then put into the cache by
+    `cache._replace(length=length_B)`. `reduce` is that of `LVM.hidden`."""
     B, T = ids_BT.shape
     _check_length("length", length, model.config)
     if T > length:
@@ -517,7 +503,6 @@ def decode_step(
     model: LVM, ids_B: Int[Array, "B"], cache: Cache, **options
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Reads one more id a row -> float32 logits for the next one, and the longer cache; donate the old one.
-
     Options are those of `decode_draft`. A full cache cannot raise in a compiled program: the logits are NaN.
     """
     logits_BCV, cache = decode_draft(model, ids_B[:, None], cache, **options)
@@ -529,9 +514,7 @@ def decode_draft(
     dtype=None, implementation: str | None = None, reduce=_unchanged,
 ) -> tuple[Float[Array, "B C V"], Cache]:  # fmt: skip
     """Reads C ids a row at once -> logits after each. `length` stays: the caller adds how many ids it keeps.
-
-    `dtype` is static under jit, `implementation` is `decode_attention`'s, `reduce` that of `LVM.__call__`.
-    """
+    `dtype` is static under jit, `implementation` is `decode_attention`'s, `reduce` that of `LVM.hidden`."""
     B, C = ids_BC.shape
     prompt, start = cache.prompt, 0  # where the tokens of this cache begin, in all rows or each
     if prompt:
@@ -596,11 +579,9 @@ def fork_cache(prompt: Cache, rows: int, length: int) -> Cache:
 
 
 def unstack(model: LVM, cache: Cache) -> tuple[LVM, Cache]:
-    """The same with arrays of its own for each layer, in tuples, for `decode_step` and `decode_draft`.
-
-    These then take the layers one by one, which compiles longer; but out of a stack XLA copies each layer's
-    weights, keys and values on a CPU, at every step, before it multiplies them.
-    """
+    """The same with arrays of their own for each layer, in tuples, for `decode_step` and `decode_draft`.
+    These take the layers one by one, which compiles longer; out of a stack XLA copies each layer's weights,
+    keys and values on a CPU, at every step."""
     layers = range(model.config.layers)
     split = lambda slots: tuple(jax.tree.map(lambda x: x[i : i + 1], slots) for i in layers)
     apart = lambda c: c and Cache(split(c.k_LBNSK), split(c.v_LBNSK), c.length, apart(c.prompt))
@@ -649,11 +630,8 @@ def _attend(q_BCNK, k_LBNSK, v_LBNSK, layer, length, implementation):
 
 
 def product(x, w, inner=1):
-    """Sums over the last `inner` axes of x and the first of w, as a product of two matrices.
-
-    With more axes XLA makes a transposed copy on a CPU for each weight's gradient, which takes longer than
-    the product.
-    """
+    """Sums over the last `inner` axes of x and the first of w, as a product of two matrices. With more axes
+    XLA makes a transposed copy on a CPU for each weight's gradient, which takes longer than the product."""
     rows, sums = x.shape[: x.ndim - inner], math.prod(w.shape[:inner])
     return (x.reshape(-1, sums) @ w.reshape(sums, -1)).reshape(*rows, *w.shape[inner:])
 
@@ -743,16 +721,14 @@ HF_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "pad", "
 def load(path, *, dtype=jnp.float32, heads: int | None = None) -> LVM:
     """Reads a run folder (newest step that restores), a Hugging Face folder or an EasyLM stream.
 
-    Of a pickled `pytorch_model.bin` nothing is run. A Hugging Face folder that was not written here does not
-    say how its vocabulary splits: 8292 ids are 8192 codes and 100 specials, with our BOS, EOS and pad (its
-    own, 1 and 2, are image codes); any other count needs "codes" and "specials" in its config.json. An EasyLM
-    stream, whose path may carry EasyLM's `params::` or `trainstate_params::`, holds no config: it is matched
-    to SIZES by its shapes, or takes `heads`, 100 specials and a context of 4096.
+    Of a pickled `pytorch_model.bin` nothing is run. A Hugging Face folder from elsewhere does not say how its
+    vocabulary splits: 8292 ids are 8192 codes and 100 specials, with our BOS, EOS and pad (its own, 1 and 2,
+    are image codes); any other count needs "codes" and "specials" in config.json. An EasyLM stream, whose
+    path may begin with EasyLM's `params::` or `trainstate_params::`, holds no config: its shapes are matched
+    to SIZES, or it takes `heads`, 100 specials and a context of 4096.
 
     The weights are in `dtype`. Raises UserError for what is not there or not as it should be: other tensors
-    than the config asks for, sizes that no model has, integers where weights are wanted, NaN or infinity.
-    """
-    kinds = "a run folder, a Hugging Face folder or an EasyLM stream"
+    than the config asks for, sizes that no model has, integers where weights are wanted, NaN or infinity."""
     for prefix in EASYLM_PREFIXES:
         if str(path).startswith(prefix):
             return _load_easylm(Path(str(path).removeprefix(prefix)), dtype, heads)
@@ -763,7 +739,7 @@ def load(path, *, dtype=jnp.float32, heads: int | None = None) -> LVM:
         return _load_easylm(path, dtype, heads)
     if not (path / "config.json").is_file():
         what = "has no config.json" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}: pass {kinds}")
+        raise UserError(f"{path} {what}: pass a run folder, a Hugging Face folder or an EasyLM stream")
     config = read_json(path / "config.json")
     if "model_type" in config:
         return _load_hf(path, config, dtype)
@@ -775,9 +751,8 @@ def load(path, *, dtype=jnp.float32, heads: int | None = None) -> LVM:
 def save(model: LVM, path, *, shard_bytes: float = 5e9, tokenizer: str | None = None):
     """Writes a Hugging Face LlamaForCausalLM folder: config.json and safetensors, in files of `shard_bytes`.
 
-    `tokenizer` is the fingerprint of the one whose codes the model was trained on, for config.json.
-    The folder appears under its name when it is whole; one that exists with something in it raises UserError.
-    """
+    `tokenizer` is the fingerprint of the one that made the codes. The folder appears when it is whole; one
+    that exists with something in it raises UserError."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists and is not an empty folder: choose another path or remove it")

@@ -522,32 +522,3 @@ def cache_folder(name: str) -> Path | None:
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         print(f"nothing is kept in a cache between two starts: {error}", file=sys.stderr)
         return None
-
-
-def write_pickle(file, tensors: dict[str, np.ndarray], key: str | None = None):
-    """Writes tensors, or {key: tensors}, (float32) as torch.save would, without PyTorch: its words are put
-    together by hand."""
-    words = lambda value: pickle.dumps(value, 2)[2:-1]  # without the frame of a whole pickle
-    entries = []
-    for i, (name, array) in enumerate(tensors.items()):
-        storage = (
-            b"("
-            + words("storage")
-            + b"ctorch\nFloatStorage\n"
-            + words(str(i))
-            + words("cpu")
-            + words(array.size)
-            + b"tQ"
-        )
-        strides = tuple(s // array.itemsize for s in array.strides)
-        entries.append(words(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + words(0) + words(array.shape) + words(strides)
-                       + b"\x89ccollections\nOrderedDict\n)RtR")  # fmt: skip
-    dictionary = b"}(" + b"".join(entries) + b"u"
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr(
-            "archive/data.pkl",
-            b"\x80\x02" + (dictionary if key is None else b"}" + words(key) + dictionary + b"s") + b".",
-        )
-        for i, array in enumerate(tensors.values()):
-            archive.writestr(f"archive/data/{i}", array.tobytes())
-        archive.writestr("archive/version", "3\n")

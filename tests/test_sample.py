@@ -30,8 +30,9 @@ import lvm
 import playground
 import sample
 import vqgan
-from common import images
 import weights_rule
+from common import images
+from common.images import UserError
 from common.weights import open_tensors
 from conftest import free_port, post
 
