@@ -62,6 +62,7 @@ import lvm
 import sample
 import tokenize_data
 import vqgan
+from assets import scenes
 from common import metrics
 from common.images import (
     UserError,
@@ -81,9 +82,7 @@ from common.weights import check_fields, parse_json, read_npz, read_text, read_x
 
 REPORTS = Path("runs") / "evaluate"
 SEQUENCES = {"motion", "frames", "video"}  # kinds that are no pairs
-NEVER_TRAINED = {
-    task for task, share in tokenize_data.TASKS.items() if not share
-}  # rows of their own, not pooled
+NEVER_TRAINED = {task for task, share in scenes.TASKS.items() if not share}  # rows of their own, not pooled
 POOLED = "pooled"
 
 
@@ -1853,29 +1852,20 @@ def heldout_demo(config: Shots, tokenizer) -> Path:
     folder = REPORTS / f"heldout-{vqgan.fingerprint(tokenizer)}-{config.sentences}-{config.seed}"
     if folder.exists():
         return folder
-    tasks, world = (
-        [task for task in tokenize_data.TASKS if task not in SEQUENCES],
-        tokenize_data.World("heldout"),
-    )
+    tasks, world = ([task for task in scenes.TASKS if task not in SEQUENCES], scenes.World("heldout"))
 
     def compose(i, size):
         return list(
-            tokenize_data.demo_sentence(
-                world, np.random.default_rng((config.seed, i)), size, tasks[i % len(tasks)]
-            )[1]
+            scenes.demo_sentence(world, np.random.default_rng((config.seed, i)), size, tasks[i % len(tasks)])[
+                1
+            ]
         )
 
     print(f"composing {config.sentences} held-out sentences of each of {len(tasks)} tasks in {folder}")
-    items = [
-        (f"sentence {i}", lambda size, i=i: compose(i, size)) for i in range(config.sentences * len(tasks))
-    ]
-    codes_NTS, kept, _ = tokenize_data.encode_items(tokenizer, items, 16)
-    tokenize_data.write_dataset(
-        folder,
-        tokenizer,
-        tasks,
-        ((i % len(tasks), codes_TS.reshape(-1)) for i, codes_TS in zip(kept, codes_NTS)),
-    )
+    job = lambda i: tokenize_data.ReadJob(f"sentence {i}", lambda size: compose(i, size))
+    codes_NTS = tokenize_data.encode_jobs(tokenizer, list(map(job, range(config.sentences * len(tasks)))), 16)
+    sentences = ((i % len(tasks), codes_TS.reshape(-1)) for i, codes_TS in enumerate(codes_NTS))
+    tokenize_data.write_dataset(folder, tokenizer, tasks, sentences)
     return folder
 
 

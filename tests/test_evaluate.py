@@ -25,6 +25,7 @@ import sample
 import tokenize_data
 import train
 import vqgan
+from assets import scenes
 from common import images, metrics
 from common.images import UserError
 from common.weights import strict_json
@@ -263,7 +264,7 @@ def test_without_data_the_heldout_demo_is_composed_once_and_the_untrained_task_i
     arguments = ("shots", *BASE[:4], "--batch", 8, "--sentences", 1, "--shots", 1, "--sheet", 1)
     assert command(monkeypatch, *arguments) == 0
     report = read("runs/evaluate/shots-model/shots.json")
-    tasks = [task for task in tokenize_data.TASKS if task != "motion"]
+    tasks = [task for task in scenes.TASKS if task != "motion"]
     assert list(dict.fromkeys(row["kind"] for row in report["rows"])) == [*tasks[:-1], "cut-out (never trained)", "pooled"]
     assert by_line(report, "pooled")["1 pair"]["examples"] == len(tasks) - 1
     assert {"iou", "mse"} < by_line(report, "segmentation")["1 pair"]["measures"].keys() and "f_score" in by_line(report, "edges")["1 pair"]["measures"]
@@ -285,7 +286,7 @@ def test_without_data_the_heldout_demo_is_composed_once_and_the_untrained_task_i
     for name in ("shots.png", "examples.webp"):
         with Image.open(f"runs/evaluate/shots-model/{name}") as picture:
             assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 8
-    monkeypatch.setattr(tokenize_data, "encode_items", None)  # the second time the sentences are there
+    monkeypatch.setattr(tokenize_data, "encode_jobs", None)  # the second time the sentences are there
     assert command(monkeypatch, *arguments) == 0
     assert read("runs/evaluate/shots-model/shots.json") == report
 

@@ -638,7 +638,7 @@ def test_fault_14_tokenising_killed_and_run_again_gives_the_bytes_of_a_clean_run
     assert_no_orphans(process)
     assert not (tmp_path / "killed").exists() and 2 <= len(list(chunks.glob("??????.json"))) < 5
     with pytest.raises(UserError, match="other settings.*seed: 0 -> 1"):
-        tokenize_data.tokenize_inpaint(tokenize_data.Inpaint(inputs=folder, out=tmp_path / "killed", tokenizer=dataset[1], shots=4, batch=8, seed=1))
+        tokenize_data.run(tokenize_data.Inpaint(inputs=folder, out=tmp_path / "killed", tokenizer=dataset[1], shots=4, batch=8, seed=1))
     done = {path: path.stat().st_mtime_ns for path in chunks.glob("??????.json")}
     process = launch(command("killed", then, 0.5))
     wait_for(lambda: len(list(chunks.glob("??????.json"))) >= 4, process)
@@ -650,7 +650,7 @@ def test_fault_14_tokenising_killed_and_run_again_gives_the_bytes_of_a_clean_run
     assert {path.name for path in tmp_path.iterdir()} == {"in", "killed", "clean"}
 
 
-@pytest.mark.parametrize("number, message", [(signal.SIGKILL, "a worker ended with status -9 while it read"), (signal.SIGSTOP, "no worker gave a sign of life for 4 seconds; they were reading")],
+@pytest.mark.parametrize("number, message", [(signal.SIGKILL, "a worker ended, perhaps killed for memory, while they read"), (signal.SIGSTOP, "no worker gave a sign of life for 4 seconds; they were reading")],
                          ids=["killed", "hung"])
 def test_fault_15_a_worker_that_is_killed_or_hangs_ends_the_run_which_says_so(dataset, tmp_path, number, message):
     folder = write_pictures(tmp_path / "in", 400)
@@ -1904,7 +1904,7 @@ def test_fault_37_a_worker_without_memory_ends_the_run_which_names_the_file(data
     for worker in workers_of(process):
         resource.prlimit(worker, resource.RLIMIT_AS, (1 << 20, 1 << 20))
     output = finish(process, status=1, timeout=60)
-    assert re.search(rf"error: (there is not enough memory to read|a worker ended with status -?\d+ while it read) {folder}/\d+.png", output)
+    assert re.search(rf"error: (there is not enough memory to read|a worker ended, perhaps killed for memory, while they read) {folder}/\d+.png", output)
     assert_no_orphans(process)
 
 
@@ -1924,7 +1924,7 @@ HUNG = """
 import functools, time
 import tokenize_data
 
-items = [tokenize_data.Item(name, functools.partial(time.sleep)) for name in ("slow.png", "other.png")]  # 1000 seconds each
+items = [tokenize_data.ReadJob(name, functools.partial(time.sleep)) for name in ("slow.png", "other.png")]  # 1000 seconds each
 tokenize_data.COMMANDS = {"inspect": (tokenize_data.Inspect, lambda config: list(tokenize_data.read_ahead(items, range(2), 1000, 0, 2.0))),
                           "show": (tokenize_data.Show, tokenize_data.show)}
 tokenize_data.main()

@@ -428,7 +428,7 @@ def chunk_of_codes(files):
 def plan_of_a_tokenisation(files):
     source = tokenize_data.Colorize(inputs=files.root, out=files.root / "planned", tokenizer=files.tokenizer)
     tokenizer = vqgan.load(files.tokenizer)
-    begin = lambda: tokenize_data.begin_chunks(files.root / "planned.codes", source, tokenizer, [], 8)
+    begin = lambda: tokenize_data.begin_plan(files.root / "planned.codes", source, tokenizer, [], 8)
     begin()
     content = (files.root / "planned.codes" / "plan.json").read_bytes()
     return bytes_or_json(content), lambda new: (files.write("planned.codes/plan.json", new), begin())

@@ -19,6 +19,7 @@ import lvm
 import tokenize_data
 import train
 import vqgan
+from assets import scenes
 from common.images import UserError
 from conftest import seal
 
@@ -137,7 +138,7 @@ def test_a_missing_file_is_a_file_not_found_error():
 
 def test_pairs_are_matched_by_name_and_unmatched_files_are_listed(tmp_path, tokenizer):
     inputs, answers = write_pictures(tmp_path / "in", 5), write_pictures(tmp_path / "out", 4, first=1)
-    tokenize_data.tokenize_pairs(tokenize_data.Pairs(inputs=inputs, answers=answers, out=tmp_path / "d", tokenizer=tokenizer, shots=2))
+    tokenize_data.run(tokenize_data.Pairs(inputs=inputs, answers=answers, out=tmp_path / "d", tokenizer=tokenizer, shots=2))
     known = {tuple(codes_of(tokenizer, inputs / f"{i:03d}.png") + codes_of(tokenizer, answers / f"{i:03d}.png")) for i in range(1, 5)}
     halves = [tuple(s[i:i + 32]) for s in sentences(tmp_path / "d") for i in (0, 32)]
     assert len(halves) == 4 and set(halves) == known
@@ -149,7 +150,7 @@ def test_a_bad_picture_is_left_out_and_the_rest_is_as_without_it(tmp_path, token
     clean, dirty = write_pictures(tmp_path / "clean", 8), write_pictures(tmp_path / "dirty", 8)
     (dirty / "003a.png").write_text("no picture")
     for folder in (clean, dirty):
-        tokenize_data.tokenize_colorize(tokenize_data.Colorize(inputs=folder, out=tmp_path / f"{folder.name}-d", tokenizer=tokenizer,
+        tokenize_data.run(tokenize_data.Colorize(inputs=folder, out=tmp_path / f"{folder.name}-d", tokenizer=tokenizer,
                                                                shots=4, max_rejected=0.2))
     assert sentences(tmp_path / "clean-d") == sentences(tmp_path / "dirty-d")
     assert "003a.png" in (tmp_path / "dirty-d.rejected.jsonl").read_text()
@@ -159,13 +160,13 @@ def test_too_many_bad_pictures_stop_the_run(tmp_path, tokenizer):
     folder = write_pictures(tmp_path / "in", 4)
     (folder / "bad.png").write_text("no picture")
     with pytest.raises(UserError, match="max-rejected"):
-        tokenize_data.tokenize_colorize(tokenize_data.Colorize(inputs=folder, out=tmp_path / "d", tokenizer=tokenizer, shots=2))
+        tokenize_data.run(tokenize_data.Colorize(inputs=folder, out=tmp_path / "d", tokenizer=tokenizer, shots=2))
     assert not (tmp_path / "d").exists()
 
 
 def test_an_epoch_is_a_permutation_and_epochs_differ(tmp_path, tokenizer):
     folder = write_pictures(tmp_path / "in", 6)
-    tokenize_data.tokenize_colorize(tokenize_data.Colorize(inputs=folder, out=tmp_path / "d", tokenizer=tokenizer, shots=2, epochs=2))
+    tokenize_data.run(tokenize_data.Colorize(inputs=folder, out=tmp_path / "d", tokenizer=tokenizer, shots=2, epochs=2))
     pairs = [tuple(s[i:i + 32]) for s in sentences(tmp_path / "d") for i in (0, 32)]
     assert len(pairs) == 12 and set(pairs[:6]) == set(pairs[6:]) and len(set(pairs[:6])) == 6 and pairs[:6] != pairs[6:]
 
@@ -179,7 +180,7 @@ def test_grey_has_the_published_weights():
 def test_inpainting_covers_a_square_or_patches_and_leaves_the_rest():
     picture_HWC, squares = np.full((64, 64, 3), 0.5, np.float32), 0
     for seed in range(200):
-        covered = tokenize_data.cover(picture_HWC, np.random.default_rng(seed))
+        covered = scenes.random_mask(picture_HWC, np.random.default_rng(seed))
         assert set(np.unique(covered)) <= {0, 0.5}
         rows, columns = np.nonzero(covered[..., 0] == 0)
         if len(rows):
@@ -191,7 +192,7 @@ def test_inpainting_covers_a_square_or_patches_and_leaves_the_rest():
 def test_frames_of_a_sentence_come_from_one_clip_at_one_stride(tmp_path, tokenizer):
     clips = [write_pictures(tmp_path / "clips" / name, 9, first) for name, first in (("a", 0), ("b", 100))]
     order = {tuple(codes_of(tokenizer, path)): (clip.name, i) for clip in clips for i, path in enumerate(sorted(clip.iterdir()))}
-    tokenize_data.tokenize_frames(tokenize_data.Frames(inputs=tmp_path / "clips", out=tmp_path / "d", tokenizer=tokenizer, frames=4,
+    tokenize_data.run(tokenize_data.Frames(inputs=tmp_path / "clips", out=tmp_path / "d", tokenizer=tokenizer, frames=4,
                                                        max_stride=2, epochs=6))
     strides = set()
     for sentence in sentences(tmp_path / "d"):
@@ -201,29 +202,29 @@ def test_frames_of_a_sentence_come_from_one_clip_at_one_stride(tmp_path, tokeniz
     assert strides == {1, 2}
 
 
-@pytest.mark.parametrize("task", list(tokenize_data.TASKS))
+@pytest.mark.parametrize("task", list(scenes.TASKS))
 def test_every_demo_task_draws_sixteen_pictures_in_range(task):
-    world = tokenize_data.World("heldout")
-    kind, pixels = tokenize_data.demo_sentence(world, np.random.default_rng(0), 48, task)
+    world = scenes.World("heldout")
+    kind, pixels = scenes.demo_sentence(world, np.random.default_rng(0), 48, task)
     assert kind == task and pixels.shape == (16, 48, 48, 3) and pixels.dtype == np.float32
     assert 0 <= pixels.min() and pixels.max() <= 1 and np.ptp(pixels) > 0.3
 
 
 def test_a_segmentation_answer_is_exact():
     """Where the answer is in the object's colour, and only there, the picture differs from its empty background."""
-    world, rng = tokenize_data.World("train"), np.random.default_rng(3)
-    scene = tokenize_data.Scene(world, rng, 96, objects=1)
+    world, rng = scenes.World("train"), np.random.default_rng(3)
+    scene = scenes.Scene(world, rng, 96, objects=1)
     drawn = scene.drawn(scene.layers[0])[..., 3] > 0.5
     assert ((scene.labels() > 0) == drawn).all() and 0.02 < drawn.mean() < 0.9
     np.testing.assert_array_equal(scene.render()[scene.drawn(scene.layers[0])[..., 3] == 0], scene.ground[scene.drawn(scene.layers[0])[..., 3] == 0])
 
 
 def test_no_object_background_or_colour_pair_is_in_both_splits():
-    train, heldout = tokenize_data.World("train"), tokenize_data.World("heldout")
+    train, heldout = scenes.World("train"), scenes.World("heldout")
     pictures = lambda world: {image.tobytes() for image in world.objects + world.grounds}
     assert not pictures(train) & pictures(heldout)
     assert len(heldout.objects) > 40 and len(heldout.grounds) > 20
-    assert tokenize_data.TASKS["cut-out"] == 0
+    assert scenes.TASKS["cut-out"] == 0
 
 
 # ------------------------------------------------------------------------------------------------ shards and reader
@@ -436,7 +437,7 @@ def test_colorization_and_inpainting_show_the_changed_picture_and_then_the_origi
     [(_, colour)] = run(tokenize_data.Colorize(inputs=folder, out=tmp_path / "c", tokenizer=tokenizer, shots=4))
     wanted = list(zip(codes_of_pixels(tokenizer, [tokenize_data.to_grey(p) for p in originals.values()]), codes_of_pixels(tokenizer, originals.values())))
     assert sorted(zip(colour[::2], colour[1::2])) == sorted(wanted)
-    masks = [[tokenize_data.cover(p, np.random.default_rng((0, epoch, zlib.crc32(path.name.encode())))) for path, p in originals.items()] for epoch in (0, 1)]
+    masks = [[scenes.random_mask(p, np.random.default_rng((0, epoch, zlib.crc32(path.name.encode())))) for path, p in originals.items()] for epoch in (0, 1)]
     found = run(tokenize_data.Inpaint(inputs=folder, out=tmp_path / "i", tokenizer=tokenizer, shots=4, epochs=2))
     for (_, sentence), masked in zip(found, masks):
         assert sorted(zip(sentence[::2], sentence[1::2])) == sorted(zip(codes_of_pixels(tokenizer, masked), codes_of_pixels(tokenizer, originals.values())))
@@ -720,16 +721,6 @@ def test_a_sideways_video_is_turned_upright(tmp_path):
     np.testing.assert_allclose(shown, np.rot90(upright[1], -1), atol=0.02)  # clockwise, as players show it
 
 
-def test_duplicates_are_left_out_and_listed(tmp_path, tokenizer):
-    folder = write_pictures(tmp_path / "in", 6)
-    picture(3).resize((60, 60), Image.Resampling.BICUBIC).save(folder / "100.jpg", quality=80)
-    for name, colour in (("200", "red"), ("201", "blue"), ("202", "red")):
-        Image.new("RGB", (9, 9), colour).save(folder / f"{name}.png")
-    found = run(tokenize_data.Colorize(inputs=folder, out=tmp_path / "d", tokenizer=tokenizer, shots=8, duplicates=3))
-    report = {pathlib.Path(r["path"]).name: pathlib.Path(r["duplicate_of"]).name for r in map(json.loads, (tmp_path / "d.duplicates.jsonl").read_text().splitlines())}
-    assert report == {"100.jpg": "003.png", "202.png": "200.png"} and len(found) == 1
-
-
 def test_sentences_longer_than_the_context_are_reported(tmp_path, tokenizer, capsys):
     folder = write_pictures(tmp_path / "in", 4)
     run(tokenize_data.Colorize(inputs=folder, out=tmp_path / "d", tokenizer=tokenizer, shots=2, context=65))
@@ -760,7 +751,7 @@ def test_hosts_that_share_a_disk_make_the_bytes_of_one(tmp_path, tokenizer, monk
     folder = write_pictures(tmp_path / "in", 14)
     for part in ("1/3", "0/3", "2/3"):
         assert not (tmp_path / "parts").exists()
-        tokenize_data.tokenize_colorize(tokenize_data.Colorize(inputs=folder, out=tmp_path / "parts", tokenizer=tokenizer, shots=3, part=part))
+        tokenize_data.run(tokenize_data.Colorize(inputs=folder, out=tmp_path / "parts", tokenizer=tokenizer, shots=3, part=part))
     run(tokenize_data.Colorize(inputs=folder, out=tmp_path / "one", tokenizer=tokenizer, shots=3))
     assert {p.name: p.read_bytes() for p in (tmp_path / "parts").iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "one").iterdir()}
 
