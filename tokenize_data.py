@@ -64,7 +64,7 @@ import jax
 import numpy as np
 import tyro
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from PIL import Image, ImageDraw
+from PIL import Image
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
@@ -476,7 +476,7 @@ def video(config: Video) -> Sentences:
 
 def frames(config: Frames) -> Sentences:
     rejections = []
-    clips = find_clips(config.inputs, config.filter, videos=False, notes=rejections)
+    clips = find_clips(config.inputs, config.filter, videos=False, rejections=rejections)
     clips = {name: [clip] for name, clip in list(clips.items())[: config.limit]}
     jobs = clip_jobs(config, clips, config.frames)
     return Sentences(
@@ -486,7 +486,7 @@ def frames(config: Frames) -> Sentences:
 
 def multi_video(config: MultiVideo) -> Sentences:
     rejections = []
-    found = [find_clips(folder, config.filter, videos=True, notes=rejections) for folder in config.inputs]
+    found = [find_clips(folder, config.filter, videos=True, rejections=rejections) for folder in config.inputs]
     names = sorted(set(found[0]).intersection(*found[1:]), key=natural)
     mixed = [name for name in names if len({type(clips[name]) for clips in found}) > 1]
     for folder, clips in zip(config.inputs, found):
