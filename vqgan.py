@@ -226,7 +226,7 @@ def decode_all(model: VQGAN, codes_NS: np.ndarray, batch: int) -> np.ndarray:
 
 def in_batches(function, model, rows_N, batch: int) -> np.ndarray:
     """function(model, rows) of all rows, `batch` at a time; zeros fill up the last batch."""
-    place, results = jax.tree.leaves(model)[0].sharding, []
+    place, results = getattr(jax.tree.leaves(model)[0], "sharding", None), []
     split = NamedSharding(place.mesh, P(place.mesh.axis_names)) if isinstance(place, NamedSharding) else None
     for start in range(0, max(1, len(rows_N)), batch):
         rows_B = np.asarray(rows_N[start : start + batch])
@@ -354,7 +354,8 @@ class Level(eqx.Module):
         self.attn = [Attention(channels_out, config.norm_groups, key=k) for k in keys[blocks:] if attended]
         # open-muse never runs a single one.
         self.attends = len(self.attn) > 1 or bool(self.attn) and config.attend_single_blocks
-        resample = Resample(config, channels_out, up=change == "up", key=last)
+        with_conv = change == "up" if config.maskgit else config.resample_with_conv
+        resample = Resample(channels_out, with_conv, up=change == "up", key=last)
         self.downsample = resample if change == "down" else None
         self.upsample = resample if change == "up" else None
 
@@ -445,8 +446,7 @@ class Resample(eqx.Module):
     conv: "Conv | None"
     up: bool = eqx.field(static=True)
 
-    def __init__(self, config, channels, *, up, key):
-        with_conv = up if config.maskgit else config.resample_with_conv
+    def __init__(self, channels, with_conv, *, up, key):
         self.up, self.conv = up, Conv(channels, channels, 3, key=key) if with_conv else None
 
     def __call__(self, x_BHWC):

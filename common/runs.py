@@ -550,8 +550,9 @@ class Checkpoints:
             )
         needed, self.failure = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), None
         items = {k: self.ocp.args.StandardSave(_item(v)) for k, v in state.items()}
+        room = agreed(self._free() > needed)
         try:
-            if not agreed(self._free() > needed):
+            if not room:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.writer.save(
                 self.folder / f"{step}.partial", args=self.ocp.args.Composite(**items), force=True

@@ -32,7 +32,6 @@ import sample
 import vqgan
 import weights_rule
 from common import images
-from common.images import UserError
 from common.weights import open_tensors
 from conftest import free_port, post
 
