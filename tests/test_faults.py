@@ -1456,7 +1456,8 @@ def test_fault_28_a_lost_terminal_a_pause_and_a_clock_set_back_cost_no_step_and_
     out, site = tmp_path / "run", tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(CLOCK)
-    process = launch(command(dataset, out, *SLOW), environment={"PYTHONPATH": str(site), "SET_BACK": str(tmp_path / "set back")})
+    process = launch(["env", "--default-signal=HUP", *command(dataset, out, *SLOW)],  # under nohup pytest ignores it, and so would its children
+                     environment={"PYTHONPATH": str(site), "SET_BACK": str(tmp_path / "set back")})
     wait_for(logged(out, 2), process)
     process.send_signal(signal.SIGSTOP)
     time.sleep(1)
