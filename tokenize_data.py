@@ -556,8 +556,8 @@ def write_sentences(make: Callable, config: TokenizeConfig):
         shots = 1 if callable(series) else series[0].shots
         sentence = f"one sentence of {shots}" if shots > 1 else "one sentence"
         return UserError(
-            f"{folder}: {readable} readable items do not fill {sentence}; lower --shots, --frames, --strides or "
-            f"--per-class, or see {config.out}.rejected.jsonl"
+            f"{folder}: {readable} readable items do not fill {sentence}; lower --shots, --frames, --strides "
+            f"or --per-class, or see {config.out}.rejected.jsonl"
         )
 
     if not callable(series) and all(len(some.units) < some.shots for some in series):
@@ -1091,8 +1091,8 @@ def encode_chunks(config: TokenizeConfig, tokenizer, jobs: list[ReadJob], pictur
         print(f"another part wrote {config.out} in the meantime")
     elif missing:
         print(
-            f"part {config.part} is encoded; {missing} of {len(chunks.numbers)} chunks are still to come from "
-            f"other parts; the last to finish writes {config.out}"
+            f"part {config.part} is encoded; {missing} of {len(chunks.numbers)} chunks are still to come "
+            f"from other parts; the last to finish writes {config.out}"
         )
     else:
         return chunks.gather()
@@ -1117,8 +1117,8 @@ def begin_plan(folder: Path, config: TokenizeConfig, tokenizer, jobs, batch):
     before = read_json(file) if file.exists() else plan
     if changed := [f"{k}: {before.get(k)} -> {v}" for k, v in plan.items() if before.get(k) != v]:
         raise UserError(
-            f"{folder} holds an unfinished run with other settings ({'; '.join(changed)}); repeat them, delete "
-            "it, or choose another --out"
+            f"{folder} holds an unfinished run with other settings ({'; '.join(changed)}); repeat them, "
+            "delete it, or choose another --out"
         )
     write_whole(file, strict_json(plan, indent=1) + "\n")
 
