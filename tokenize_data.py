@@ -822,7 +822,9 @@ def read_ahead(jobs: list[ReadJob], todo, size: int, workers: int, patience: flo
     else:
         pool = ThreadPoolExecutor(2, READER)
     numbers, waiting, ahead = iter(todo), collections.deque(), 4 * workers + 16
-    names = lambda: ", ".join([jobs[i].name for i, future in waiting if not future.done()][: max(1, workers)])
+    names = lambda chosen: ", ".join(
+        [jobs[i].name for i, future in waiting if chosen(future)][: workers or 1]
+    )
     try:
         while True:
             for i in itertools.islice(numbers, ahead - len(waiting)):
@@ -835,29 +837,23 @@ def read_ahead(jobs: list[ReadJob], todo, size: int, workers: int, patience: flo
                 if not wait(pending, patience, FIRST_COMPLETED).done:
                     raise RunStopped(
                         f"no worker gave a sign of life for {patience:g} seconds; they were reading "
-                        f"{names()}. Raise --patience, or take the file away; {again}"
+                        f"{names(lambda f: not f.done())}. Raise --patience, or take the file away; {again}"
                     )
-            reading = [jobs[n].name for n, future in waiting if future.done() and future.exception()][
-                :workers
-            ]
-            try:
-                pictures, rejections = future.result()
-            except BrokenProcessPool:
-                raise RunStopped(
-                    "a worker ended, perhaps killed for memory, while they read "
-                    f"{', '.join(reading)}; {again}"
-                ) from None
-            except MemoryError:
-                raise RunStopped(
-                    f"there is not enough memory to read {jobs[i].name}; take fewer --workers, or the file "
-                    f"away; {again}"
-                ) from None
+            pictures, rejections = future.result()
             waiting.popleft()
             yield i, pictures, rejections
+    except BrokenProcessPool:
+        reading = names(lambda f: not f.done() or f.exception())
+        raise RunStopped(
+            f"a worker ended, perhaps killed for memory, while they read {reading}; {again}"
+        ) from None
+    except MemoryError:
+        raise RunStopped(
+            f"there is not enough memory to read {jobs[i].name}; take fewer --workers, or the file away; {again}"
+        ) from None
     finally:
-        for process in (
-            getattr(pool, "_processes", None) or {}
-        ).values():  # Python 3.14 calls this kill_workers
+        # Processes that hang would be waited for; Python 3.14 has `kill_workers` for this.
+        for process in dict(getattr(pool, "_processes", None) or {}).values():
             process.kill()
         pool.shutdown(wait=bool(workers), cancel_futures=True)  # a thread that hangs is not waited for
 
@@ -1101,13 +1097,15 @@ def encode_chunks(config: TokenizeConfig, tokenizer, jobs: list[ReadJob], pictur
 def begin_plan(folder: Path, config: TokenizeConfig, tokenizer, jobs, batch):
     """Makes `OUT.codes`, or finds it as a run with the same settings, files and tokenizer left it."""
     free = {"out", "tokenizer", "max_rejected", "context", "workers", "batch", "mesh", "part", "patience"}
-    files = "".join(repr((job.name, job.read.func.__name__, job.read.keywords)) for job in jobs)
+    files = hashlib.sha256()
+    for job in jobs:
+        files.update(repr((job.name, job.read.func.__name__, job.read.keywords)).encode())
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
     plan = {
         "kind": type(config).__name__,
         "tokenizer": vqgan.fingerprint(tokenizer),
         "batch": batch,
-        "files": f"{len(jobs)} items, {sha256(files.encode())[:16]}",
+        "files": f"{len(jobs)} items, {files.hexdigest()[:16]}",
         **json.loads(json.dumps(settings, default=str)),
     }
     file = folder / "plan.json"
