@@ -35,8 +35,9 @@ import bisect
 import collections
 import contextlib
 import dataclasses
-import functools
+import gzip
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -49,6 +50,7 @@ import reprlib
 import signal
 import stat
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -57,7 +59,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from fractions import Fraction
 from pathlib import Path
-from typing import Callable, Iterable, Literal, NamedTuple
+from typing import Callable, Literal, NamedTuple
 
 import grain
 import jax
@@ -101,7 +103,7 @@ from common.weights import (
     write_whole,
 )
 
-FORMAT = 2  # of dataset.json; 1 had no digest of its own content
+FORMAT = 3  # of dataset.json and of the order of rows, which a run keeps to
 SENTENCES_PER_SHARD = 65_536
 CHUNK = 4096  # pictures encoded between two points from which a killed run can go on
 MOST_CODES = 1 << 16  # that a token of uint16 can name
@@ -117,7 +119,7 @@ class TokenizeConfig:
     """What all kinds made from files have in common."""
 
     inputs: Path
-    """Folder of pictures, searched in depth."""
+    """Folder of pictures, searched in depth, also in its .tar (webdataset) and .parquet files; or one such file."""
     out: Path
     """Dataset folder to write; must not exist."""
     tokenizer: Path = vqgan.MINI
@@ -476,7 +478,7 @@ def video(config: Video) -> Sentences:
 
 def frames(config: Frames) -> Sentences:
     rejections = []
-    clips = find_clips(config.inputs, config.filter, videos=False, rejections=rejections)
+    clips = find_clips(config.inputs, config.filter, False, rejections)
     clips = {name: [clip] for name, clip in list(clips.items())[: config.limit]}
     jobs = clip_jobs(config, clips, config.frames)
     return Sentences(
@@ -486,7 +488,7 @@ def frames(config: Frames) -> Sentences:
 
 def multi_video(config: MultiVideo) -> Sentences:
     rejections = []
-    found = [find_clips(folder, config.filter, videos=True, rejections=rejections) for folder in config.inputs]
+    found = [find_clips(folder, config.filter, True, rejections) for folder in config.inputs]
     names = sorted(set(found[0]).intersection(*found[1:]), key=natural)
     mixed = [name for name in names if len({type(clips[name]) for clips in found}) > 1]
     for folder, clips in zip(config.inputs, found):
@@ -936,17 +938,23 @@ class Chunks:
         self.about = {}
         self.look()
 
+    def file(self, chunk: int) -> Path:
+        return self.folder / f"{chunk:06d}.json"
+
     def jobs_of(self, chunk: int) -> range:
         return range(chunk * self.size, min(len(self.jobs), (chunk + 1) * self.size))
+
+    def states_of(self, chunk: int) -> list[str]:
+        return [self.states_N[i] for i in self.jobs_of(chunk)]
 
     def look(self):
         """Finds the chunks that are there. Those whose inputs are no longer what they were are taken away."""
         changed, anew = [], 0
         for chunk in self.numbers:
-            file = self.folder / f"{chunk:06d}.json"
+            file = self.file(chunk)
             if chunk in self.about or not file.exists():
                 continue
-            about = self.read(file)
+            about = read_chunk(file, self.S)
             pairs = list(zip(self.jobs_of(chunk), about["inputs"] or [None] * len(self.jobs_of(chunk))))
             differ = [self.jobs[i].name for i, before in pairs if before != self.states_N[i]]
             if differ:
@@ -960,29 +968,6 @@ class Chunks:
                 f"{anew} chunks are encoded anew"
             )
 
-    def read(self, file: Path) -> dict:
-        kinds = {"counts": list[int], "rejections": list[dict[str, str | bool]], "bad": int}
-        try:
-            check_fields(about := read_json(file), kinds | {"inputs": list[str] | None, "sha256": str}, file)
-            if not all({"path", "reason"} <= note.keys() for note in about["rejections"]):
-                raise UserError(f"{file}: a rejection without path or reason")
-            data = file.with_suffix(".codes").read_bytes()
-            size = 2 * self.S * sum(about["counts"])
-            if len(data) != size or min(about["counts"], default=0) < 0 or sha256(data) != about["sha256"]:
-                raise UserError(f"{file}: its codes are others than it says")
-            return about
-        except (OSError, UserError) as error:
-            raise UserError(f"{error}; delete {file} and run the same command again") from None
-
-    def write(self, chunk: int, codes: list, rejections, bad: int):
-        """The codes first, then what vouches for them; either appears whole."""
-        data, jobs = np.concatenate(codes).astype("<u2").tobytes(), self.jobs_of(chunk)
-        about = {"counts": [len(codes_TS) for codes_TS in codes], "rejections": rejections, "bad": bad}
-        about |= {"inputs": self.states_N[jobs.start : jobs.stop], "sha256": sha256(data)}
-        write_whole(self.folder / f"{chunk:06d}.codes", data)
-        write_whole(self.folder / f"{chunk:06d}.json", strict_json(about) + "\n")
-        self.about[chunk] = about
-
     def gather(self):
         """Of all chunks: (was it readable, for each job; function from a job to its codes [T, S]; rejections)."""
         abouts = [self.about[chunk] for chunk in self.numbers]
@@ -992,11 +977,36 @@ class Chunks:
         )
 
         def codes_of(i):
-            file, width = self.folder / f"{i // self.size:06d}.codes", 2 * self.S
+            file, width = self.file(i // self.size).with_suffix(".codes"), 2 * self.S
             codes = read_at(file, width * int(starts_N[i]), width * int(counts_N[i]))
             return np.frombuffer(codes, "<u2").reshape(counts_N[i], self.S)
 
         return counts_N > 0, codes_of, [note for about in abouts for note in about["rejections"]]
+
+
+def write_chunk(file: Path, codes: list, rejections, bad: int, states) -> dict:
+    """The codes first, then what vouches for them; either appears whole."""
+    data = np.concatenate(codes).astype("<u2").tobytes()
+    about = {"counts": [len(codes_TS) for codes_TS in codes], "rejections": rejections, "bad": bad}
+    about |= {"inputs": states, "sha256": sha256(data)}
+    write_whole(file.with_suffix(".codes"), data)
+    write_whole(file, strict_json(about) + "\n")
+    return about
+
+
+def read_chunk(file: Path, S: int) -> dict:
+    kinds = {"counts": list[int], "rejections": list[dict[str, str | bool]], "bad": int}
+    try:
+        check_fields(about := read_json(file), kinds | {"inputs": list[str] | None, "sha256": str}, file)
+        if not all({"path", "reason"} <= note.keys() for note in about["rejections"]):
+            raise UserError(f"{file}: a rejection without path or reason")
+        data = file.with_suffix(".codes").read_bytes()
+        size = 2 * S * sum(about["counts"])
+        if len(data) != size or min(about["counts"], default=0) < 0 or sha256(data) != about["sha256"]:
+            raise UserError(f"{file}: its codes are others than it says")
+        return about
+    except (OSError, UserError) as error:
+        raise UserError(f"{error}; delete {file} and run the same command again") from None
 
 
 def sha256(data: bytes) -> str:
@@ -1048,7 +1058,9 @@ def encode_chunks(config: TokenizeConfig, tokenizer, jobs: list[ReadJob], pictur
                     f"{config.max_rejected}; the last: {reasons[-1]['reason'] if reasons else ''}"
                 )
             if i in last:
-                chunks.write(i // chunks.size, codes, found, bad_here)
+                chunk = i // chunks.size
+                about = write_chunk(chunks.file(chunk), codes, found, bad_here, chunks.states_of(chunk))
+                chunks.about[chunk] = about
                 codes, found, bad, bad_here = [], [], bad + bad_here, 0
     chunks.look()
     missing = len(chunks.numbers) - len(chunks.about)
@@ -1112,7 +1124,8 @@ def file_state(file, contents=False) -> str:
 def files_of(job: ReadJob) -> list[Path]:
     """The files that a job reads: a picture, a video, or every frame of the folders of a clip."""
     tracks = job.read.keywords.get("tracks") or [job.read.keywords["path"]]
-    return [file for track in tracks for file in ([track] if isinstance(track, Path) else track)]
+    files = [file for track in tracks for file in ([track] if isinstance(track, Path) else track)]
+    return [getattr(file, "archive", file) for file in files]
 
 
 # Names of files of scratch.
@@ -1153,66 +1166,62 @@ def split_part(text: str) -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------------- shards
 
 
-def write_dataset(
-    out: Path,
-    tokenizer,
-    kinds: list[str],
-    sentences: Iterable[tuple[int, np.ndarray]],
-    rejected=(),
-    context: int | None = None,
-    suffix: str = "",
-):
-    """Writes (kind, uint16 tokens) sentences as a dataset folder, whole or not at all. Raises UserError where there is one
-    already."""
+def write_dataset(out, tokenizer, kinds, sentences, rejected=(), context=None, suffix=""):
+    """Writes `sentences`, (number of the kind, its codes) each, as a dataset folder, whole or not at all.
+
+    `rejected` are the records of OUT.rejected.jsonl. With `context`, says how many sentences are longer. `suffix`
+    keeps writers of the same folder apart. Raises UserError where OUT exists or a code is not in the codebook."""
+    config = tokenizer.config
+    about = {"tokenizer": vqgan.fingerprint(tokenizer), "codes": config.num_embeddings}
+    about |= {"codes_per_image": config.codes_per_image}
+    write_shards(out, about, kinds, sentences, rejected, context, suffix)
+
+
+def write_shards(out, about: dict, kinds, sentences, rejected=(), context=None, suffix=""):
+    """`write_dataset`, given the first fields of dataset.json. A sentence may also be (kind, tokens, *cuts): the
+    places where the tokens under one key of a .jsonl end and those under the next begin."""
     out, partial = Path(out), Path(f"{out}.partial{suffix}")
     if out.exists():
         raise UserError(f"{out} exists; choose another --out or delete it")
-    if partial.exists():  # what a killed run left behind
-        if any(
-            not OURS.fullmatch(file.name) and not file.name.startswith(".nfs") for file in partial.iterdir()
-        ):
-            raise UserError(
-                f"{partial} is in the way, and holds files that no run left there; choose another --out"
-            )
-        for file in partial.iterdir():
-            file.unlink(missing_ok=True)
+    remains = list(partial.iterdir()) if partial.exists() else []  # of a run that was killed
+    if any(not OURS.fullmatch(file.name) and not file.name.startswith(".nfs") for file in remains):
+        raise UserError(
+            f"{partial} is in the way, and holds files that no run left there; choose another --out"
+        )
+    for file in remains:
+        file.unlink(missing_ok=True)
     partial.mkdir(parents=True, exist_ok=True)
-    files, tokens, counts, longer = {}, 0, [0] * len(kinds), 0
-    sentences = iter(sentences)
+    vocabulary, sentences = about.get("vocabulary") or about["codes"], iter(sentences)
+    digests, tokens, longer, counts_K = {}, 0, 0, np.zeros(len(kinds), int)
     while (first := next(sentences, None)) is not None:
-        stem, index, end, digest = partial / f"{len(files) // 2:05d}", [], 0, hashlib.sha256()
+        stem, index, end, digest = partial / f"{len(digests) // 2:05d}", [], 0, hashlib.sha256()
         with naming(f"{stem}.tokens"), open(f"{stem}.tokens", "wb") as file:
-            for kind, codes in itertools.chain([first], itertools.islice(sentences, SENTENCES_PER_SHARD - 1)):
-                codes = np.asarray(codes).reshape(-1)
-                if not len(codes) or codes.min() < 0 or codes.max() >= tokenizer.config.num_embeddings:
+            for kind, codes, *cuts in itertools.chain(
+                [first], itertools.islice(sentences, SENTENCES_PER_SHARD - 1)
+            ):
+                codes_T = np.asarray(codes).reshape(-1)
+                if not len(codes_T) or codes_T.min() < 0 or codes_T.max() >= vocabulary:
+                    most = f" up to {codes_T.max()}" if len(codes_T) else ""
                     raise UserError(
-                        f"{out}: a sentence of {len(codes)} codes {f'up to {codes.max()} ' if len(codes) else ''}does not fit the tokenizer's {tokenizer.config.num_embeddings}"
+                        f"{out}: a sentence of {len(codes_T)} codes{most} does not fit the tokenizer's {vocabulary}"
                     )
-                data = codes.astype("<u2").tobytes()
-                file.write(data)
+                file.write(data := codes_T.astype("<u2").tobytes())
                 digest.update(data)
-                end += len(codes)
-                index.append((end, kind, zlib.crc32(data)))
-                counts[kind] += 1
-                longer += context is not None and len(codes) + 2 > context
+                end += len(codes_T)
+                index.append((end, kind, zlib.crc32(data), *cuts))
             file.flush()
             os.fsync(file.fileno())
-        np.save(content := io.BytesIO(), np.array(index, "<i8"))
+        index_NC = np.array(index, "<i8")
+        np.save(content := io.BytesIO(), index_NC)
         write_whole(f"{stem}.index.npy", content.getvalue())
-        files[f"{stem.name}.tokens"] = digest.hexdigest()
-        files[f"{stem.name}.index.npy"] = hashlib.sha256(content.getvalue()).hexdigest()
+        digests[f"{stem.name}.tokens"] = digest.hexdigest()
+        digests[f"{stem.name}.index.npy"] = hashlib.sha256(content.getvalue()).hexdigest()
         tokens += end
-    about = {
-        "format": FORMAT,
-        "tokenizer": vqgan.fingerprint(tokenizer),
-        "codes": tokenizer.config.num_embeddings,
-        "codes_per_image": tokenizer.config.codes_per_image,
-        "sentences": sum(counts),
-        "tokens": tokens,
-        "kinds": dict(zip(kinds, counts)),
-        "rejected": len(rejected),
-        "sha256": files,
-    }
+        counts_K += np.bincount(index_NC[:, 1], minlength=len(kinds))
+        longer += int((np.diff(index_NC[:, 0], prepend=0) + 2 > (context or math.inf)).sum())
+    count = int(counts_K.sum())
+    about = {"format": FORMAT} | about | {"sentences": count, "tokens": tokens}
+    about |= {"kinds": dict(zip(kinds, counts_K.tolist())), "rejected": len(rejected), "sha256": digests}
     write_whole(partial / "dataset.json", describe(about))
     write_rejections(out, rejected)
     try:
@@ -1223,16 +1232,17 @@ def write_dataset(
         remove_scratch(partial)  # another part was faster, with the same result
     if longer:
         print(
-            f"{longer:,} of {sum(counts):,} sentences are longer than --context {context} with BOS and EOS: train with a longer one, or with --packing concat"
+            f"{longer:,} of {count:,} sentences are longer than --context {context} with BOS and EOS: train with a "
+            "longer one, or with --packing concat"
         )
-    print(f"wrote {sum(counts):,} sentences, {tokens:,} tokens to {out}")
+    print(f"wrote {count:,} sentences, {tokens:,} tokens to {out}")
 
 
 class Shards:
-    """Random access to a dataset folder: `shards[i]` is (kind, uint16 tokens).
+    """Random access to a dataset folder: `shards[i]` is (kind, uint16 tokens) of sentence i.
 
-    Opening it reads every file once and compares its digest; what was compared is remembered in the user's cache folder,
-    so that another start reads the indices alone. Every sentence is compared with its checksum when it is read. Files are
+    Opening it reads every file once and compares its digest; the user's cache folder remembers what was compared, so
+    that another start reads the indices alone. Each sentence is compared with its checksum when it is read. Files are
     opened for each sentence: any number of shards takes no descriptors, and a file that is emptied, replaced or deleted
     meanwhile is an error, never a fault of memory or a wrong sentence.
     Raises UserError, naming the file, for a folder that is no dataset, of another format version, changed since it was
@@ -1240,37 +1250,29 @@ class Shards:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        file = self.folder / "dataset.json"
-        if not file.is_file():
-            raise UserError(
-                f"{folder}: no dataset here (dataset.json is missing); make one with: python tokenize_data.py KIND --out {folder}"
-            )
-        self.about = read_json(file)
-        self.digest = check_description(file, self.about)  # names what the whole dataset holds
+        self.about, self.digest = read_description(self.folder / "dataset.json")
         self.codes, self.kinds, digests = self.about["codes"], list(self.about["kinds"]), self.about["sha256"]
-        self.shards = []  # of each token file: its path, int64 [sentences, 3] of ends, kinds and CRC-32
-        for name in sorted(n for n in digests if n.endswith(".tokens")):
-            path, index = self.folder / name, name.removesuffix(".tokens") + ".index.npy"
-            if index not in digests:
-                raise UserError(f"{file}: sha256 names {name} and not {index}")
-            self.shards.append((path, read_index(self.folder / index, digests[index], path, len(self.kinds))))
-        if not self.shards:
+        self.fields, cuts = None, 0
+        if text := self.about.get("fields"):
+            self.fields = split_fields(text, (0, 0), MOST_CODES)
+            cuts = sum(isinstance(key, str) for key, _ in self.fields) - 1
+        self.paths = [self.folder / name for name in sorted(digests) if name.endswith(".tokens")]
+        if not self.paths:
             raise UserError(f"{folder}: the dataset holds no sentence")
-        verify_tokens(self.folder, {path: digests[path.name] for path, _ in self.shards}, self.codes)
-        self.firsts = np.cumsum([0] + [len(index_N3) for _, index_N3 in self.shards])
-        self.starts_N = np.concatenate(
-            [np.concatenate([[0], index_N3[:-1, 0]]) for _, index_N3 in self.shards]
-        )
-        self.lengths_N = np.concatenate([np.diff(index_N3[:, 0], prepend=0) for _, index_N3 in self.shards])
-        self.kinds_N = np.concatenate([index_N3[:, 1] for _, index_N3 in self.shards])
-        self.hashes_N = np.concatenate([index_N3[:, 2] for _, index_N3 in self.shards])
-        self.longest = int(self.lengths_N.max())
+        indices = [read_index(path, digests, len(self.kinds), cuts) for path in self.paths]
+        self.verify()
+        index_NC = np.concatenate(indices)
+        self.kinds_N, self.hashes_N, self.cuts_NK = index_NC[:, 1], index_NC[:, 2], index_NC[:, 3:]
+        self.lengths_N = np.concatenate([np.diff(index_NC[:, 0], prepend=0) for index_NC in indices])
+        self.starts_N = index_NC[:, 0] - self.lengths_N
+        self.row_lengths_N = self.lengths_N + (len(self.fields) - cuts - 1 if self.fields else 2)
+        self.firsts = np.cumsum([0, *map(len, indices)])
 
     def __len__(self):
         return int(self.firsts[-1])
 
     def __getitem__(self, i):
-        path, _ = self.shards[bisect.bisect_right(self.firsts, i) - 1 if len(self.shards) > 1 else 0]
+        path = self.paths[bisect.bisect_right(self.firsts, i) - 1 if len(self.paths) > 1 else 0]
         data = read_at(path, 2 * int(self.starts_N[i]), 2 * int(self.lengths_N[i]))
         if zlib.crc32(data) != self.hashes_N[i]:  # fewer bytes have another one too
             raise UserError(
@@ -1279,24 +1281,53 @@ class Shards:
             )
         return int(self.kinds_N[i]), np.frombuffer(data, "<u2")
 
-    @property
-    def row_lengths_N(self):
-        return self.lengths_N + 2
-
     def row(self, i, specials):
-        """-> (BOS, codes and EOS of sentence i as int32; which of them the loss counts: None for all)."""
-        tokens = self[i][1]
-        ids_T = np.empty(len(tokens) + 2, np.int32)
-        ids_T[0], ids_T[1:-1], ids_T[-1] = specials[0], tokens, specials[1]
-        return ids_T, None
+        """-> (int32 ids of sentence i with its special ids, float32 mask of those that the loss counts).
+
+        Special ids are BOS before and EOS behind, or those that the `fields` of an imported .jsonl place."""
+        codes_T = self[i][1]
+        if self.fields is None:
+            ids_T = np.empty(len(codes_T) + 2, np.int32)
+            ids_T[0], ids_T[1:-1], ids_T[-1] = specials[0], codes_T, specials[1]
+            return ids_T, np.ones(len(ids_T), np.float32)
+        contents = iter(np.split(codes_T, self.cuts_NK[i]))
+        parts = [next(contents) if isinstance(key, str) else np.array([key]) for key, _ in self.fields]
+        mask_T = np.repeat([float(counts) for _, counts in self.fields], [len(part_T) for part_T in parts])
+        return np.concatenate(parts).astype(np.int32), mask_T.astype(np.float32)
 
     def code_counts(self):
-        counts_K = np.zeros(self.codes, np.int64)
-        for path, _ in self.shards:
+        counts_K = np.zeros(MOST_CODES, np.int64)
+        for path in self.paths:
             with open(path, "rb") as file:
                 while len(tokens := np.frombuffer(file.read(1 << 22), "<u2")):
-                    counts_K += np.bincount(tokens, minlength=self.codes)
-        return counts_K
+                    counts_K += np.bincount(tokens, minlength=MOST_CODES)
+        return counts_K[: self.codes]  # an imported .jsonl may hold special ids
+
+    def verify(self, anew=False):
+        """Reads the token files and compares their digests, unless the cache folder says that this was done and they
+        have the size, times and inode that they had then. Raises UserError, naming the file."""
+        cache = cache_folder("verified")
+        name = hashlib.sha256(os.fsencode(self.folder.resolve())).hexdigest()[:32]
+        known, record = {}, cache and cache / f"{name}.json"
+        with contextlib.suppress(UserError):  # no such record, or a damaged one
+            known = read_json(record) if record and not anew else {}
+        vocabulary, digests = self.about.get("vocabulary") or self.codes, self.about["sha256"]
+        states = {path: [*stamp(path), digests[path.name], vocabulary] for path in self.paths}
+        todo = [path for path in self.paths if known.get(path.name) != states[path]]
+        total = sum(states[path][0] for path in todo)
+        quick, called = total < 1 << 30, f"verifying {self.folder}"
+        with (
+            tqdm(
+                total=total, unit="B", unit_scale=True, desc=called, disable=quick, dynamic_ncols=True
+            ) as bar,
+            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # hashing does not hold Python's lock
+        ):
+            list(pool.map(lambda path: verify_file(path, digests[path.name], vocabulary, bar.update), todo))
+        # A file may change again within the same tick of its clock: those of the last seconds are read again next time.
+        settled = [path for path in self.paths if time.time_ns() - max(states[path][1:3]) > 2e9]
+        if record and todo and settled:
+            with contextlib.suppress(OSError):  # such as a full disk
+                write_whole(record, strict_json({path.name: states[path] for path in settled}) + "\n")
 
 
 AGAIN = "copy it again, or make the dataset anew"
@@ -1309,95 +1340,65 @@ def describe(about: dict) -> bytes:
     return (strict_json(about | {"digest": digest}, indent=1) + "\n").encode()
 
 
-def check_description(file: Path, about: dict) -> str:
-    """dataset.json -> its digest. Raises UserError, naming the file and the field, for one that was changed or describes no
-    dataset."""
-    content, version = file.read_bytes(), about.get("format")
-    if version not in (1, FORMAT):
-        raise UserError(f"{file}: format {reprlib.repr(version)}, this program reads {FORMAT} and 1")
-    if version == FORMAT and describe(about) != content:  # format 1 carried no digest of its own
+def read_description(file: Path) -> tuple[dict, str]:
+    """dataset.json -> (what it says, its digest, which names all that the dataset holds). Raises UserError, naming the
+    file and the field, where it was changed, is of another format or describes no dataset."""
+    if not file.is_file():
+        make = f"python tokenize_data.py KIND --out {file.parent}"
+        raise UserError(f"{file.parent}: no dataset here (dataset.json is missing); make one with: {make}")
+    about, content = read_json(file), file.read_bytes()
+    if (version := about.get("format")) != FORMAT:
+        older = "; an older program wrote it: make the dataset anew" if version in range(1, FORMAT) else ""
+        raise UserError(f"{file}: format {reprlib.repr(version)}, this program reads {FORMAT}{older}")
+    if describe(about) != content:
         raise UserError(f"{file}: not as it was written (its digest differs); {AGAIN}")
-    check_fields(
-        about,
-        {
-            "tokenizer": str,
-            "codes": int,
-            "codes_per_image": int,
-            "sentences": int,
-            "tokens": int,
-            "kinds": dict[str, int],
-            "sha256": dict[str, str],
-            "rejected": int | None,
-        },
-        file,
-    )
-    if not (1 <= about["codes"] <= MOST_CODES and about["codes_per_image"] >= 1):
+    numbers = {
+        "codes": int,
+        "sentences": int,
+        "tokens": int,
+        "rejected": int | None,
+        "vocabulary": int | None,
+    }
+    texts = {"tokenizer": str | None, "codes_per_image": int | None, "fields": str | None}
+    check_fields(about, numbers | texts | {"kinds": dict[str, int], "sha256": dict[str, str]}, file)
+    if not 1 <= about["codes"] <= MOST_CODES or (about.get("codes_per_image") or 1) < 1:
         raise UserError(
             f"{file}: codes {about['codes']} must be in [1, {MOST_CODES}] and codes_per_image at least 1"
         )
     for name in about["sha256"]:
         if not re.fullmatch(r"[0-9]{5,9}\.(tokens|index\.npy)", name):
             raise UserError(f"{file}: sha256 names {name!r:.80}, which is no file of a dataset")
-    return hashlib.sha256(content).hexdigest()[:16]
+    return about, hashlib.sha256(content).hexdigest()[:16]
 
 
-def read_index(file: Path, digest: str, tokens: Path, kinds: int) -> np.ndarray:
-    """NNNNN.index.npy -> int64 [sentences, 3]: where each sentence ends in `tokens`, its kind, and the CRC-32 of its tokens."""
+def read_index(tokens: Path, digests: dict[str, str], kinds: int, cuts: int) -> np.ndarray:
+    """NNNNN.index.npy of a token file, checked -> int64 [sentences, 3 + cuts]: where each sentence ends in the file,
+    its kind, the CRC-32 of its tokens, and where within it the tokens under the keys of a .jsonl part."""
+    file = tokens.with_suffix(".index.npy")
+    if file.name not in digests:
+        raise UserError(f"{tokens.parent / 'dataset.json'}: sha256 names {tokens.name} and not {file.name}")
     try:
         content, size = file.read_bytes(), tokens.stat().st_size
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from None
-    if hashlib.sha256(content).hexdigest() != digest:
+    if hashlib.sha256(content).hexdigest() != digests[file.name]:
         raise UserError(f"{file}: its bytes are not those that were written (sha256 differs); {AGAIN}")
-    index_NC = np.array(read_array(file, np.int64, (None, None)))
-    if index_NC.shape[1] not in (2, 3) or not len(index_NC):
-        raise UserError(f"{file}: wanted int64 [sentences, 3], got {list(index_NC.shape)}")
+    index_NC = np.array(read_array(file, np.int64, (None, 3 + cuts)))
     ends_N, kinds_N = index_NC[:, 0], index_NC[:, 1]
-    if size != 2 * int(ends_N[-1]):
+    if len(ends_N) and size != (wanted := 2 * int(ends_N[-1])):
         raise UserError(
-            f"{tokens}: {size:,} bytes, {file.name} asks for {2 * int(ends_N[-1]):,}; the file is truncated or mixed up"
+            f"{tokens}: {size:,} bytes, {file.name} asks for {wanted:,}; the file is truncated or mixed up"
         )
-    starts_N = np.concatenate([[0], ends_N[:-1]])
+    lengths_N = np.diff(ends_N, prepend=0)
+    places_NK = np.column_stack([np.zeros_like(ends_N), index_NC[:, 3:], lengths_N])
     if (
-        not 0 < ends_N.min() <= ends_N.max() <= size // 2
-        or (ends_N <= starts_N).any()
+        not len(ends_N)
+        or not 0 < ends_N.min() <= ends_N.max() <= size // 2
+        or (np.diff(places_NK) <= 0).any()
         or not 0 <= kinds_N.min() <= kinds_N.max() < kinds
     ):
         raise UserError(f"{file}: damaged, its ends do not rise or it names kinds that dataset.json does not")
-    if index_NC.shape[1] == 2:  # the first datasets stored no checksums
-        sums_N = [
-            zlib.crc32(read_at(tokens, 2 * start, 2 * (end - start)))
-            for start, end in zip(starts_N.tolist(), ends_N.tolist())
-        ]
-        index_NC = np.column_stack([index_NC, sums_N])
     return index_NC
-
-
-def verify_tokens(folder: Path, digests: dict[Path, str], codes: int):
-    """Reads token files and compares their digests, but for those that the cache folder says were compared already and
-    that have the size, times and inode that they had then. Raises UserError, naming the file."""
-    cache = cache_folder("verified")
-    record = cache and cache / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.json"
-    try:
-        known = read_json(record) if record else {}
-    except UserError:
-        known = {}
-    states = {path: stamp(path) for path in digests}
-    todo = [path for path in digests if known.get(path.name) != [*states[path], digests[path], codes]]
-    total = sum(states[path][0] for path in todo)
-    quick = total < 1 << 30
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc=f"verifying {folder}", disable=quick, dynamic_ncols=True
-    ) as bar:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing does not hold Python's lock
-            for _ in pool.map(lambda path: verify_file(path, digests[path], codes, bar.update), todo):
-                pass
-    # A file may be changed again within the same tick of its clock, so that of the last seconds is not vouched for.
-    settled = [path for path in digests if time.time_ns() - max(states[path][1:3]) > 2e9]
-    known = {path.name: [*states[path], digests[path], codes] for path in settled}
-    if record and todo and known:
-        with contextlib.suppress(OSError):  # such as a full disk
-            write_whole(record, strict_json(known) + "\n")
 
 
 def verify_file(path: Path, digest: str, codes: int, progress):
@@ -1434,170 +1435,128 @@ def read_at(path: Path, offset: int, count: int) -> bytes:
         raise UserError(f"{path}: {error.strerror}; it was there when it was opened") from None
 
 
-class Jsonl:
-    """LVM's `dataset.jsonl`, read where it lies: `jsonl[i]` is (0, its tokens). Every line is read once to index and check
-    it; bad ones are left out, counted, and listed in PATH.rejected.jsonl.
-
-    `fields` is the mini-language of LVM's trainer, by default BOS, tokens, EOS: a comma list of `{key}` (base64 of int32
-    tokens), `<|id|>`, `<|bos|>` and `<|eos|>` (one literal id), each in `[ ]` where the loss shall leave it out.
-    Raises UserError for other fields, ids outside the `vocabulary`, an empty file, or more than BAD_LINES bad lines."""
-
-    def __init__(
-        self,
-        path,
-        codes: int,
-        specials,
-        fields: str | None = None,
-        vocabulary: int | None = None,
-        max_rejected: float = BAD_LINES,
-    ):
-        self.path, self.codes, self.kinds, self.vocabulary = (
-            Path(path),
-            codes,
-            ["jsonl"],
-            vocabulary or codes + 100,
-        )
-        self.fields = [
-            (key, counts, np.array([key], np.int32) if isinstance(key, int) else None)
-            for key, counts in split_fields(
-                fields or "<|bos|>,{tokens},<|eos|>", specials[:2], self.vocabulary
-            )
-        ]
-        self.keys, self.all_count = (
-            [key for key, _, _ in self.fields if isinstance(key, str)],
-            all(counts for _, counts, _ in self.fields),
-        )
-        if not self.path.is_file():
-            raise UserError(f"{path}: no such file")
-        self.file, self.rejected, self.counts_K = open(self.path, "rb"), [], np.zeros(codes, np.int64)
-        places, lengths, hashes = [], [], []
-        for number in itertools.count(1):
-            offset = self.file.tell()
-            if not (line := self.file.readline(LONGEST_LINE)):
-                break
-            if not line.strip():
-                continue
-            try:
-                texts = self.texts(line)
-                codes_T = np.concatenate([self.decode(text, key) for text, key in zip(texts, self.keys)])
-            except UserError as error:
-                self.rejected.append({"path": f"{path}:{number}", "reason": str(error)})
-                continue
-            # Where each text lies in the file, so that a row is read without parsing JSON; or (-1, the line) if it is escaped.
-            found = [line.find(text) for text in texts]
-            places.append(
-                [
-                    (offset + at, len(text)) if at >= 0 else (-1 - offset, len(line))
-                    for at, text in zip(found, texts)
-                ]
-            )
-            lengths.append(len(codes_T))
-            hashes.append(zlib.crc32(codes_T.astype("<u2").tobytes()))
-            self.counts_K += np.bincount(codes_T[codes_T < codes], minlength=codes)
-        if self.rejected:
-            last = f"the last is {self.rejected[-1]['path']}: {self.rejected[-1]['reason']}"
-            try:
-                write_rejections(path, self.rejected)
-                last += f"; {path}.rejected.jsonl lists them"
-            except OSError:  # a folder that may only be read
-                pass
-            print(
-                f"{path}: {len(self.rejected)} of {len(self.rejected) + len(places)} lines are bad and left out; {last}",
-                file=sys.stderr,
-            )
-            if len(self.rejected) > max_rejected * (len(places) + len(self.rejected)):
-                raise UserError(f"{path}: more than {max_rejected:.0%} of its lines are bad; {last}")
-        if not places:
-            raise UserError(f"{path}: no line in it")
-        self.places_NK2, self.lengths_N, self.hashes_N = np.array(places), np.array(lengths), np.array(hashes)
-        self.row_lengths_N, self.longest = (
-            self.lengths_N + len(self.fields) - len(self.keys),
-            int(self.lengths_N.max()),
-        )
-        self.kinds_N = np.zeros(len(places), int)
-        self.digest = hashlib.sha256(self.hashes_N.tobytes()).hexdigest()[:16]
-        self.about = {
-            "tokenizer": None,
-            "codes": codes,
-            "codes_per_image": None,
-            "sentences": len(places),
-            "tokens": sum(lengths),
-            "kinds": {"jsonl": len(places)},
-        }
-
-    def texts(self, line: bytes) -> list[bytes]:
-        """The base64 under each key of the fields."""
-        if len(line) == LONGEST_LINE:
-            raise UserError(f"a line of more than {LONGEST_LINE:,} bytes")
-        example = parse_json(line, "the line")
-        for key in self.keys:
-            if not isinstance(text := example.get(key), str) or not text.isascii():
-                raise UserError(f"no base64 text under the key {key!r}")
-        return [example[key].encode() for key in self.keys]
-
-    def decode(self, text: bytes, key: str) -> np.ndarray:
-        try:
-            ids_T = np.frombuffer(binascii.a2b_base64(text, strict_mode=True), "<i4")
-        except ValueError:
-            raise UserError(f"{key!r} is no base64 of int32 tokens") from None
-        if len(ids_T) >= 8 and len(ids_T) % 2 == 0 and ids_T.any() and not ids_T[1::2].any():
-            raise UserError(
-                f"{key!r} holds int64 tokens (every second int32 is 0); write them with tokens.astype('<i4')"
-            )
-        if (
-            not len(ids_T) or ids_T.view("<u4").max() >= self.vocabulary
-        ):  # as unsigned ones negative ids are large too
-            raise UserError(
-                f"{key!r} holds {f'tokens from {ids_T.min()} to {ids_T.max()}' if len(ids_T) else 'no tokens'}; wanted ids below {self.vocabulary}"
-            )
-        return ids_T
-
-    def __len__(self):
-        return len(self.places_NK2)
-
-    def contents(self, i) -> list[np.ndarray]:
-        """The tokens of line i under each key."""
-        found = []
-        for k, (place, length) in enumerate(self.places_NK2[i].tolist()):
-            text = os.pread(self.file.fileno(), length, place if place >= 0 else -1 - place)
-            try:
-                found.append(self.decode(text if place >= 0 else self.texts(text)[k], self.keys[k]))
-            except UserError as error:
-                raise UserError(f"{self.path} has changed since it was opened: {error}") from None
-        return found
-
-    def __getitem__(self, i):
-        return 0, np.concatenate(self.contents(i))
-
-    def row(self, i, specials):
-        """-> (int32 ids; which of them the loss counts: None for all)."""
-        contents = iter(self.contents(i))
-        parts = [next(contents) if isinstance(key, str) else literal for key, _, literal in self.fields]
-        masks = (
-            None
-            if self.all_count
-            else np.concatenate(
-                [np.full(len(part), counts, np.float32) for part, (_, counts, _) in zip(parts, self.fields)]
-            )
-        )
-        return np.concatenate(parts), masks
-
-    def code_counts(self):
-        return self.counts_K
+# ---------------------------------------------------------------------------------------------------- LVM's jsonl
 
 
 LONGEST_LINE = MOST_JSON
 
 
+def is_lines(path) -> bool:
+    return str(path).endswith((".jsonl", ".jsonl.gz", ".jsonl.zst"))
+
+
+def open_sentences(path, codes=None, specials=None, fields=None, vocabulary=None, beside=None) -> Shards:
+    """A dataset folder; or a `.jsonl`, `.jsonl.gz` or `.jsonl.zst` of LVM, which the first call imports into shards in
+    the folder `beside` and later ones find there. The other arguments are of a .jsonl alone.
+
+    `codes` is the size of its tokenizer's codebook; ids must be below the `vocabulary` (by default codes + 100).
+    `fields` is the mini-language of LVM's trainer: a comma list of `{key}` (base64 of int32 tokens), `<|id|>`,
+    `<|bos|>` and `<|eos|>` (one literal id, of `specials`), each in `[ ]` where the loss leaves it out. The default is
+    `<|bos|>,{tokens},<|eos|>`. Raises UserError for other fields, no line, or more than BAD_LINES bad lines."""
+    if not is_lines(path):
+        return Shards(path)
+    if codes is None or beside is None:
+        raise UserError(
+            f"{path} is no dataset yet; type: python tokenize_data.py import-jsonl --inputs {path} --out DIR"
+        )
+    if not (path := Path(path)).is_file():
+        raise UserError(f"{path}: no such file")
+    vocabulary, keys = min(vocabulary or codes + 100, MOST_CODES), ["tokens"]
+    about = {"tokenizer": None, "codes": codes, "codes_per_image": None, "vocabulary": vocabulary}
+    if fields:
+        parts = split_fields(fields, specials or (codes, codes + 1), vocabulary)
+        keys = [key for key, _ in parts if isinstance(key, str)]
+        written = [(f"<|{key}|>" if isinstance(key, int) else f"{{{key}}}", counts) for key, counts in parts]
+        about["fields"] = ",".join(field if counts else f"[{field}]" for field, counts in written)
+    state = hashlib.sha256(strict_json([stamp(path), about]).encode()).hexdigest()[:12]
+    if not (out := Path(beside) / f"{path.name}-{state}").exists():
+        rejected = []
+        lines = read_lines(path, out, 0, keys, vocabulary, rejected, BAD_LINES)
+        write_shards(out, about, ["jsonl"], lines, rejected)
+    return Shards(out)
+
+
+def read_lines(path: Path, out: Path, kind: int, keys, vocabulary: int, rejected: list, max_rejected: float):
+    """Yields (kind, tokens, *cuts) of each good line of a jsonl, with a bar, and appends a record of each bad one to
+    `rejected`. Raises UserError where there is no line, or more than the fraction `max_rejected` of them is bad."""
+    good, before = 0, len(rejected)
+    for number, line in enumerate(lines_of(path), 1):
+        if not line.strip():
+            continue
+        try:
+            contents = decode_line(line, keys, vocabulary)
+        except UserError as error:
+            rejected.append({"path": f"{path}:{number}", "reason": str(error)})
+            continue
+        good += 1
+        yield kind, np.concatenate(contents), *np.cumsum([len(ids_T) for ids_T in contents[:-1]])
+    if bad := len(rejected) - before:
+        told = f"the last is {rejected[-1]['path']}: {rejected[-1]['reason']}"
+        print(f"{path}: {bad} of {bad + good} lines are bad and left out; {told}", file=sys.stderr)
+        if bad > max_rejected * (bad + good):
+            write_rejections(out, rejected)
+            raise UserError(f"{path}: more than {max_rejected:.0%} of its lines are bad; {told}")
+    if not good:
+        raise UserError(f"{path}: no line in it")
+
+
+def decode_line(line: bytes, keys, vocabulary: int) -> list[np.ndarray]:
+    """A line of a jsonl -> the int32 tokens under each of the keys."""
+    if len(line) == LONGEST_LINE:
+        raise UserError(f"a line of more than {LONGEST_LINE:,} bytes")
+    example, contents = parse_json(line, "the line"), []
+    for key in keys:
+        if not isinstance(text := example.get(key), str) or not text.isascii():
+            raise UserError(f"no base64 text under the key {key!r}")
+        try:
+            ids_T = np.frombuffer(binascii.a2b_base64(text, strict_mode=True), "<i4")
+        except ValueError:
+            raise UserError(f"{key!r} is no base64 of int32 tokens") from None
+        if len(ids_T) >= 8 and len(ids_T) % 2 == 0 and ids_T.any() and not ids_T[1::2].any():
+            cure = "write them with tokens.astype('<i4')"
+            raise UserError(f"{key!r} holds int64 tokens (every second int32 is 0); {cure}")
+        if not len(ids_T) or not 0 <= ids_T.min() <= ids_T.max() < vocabulary:
+            found = f"tokens from {ids_T.min()} to {ids_T.max()}" if len(ids_T) else "no tokens"
+            raise UserError(f"{key!r} holds {found}; wanted ids below {vocabulary}")
+        contents.append(ids_T)
+    return contents
+
+
+def lines_of(path: Path):
+    """Yields the lines of a .jsonl, .jsonl.gz or .jsonl.zst, with a bar over the bytes of the file."""
+    size, broken = os.path.getsize(path), (EOFError, zlib.error, gzip.BadGzipFile)
+    with (
+        open(path, "rb") as raw,
+        tqdm(total=size, unit="B", unit_scale=True, desc=f"importing {path}", dynamic_ncols=True) as bar,
+    ):
+        file = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+        if path.suffix == ".zst":
+            try:  # from Python 3.14 on it is `compression.zstd`
+                zstd = importlib.import_module(
+                    "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+                )
+            except ImportError:
+                raise UserError(f"{path}: .zst needs a package; type: pip install backports.zstd") from None
+            file, broken = zstd.ZstdFile(raw), (EOFError, zstd.ZstdError)
+        try:
+            while line := file.readline(LONGEST_LINE):
+                yield line
+                bar.update(raw.tell() - bar.n)
+        except broken as error:
+            raise UserError(f"{path}: cannot be decompressed ({error}); copy it again") from None
+
+
 def split_fields(text: str, specials, vocabulary: int) -> list[tuple["str | int", bool]]:
-    """'[{context}],<|8192|>' -> [("context", False), (8192, True)]: keys and literal ids, and whether the loss counts them."""
+    """'[{context}],<|8192|>' -> [("context", False), (8192, True)]: keys and literal ids, and whether the loss counts
+    them."""
     fields, ids = [], dict(zip(("bos", "eos"), specials))
     for field in text.split(","):
         match = re.fullmatch(r"(\[)?(?:<\|(bos|eos|[0-9]{1,9})\|>|\{([^{}\[\]<>|]+)\})(\])?", field.strip())
         if not match or (match[1] is None) != (match[4] is None):
             lost = "; a page that shows HTML swallows <|8192|>" if not field.strip() else ""
             raise UserError(
-                f"--fields {text!r}: {field!r} is neither {{key}} nor <|id|>, nor one of them in [ ]; LVM's are '<|8192|>,{{tokens}},<|8193|>'{lost}"
+                f"--fields {text!r}: {field!r} is neither {{key}} nor <|id|>, nor one of them in [ ]; LVM's are "
+                f"'<|8192|>,{{tokens}},<|8193|>'{lost}"
             )
         key = match[3] or ids.get(match[2]) or int(match[2])
         if isinstance(key, int) and key >= vocabulary:
@@ -1608,22 +1567,11 @@ def split_fields(text: str, specials, vocabulary: int) -> list[tuple["str | int"
     return fields
 
 
-def open_sentences(
-    path, codes: int | None = None, specials=None, fields: str | None = None, vocabulary: int | None = None
-) -> "Shards | Jsonl":
-    """A dataset folder, or a `.jsonl`, whose ids are taken to be of a codebook of `codes` entries."""
-    if Path(path).suffix != ".jsonl":
-        return Shards(path)
-    if codes is None:
-        raise UserError(f"{path} does not say how many codes its tokenizer has; pass codes=8192 for LVM's")
-    return Jsonl(path, codes, specials or (codes, codes + 1, codes + 2), fields, vocabulary)
-
-
 # ---------------------------------------------------------------------------------------------------- the reader
 
 
-LEAST_SHARE = 1_000_000  # a dataset's part of the mixture is at least one in so many sentences
 PACKINGS = ("sentence", "concat", "segment")
+LEAST_SHARE = 1_000_000  # a dataset's part of the mixture is at least one in so many rows
 
 
 def open_dataset(
@@ -1637,248 +1585,203 @@ def open_dataset(
     processes: int = 1,
     specials: tuple[int, int, int] | None = None,
     packing: Literal["sentence", "concat", "segment"] = "sentence",
-    fields: str | None = None,
-    codes: int | None = None,
-    vocabulary: int | None = None,
     heldout_fraction: float = 0.0,
-    heldout: bool = False,
 ):
-    """Batches for ever, from any number of datasets, shuffled and mixed by `seed`: a grain dataset of
-    {"ids_BT": int32, "mask_BT": float32}, and with `segment` {"segment_ids_BT": int32}. `mask_BT` marks the targets.
+    """Batches for ever, from any number of datasets, shuffled and mixed by `seed`: a grain dataset of {"ids_BT": int32,
+    "mask_BT": float32}, and with `segment` {"segment_ids_BT": int32}. `mask_BT` marks the targets.
 
-    `paths_and_weights`: "DIR" or "DIR:weight" each, or a `.jsonl` in the place of DIR (`fields` and `codes` are for those,
-    see `Jsonl`), or opened ones, or pairs of an opened one and its weight. Each dataset is shuffled as a whole, anew in each epoch. Sentences are drawn exactly in
-    the proportion of the weights (default 1): over any period of the pattern, and nearly so over any stretch of it.
-    `packing`: `sentence`: one a row, then padding. `concat`, as published: sentences are joined for ever and cut into
-    rows; attention crosses them. Each row begins with the last token of the row before, so that every token is a target
-    once: rows of `context` 4097 are LVM's 4096 inputs and targets. `segment`: as many whole sentences as fit into a row,
-    in order, then padding; attention keeps to a segment (0 is the padding), and so positions, being relative, restart.
+    `paths_and_weights`: "DIR" or "DIR:weight" each, or `Shards`, or pairs of those and a weight. An epoch of a dataset
+    shows each of its rows once, in an order of its own. Rows are drawn exactly in the proportion of the weights
+    (default 1), evenly spread. `packing` makes the rows of a dataset: see `SentenceRows`, `ConcatRows`, `SegmentRows`.
     `start`: the step to begin at. A batch depends on the arguments and its number alone; process p of P gets the p-th of
     P equal parts of its rows, so a run may go on with another number of processes. `specials`: ids of BOS, EOS and
-    padding (default codebook size + 0, 1, 2). `heldout_fraction` of the sentences, chosen by the hash of their tokens, are
-    left out, or with `heldout` are the only ones.
+    padding (default codebook size + 0, 1, 2). `heldout_fraction` of the sentences, see `is_heldout`, are left out.
     Raises UserError where a sentence does not fit `context`, datasets were made by different tokenizers, `batch` does
     not divide by `processes`, or the data do not fill a batch."""
     if batch % processes:
         raise UserError(f"--batch {batch} is not a multiple of the {processes} processes")
     if packing not in PACKINGS:
         raise UserError(f"packing {packing!r} is none of {', '.join(PACKINGS)}")
-    opened, weights = zip(
-        *(
-            p if isinstance(p, tuple) else (p, 1.0) if isinstance(p, (Shards, Jsonl)) else split_weight(p)
-            for p in paths_and_weights
-        )
-    )
-    opened = [
-        part if isinstance(part, (Shards, Jsonl)) or Path(part).suffix == ".jsonl" else Shards(part)
-        for part in opened
-    ]
-    codes = codes or next((part.codes for part in opened if not isinstance(part, str)), None)
-    opened = [
-        open_sentences(part, codes, specials, fields, vocabulary) if isinstance(part, str) else part
-        for part in opened
-    ]
-    if fields and not any(isinstance(part, Jsonl) for part in opened):
-        raise UserError(
-            f"--fields {fields!r} is for .jsonl files, and there is none among {', '.join(map(str, paths_and_weights))}"
-        )
+    given = [data if isinstance(data, (tuple, Shards)) else split_weight(data) for data in paths_and_weights]
+    opened, weights = zip(*(data if isinstance(data, tuple) else (data, 1.0) for data in given))
+    opened = [part if isinstance(part, Shards) else open_sentences(part) for part in opened]
+    for part, other in itertools.combinations(opened, 2):
+        if part.codes != other.codes or len({part.about["tokenizer"], other.about["tokenizer"], None}) > 2:
+            raise UserError(
+                f"{part.folder} was made by another tokenizer than {other.folder} (of {part.codes} codes and of "
+                f"{other.codes})"
+            )
     specials = specials or tuple(opened[0].codes + i for i in range(3))
-    names = [str(part.folder if isinstance(part, Shards) else part.path) for part in opened]
-    for name, part in zip(names, opened):
-        for other, first in zip(names, opened):
-            if part.codes != first.codes:
+    rows, tokens = [], 0
+    for n, part in enumerate(opened):
+        longest = int(part.row_lengths_N.max())
+        if packing != "concat" and longest > context:
+            raise UserError(
+                f"{part.folder}: a sentence has {int(part.lengths_N.max())} codes and needs --context {longest} with "
+                f"BOS and EOS, got {context}"
+            )
+        chosen_N = np.arange(len(part))
+        if heldout_fraction:
+            chosen_N = np.flatnonzero(~is_heldout(part, heldout_fraction))
+            if not len(chosen_N):
                 raise UserError(
-                    f"{name} has codes of {part.codes} entries, {other} of {first.codes}: they were made by different tokenizers"
+                    f"{part.folder}: a held-out fraction of {heldout_fraction} leaves no sentence out of it"
                 )
-            if len({part.about["tokenizer"], first.about["tokenizer"], None}) > 2:
-                raise UserError(f"{name} was made by another tokenizer than {other}")
-    for name, part in zip(names, opened):
-        if packing != "concat" and (longest := int(part.row_lengths_N.max())) > context:
-            raise UserError(
-                f"{name}: a sentence has {part.longest} codes and needs --context {longest} with BOS and EOS, got {context}"
-            )
-    chosen = [
-        np.flatnonzero(is_heldout(part, heldout_fraction) == heldout)
-        if heldout_fraction or heldout
-        else np.arange(len(part))
-        for part in opened
-    ]
-    for name, members_N in zip(names, chosen):
-        if not len(members_N):
-            raise UserError(
-                f"{name}: a held-out fraction of {heldout_fraction} leaves no sentence {'in' if heldout else 'out of'} it"
-            )
-    sentences, tokens = (
-        sum(map(len, chosen)),
-        sum(int(part.row_lengths_N[members_N].sum()) for part, members_N in zip(opened, chosen)),
-    )
-    if (sentences if packing == "sentence" else tokens // (context - 1)) < batch:
+        # Numpy promises never to change this generator's numbers. Neighbours in a dataset may be of one class or clip.
+        chosen_N = np.random.RandomState(seed_of(seed, n)).permutation(chosen_N)
+        kind_of_rows = {"sentence": SentenceRows, "concat": ConcatRows, "segment": SegmentRows}[packing]
+        rows.append(kind_of_rows(part, chosen_N, context, specials))
+        tokens += int(part.row_lengths_N[chosen_N].sum())
+    if sum(map(len, rows)) < batch:
         raise UserError(
-            f"{', '.join(names)}: {sentences} sentences of {tokens} tokens do not fill a batch of {batch} rows of {context}; lower --batch"
+            f"{', '.join(str(part.folder) for part in opened)}: {sum(len(r.chosen_N) for r in rows)} sentences of "
+            f"{tokens} tokens do not fill a batch of {batch} rows of {context}; lower --batch"
         )
-    read = pack(opened, chosen, weights, seed=seed, context=context, packing=packing, specials=specials)
-    rows = batch // processes
-    steps = grain.MapDataset.source(Steps(lambda step: read(step * batch + process * rows, rows)))
-    return steps[start:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+    endless = [grain.MapDataset.source(r).shuffle(seed=seed_of(seed, n)).repeat() for n, r in enumerate(rows)]
+    mixed = Mixture(endless, [part.folder for part in opened], weights)
+    parts = mixed.batch(batch // processes)[start * processes + process :: processes]
+    return parts.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
 
 
-class Steps:
-    """A grain source without an end: item i is what the function makes of i."""
+def seed_of(seed: int, dataset: int) -> int:
+    """A seed of 32 bits for each dataset of a mixture."""
+    return int(np.random.SeedSequence((seed, dataset)).generate_state(1)[0])
 
-    def __init__(self, function):
-        self.function = function
+
+class Rows:
+    """A grain source: the rows that a dataset's sentences `chosen_N`, in that order, make for one epoch."""
+
+    def __init__(self, part: Shards, chosen_N, context: int, specials):
+        self.part, self.chosen_N, self.context, self.specials = part, chosen_N, context, specials
+
+    def sentences(self, first, last):
+        return [self.part.row(i, self.specials) for i in self.chosen_N[first:last].tolist()]
+
+    def fill(self, pieces):
+        """(ids, mask) of some sentences -> a row of them and padding. Nothing predicts the first id of a sentence."""
+        ids_T = np.full(self.context, self.specials[2], np.int32)
+        mask_T, segment_ids_T, end = np.zeros(self.context, np.float32), np.zeros(self.context, np.int32), 0
+        for number, (piece_T, counts_T) in enumerate(pieces, 1):
+            begin, end = end, end + len(piece_T)
+            ids_T[begin:end], mask_T[begin + 1 : end], segment_ids_T[begin:end] = (
+                piece_T,
+                counts_T[1:],
+                number,
+            )
+        return {"ids_BT": ids_T, "mask_BT": mask_T}, segment_ids_T
+
+
+class SentenceRows(Rows):
+    """A sentence a row, then padding."""
 
     def __len__(self):
-        return 1 << 40
+        return len(self.chosen_N)
 
-    def __getitem__(self, step):
-        return self.function(int(step))
+    def __getitem__(self, i):
+        return self.fill(self.sentences(i, i + 1))[0]
 
 
-def pack(opened, chosen, weights, *, seed: int, context: int, packing: str, specials):
-    """-> function from (first row, rows) to a batch of them: rows of an endless stream of sentences, each at random access."""
-    pad = specials[2]
-    shares = [Fraction(str(weight)).limit_denominator(1_000_000) for weight in weights]
-    for part, share, weight in zip(opened, shares, weights):
-        if not share or share * LEAST_SHARE < sum(shares):
-            raise UserError(
-                f"{part.folder if isinstance(part, Shards) else part.path}:{weight}: a weight below a "
-                f"millionth of all, by "
-                f"which a run of {LEAST_SHARE:,} sentences sees none of this dataset; raise it, or leave "
-                f"the dataset out"
-            )
-    unit = math.lcm(*(share.denominator for share in shares))
-    counts = [int(share * unit) // math.gcd(*(int(share * unit) for share in shares)) for share in shares]
-    if sum(counts) > 1 << 24:
-        raise UserError(
-            f"the weights {' '.join(map(str, weights))} have no common measure of a reasonable size; round them"
-        )
-    counts = np.array(counts)
-    # One period of the mixture: dataset i comes counts[i] times, evenly spaced; `rank` numbers its turns.
-    turns_P = np.argsort(np.concatenate([(np.arange(n) + 0.5) / n for n in counts]), kind="stable")
-    part_P, rank_P = (
-        np.repeat(np.arange(len(counts)), counts)[turns_P],
-        np.concatenate([np.arange(n) for n in counts])[turns_P],
-    )
+class ConcatRows(Rows):
+    """As published: the sentences are joined and cut into rows; attention crosses them. Each row begins with the last
+    token of the row before, so that every token but the first is a target once: rows of `context` 4097 are LVM's 4096
+    inputs and targets. The last row is padded."""
 
-    @functools.lru_cache(2 * len(opened) + 2)
-    def order(part, epoch):
-        key = scramble(
-            scramble(scramble(np.array([seed % (1 << 64)], np.uint64)) + np.uint64(part)) + np.uint64(epoch)
-        )
-        return chosen[part][
-            np.argsort(scramble(np.arange(len(chosen[part]), dtype=np.uint64) + key), kind="stable")
-        ]
+    def __init__(self, part, chosen_N, context, specials):
+        super().__init__(part, chosen_N, context, specials)
+        self.ends_N = np.cumsum(part.row_lengths_N[chosen_N])
 
-    def stream(first, count):
-        """-> (dataset, sentence in it) of the sentences number first, first + 1, ... of the mixture."""
-        period_N, place_N = np.divmod(np.arange(first, first + count), len(part_P))
-        part_N, sentence_N = part_P[place_N], np.empty(count, np.int64)
-        turn_N = period_N * counts[part_N] + rank_P[place_N]
-        for part in np.unique(part_N):
-            at = np.flatnonzero(part_N == part)
-            epoch_N, position_N = np.divmod(turn_N[at], len(chosen[part]))
-            for epoch in np.unique(epoch_N):
-                sentence_N[at[epoch_N == epoch]] = order(int(part), int(epoch))[position_N[epoch_N == epoch]]
-        return part_N, sentence_N
+    def __len__(self):
+        return -(-(int(self.ends_N[-1]) - 1) // (self.context - 1))
 
-    def empty(count):
-        return np.full((count, context), pad, np.int32), np.zeros((count, context), np.float32)
+    def __getitem__(self, i):
+        low = i * (self.context - 1)
+        high = min(low + self.context, int(self.ends_N[-1]))
+        first, last = np.searchsorted(self.ends_N, [low, high - 1], side="right").tolist()
+        ids_T, counts_T = map(np.concatenate, zip(*self.sentences(first, last + 1)))
+        low -= int(self.ends_N[first - 1]) if first else 0
+        high -= int(self.ends_N[first - 1]) if first else 0
+        return self.fill([(ids_T[low:high], counts_T[low:high])])[0]
 
-    def by_sentence(first, count):
-        ids_BT, mask_BT = empty(count)
-        for b, (part, sentence) in enumerate(zip(*(x.tolist() for x in stream(first, count)))):
-            ids_T, counts_T = opened[part].row(sentence, specials)
-            ids_BT[b, : len(ids_T)] = ids_T
-            mask_BT[b, 1 : len(ids_T)] = 1 if counts_T is None else counts_T[1:]
-        return {"ids_BT": ids_BT, "mask_BT": mask_BT}
 
-    # The other packings need to know where sentences end. The stream is walked in blocks, lengths only; what is kept of a
-    # block is where it begins, and of the last few the rest.
-    BLOCK, lock, begins, row_begins, walked, used = 8192, threading.Lock(), [0], [0], 0, 0
+class SegmentRows(Rows):
+    """Whole sentences, each in the first row that has room for it, then padding. Attention keeps to a segment (0 is
+    the padding), and so positions, being relative, restart."""
 
-    @functools.lru_cache(8)
-    def block(b):
-        part_N, sentence_N = stream(b * BLOCK, BLOCK)
-        lengths_N = np.zeros(BLOCK, np.int64)
-        for part in np.unique(part_N):
-            lengths_N[part_N == part] = opened[part].row_lengths_N[sentence_N[part_N == part]]
-        return part_N.tolist(), sentence_N.tolist(), np.cumsum(lengths_N).tolist()
+    def __init__(self, part, chosen_N, context, specials):
+        row_N = first_fit(part.row_lengths_N[chosen_N].tolist(), context)
+        order_N = np.argsort(row_N, kind="stable")
+        super().__init__(part, chosen_N[order_N], context, specials)
+        self.firsts = np.cumsum(np.concatenate([[0], np.bincount(row_N)]))
 
-    def walk(n):
-        """Sentences n, n + 1, ... of the stream: (ids, their masks or None)."""
-        for n in itertools.count(n):
-            part_N, sentence_N, _ = block(n // BLOCK)
-            yield opened[part_N[n % BLOCK]].row(sentence_N[n % BLOCK], specials)
+    def __len__(self):
+        return len(self.firsts) - 1
 
-    def concat(first, count):
-        low, high = first * (context - 1), (first + count) * (context - 1) + 1
-        with lock:
-            while begins[-1] <= low:
-                begins.append(begins[-1] + block(len(begins) - 1)[2][-1])
-        b = bisect.bisect_right(begins, low) - 1
-        ends = block(b)[2]
-        n = bisect.bisect_right(ends, low - begins[b])
-        at = (
-            begins[b] + (ends[n - 1] if n else 0) - low
-        )  # where sentence n begins, at or before the first row
-        flat_T, counts_T = np.empty(high - low, np.int32), np.ones(high - low, np.float32)
-        for ids_T, masks_T in walk(b * BLOCK + n):
-            piece = slice(max(at, 0), min(at + len(ids_T), high - low))
-            flat_T[piece] = ids_T[piece.start - at : piece.stop - at]
-            if masks_T is not None:
-                counts_T[piece] = masks_T[piece.start - at : piece.stop - at]
-            at += len(ids_T)
-            if at >= high - low:
-                break
-        rows = lambda x_T: np.lib.stride_tricks.as_strided(
-            x_T, (count, context), (4 * (context - 1), 4)
-        ).copy()
-        mask_BT = rows(counts_T)
-        mask_BT[:, 0] = 0  # the first of a row is nobody's target here: it was the last of the row before
-        return {"ids_BT": rows(flat_T), "mask_BT": mask_BT}
+    def __getitem__(self, i):
+        row, segment_ids_T = self.fill(self.sentences(*self.firsts[i : i + 2]))
+        return row | {"segment_ids_BT": segment_ids_T}
 
-    def segment(first, count):
-        nonlocal walked, used
-        with lock:
-            while len(row_begins) <= first + count:
-                ends, n = block(walked)[2], 0
-                while (
-                    n_next := bisect.bisect_right(ends, (ends[n - 1] if n else 0) + context - used)
-                ) < BLOCK:
-                    row_begins.append(walked * BLOCK + n_next)
-                    n, used = n_next, 0
-                walked, used = walked + 1, used + ends[-1] - (ends[n - 1] if n else 0)
-        ids_BT, mask_BT = empty(count)
-        segment_ids_BT, sentences = np.zeros((count, context), np.int32), walk(row_begins[first])
-        for b in range(count):
-            at = 0
-            for number in range(row_begins[first + b + 1] - row_begins[first + b]):
-                ids_T, counts_T = next(sentences)
-                end = at + len(ids_T)
-                ids_BT[b, at:end], segment_ids_BT[b, at:end] = ids_T, number + 1
-                mask_BT[b, at + 1 : end] = (
-                    1 if counts_T is None else counts_T[1:]
-                )  # nothing before it tells a segment's first id
-                at = end
-        return {"ids_BT": ids_BT, "mask_BT": mask_BT, "segment_ids_BT": segment_ids_BT}
 
-    return {"sentence": by_sentence, "concat": concat, "segment": segment}[packing]
+def first_fit(lengths: list[int], context: int, most=64) -> list[int]:
+    """For each length the number of its row: the oldest with room for it, of the last `most` that are not full."""
+    rows, room, count, shortest = [], {}, 0, min(lengths)
+    for length in lengths:
+        row = next((row for row, left in room.items() if left >= length), None)
+        if row is None:
+            row, count = count, count + 1
+            room[row] = context
+            if len(room) > most:
+                del room[next(iter(room))]
+        rows.append(row)
+        room[row] -= length
+        if room[row] < shortest:
+            del room[row]
+    return rows
+
+
+class Mixture(grain.MapDataset):
+    """Endless datasets, drawn exactly in the proportion of their weights and evenly spread. (Grain's
+    own `mix` rounds weights to hundredths of the smallest.) Raises UserError for a weight below a millionth."""
+
+    def __init__(self, endless, names, weights):
+        super().__init__(endless)
+        shares = [Fraction(str(weight)).limit_denominator(LEAST_SHARE) for weight in weights]
+        for name, share, weight in zip(names, shares, weights):
+            if not share or share * LEAST_SHARE < sum(shares):
+                raise UserError(
+                    f"{name}:{weight}: a weight below a millionth of all, by which a run of {LEAST_SHARE:,} rows "
+                    "sees none of this dataset; raise it, or leave the dataset out"
+                )
+        unit = math.lcm(*(share.denominator for share in shares))
+        self.counts = [int(share * unit) for share in shares]
+
+    def __len__(self):
+        return (
+            1 << 40
+        )  # as good as endless; grain's batches round larger numbers up to more than an index can hold
+
+    def __getitem__(self, n):
+        left = sum(self.counts)
+        for part, count in zip(self.parents, self.counts):
+            # Of the first n rows that are of this dataset or a later one, so many are of a later one.
+            later, after = n * (left - count) // left, (n + 1) * (left - count) // left
+            if later == after:
+                return part[n - later]
+            n, left = later, left - count
+
+
+def is_heldout(part: Shards, fraction: float):
+    """For each sentence: is it among the held-out fraction? By the hash of its tokens, wherever they are stored."""
+    if not 0 < fraction < 1:
+        raise UserError(f"--heldout-fraction must lie between 0 and 1, got {fraction}")
+    return scramble(part.hashes_N.astype(np.uint64)) < np.uint64(int(fraction * 2**64))
 
 
 def scramble(x_N):
-    """splitmix64's finaliser: uint64 -> uint64, a bijection whose results look random. Numpy's own generators may change."""
+    """splitmix64's finaliser: uint64 -> uint64, a bijection whose results look random, the same for ever."""
     x_N = x_N + np.uint64(0x9E3779B97F4A7C15)
     x_N = (x_N ^ (x_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x_N = (x_N ^ (x_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x_N ^ (x_N >> np.uint64(31))
-
-
-def is_heldout(part, fraction: float):
-    """For each sentence: is it among the held-out fraction? By the hash of its tokens, wherever it is stored."""
-    if not 0 < fraction < 1:
-        raise UserError(f"--heldout-fraction must lie between 0 and 1, got {fraction}")
-    return scramble(part.hashes_N.astype(np.uint64)) < np.uint64(int(fraction * 2**64))
 
 
 def split_weight(text) -> tuple[str, float]:
@@ -1917,33 +1820,27 @@ class Show:
 
 def show(config: Show):
     tokenizer = vqgan.load(config.tokenizer)
-    shards, S = open_sentences(config.data, tokenizer.config.num_embeddings), tokenizer.config.codes_per_image
-    if shards.about["tokenizer"] not in (None, vqgan.fingerprint(tokenizer)):
-        raise UserError(f"{config.data} was made by another tokenizer than {config.tokenizer}")
-    kinds_N = shards.kinds_N
-    present = np.unique(kinds_N)
-    chosen = [
-        at[i]
-        for kind in present
-        for at in [np.flatnonzero(kinds_N == kind)]
-        for i in np.linspace(0, len(at) - 1, min(max(1, config.count // len(present)), len(at))).astype(int)
-    ]
-    rows = []
-    for i in chosen:
-        kind, tokens = shards[i]
-        if len(tokens) % S or tokens.max() >= shards.codes:
-            raise UserError(
-                f"{config.data}: sentence {i} is not a row of pictures of {S} codes below {shards.codes}"
-            )
-        pictures = np.asarray(vqgan.decode(tokenizer, tokens.reshape(-1, S).astype(np.int32)))
-        name = ascii(shards.kinds[kind])[1:-1][:80]  # Pillow's own font has few letters more
-        rows += [
-            f"{name}, sentence {i}: {len(pictures)} pictures, {len(tokens)} codes",
-            *(pictures[t : t + config.columns] for t in range(0, len(pictures), config.columns)),
-        ]
+    S = tokenizer.config.codes_per_image
+    with tempfile.TemporaryDirectory() as scratch:
+        shards, rows = open_sentences(config.data, tokenizer.config.num_embeddings, beside=scratch), []
+        if shards.about["tokenizer"] not in (None, vqgan.fingerprint(tokenizer)):
+            raise UserError(f"{config.data} was made by another tokenizer than {config.tokenizer}")
+        kinds = [np.flatnonzero(shards.kinds_N == kind) for kind in np.unique(shards.kinds_N)]
+        few = max(1, config.count // len(kinds))
+        chosen = [n for at in kinds for n in at[np.linspace(0, len(at) - 1, min(few, len(at))).astype(int)]]
+        for i in chosen:
+            kind, tokens = shards[i]
+            if len(tokens) % S or tokens.max() >= shards.codes:
+                raise UserError(
+                    f"{config.data}: sentence {i} is not a row of pictures of {S} codes below {shards.codes}"
+                )
+            pictures = np.asarray(vqgan.decode(tokenizer, tokens.reshape(-1, S).astype(np.int32)))
+            name = ascii(shards.kinds[kind])[1:-1][:80]  # Pillow's own font has few letters more
+            rows += [f"{name}, sentence {i}: {len(pictures)} pictures, {len(tokens)} codes", list(pictures)]
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(config.out, encode_image(sheet(rows, captions=False), config.out))
-    print(f"wrote {config.out}: " + ", ".join(shards.kinds[kinds_N[i]] for i in chosen))
+    picture = sheet(rows, captions=False, columns=config.columns)
+    write_whole(config.out, encode_image(picture, config.out))
+    print(f"wrote {config.out}: " + ", ".join(shards.kinds[shards.kinds_N[i]] for i in chosen))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1962,37 +1859,28 @@ class Inspect:
 
 
 def inspect(config: Inspect):
-    shards = open_sentences(config.data, config.codes)
-    about, counts_K = shards.about, shards.code_counts()
-    if isinstance(shards, Shards):
-        for path, _ in shards.shards:  # opening may have passed over what was verified before
-            verify_file(path, about["sha256"][path.name], shards.codes, lambda count: None)
-        kinds_N = np.bincount(shards.kinds_N, minlength=len(shards.kinds))
-        if (
-            len(shards) != about["sentences"]
-            or int(shards.lengths_N.sum()) != about["tokens"]
-            or kinds_N.tolist() != list(about["kinds"].values())
-        ):
-            raise UserError(
-                f"{config.data}: dataset.json counts other sentences, tokens or kinds than there are"
-            )
+    with tempfile.TemporaryDirectory() as scratch:
+        shards = open_sentences(config.data, config.codes, beside=scratch)
+        shards.verify(anew=True)  # opening may have passed over what was verified before
+        about, counts_K, lengths_N = shards.about, shards.code_counts(), shards.lengths_N
+    kinds_N = np.bincount(shards.kinds_N, minlength=len(shards.kinds)).tolist()
+    counted = (len(shards), int(lengths_N.sum()), kinds_N)
+    if counted != (about["sentences"], about["tokens"], list(about["kinds"].values())):
+        raise UserError(f"{config.data}: dataset.json counts other sentences, tokens or kinds than there are")
     p_K = counts_K[counts_K > 0] / counts_K.sum()
-    entropy = float(-(p_K * np.log(p_K)).sum())
-    lengths_N = shards.lengths_N
+    entropy, longer = float(-(p_K * np.log(p_K)).sum()), int((lengths_N + 2 > config.context).sum())
     print(
-        f"{config.data}: {about['sentences']:,} sentences, {about['tokens']:,} tokens of {about['codes_per_image'] or 'unknown'} a picture; tokenizer {about['tokenizer'] or 'unknown'}"
+        f"{config.data}: {len(shards):,} sentences, {about['tokens']:,} tokens of {about['codes_per_image'] or 'unknown'} "
+        f"a picture; tokenizer {about['tokenizer'] or 'unknown'}"
     )
     for kind, count in about["kinds"].items():
         print(f"  {count:>9,} {kind}")
-    print(
-        f"lengths      {lengths_N.min():,} to {lengths_N.max():,} codes; {int((lengths_N + 2 > config.context).sum()):,} longer than --context {config.context} with BOS and EOS"
-    )
-    print(
-        f"codes        {len(p_K):,} of {shards.codes:,} in use, perplexity {math.exp(entropy):,.1f}, unigram entropy {entropy:.3f} nats"
-    )
-    print(f"left out     {about.get('rejected') or len(getattr(shards, 'rejected', ())):,}")
-    if isinstance(shards, Shards):
-        print(f"digests      {len(about['sha256'])} files are as they were written")
+    lengths = f"{lengths_N.min():,} to {lengths_N.max():,} codes"
+    print(f"lengths      {lengths}; {longer:,} longer than --context {config.context} with BOS and EOS")
+    used = f"{len(p_K):,} of {shards.codes:,} in use, perplexity {math.exp(entropy):,.1f}"
+    print(f"codes        {used}, unigram entropy {entropy:.3f} nats")
+    print(f"left out     {about.get('rejected') or 0:,}")
+    print(f"digests      {len(about['sha256'])} files are as they were written")
 
 
 # ---------------------------------------------------------------------------------------------------- other formats
@@ -2003,7 +1891,7 @@ class ImportJsonl:
     """LVM's `dataset.jsonl` -> a dataset folder; each file is a kind of its own name. Bad lines are listed, not read."""
 
     inputs: tuple[Path, ...]
-    """.jsonl files of lines {"tokens": base64 of int32}."""
+    """.jsonl, .jsonl.gz or .jsonl.zst files of lines {"tokens": base64 of int32}."""
     out: Path
     """Dataset folder to write; must not exist."""
     tokenizer: Path = vqgan.MINI
@@ -2015,23 +1903,20 @@ class ImportJsonl:
         check_numbers(self, {"[0, 1]": "max_rejected"})
         if self.out.exists():
             raise UserError(f"--out {self.out} exists; choose another folder or delete it")
+        for path in self.inputs:
+            if not path.is_file():
+                raise UserError(f"--inputs {path}: no such file")
 
 
 def import_jsonl(config: ImportJsonl):
-    tokenizer = open_tokenizer(config.tokenizer)
-    codes, kinds = tokenizer.config.num_embeddings, [path.stem for path in config.inputs]
+    tokenizer, rejected = open_tokenizer(config.tokenizer), []
+    kinds = [path.name.split(".jsonl")[0] for path in config.inputs]
     if len(set(kinds)) < len(kinds):
         kinds = [f"{n}-{kind}" for n, kind in enumerate(kinds)]
-    files = [
-        Jsonl(path, codes, (codes, codes + 1), "{tokens}", vocabulary=codes, max_rejected=config.max_rejected)
-        for path in config.inputs
-    ]
-    sentences = (
-        (kind, file[i][1])
-        for kind, file in enumerate(files)
-        for i in tqdm(range(len(file)), unit="sentence", dynamic_ncols=True)
-    )
-    write_dataset(config.out, tokenizer, kinds, sentences, [line for file in files for line in file.rejected])
+    codes, most = tokenizer.config.num_embeddings, config.max_rejected
+    read = lambda n, path: read_lines(path, config.out, n, ["tokens"], codes, rejected, most)
+    lines = itertools.chain.from_iterable(itertools.starmap(read, enumerate(config.inputs)))
+    write_dataset(config.out, tokenizer, kinds, lines, rejected)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2051,10 +1936,8 @@ def export_jsonl(config: ExportJsonl):
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with naming(config.out), open(partial, "w") as file:
         for i in tqdm(range(len(shards)), unit="sentence", dynamic_ncols=True):
-            file.write(
-                strict_json({"tokens": base64.b64encode(shards[i][1].astype("<i4").tobytes()).decode()})
-                + "\n"
-            )
+            tokens = base64.b64encode(shards[i][1].astype("<i4").tobytes()).decode()
+            file.write(strict_json({"tokens": tokens}) + "\n")
     partial.rename(config.out)
     print(f"wrote {len(shards):,} sentences to {config.out}")
 
@@ -2082,9 +1965,8 @@ class Recolor:
     """Stop where more than this fraction of the pictures cannot be read."""
 
     def __post_init__(self):
-        check_numbers(
-            self, {"[2, 65536]": "colours", "[1, 8000]": "size", "[0, inf)": "seed", "[0, 1]": "max_rejected"}
-        )
+        numbers = {"[2, 65536]": "colours", "[1, 8000]": "size", "[0, inf)": "seed", "[0, 1]": "max_rejected"}
+        check_numbers(self, numbers)
         if self.out.exists():
             raise UserError(f"--out {self.out} exists; choose another folder or delete it")
         if self.invert and self.palette is None:
@@ -2092,31 +1974,16 @@ class Recolor:
 
 
 def recolor(config: Recolor):
-    palette_K3, notes, bad = (
-        read_palette(config.palette) if config.palette else draw_palette(config.colours, config.seed),
-        [],
+    palette_K3 = read_palette(config.palette) if config.palette else draw_palette(config.colours, config.seed)
+    stems, change, bad = (
+        find_stems(config.inputs, "", notes := []),
+        from_colours if config.invert else to_colours,
         0,
     )
-    stems = find_stems(config.inputs, "", notes)
     with write_folder(config.out) as folder:
         for stem, path in tqdm(stems.items(), unit="picture", dynamic_ncols=True):
             try:
-                if config.invert:
-                    pixels_HWC = read_colours(path, config.size)
-                    labels_HW = labels_of_colours(pixels_HWC, palette_K3)
-                    image = Image.fromarray(
-                        labels_HW.astype(np.uint8 if len(palette_K3) <= 256 else np.uint16)
-                    )
-                else:
-                    labels_HW = read_integers(path)
-                    if not 0 <= labels_HW.min() <= labels_HW.max() < len(palette_K3):
-                        raise UserError(
-                            f"{path}: integers from {labels_HW.min()} to {labels_HW.max()}; the palette has {len(palette_K3)} colours"
-                        )
-                    image = Image.fromarray(palette_K3[labels_HW])
-                    image = (
-                        image.resize((config.size,) * 2, Image.Resampling.NEAREST) if config.size else image
-                    )
+                image = change(path, palette_K3, config.size)
             except (UserError, OSError) as error:
                 notes.append({"path": str(path), "reason": str(error)})
                 bad += 1
@@ -2135,15 +2002,30 @@ def recolor(config: Recolor):
     print(f"wrote {len(stems) - bad} pictures and palette.json to {config.out}")
 
 
-def read_colours(path, size: int | None) -> np.ndarray:
-    """-> float32 [H, W, 3] in [0, 1], at its own size unless another is asked for."""
+def to_colours(path, palette_K3, size: int | None) -> Image.Image:
+    """The picture of an integer map in the palette's colours."""
+    labels_HW = read_integers(path)
+    if not 0 <= labels_HW.min() <= labels_HW.max() < len(palette_K3):
+        found = f"integers from {labels_HW.min()} to {labels_HW.max()}"
+        raise UserError(f"{path}: {found}; the palette has {len(palette_K3)} colours")
+    image = Image.fromarray(palette_K3[labels_HW])
+    return image.resize((size, size), Image.Resampling.NEAREST) if size else image
+
+
+def from_colours(path, palette_K3, size: int | None) -> Image.Image:
+    """The integer map of a picture: for each pixel the number of the palette's nearest colour."""
     if size is None:
         size, height = shown_size(path)
         if size != height:
             raise UserError(
                 f"{path}: {size}x{height} pixels are no square, as a model's answers are; name a --size"
             )
-    return read_image(path, size)
+    colours_K3 = palette_K3.astype(np.float32) / 255
+    squares_K = np.square(colours_K3).sum(-1)
+    labels_HW = [
+        np.argmin(squares_K - 2 * row_WC @ colours_K3.T, axis=-1) for row_WC in read_image(path, size)
+    ]
+    return Image.fromarray(np.stack(labels_HW).astype(np.uint8 if len(palette_K3) <= 256 else np.uint16))
 
 
 def draw_palette(colours: int, seed: int) -> np.ndarray:
@@ -2170,14 +2052,6 @@ def read_palette(path: Path) -> np.ndarray:
     if not (2 <= len(colours) <= 65536 and all(map(good, colours))):
         raise UserError(f"{path}: wanted a list of 2 to 65,536 colours [R, G, B], each from 0 to 255")
     return np.array(colours, np.uint8)
-
-
-def labels_of_colours(pixels_HWC, palette_K3) -> np.ndarray:
-    """float pixels in [0, 1], such as a generated picture -> int64 [H, W]: the palette's nearest colour for each."""
-    colours_K3, rows = palette_K3.astype(np.float32) / 255, []
-    for row_WC in pixels_HWC:
-        rows.append(np.argmin(np.square(colours_K3).sum(-1) - 2 * row_WC @ colours_K3.T, axis=-1))
-    return np.stack(rows)
 
 
 # ---------------------------------------------------------------------------------------------------- demo

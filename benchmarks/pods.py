@@ -16,7 +16,6 @@ cell says so and nothing is compiled.
 `compile_only` and `collectives`, which reads from a compiled program what goes over the network.
 """
 
-# ruff: noqa: E402
 import dataclasses
 import importlib.util
 import json
@@ -38,9 +37,11 @@ if __name__ == "__main__":
     os.environ.update(JAX_PLATFORMS="cpu")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.experimental import topologies
+from jax.sharding import NamedSharding
 
 import lvm
 from common.images import UserError
@@ -308,16 +309,32 @@ def find_topology(name: str):
         raise UserError(f"--topology {name}: {str(error).splitlines()[0]}") from None
 
 
-def compile_only(config, compile_step) -> dict:
-    """Compiles the training step of a `train.Config` for its --topology, prints what it takes, and returns
-    that; `fits` says whether the memory suffices.
+def compile_step(config, train, devices, memory):
+    """(compiled training step, mesh, model config) for devices with so many bytes each. Nothing of it
+    runs."""
+    model_config = train.arch_for(config, lvm.SIZES[config.size].codes)
+    sizes = config.mesh, model_config, config.batch, config.accumulate, train.bytes_a_weight(config)
+    mesh = train.make_mesh(*sizes, devices, memory)
+    optimizer, _ = train.make_optimizer(config)
+    state, shardings = train.abstract_state(model_config, optimizer, mesh)
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    rows, shape = NamedSharding(mesh, train.ROWS), (config.batch, model_config.context)
+    row = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+    dtype = jnp.dtype("bfloat16" if config.dtype == "auto" else config.dtype)
+    specs = lvm.partition_specs(state["model"])
+    loss = train.make_loss(mesh, specs, dtype, config.remat, config.z_loss, "pallas")
+    step = train.make_train_step(loss, optimizer, config.accumulate, shardings)
+    batch = {"ids_BT": row(jnp.int32), "mask_BT": row(jnp.float32)}
+    return step.trace(jax.tree.map(place, state, shardings), batch).lower().compile(), mesh, model_config
 
-    `compile_step(config, devices, memory)` gives the compiled step, its mesh and the model's config; nothing
-    of it runs."""
+
+def compile_only(config, train) -> dict:
+    """Compiles the training step of a config for its --topology, prints what it takes, and returns that;
+    `fits` says whether the memory suffices. `train` is the module train.py, or a fork of it."""
     chip, devices = find_topology(config.topology)
     began = time.monotonic()
     try:
-        compiled, mesh, model_config = compile_step(config, devices, chip.memory)
+        compiled, mesh, model_config = compile_step(config, train, devices, chip.memory)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -4,8 +4,7 @@ Commands find the files below a folder here, open them safely and take their pix
 pictures are opened by a list of formats and up to MAX_PIXELS, videos by a demuxer that is named, and whatever
 fails in a file becomes a UserError that names it.
 
-Dimension key: N packets of a video, H W C a picture.
-"""
+Dimension key: N packets of a video, H W C a picture."""
 
 import collections
 import contextlib
@@ -15,6 +14,7 @@ import itertools
 import math
 import os
 import re
+import tarfile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -29,8 +29,7 @@ from PIL import TiffImagePlugin as TIFF
 class UserError(ValueError):
     """Wrong usage or bad input: the message names the file or flag, says what was wrong and what to type.
 
-    Commands print it as one line and end with status 2. Any other exception is a bug and keeps its
-    traceback."""
+    Commands print it as one line and end with status 2. Any other exception is a bug."""
 
     def __init__(self, message):
         message = str(message)  # what is quoted in it may be megabytes long
@@ -52,7 +51,8 @@ MOST_HOLES = 1 << 30  # bytes of a sparse file; decoders would look through its 
 # What looks like a picture or a video and is not read: suffix -> what to do about it.
 OTHERS = {
     "not a format that is read; save it as PNG, TIFF or JPEG": (
-        ".psd .psb .xcf .jp2 .j2k .jxl .jxr .tga .exr .hdr .pfm .ppm .pgm .pbm .pnm .svg .eps .ico .dds .pcx .fits"
+        ".psd .psb .xcf .jp2 .j2k .jxl .jxr .tga .exr .hdr .pfm .ppm .pgm .pbm .pnm .svg .eps .ico .dds .pcx "
+        ".fits"
     ),
     "a camera's raw data; develop it to TIFF or JPEG": (
         ".raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw"
@@ -67,12 +67,11 @@ OTHER_VIDEOS = dict.fromkeys(
 )
 
 
-# ------------------------------------------------------------------------------------------ finding files
+# ---------------------------------------- finding files
 
 
 def natural(path):
-    """Sorting key of paths: folder by folder, numbers of ASCII digits by value, so frame 2 comes before frame
-    10."""
+    """Sorting key of paths: folder by folder, numbers of ASCII digits by value: frame 2 before frame 10."""
     split = lambda name: [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
     return [split(part) for part in Path(path).parts], str(path)
 
@@ -81,50 +80,52 @@ def find_files(folder: Path, suffixes, others: dict[str, str], text="", rejectio
     """Files below a folder that end in one of `suffixes` and whose path below it holds `text`, in natural
     order.
 
-    Links are followed, after real folders, and each folder is read once, so that loops end and no file comes
-    twice. What begins with a dot is skipped. `rejections` gets {"path", "reason"} of what is left out (see
-    `reject`): files of the suffixes `others`, links that lead nowhere or back, what is no regular file,
-    folders that cannot be read."""
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such folder")
-    found, files, left_out, folders, links, seen = [], [], [], [Path(folder)], [], set()
-    while folders or links:
-        here = folders.pop() if folders else links.pop(0)
-        if (real := os.path.realpath(here)) in seen:
-            left_out.append((here, f"a link to {real}, which is read already"))
-            continue
-        seen.add(real)
-        try:
-            entries = list(os.scandir(here))
-        except OSError as error:
-            if here == Path(folder):
-                raise UserError(f"{folder}: {error.strerror}") from None
-            left_out.append((here, error.strerror))
-            continue
-        for entry in entries:
-            path, linked = here / entry.name, entry.is_symlink()
-            if entry.name.startswith("."):
+    Links are followed, after real folders, and each folder is read once; what begins with a dot is skipped.
+    Left out and reported to `reject` are files of the suffixes `others` (suffix -> reason), links that lead
+    nowhere or back, what is no regular file, and folders that cannot be read."""
+    folder = Path(folder)
+    if not folder.is_dir() and not (folder.is_file() and folder.suffix.lower() in ARCHIVES):
+        raise UserError(f"{folder}: no such folder, and no {' or '.join(ARCHIVES)} file")
+    single = folder.is_file()
+    files, found, left_out, roots, seen = [folder] * single, [], [], [folder] * (not single), set()
+
+    def unreadable(error):
+        if Path(error.filename) == Path(folder):
+            raise UserError(f"{folder}: {error.strerror}")
+        left_out.append((error.filename, error.strerror))
+
+    while roots:
+        for here, folders, names in os.walk(roots.pop(0), onerror=unreadable):
+            if (real := os.path.realpath(here)) in seen:
+                left_out.append((here, f"a link to {real}, which is read already"))
+                folders.clear()
                 continue
-            if os.path.isdir(path) if linked else entry.is_dir():
-                (links if linked else folders).append(path)
-            elif path.suffix.lower() in {*suffixes, *others} and text in path.relative_to(folder).as_posix():
-                files.append((path, os.path.isfile(path) if linked else entry.is_file()))
-        links.sort(key=natural)
-    for path, regular in sorted(files, key=lambda file: natural(file[0])):
-        if regular and path.suffix.lower() in suffixes:
+            seen.add(real)
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            roots += [Path(here, name) for name in folders if os.path.islink(Path(here, name))]
+            files += [Path(here, name) for name in names if not name.startswith(".")]
+        roots.sort(key=natural)
+    if not VIDEOS & {*suffixes} - SUFFIXES:  # videos are not read from archives
+        for path in [path for path in files if path.suffix.lower() in ARCHIVES and os.path.isfile(path)]:
+            files += members(path)
+    looked_for = {*suffixes, *others}
+    files = [path for path in files if path.suffix.lower() in looked_for]
+    for path in sorted(files, key=natural):
+        if text not in path.relative_to(folder).as_posix():
+            continue
+        if not isinstance(path, Member) and not os.path.isfile(path):
+            missing = "not a regular file" if os.path.exists(path) else "a link that leads nowhere"
+            left_out.append((path, missing))
+        elif path.suffix.lower() in suffixes:
             found.append(path)
-        elif regular:
-            left_out.append((path, others[path.suffix.lower()]))
         else:
-            exists = os.path.exists(path)
-            left_out.append((path, "not a regular file" if exists else "a link that leads nowhere"))
+            left_out.append((path, others[path.suffix.lower()]))
     reject(folder, left_out, rejections)
     return found
 
 
 def reject(folder, left_out, rejections: list | None):
-    """Adds (path, reason) pairs to `rejections` as {"path", "reason"}; if that is None, prints them in one
-    line."""
+    """Adds (path, reason) pairs to `rejections` as {"path", "reason"}, or prints them in one line if None."""
     if rejections is not None:
         rejections += [{"path": str(path), "reason": reason} for path, reason in left_out]
     elif left_out:
@@ -143,20 +144,89 @@ def none_below(folder, what: str, suffixes, text: str) -> UserError:
     )
 
 
+ARCHIVES = (".tar", ".parquet")
+
+
+class Member(type(Path())):
+    """A picture inside of a `.tar` or `.parquet` file, as the path ARCHIVE/NAME. `place` is where `archive` holds its
+    bytes: (offset, size), or (row group, row in it, column)."""
+
+    @classmethod
+    def of(cls, archive, name: str, place: tuple):
+        member = cls(archive, name)
+        member.archive, member.place = archive, place
+        return member
+
+    def __reduce__(self):
+        return Member.of, (self.archive, self.relative_to(self.archive).as_posix(), self.place)
+
+    def read(self) -> bytes:
+        if self.archive.suffix.lower() == ".parquet":
+            group, row, column = self.place
+            value = read_row_group(self.archive, group, column)[row].as_py()
+            return (value["bytes"] if isinstance(value, dict) else value) or b""
+        offset, size = self.place
+        with open(self.archive, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+def members(archive: Path) -> list[Member]:
+    """The files in a `.tar` (webdataset's naming: 0001.jpg and 0001.mask.png are of one sample), or the pictures in a
+    `.parquet`: ROW.COLUMN.png for each column of bytes, or LABEL/ROW.COLUMN.png where there is a column `label`."""
+    found = []
+    with naming(archive):
+        if archive.suffix.lower() == ".tar":
+            with tarfile.open(archive, "r:") as tar:
+                for entry in tar:
+                    parts = Path(entry.name.lstrip("/")).parts
+                    if entry.isfile() and not any(part.startswith(".") for part in parts):
+                        place = (entry.offset_data, entry.size)
+                        found.append(Member.of(archive, Path(*parts).as_posix(), place))
+            return found
+        file, row = open_parquet(archive), 0
+        types = {field.name: str(field.type) for field in file.schema_arrow}
+        columns = [name for name, kind in types.items() if "binary" in kind.split("bytes:")[-1][:14]]
+        if not columns:
+            raise UserError(f"no column of pictures among {', '.join(types)}")
+        labels = file.read(["label"]).column(0).to_pylist() if "label" in types else None
+        for group in range(file.num_row_groups):
+            for n in range(file.metadata.row_group(group).num_rows):
+                folder = f"{labels[row]}/".replace("/", "_")[:-1] + "/" if labels else ""
+                for column in columns:
+                    found.append(Member.of(archive, f"{folder}{row:08d}.{column}.png", (group, n, column)))
+                row += 1
+    return found
+
+
+def open_parquet(archive):
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError("parquet files are read by pyarrow: pip install pyarrow") from None
+    return parquet.ParquetFile(archive)
+
+
+@functools.lru_cache(2)
+def read_row_group(archive, group: int, column: str):
+    return open_parquet(archive).read_row_group(group, [column]).column(0)
+
+
 def find_images(folder: Path, rejections: list | None = None, text: str = "") -> list[Path]:
-    """The pictures below a folder; see `find_files`. Raises UserError where there is no folder, or nothing in
-    it."""
+    """The pictures below a folder; see `find_files`. Raises UserError where there are none."""
     if not (paths := find_files(folder, SUFFIXES, OTHER_PICTURES, text, rejections)):
         raise none_below(folder, "pictures", SUFFIXES, text)
     return paths
 
 
 def find_stems(folder: Path, text: str, rejections: list | None = None) -> dict[str, Path]:
-    """{path below the folder without its suffix: path} of the pictures. A second file of the same stem is
-    rejected."""
+    """{path below the folder without its suffix: path} of the pictures; a second of the same is rejected."""
     stems, twice = {}, []
     for path in find_images(folder, rejections, text):
-        if stems.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path) != path:
+        stem = path.relative_to(folder).with_suffix("")
+        if isinstance(path, Member):  # webdataset's naming: what a sample is called ends at the first dot
+            stem = stem.with_name(path.name.split(".")[0])
+        if stems.setdefault(stem.as_posix(), path) != path:
             twice.append((path, "another picture has this name, but for the suffix"))
     reject(folder, twice, rejections)
     return stems
@@ -164,58 +234,51 @@ def find_stems(folder: Path, text: str, rejections: list | None = None) -> dict[
 
 def find_videos(folder: Path, text: str = "", rejections: list | None = None) -> list[Path]:
     """The videos and animations below a folder; see `find_files`."""
-    found = find_files(folder, VIDEOS | {".png", ".webp"}, OTHER_VIDEOS, text, rejections)
-    files, still = [], "a picture that does not move; the kind `frames` reads folders of them"
-    for path in found:
-        if path.suffix.lower() in VIDEOS or moves(path):
-            files.append(path)
-        elif rejections is not None:
-            reject(folder, [(path, still)], rejections)
+    files, stills = [], []
+    for path in find_files(folder, VIDEOS | {".png", ".webp"}, OTHER_VIDEOS, text, rejections):
+        (files if path.suffix.lower() in VIDEOS or moves(path) else stills).append(path)
+    why = "a picture that does not move; the kind `frames` reads folders of them"
+    if rejections is not None:
+        reject(folder, [(path, why) for path in stills], rejections)
     if not files:
         raise none_below(folder, "videos", VIDEOS, text)
     return files
 
 
 def find_clips(folder: Path, text: str, videos: bool, rejections: list | None = None) -> dict:
-    """{name: the pictures that a folder directly holds (a tuple of Paths) or, with `videos`, a video file (a
+    """{name: the pictures that a folder directly holds (a tuple) or, with `videos`, a video file (a
     Path)}."""
-    films = VIDEOS if videos else set()
-    others = OTHER_PICTURES | (OTHER_VIDEOS if videos else {})
+    films, others = (VIDEOS, OTHER_PICTURES | OTHER_VIDEOS) if videos else (set(), OTHER_PICTURES)
     clips, folders = {}, collections.defaultdict(list)
     for path in find_files(folder, SUFFIXES | films, others, "", rejections):
+        place = path.relative_to(folder)
         if path.suffix.lower() not in films:
-            folders[path.parent].append(path)
-        elif text in (name := path.relative_to(folder)).as_posix():
-            if (name := name.with_suffix("").as_posix()) in clips:
-                raise UserError(f"{path}: another clip of this name is beside it; rename one of them")
-            clips[name] = path
-    for parent, pictures in folders.items():
-        if parent != folder and text in (name := parent.relative_to(folder).as_posix()):
+            folders[place.parent.as_posix()].append(path)
+        elif text in place.as_posix() and clips.setdefault(place.with_suffix("").as_posix(), path) != path:
+            raise UserError(f"{path}: another clip of this name is beside it; rename one of them")
+    for name, pictures in folders.items():
+        if text in name if name != "." else not videos and text in folder.name:
             clips[name] = tuple(pictures)
-        elif parent == folder and not videos and text in folder.name:
-            clips["."] = tuple(pictures)
     if not clips:
         raise none_below(folder, "clips", (), text)
     return dict(sorted(clips.items(), key=lambda clip: natural(clip[0])))
 
 
 def find_tracks(folder: Path, text: str, modalities: tuple[str, ...], rejections: list) -> dict[str, list]:
-    """{name of a folder that holds one folder a modality: the pictures (a tuple of Paths) of each of
-    these}."""
+    """{name of a folder that holds one folder a modality: the pictures (a tuple) of each of these}."""
     clips, tracks = collections.defaultdict(list), {}
     for path in find_images(folder, rejections):
         clips[path.parent].append(path)
     found = {parent.parent for parent in clips if parent.name == modalities[0] and parent != folder}
     for track in sorted(found, key=natural):
-        missing = [name for name in modalities if track / name not in clips]
-        if missing:
+        if missing := [name for name in modalities if track / name not in clips]:
             reject(folder, [(track, f"a track without {' and '.join(missing)}")], rejections)
         elif text in (name := track.relative_to(folder).as_posix()):
             tracks[name] = [tuple(clips[track / modality]) for modality in modalities]
     return tracks
 
 
-# ------------------------------------------------------------------------------------------ opening files
+# ---------------------------------------- opening files
 
 
 @contextlib.contextmanager
@@ -247,6 +310,8 @@ class PatientFile(io.BufferedReader):
 def open_file(path) -> io.BufferedReader:
     """A file opened to read bytes. Raises UserError for a FIFO (opening would wait), a device (it has no
     end), and what is mostly unwritten."""
+    if isinstance(path, Member):
+        return io.BytesIO(path.read())
     if not os.path.isfile(path):
         raise UserError(f"{path}: {'not a regular file' if os.path.exists(path) else 'no such file'}")
     file = PatientFile(io.FileIO(path))
@@ -274,11 +339,12 @@ def count_holes(file) -> int:
 
 @contextlib.contextmanager
 def open_image(path):
-    """The first picture in a file, not decoded yet. Raises UserError, naming the file, for whatever fails in
-    it."""
+    """The first picture in a file, not decoded yet. Whatever fails in it is a UserError that names the
+    file."""
     with naming(path), open_file(path) as file:
-        if (size := os.fstat(file.fileno()).st_size) > 16 * MAX_PIXELS:  # some decoders read it all at once
+        if (size := file.seek(0, os.SEEK_END)) > 16 * MAX_PIXELS:  # some decoders read it all at once
             raise UserError(f"{size:,} bytes are over the limit of {16 * MAX_PIXELS:,} for a picture")
+        file.seek(0)
         try:
             image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
@@ -297,7 +363,7 @@ def check_size(width, height):
         raise UserError(f"{width}x{height} pixels are over the limit of {MAX_PIXELS:,}")
 
 
-# ------------------------------------------------------------------------------------------ pictures
+# ---------------------------------------- pictures
 
 # EXIF's Orientation as the signs (a, b, c, d) of a display matrix: x' = a x + c y, y' = b x + d y.
 ORIENTATIONS = {
@@ -329,11 +395,11 @@ def read_image(path, size: int, fit: Literal["stretch", "crop"] = "stretch", box
     """One picture file -> float32 [size, size, 3] in [0, 1].
 
     `stretch` resizes by bicubic without keeping the aspect ratio, as LVM does; `crop` cuts a square. `box` =
-    (x, y, side) is the part to show: side as a share of the largest, x and y the shares of what is left over
-    that lie left of it and above it; by default (0.5, 0.5, 1), the largest in the middle. EXIF rotation is
-    applied, transparency is laid over white, of a file of several pictures the first is taken. Greys of 16
-    and 32 bits are scaled by 65535, floats must lie in [0, 1]. Raises UserError, naming the file, for what is
-    missing, no picture of FORMATS, damaged, over 64 Mpx, or holds NaN, infinity or more than full scale."""
+    (x, y, side) is the part to show: side as a share of the largest, x and y the shares of the rest that lie
+    left of it and above it; by default (0.5, 0.5, 1). EXIF rotation is applied, transparency is laid over
+    white, of several pictures the first is taken. Greys of 16 and 32 bits are scaled by 65535, floats must
+    lie in [0, 1]. Raises UserError, naming the file, for what is missing, no picture of FORMATS, damaged,
+    over 64 Mpx, not finite or over full scale."""
     with open_image(path) as image:
         image = next(frames_of_gif(image, [0])) if image.format == "GIF" else image
         return to_pixels(image, size, fit, box)
@@ -377,15 +443,13 @@ def displayed(image: Image.Image) -> Image.Image:
 
 
 def stored_as(image: Image.Image) -> str:
-    """Pillow's name for how an image that is not loaded yet stores its pixels, such as L;4 for greys of 4
-    bits."""
+    """Pillow's name for how an image that is not loaded yet stores pixels; L;4 are greys of 4 bits."""
     layout = image.tile[0].args if getattr(image, "tile", []) else ""
     return str(layout if isinstance(layout, str) or not layout else layout[0])
 
 
 def levels_between(image: Image.Image) -> int:
-    """By what Pillow multiplies the numbers of an image as it loads it: it widens greys of 2 and 4 bits to
-    8."""
+    """By what Pillow multiplies the numbers as it loads an image: it widens greys of 2 and 4 bits to 8."""
     return {"L;2": 85, "L;4": 17}.get(stored_as(image)[:3], 1)
 
 
@@ -411,8 +475,8 @@ def stored_numbers(image: Image.Image):
 
 
 def read_integers(path) -> np.ndarray:
-    """A grey or palette picture -> the integers that it stores, int64 [H, W]. Raises UserError for colours
-    and floats."""
+    """A grey or palette picture -> the integers that it stores, int64 [H, W]. UserError for colours and
+    floats."""
     with open_image(path) as image:
         if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
             raise UserError(f"a {image.mode} picture, not a map of integers")
@@ -423,25 +487,21 @@ def read_half(path) -> np.ndarray:
     """A 16-bit picture that holds float16 values -> float32 [H, W], infinities and NaN as 0.
 
     Raises UserError where the numbers are ordinary integers, such as millimetres, which would be black: where
-    float16 values are negative, their median is under 1/16 (integers up to 11,264), or nine of ten span a
-    factor over 1,024."""
+    float16 values are negative, their median is under 1/16 (integers up to 11,264), or nine of ten span 1,024
+    times."""
     bits_HW = read_integers(path)
     if bits_HW.min(initial=0) < 0 or bits_HW.max(initial=0) > 65535:
         raise UserError(f"{path}: values of more than 16 bits are no float16")
-    depth_HW, wrong = bits_HW.astype(np.uint16).view(np.float16).astype(np.float32), None
-    if (depth_HW < 0).any():
-        wrong = "are negative"
-    depth_HW = np.where(np.isfinite(depth_HW), depth_HW, 0)
-    if not wrong and (depth_HW > 0).any():
-        low, middle, high = np.quantile(depth_HW[depth_HW > 0], (0.05, 0.5, 0.95))
-        if middle < 1 / 16 or high > 1024 * low:
-            wrong = f"lie around {middle:.2g}, from {low:.2g} to {high:.2g}"
-    if wrong:
+    depth_HW = bits_HW.astype(np.uint16).view(np.float16).astype(np.float32)
+    known_HW = np.where(np.isfinite(depth_HW), depth_HW, 0)
+    some = known_HW[known_HW != 0] if known_HW.any() else np.ones(1)
+    low, middle, high = np.quantile(some, (0.05, 0.5, 0.95))
+    if (depth_HW < 0).any() or middle < 1 / 16 or high > 1024 * low:
         raise UserError(
-            f"{path}: as float16 (--half-floats) its depths {wrong}: it holds ordinary integers; "
-            f"type --half-floats without a name"
+            f"{path}: as float16 (--half-floats) its depths lie around {middle:.2g}, from {low:.2g} to "
+            f"{high:.2g}: it holds ordinary integers; type --half-floats without a name"
         )
-    return depth_HW
+    return known_HW
 
 
 def read_depth(path, size) -> np.ndarray:
@@ -450,9 +510,10 @@ def read_depth(path, size) -> np.ndarray:
     with open_image(path) as image:
         if image.mode == "P":
             image = image.convert("RGB")
-        red, *others = image.split() if image.mode == "RGB" else (image,)
-        if others and all(np.array_equal(red, other) for other in others):
-            image = red  # a palette of greys: the depth is what is shown, not the number of its entry
+        if image.mode == "RGB" and not np.ptp(image, axis=2).any():
+            image = image.getchannel(
+                0
+            )  # a palette of greys: the depth is what is shown, not the entry's number
         if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):
             raise UserError(f"a picture of colours ({image.mode}), not a map of depths")
         depth_HW = upright(image, stored_numbers(image)[0].astype(np.float64))
@@ -465,22 +526,20 @@ def read_depth(path, size) -> np.ndarray:
 
 
 def read_edges(path) -> np.ndarray:
-    """A picture of white lines on black -> bool [H, W], True where it is brighter than half of its full scale
-    (1 of 1 bit, 255 of 8 bits, 65535 of more, 1.0 of floats; colours by their luminance). Raises UserError
-    for values outside of the scale, for transparency, and where something is drawn but nothing is brighter
-    than half."""
+    """A picture of white lines on black -> bool [H, W], True over half of full scale (1 of 1 bit, 255 of 8
+    bits, 65535 of more, 1.0 of floats; colours by their luminance). Raises UserError for values outside of
+    the scale, transparency, and where something is drawn but nothing is over half."""
     with open_image(path) as image:
         grey = image.mode.startswith("I") or image.mode == "F"
-        opaque = not image.has_transparency_data
-        if not opaque and not grey:
-            opaque = image.convert("RGBA").getchannel("A").getextrema()[0] == 255
-        if not opaque:
+        clear = image.has_transparency_data
+        if clear and (grey or image.convert("RGBA").getchannel("A").getextrema()[0] < 255):
             raise UserError("has transparent pixels; wanted white lines on black")
         shown = displayed(image)
         grey_HW = upright(image, np.asarray(shown if grey else shown.convert("L")) / (1 if grey else 255))
         if 0 < grey_HW.max() <= 0.5:
             raise UserError(
-                f"its brightest pixel is {grey_HW.max():.3g} of full scale; edges are those over 0.5: draw them white"
+                f"its brightest pixel is {grey_HW.max():.3g} of full scale, and edges are those over 0.5; "
+                "draw them white"
             )
         return grey_HW > 0.5
 
@@ -495,12 +554,11 @@ def shown_size(path) -> tuple[int, int]:
         return upright(image, np.broadcast_to(0, image.size[::-1])).shape[::-1]
 
 
-# ------------------------------------------------------------------------------------------ clips
+# ---------------------------------------- clips
 
 
 def count_frames(path) -> int:
-    """Frames that a video or an animation (GIF, APNG, WebP) shows, nothing being decoded; 1 for any other
-    picture."""
+    """Frames that a video or an animation (GIF, APNG, WebP) shows, undecoded; 1 for any other picture."""
     if is_video(path):
         return read_index(path).shown
     with open_image(path) as image:
@@ -532,8 +590,7 @@ def read_clip(path, wanted, size: int, fit="stretch") -> list[np.ndarray]:
 
 
 def read_pictures(pictures, size, fit) -> np.ndarray:
-    """(file, frame) of every picture -> float32 [T, size, size, 3] in [0, 1]; a clip's frames are read in one
-    go."""
+    """(file, frame) of every picture -> float32 [T, size, size, 3] in [0, 1]; a clip is read once."""
     pixels = []
     for path, group in itertools.groupby(pictures, lambda picture: picture[0]):
         frames = [frame for _, frame in group]
@@ -554,8 +611,7 @@ def moves(path) -> bool:
 
 
 def frames_in(image: Image.Image) -> int:
-    """Frames of a GIF, APNG or WebP; 1 for what holds further pictures, such as a phone's JPEG or a TIFF of
-    pages."""
+    """Frames of a GIF, APNG or WebP; 1 for a phone's JPEG of several pictures or a TIFF of pages."""
     count = getattr(image, "n_frames", 1) if image.format in ("GIF", "PNG", "WEBP") else 1
     return count - (count > 1 and getattr(image, "default_image", False))  # shown only where APNG is unknown
 
@@ -567,7 +623,7 @@ def frames_of(image: Image.Image, wanted):
 
 
 def frames_of_gif(image: Image.Image, wanted):
-    """As browsers show them: what no frame has drawn, or one has cleared, is transparent. Pillow makes it
+    """As browsers show them: what no frame has drawn, or one cleared, is transparent. Pillow makes it
     black."""
     drawn_HW = np.zeros(image.size[::-1], bool)
     for number in range(wanted[-1] + 1):
@@ -585,7 +641,7 @@ def frames_of_gif(image: Image.Image, wanted):
             drawn_HW = before_HW
 
 
-# ------------------------------------------------------------------------------------------ videos
+# ---------------------------------------- videos
 
 HEIF_BRANDS = b"avif avis heic heix heim heis hevc hevx mif1 msf1".split()
 ONE_FRAME_A_PACKET = {"h264", "hevc", "av1", "libdav1d", "vp9", "mjpeg", "prores"}
@@ -610,8 +666,7 @@ class Index(NamedTuple):
     """The packets of a video's moving stream, in the order in which they are decoded.
 
     `exact`: frame n is surely the n-th of the shown packets by time, so that it can be sought. `seek_N`: the
-    times by which the container finds packets: in Matroska those of showing them, else those of decoding
-    them."""
+    times by which the container finds packets: of showing them in Matroska, else of decoding them."""
 
     stream: int
     shown: int  # packets whose frames are shown: an edit list hides some
@@ -635,21 +690,23 @@ def _read_index(path, size, changed) -> Index:
         streams = [stream for stream in container.streams.video if not stream.disposition & covers]
         if not streams:
             raise UserError("no moving picture in it")
-        packets = {stream.index: [] for stream in streams}
-        for packet in container.demux(*streams):
-            if packet.size:
-                about = packet.pts, packet.dts, packet.is_keyframe, packet.is_discard
-                packets[packet.stream_index].append(about)
-        shown = {index: sum(not hidden for *_, hidden in found) for index, found in packets.items()}
-        number = max(shown, key=shown.get)  # a cover can be a video of one frame, and come first
+        packets = [
+            (packet.stream_index, packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
+            for packet in container.demux(*streams)
+            if packet.size
+        ]
+        shown = collections.Counter(number for number, *_, hidden in packets if not hidden)
+        # A cover can be a video of one frame, and come first.
+        number = max((stream.index for stream in streams), key=lambda index: shown[index])
+        packets = [packet[1:] for packet in packets if packet[0] == number]
         if (codec := container.streams[number].codec_context) is None:
             raise UserError("its codec is not one that this FFmpeg decodes; type: ffmpeg -i IN OUT.mp4")
         check_size(codec.width, codec.height)
         by_showing = "matroska" in container.format.name
-        times = [(pts, pts if by_showing else dts) for pts, dts, *_ in packets[number]]
+        times = [(pts, pts if by_showing else dts) for pts, dts, *_ in packets]
         known = bool(times) and not any(time is None for pair in times for time in pair)
         pts_N, seek_N = np.array(times).T if known else np.zeros((2, 0), np.int64)
-        key_N, hidden_N = np.array([packet[2:] for packet in packets[number]], bool).reshape(-1, 2).T
+        key_N, hidden_N = np.array([packet[2:] for packet in packets], bool).reshape(-1, 2).T
         exact = known and codec.name in ONE_FRAME_A_PACKET and key_N[0] and pts_N.min() == pts_N[0]
         exact = bool(exact and len(np.unique(pts_N[~hidden_N])) == shown[number])
         return Index(number, shown[number], exact, pts_N, seek_N, key_N, hidden_N)
@@ -694,8 +751,7 @@ def read_video(path, wanted: list[int], show):
 
 def sought(container, stream, index: Index, wanted):
     """Yields the wanted frames, each decoded from the last key frame before it. Stops early where the decoder
-    shows other frames than the packets promise, or damaged ones: then only decoding everything tells which
-    frame is which."""
+    shows other frames than the packets promise, or damaged ones: then all must be decoded."""
     order_N, frames, last = np.sort(index.pts_N[~index.hidden_N]), None, -1
     for number in wanted:
         place = np.flatnonzero((index.pts_N == order_N[number]) & ~index.hidden_N)[0]
@@ -722,8 +778,7 @@ def sought(container, stream, index: Index, wanted):
 
 def frame_image(frame: av.VideoFrame) -> Image.Image:
     """A decoded frame -> RGB (RGBA where it has transparent parts) as players show it: turned and mirrored as
-    its display matrix says, colours by its own matrix and range (BT.601 where none is named) within three
-    levels."""
+    its display matrix says, colours by its own matrix and range (BT.601 where none is named)."""
     check_size(frame.width, frame.height)
     transparent = any(component.is_alpha for component in frame.format.components)
     image = Image.fromarray(frame.to_ndarray(format="rgba")) if transparent else frame.to_image()
@@ -736,7 +791,7 @@ def frame_image(frame: av.VideoFrame) -> Image.Image:
     return image
 
 
-# ------------------------------------------------------------------------------------------ pictures out
+# ---------------------------------------- pictures out
 
 
 def encode_image(image: Image.Image, path, **options) -> bytes:

@@ -171,6 +171,20 @@ def check_together(problem: str | None):
         raise UserError(found[0])
 
 
+@contextlib.contextmanager
+def together():
+    """Raises what one process finds wrong in this block, which must not compute together, as UserError on
+    all. The others would else wait for it until they take it for dead."""
+    problem = None
+    try:
+        yield
+    except (UserError, OSError) as error:
+        if count_processes() == 1:
+            raise
+        problem = str(error) if isinstance(error, UserError) else in_one_line(error)
+    check_together(problem)
+
+
 def agreed(value: int) -> int:
     """Process 0's value, on all of them."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if count_processes() > 1 else value
@@ -488,21 +502,25 @@ class Checkpoints:
         self.failure, self.failed, self.told = None, [], False
         # A save that fails for want of threads leaves some of orbax's steps undone: said once is enough.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited")
-        if leads():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in {*self.folder.glob("*.partial*"), *self.folder.glob("*.orbax-checkpoint-tmp*")}:
-                shutil.rmtree(leftover)
-            steps, whole = steps_of(self.folder), next(whole_steps(self.folder), None)
-            # An older tokenizer's training named a step before its digests, and was perhaps killed between.
-            killed = len(steps) == 1 and not (steps[0] / DIGESTS).exists() and (steps[0] / "default").is_dir()
-            self.newest = int(whole.name) if whole else 0 if killed or not steps else -1
-            for path in steps if self.newest >= 0 else ():
-                if int(path.name) > self.newest:  # out of the way of the steps to come
-                    path.rename(path.with_name(f"{path.name}.damaged-{time.time():.0f}"))
+        with together():
+            if leads():
+                self._find_newest()
         self.newest = agreed(self.newest)
         if self.newest < 0:
             again = "restore one from a copy, or begin again with another --out"
             raise UserError(f"{self.folder} has no checkpoint that is whole; {again}")
+
+    def _find_newest(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in {*self.folder.glob("*.partial*"), *self.folder.glob("*.orbax-checkpoint-tmp*")}:
+            shutil.rmtree(leftover)
+        steps, whole = steps_of(self.folder), next(whole_steps(self.folder), None)
+        # An older tokenizer's training named a step before its digests, and was perhaps killed between.
+        killed = len(steps) == 1 and not (steps[0] / DIGESTS).exists() and (steps[0] / "default").is_dir()
+        self.newest = int(whole.name) if whole else 0 if killed or not steps else -1
+        for path in steps if self.newest >= 0 else ():
+            if int(path.name) > self.newest:  # out of the way of the steps to come
+                path.rename(path.with_name(f"{path.name}.damaged-{time.time():.0f}"))
 
     def restore(self, state: dict):
         """The state of the newest step, on the devices of the given one, whose memory it takes over. Raises
@@ -749,9 +767,10 @@ def code_digest() -> str:
 # ---------------------------------------------------------------- bad steps
 
 
-def new_guard(watched=("loss", "norm")) -> dict:
-    """What a step is judged by: running means of the numbers `watched`, and counts of steps."""
-    counts = {name: jnp.zeros((), jnp.int32) for name in ("accepted", "skipped", "in_a_row")}
+def new_guard(watched=("loss", "norm"), accepted="accepted") -> dict:
+    """What a step is judged by: running means of the numbers `watched`, and counts of steps. Checkpoints of
+    the LVM call that of `accepted` steps "taken"."""
+    counts = {name: jnp.zeros((), jnp.int32) for name in (accepted, "skipped", "in_a_row")}
     return {name: jnp.zeros((), jnp.float32) for name in watched} | counts
 
 
@@ -763,12 +782,13 @@ def skip_bad_step(new: dict, old: dict, loss, watched: dict) -> dict:
     twenty steps have been accepted, if one of those is a hundred times its running mean. A mean of 0 has not
     begun."""
     guard, good = old["guard"], jnp.isfinite(loss)
+    accepted = "taken" if "taken" in guard else "accepted"
     for name, value in watched.items():
-        begun = (guard["accepted"] >= 20) & (guard[name] > 0)
+        begun = (guard[accepted] >= 20) & (guard[name] > 0)
         good &= jnp.isfinite(value) & ~(begun & (value > 100 * guard[name]))
     mean = lambda mean, value: jnp.where(mean > 0, 0.95 * mean + 0.05 * value, value)
     after = {k: jnp.where(good, mean(guard[k], value), guard[k]) for k, value in watched.items()}
-    after["accepted"], after["skipped"] = guard["accepted"] + good, guard["skipped"] + ~good
+    after[accepted], after["skipped"] = guard[accepted] + good, guard["skipped"] + ~good
     after["in_a_row"] = jnp.where(good, 0, guard["in_a_row"] + 1)
     kept = {k: jax.tree.map(lambda a, b: jnp.where(good, a, b), new[k], old[k]) for k in new}
     return kept | {"guard": guard | after}

@@ -6,6 +6,7 @@ Two runs are equal when every array of weights and optimizer state is, to the bi
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
 import importlib.util
 import io
@@ -44,6 +45,7 @@ import lvm
 import playground
 import tokenize_data
 import vqgan
+import weights_rule
 from common import runs, weights
 from common.images import UserError
 from common.runs import RunStopped
@@ -656,7 +658,8 @@ def test_fault_15_a_worker_that_is_killed_or_hangs_ends_the_run_which_says_so(da
     folder = write_pictures(tmp_path / "in", 400)
     process = launch([sys.executable, "tokenize_data.py", *tokenise(dataset, folder, tmp_path / "out", "--workers", 2, "--patience", 4)], start_new_session=True)
     wait_for(lambda: len(workers_of(process)) == 2, process)
-    os.kill(workers_of(process)[0], number)
+    for worker in workers_of(process)[: 1 if number == signal.SIGKILL else 2]:
+        os.kill(worker, number)
     began = time.time()
     output = finish(process, status=1, timeout=60)
     assert re.search(rf"{message} {folder}/\d+.png", output) and "Traceback" not in output
@@ -801,14 +804,15 @@ def test_fault_16_a_codebook_of_nan_is_not_saved(tmp_path):
     assert_finite_steps(tmp_path / "run", [2])
 
 
-@pytest.mark.parametrize("what", variants(["seed and code"], "data"))
+@pytest.mark.parametrize("what", variants(["seed and code", "no data"], "data"))
 def test_fault_18_hosts_that_differ_are_found_at_the_start(dataset, tmp_path, what):
     port, began, processes = free_port(), time.time(), []
     for i in range(2):
         host = tmp_path / str(i)
         shutil.copytree(dataset[0], host / "data")
-        if what == "data" and i:
+        if what != "seed and code" and i:
             shutil.rmtree(host / "data")
+        if what == "data" and i:
             rows = ((n % 2, np.arange(32)) for n in range(64))
             tokenize_data.write_dataset(host / "data", vqgan.load(dataset[1]), ["up", "down"], rows)
         for source in ROOT.glob("*.py"):
@@ -821,9 +825,9 @@ def test_fault_18_hosts_that_differ_are_found_at_the_start(dataset, tmp_path, wh
         processes.append(launch([sys.executable, "train.py", *arguments[2:]], cwd=host))
     outputs = [finish(process, status=2) for process in processes]
     assert time.time() - began < 60 + 60  # on a busy machine the start alone takes long
+    found = {"seed and code": ("--seed (0 on process 0, 1 on process 1)", "code"), "data": ("data data",), "no data": ("no dataset here",)}[what]
     for output in outputs:
-        for name in ("--seed (0 on process 0, 1 on process 1)", "code") if what == "seed and code" else ("data data",):
-            assert "the hosts differ in" in output and name in output, output
+        assert ("the hosts differ in" in output) == (what != "no data") and all(name in output for name in found), output
 
 
 # ------------------------------------------------------------------------------------------------ malice
@@ -1408,14 +1412,18 @@ def test_fault_24_recolor_and_demo_go_on_after_kill_9_and_leave_nothing_half(tmp
 
 
 def test_fault_24_exported_weights_are_the_old_ones_where_the_disk_is_full(tmp_path):
-    old, new = (vqgan.VQGAN(SMALL, key=jax.random.key(i)) for i in range(2))
+    old, new = (vqgan.VQGAN(dataclasses.replace(SMALL, num_embeddings=32 * (i + 1)), key=jax.random.key(i)) for i in range(2))
     with small_disk(tmp_path / "disk", 1) as disk:
         vqgan.save(old, disk / "model")
         fill(disk)
+        with open(disk / "ballast", "ab") as ballast:  # room for the settings, not for the weights
+            ballast.truncate((disk / "ballast").stat().st_size - 16_384)
+        assert (disk / "model/model.safetensors").stat().st_size > 20_000
         with pytest.raises(OSError, match="it needs [0-9,]+ bytes"):
             vqgan.save(new, disk / "model", overwrite=True)
         assert vqgan.fingerprint(vqgan.load(disk / "model")) == vqgan.fingerprint(old)
         assert sorted(path.name for path in (disk / "model").iterdir()) == ["config.json", "model.safetensors"]
+        fill(disk)
         with pytest.raises(OSError, match="it needs [0-9,]+ bytes"):
             lvm.save(lvm.LVM(lvm.LVMConfig(hidden=16, ffn=24, layers=2, heads=2, codes=32, context=80), key=jax.random.key(0)), disk / "hf")
         assert not (disk / "hf").exists() and not list(disk.glob(".*"))
@@ -1535,7 +1543,7 @@ def bad_weights(kind, tmp_path):
         return convert, "model.safetensors: tensor model.norm.weight is int8"
     tensors["model.norm.weight"][3] = np.nan
     (tmp_path / "hf" / "model.safetensors").unlink()
-    weights.write_pickle(tmp_path / "hf" / "pytorch_model.bin", tensors)
+    weights_rule.write_pickle(tmp_path / "hf" / "pytorch_model.bin", tensors)
     return convert, "pytorch_model.bin: tensor model.norm.weight holds NaN or infinity"
 
 
@@ -2103,8 +2111,8 @@ def test_fault_24_an_old_step_that_cannot_be_removed_fails_no_save(tmp_path, cap
 @pytest.mark.parametrize("name", [b"caf\xe9.png", b"\xff" * 200])
 def test_fault_36_names_that_are_no_text_come_back_from_a_killed_tokenisation(tmp_path, name):
     note = {"path": os.fsdecode(name), "reason": "no picture", "bad": True}
-    tokenize_data.write_chunk(tmp_path, 0, [1], np.zeros((1, 4), int), [note], 1, ["x"])
-    assert tokenize_data.read_chunk(tmp_path, 0, 4)["notes"] == [note]
+    tokenize_data.write_chunk(tmp_path / "000000.json", [np.zeros((1, 4), int)], [note], 1, ["x"])
+    assert tokenize_data.read_chunk(tmp_path / "000000.json", 4)["rejections"] == [note]
     with pytest.raises(UserError, match="surrogates not allowed"):  # any other half of a pair is damage
         weights.parse_json(r'{"path": "\ud83d.png"}', "the line")
 

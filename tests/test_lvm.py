@@ -23,7 +23,6 @@ from flash_attention import reference
 import lvm
 from common import runs, weights
 from common.images import UserError
-from common.weights import write_pickle
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = np.load(Path(__file__).parent / "fixtures" / "lvm.npz")
@@ -348,7 +347,7 @@ def pickled_folder(path, config, weights, files):
     names = [f"pytorch_model-{i + 1:05}-of-{files:05}.bin" for i in range(files)] if files > 1 else ["pytorch_model.bin"]
     weight_map = {name: names[i % files] for i, name in enumerate(weights)}
     for file in names:
-        write_pickle(path / file, {name: array for name, array in weights.items() if weight_map[name] == file})
+        weights_rule.write_pickle(path / file, {name: array for name, array in weights.items() if weight_map[name] == file})
     if files > 1:
         (path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return path
@@ -595,7 +594,7 @@ def test_a_sentence_longer_than_the_context_says_so(model):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(num_key_value_heads=2), "grouped-query"),
+        (dict(num_key_value_heads=2), "num_key_value_heads 2"),
         (dict(attention_bias=True), "attention_bias"),
         (dict(rope_scaling={"type": "linear", "factor": 2}), "rope scaling"),
         (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope scaling"),
@@ -669,13 +668,12 @@ def written(layout, path, model):
         return easylm_stream(path, model, ("params",))
     if layout == "run":
         return one_step_run(path, model)
-    fields = {keys[-1].name: np.asarray(leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(model)}
-    weights = {}
-    for field, name in lvm.HF_NAMES.items():
-        layers = fields[field] if "{}" in name else [fields[field]]
-        weights |= {name.format(layer): lvm._to_hf(field, array) for layer, array in enumerate(layers)}
-    write = hf_folder if layout == "safetensors" else functools.partial(pickled_folder, files=2)
-    return write(path, lvm._hf_config(model.config), weights)
+    if layout == "safetensors":
+        lvm.save(model, path)
+        return path
+    lvm.save(model, path.with_suffix(".hf"))
+    weights = safetensors.numpy.load_file(path.with_suffix(".hf") / "model.safetensors")
+    return pickled_folder(path, json.loads((path.with_suffix(".hf") / "config.json").read_text()), weights, files=2)
 
 
 THEIR_NAMES = {"safetensors": "model.layers.1.mlp.down_proj.weight", "bin": "model.layers.1.mlp.down_proj.weight",

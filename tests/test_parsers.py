@@ -42,6 +42,7 @@ import tokenize_data
 import train
 from benchmarks import pods
 import vqgan
+import weights_rule
 from common import runs, weights
 from common.images import UserError
 
@@ -252,7 +253,7 @@ def checkpoint_of_a_tokenizer(files):
 
     def write(shapes):
         arrays = {name: np.zeros(shape, np.float32) for name, shape in zip(tensors, shapes)}
-        weights.write_pickle(files.root / "last.ckpt", arrays, "state_dict")
+        weights_rule.write_pickle(files.root / "last.ckpt", arrays, "state_dict")
         return files.root / "last.ckpt"
 
     shapes = st.lists(st.lists(st.integers(0, 5), max_size=5).map(tuple), max_size=4)
@@ -261,7 +262,7 @@ def checkpoint_of_a_tokenizer(files):
 
 @reader
 def pickle_of_tensors(files):
-    weights.write_pickle(
+    weights_rule.write_pickle(
         files.root / "last.ckpt",
         {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)},
         "state_dict",
@@ -396,7 +397,7 @@ def tokens_as_jsonl(files):
     lines = st.lists(
         st.binary(max_size=40)
         | JSON.map(lambda value: json.dumps(value).encode())
-        | damaged(b'{"tokens": "AAAAAAEAAAACAAAA"}')
+        | damaged(b'{"tokens": "AAAAAAEAAAACAAAA", "context": "AQAAAA=="}')
         | st.dictionaries(st.sampled_from(["tokens", "context"]), JSON, max_size=2).map(
             lambda value: json.dumps(value).encode()
         ),
@@ -404,24 +405,23 @@ def tokens_as_jsonl(files):
     )
 
     def read(new):
-        sentences = tokenize_data.Jsonl(files.write("dataset.jsonl", new), 16, (16, 17, 18), max_rejected=1.0)
-        for i in range(len(sentences)):
-            sentences.row(i, (16, 17, 18))
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            file = files.write("dataset.jsonl", new)
+            sentences = tokenize_data.open_sentences(file, 16, fields="[{context}],{tokens}", beside=folder)
+            for i in range(len(sentences)):
+                sentences.row(i, (16, 17, 18))
 
     return lines.map(b"\n".join), read
 
 
 @reader
 def chunk_of_codes(files):
-    codes_NS = np.zeros((3, 16), np.uint16)
+    codes = [np.zeros((1, 16), np.uint16), np.zeros((2, 16), np.uint16)]
     (files.root / "chunks").mkdir()
-    tokenize_data.write_chunk(
-        files.root / "chunks", 0, [1, 2], codes_NS, [{"path": "a", "reason": "b", "bad": True}], 1, ["a"] * 2
-    )
-    content = (files.root / "chunks" / "000000.json").read_bytes()
-    return bytes_or_json(content), lambda new: tokenize_data.read_chunk(
-        files.write("chunks/000000.json", new).parent, 0, 16
-    )
+    file = files.root / "chunks" / "000000.json"
+    tokenize_data.write_chunk(file, codes, [{"path": "a", "reason": "b", "bad": True}], 1, ["a"] * 2)
+    content = file.read_bytes()
+    return bytes_or_json(content), lambda new: tokenize_data.read_chunk(files.write("chunks/000000.json", new), 16)
 
 
 @reader
@@ -541,7 +541,7 @@ def flag(read):
 
 @reader
 def flag_mesh_of_train(files):
-    return flag(lambda text: train.make_mesh(train.Config(mesh=text)))
+    return flag(train.parse_mesh)
 
 
 @reader

@@ -1,8 +1,11 @@
 import base64
 import collections
+import gzip
+import importlib
 import itertools
 import json
 import pathlib
+import tarfile
 import re
 import shutil
 import subprocess
@@ -721,6 +724,63 @@ def test_a_sideways_video_is_turned_upright(tmp_path):
     np.testing.assert_allclose(shown, np.rot90(upright[1], -1), atol=0.02)  # clockwise, as players show it
 
 
+KINDS_OF_ARCHIVES = [
+    (tokenize_data.Colorize, {"shots": 2}), (tokenize_data.Inpaint, {"shots": 2, "flip": True}), (tokenize_data.Frames, {"frames": 3}),
+    (tokenize_data.Category, {"per_class": 2, "pictures": 4}), (tokenize_data.Pairs, {"shots": 2, "filter": ".jpg", "answer_filter": ".mask."})]
+
+
+@pytest.mark.parametrize("kind, flags", KINDS_OF_ARCHIVES)
+def test_a_webdataset_gives_the_sentences_of_its_folder(tmp_path, tokenizer, kind, flags):
+    """Samples are named up to the first dot; an entry that cannot be read is listed as FILE.tar/NAME."""
+    folder, paired = tmp_path / "in", kind is tokenize_data.Pairs
+    for i in range(8):
+        (folder / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+        picture(i).save(folder / f"class{i % 2}" / f"{i:04}.jpg", quality=95)
+        if paired:
+            picture(i + 50).save(folder / f"class{i % 2}" / f"{i:04}.mask.png")
+    (folder / "class0" / "bad.jpg").write_text("no picture")
+    for name in ("bad.mask.png", "0000.json"):
+        (folder / "class0" / name).write_text("{}")
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for path in sorted(folder.rglob("*.*")):
+            tar.add(path, path.relative_to(folder))
+    if paired:  # in folders the names differ in the suffix alone
+        for path in list(folder.rglob("*.mask.png")):
+            (tmp_path / "masks" / path.parent.name).mkdir(parents=True, exist_ok=True)
+            path.rename(tmp_path / "masks" / path.parent.name / path.name.replace(".mask", ""))
+    same = {"tokenizer": tokenizer, "max_rejected": 0.3}
+    of_folder = {"answers": (tmp_path / "masks",), **flags, "answer_filter": "", "filter": ""} if paired else flags
+    run(kind(inputs=folder, out=tmp_path / "a", **same, **of_folder))
+    run(kind(inputs=tmp_path / "set.tar", out=tmp_path / "b", **same, **({"answers": (tmp_path / "set.tar",)} if paired else {}), **flags))
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    reports = [[json.loads(line)["path"] for line in (tmp_path / f"{name}.rejected.jsonl").read_text().splitlines()] for name in "ab"]
+    assert str(tmp_path / "set.tar/class0/bad.jpg") in reports[1] and len(reports[0]) == len(reports[1])
+
+
+def test_a_parquet_file_gives_the_sentences_of_its_pictures(tmp_path, tokenizer):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    files = sorted(write_pictures(tmp_path / "in", 6).iterdir())
+    rows = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
+    table = pyarrow.table({"image": rows, "label": [0, 1] * 3, "caption": ["a"] * 6})
+    parquet.write_table(table, tmp_path / "set.parquet", row_group_size=4)
+    run(tokenize_data.Colorize(inputs=tmp_path / "in", out=tmp_path / "a", tokenizer=tokenizer, shots=3))
+    parquet.write_table(table.drop(["label"]), tmp_path / "plain.parquet", row_group_size=4)
+    run(tokenize_data.Colorize(inputs=tmp_path / "plain.parquet", out=tmp_path / "b", tokenizer=tokenizer, shots=3))
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    (_, shown), = run(tokenize_data.Category(inputs=tmp_path / "set.parquet", out=tmp_path / "c", tokenizer=tokenizer, per_class=2, pictures=4))
+    assert len(shown) == 4
+    with pytest.raises(UserError, match="no column of pictures among caption"):
+        parquet.write_table(table.select(["caption"]), tmp_path / "text.parquet")
+        run(tokenize_data.Colorize(inputs=tmp_path / "text.parquet", out=tmp_path / "d", tokenizer=tokenizer))
+
+
+def test_a_compressed_or_cut_tar_is_refused_by_name(tmp_path, tokenizer):
+    for name, content in (("cut.tar", b"no tar"), ("packed.tar", gzip.compress(bytes(10240)))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name}: "):
+            run(tokenize_data.Colorize(inputs=tmp_path / name, out=tmp_path / "d", tokenizer=tokenizer))
+
+
 def test_sentences_longer_than_the_context_are_reported(tmp_path, tokenizer, capsys):
     folder = write_pictures(tmp_path / "in", 4)
     run(tokenize_data.Colorize(inputs=folder, out=tmp_path / "d", tokenizer=tokenizer, shots=2, context=65))
@@ -820,7 +880,7 @@ def test_jsonl_comes_in_and_goes_out_to_the_byte(tmp_path, tokenizer, dataset):
 def test_a_jsonl_reads_as_the_shards_made_of_it(tmp_path, dataset, packing, context):
     file = write_jsonl(tmp_path / "lvm.jsonl", dataset[1])
     options = dict(context=context, batch=5, seed=3, packing=packing)
-    shards, lines = (iter(tokenize_data.open_dataset([d], codes=32, **options)) for d in (dataset[0], file))
+    shards, lines = (iter(tokenize_data.open_dataset([d], **options)) for d in (dataset[0], tokenize_data.open_sentences(file, 32, beside=tmp_path)))
     for _ in range(9):
         a, b = next(shards), next(lines)
         assert a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
@@ -840,39 +900,74 @@ def test_int64_tokens_are_refused_with_the_cure(tmp_path, tokenizer):
         )
 
 
-def test_bad_lines_are_counted_listed_and_left_out(tmp_path, dataset, capsys):
+def test_bad_lines_are_counted_listed_and_left_out(tmp_path, tokenizer, dataset, capsys):
     file = write_jsonl(tmp_path / "lvm.jsonl", [*dataset[1], [1, 2, 999], [-1], []])
     with open(file, "a") as more:
         more.write('\n{"tokens": "%%%"}\n{"token": "AAAA"}\nnot json\n[1]\n{"tokens": "AAA="}\n')
-    source = tokenize_data.Jsonl(file, 32, (32, 33), max_rejected=0.5)
-    assert len(source) == 20 and (source[3][1] == dataset[1][3]).all()
-    lines = [r["path"].rpartition(":")[2] for r in map(json.loads, pathlib.Path(f"{file}.rejected.jsonl").read_text().splitlines())]
+    command = tokenize_data.ImportJsonl(inputs=(file,), out=tmp_path / "d", tokenizer=tokenizer, max_rejected=0.5)
+    tokenize_data.import_jsonl(command)
+    assert sentences(tmp_path / "d") == [row.tolist() for row in dataset[1]]
+    lines = [r["path"].rpartition(":")[2] for r in map(json.loads, (tmp_path / "d.rejected.jsonl").read_text().splitlines())]
     assert lines == ["21", "22", "23", "25", "26", "27", "28", "29"] and "8 of 28 lines" in capsys.readouterr().err
     with pytest.raises(UserError, match="lines are bad"):
-        tokenize_data.Jsonl(file, 32, (32, 33))
+        tokenize_data.open_sentences(file, 32, beside=tmp_path / "run")
 
 
 def test_fields_place_literal_ids_and_keep_the_loss_from_what_is_in_brackets(tmp_path):
     encode = lambda row: base64.b64encode(np.asarray(row, "<i4").tobytes()).decode()
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"context": encode([1, 2]), "target": encode([3, 4])}) + "\n")
-    row = lambda fields: [None if x is None else x.tolist() for x in tokenize_data.Jsonl(file, 32, (32, 33), fields).row(0, None)]
+    opened = lambda fields: tokenize_data.open_sentences(file, 32, fields=fields, beside=tmp_path)
+    row = lambda fields: [x.tolist() for x in opened(fields).row(0, (32, 33, 34))]
     assert row("[{context}],{target}") == [[1, 2, 3, 4], [0, 0, 1, 1]]
-    assert row("<|32|>,{target},<|33|>") == [[32, 3, 4, 33], None]
+    assert row("<|32|>,{target},<|33|>") == [[32, 3, 4, 33], [1, 1, 1, 1]]
     assert row("[<|bos|>],[{context}],<|40|>,{target},<|eos|>") == [[32, 1, 2, 40, 3, 4, 33], [0, 0, 0, 1, 1, 1, 1]]
-    batch = next(iter(tokenize_data.open_dataset([file], context=8, batch=1, seed=0, codes=32, fields="[{context}],{target}")))
-    assert batch["mask_BT"].tolist() == [[0, 0, 1, 1, 0, 0, 0, 0]]
+    for packing, wanted in (("sentence", [0, 0, 1, 1, 0, 0, 0, 0]), ("segment", [0, 0, 1, 1, 0, 0, 0, 0]), ("concat", [0, 0, 1, 1, 0, 0, 0, 0])):
+        batch = next(iter(tokenize_data.open_dataset([opened("[{context}],{target}")], context=8, batch=1, seed=0, packing=packing)))
+        assert batch["mask_BT"].tolist() == [wanted]
     for fields, message in ((",{tokens},", "swallows"), ("{a", "neither"), ("[{a}", "neither"), ("text", "neither"), ("<|999|>,{target}", "vocabulary"), ("<|1|>", "no {key}")):
         with pytest.raises(UserError, match=re.escape(message)):
-            tokenize_data.Jsonl(file, 32, (32, 33), fields)
+            opened(fields)
 
 
-def test_fields_without_a_jsonl_and_an_empty_jsonl_are_refused(tmp_path, dataset):
-    with pytest.raises(UserError, match="--fields"):
-        tokenize_data.open_dataset([dataset[0]], context=34, batch=2, seed=0, fields="{tokens}")
+def test_a_jsonl_is_imported_once_unless_it_changes(tmp_path, dataset, capsys):
+    """Compressed ones too; a reader of datasets alone says how to make one of it."""
+    file = write_jsonl(tmp_path / "a.jsonl", dataset[1])
+    opened = lambda name: tokenize_data.open_sentences(tmp_path / name, 32, beside=tmp_path / "run")
+    assert opened("a.jsonl").folder == opened("a.jsonl").folder and capsys.readouterr().out.count("wrote 20 sentences") == 1
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(file.read_bytes()))
+    assert [opened("b.jsonl.gz")[i][1].tolist() for i in range(20)] == [row.tolist() for row in dataset[1]]
+    write_jsonl(file, dataset[1][:7])
+    assert len(opened("a.jsonl")) == 7
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(file.read_bytes())[:-20])
+    with pytest.raises(UserError, match="b.jsonl.gz: cannot be decompressed"):
+        opened("b.jsonl.gz")
+    with pytest.raises(UserError, match="import-jsonl --inputs .*a.jsonl"):
+        tokenize_data.open_dataset([file], context=34, batch=2, seed=0)
+
+
+def test_a_zst_is_imported_or_its_package_named(tmp_path, dataset):
+    name, file = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd", tmp_path / "a.jsonl.zst"
+    opened = lambda: tokenize_data.open_sentences(file, 32, beside=tmp_path)
+    try:
+        zstd = importlib.import_module(name)
+    except ImportError:
+        file.write_bytes(b"")
+        with pytest.raises(UserError, match="a.jsonl.zst.*pip install backports.zstd"):
+            opened()
+        return
+    content = zstd.compress(write_jsonl(tmp_path / "a.jsonl", dataset[1]).read_bytes())
+    file.write_bytes(content)
+    assert [opened()[i][1].tolist() for i in range(20)] == [row.tolist() for row in dataset[1]]
+    file.write_bytes(content[:-9])
+    with pytest.raises(UserError, match="cannot be decompressed"):
+        opened()
+
+
+def test_an_empty_jsonl_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n")
     with pytest.raises(UserError, match="no line"):
-        tokenize_data.open_dataset([tmp_path / "a.jsonl"], context=34, batch=2, seed=0, codes=32)
+        tokenize_data.open_sentences(tmp_path / "a.jsonl", 32, beside=tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ packing and order
@@ -892,31 +987,35 @@ def batches(paths, count, **options):
     return [next(iterator) for _ in range(count)]
 
 
-def test_concat_is_one_stream_cut_as_the_published_reader_cuts_it(uneven):
-    rows = np.concatenate([b["ids_BT"] for b in batches([uneven[0]], 30, packing="concat", context=33)])
-    assert (rows[1:, 0] == rows[:-1, -1]).all()  # inputs of a row: all but its last; targets: all but its first
-    stream = np.concatenate([rows[0, :1], rows[:, 1:].reshape(-1)]).tolist()
-    read, at = [], 0
-    while at < len(stream) and 33 in stream[at:]:
-        end = stream.index(33, at)
-        assert stream[at] == 32
-        read.append(tuple(stream[at + 1:end]))
-        at = end + 1
-    known = {tuple(row.tolist()) for row in uneven[1]}
-    assert len(read) > 60 and set(read[:30]) == set(read[30:60]) == known and read[:30] != read[30:60]
+def test_concat_cuts_the_joined_sentences_and_shows_each_target_once_an_epoch(uneven):
+    """Behind the token that stands before it; in rows that another epoch shows in another order."""
+    joined = [[32, *row.tolist(), 33] for row in uneven[1]]
+    wanted = collections.Counter(pair for row in joined for pair in zip(row, row[1:])) + collections.Counter({(33, 32): 29})
+    count = -(-(wanted.total()) // 32)
+    read = batches([uneven[0]], count, batch=2, packing="concat", context=33)
+    ids_NT, mask_NT = (np.concatenate([batch[key] for batch in read]) for key in ("ids_BT", "mask_BT"))
+    orders = []
+    for rows, masks in zip(np.split(ids_NT, 2), np.split(mask_NT, 2)):
+        assert collections.Counter((int(row[t - 1]), int(row[t])) for row, mask in zip(rows, masks) for t in np.flatnonzero(mask)) == wanted
+        assert not masks[:, 0].any() and masks.sum(1).tolist().count(32) >= count - 1
+        orders.append(list(map(tuple, rows)))
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
 
 
 def test_a_segment_row_holds_whole_sentences_and_marks_what_may_be_predicted(uneven):
-    seen = []
-    for batch in batches([uneven[0]], 8, packing="segment", context=100):
+    """Each sentence once an epoch, and few places stay empty."""
+    seen, filled = [], []
+    for batch in batches([uneven[0]], 40, packing="segment", context=100):
         for ids, mask, segments in zip(batch["ids_BT"], batch["mask_BT"], batch["segment_ids_BT"]):
+            filled.append((segments > 0).mean())
             for number in range(1, segments.max() + 1):
                 sentence = ids[segments == number]
                 assert sentence[0] == 32 and sentence[-1] == 33 and mask[segments == number].tolist() == [0] + [1] * (len(sentence) - 1)
                 seen.append(tuple(sentence[1:-1].tolist()))
             assert (ids[segments == 0] == 34).all() and mask[segments == 0].sum() == 0
     known = {tuple(row.tolist()) for row in uneven[1]}
-    assert set(seen[:30]) == set(seen[30:60]) == known and len(seen) >= 60
+    assert set(seen[:30]) == set(seen[30:60]) == known and seen[:30] != seen[30:60]
+    assert np.mean(filled) > 0.75
 
 
 def test_a_sentence_packed_behind_others_gets_the_logits_it_gets_alone(uneven):
@@ -954,19 +1053,28 @@ def test_the_mixture_is_exact_and_even(uneven, dataset):
 
 
 def test_the_held_out_fraction_is_the_same_sentences_wherever_they_are_stored(tmp_path, uneven, tokenizer):
-    of = lambda data, heldout: {tuple(ids[ids < 32].tolist()) for b in batches([data], 15, batch=2, heldout_fraction=0.3, heldout=heldout) for ids in b["ids_BT"]}
-    train, heldout = of(uneven[0], False), of(uneven[0], True)
-    assert not train & heldout and 3 <= len(heldout) <= 15 and train | heldout == {tuple(row.tolist()) for row in uneven[1]}
+    seen = lambda data: {tuple(ids[ids < 32].tolist()) for b in batches([data], 15, batch=2, heldout_fraction=0.3) for ids in b["ids_BT"]}
+    shards, known = tokenize_data.Shards(uneven[0]), {tuple(row.tolist()) for row in uneven[1]}
+    heldout = {tuple(shards[i][1].tolist()) for i in np.flatnonzero(tokenize_data.is_heldout(shards, 0.3))}
+    assert 3 <= len(heldout) <= 15 and seen(uneven[0]) == known - heldout
     tokenize_data.write_dataset(tmp_path / "d", vqgan.load(tokenizer), ["b"], ((0, row) for row in reversed(uneven[1])))
-    assert of(tmp_path / "d", True) == heldout
-    with pytest.raises(UserError, match="leaves no sentence in"):
-        batches([uneven[0]], 1, heldout_fraction=1e-9, heldout=True)
+    assert seen(tmp_path / "d") == known - heldout
+    with pytest.raises(UserError, match="leaves no sentence out of"):
+        batches([uneven[0]], 1, heldout_fraction=1 - 1e-9)
 
 
 @pytest.mark.parametrize("packing", tokenize_data.PACKINGS)
 def test_data_that_do_not_fill_a_batch_are_an_error(dataset, packing):
     with pytest.raises(UserError, match="do not fill a batch"):
         tokenize_data.open_dataset([dataset[0]], context=34, batch=64, seed=0, packing=packing)
+
+
+def test_datasets_of_older_formats_are_refused_by_name(tmp_path, dataset):
+    shutil.copytree(dataset[0], tmp_path / "d")
+    for version, words in ((1, "an older program wrote it"), (2, "an older program wrote it"), (9, "format 9, this program reads 3$")):
+        seal(tmp_path / "d", format=version)
+        with pytest.raises(UserError, match=f"dataset.json: format {version}.*{words}" if version < 9 else words):
+            tokenize_data.Shards(tmp_path / "d")
 
 
 def test_weights_without_a_measure_are_refused(dataset):
