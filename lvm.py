@@ -1,18 +1,17 @@
-"""The Large Vision Model (arXiv 2312.00785), a LLaMA-1 transformer over visual sentences: sizes, loss, cache, files.
+"""The Large Vision Model (arXiv 2312.00785), a LLaMA-1 transformer over visual sentences.
 
-    python lvm.py sizes                                          the table of sizes, with parameter counts
-    python lvm.py convert --model runs/mini --out mini-hf        run folder -> Hugging Face folder, on a laptop
-    python lvm.py convert --model params::streaming_params --out lvm-hf       EasyLM stream -> Hugging Face folder
+    python lvm.py sizes                                      the table of sizes, with parameter counts
+    python lvm.py convert --model runs/mini --out mini-hf    run folder -> Hugging Face folder, on a laptop
+    python lvm.py convert --model params::streaming_params --out lvm-hf    EasyLM stream -> the same
 
-A visual sentence is a row of token ids: ids below `codes` are image codes of the tokenizer, the `specials` after them
-are BOS, EOS, pad and spares. Rotary positions turn the two halves of a head against each other, as in Hugging Face's
-LLaMA; EasyLM turns neighbours, and its wq and wk are permuted when they are read.
+A visual sentence is a row of token ids: ids below `codes` are image codes of the tokenizer, the `specials`
+after them are BOS, EOS, pad and spares. Rotary positions turn the two halves of a head against each other, as
+in Hugging Face's LLaMA; EasyLM turns neighbours, and its wq and wk are permuted when they are read.
 
-Dimensions: B batch, T tokens, D hidden, N heads, K head_dim, F feed-forward, V vocabulary, L layers, S cache slots.
-Weights under `blocks` are stacked: `q_DNK` there has the shape (L, D, N, K), and (D, N, K) inside the scan.
+Dimensions: B batch, T tokens, D hidden, N heads, K head_dim, F feed-forward, V vocabulary, L layers, S cache
+slots, C tokens decoded at once, P prompts. Weights under `blocks` are stacked: `q_DNK` there has the shape
+(L, D, N, K), and (D, N, K) inside the scan.
 """
-
-import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
 
 import dataclasses
 import functools
@@ -25,30 +24,32 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 import tyro
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
 from common.images import UserError
 from common.runs import check_numbers, run_command, steps_of, whole_steps
 from common.weights import (
-    FLOATS,
     check_fields,
+    check_finite,
+    check_is_float,
     open_tensors,
     read_json,
     read_stream,
     strict_json,
     write_folder,
-    write_safetensors,
     write_whole,
 )
 from flash_attention import (
     cache_slots,
     decode_attention,
     flash_attention,
-    join,
+    merge_partials,
     native_head_dim,
     ring_attention,
     zigzag_here,
@@ -83,18 +84,17 @@ class LVMConfig:
     """added to the mean square in RMSNorm"""
 
     def __post_init__(self):
-        # What no model is beyond: a damaged config is refused by it before anything of that size is made.
+        # No model is larger than this: a damaged config is refused before anything of its size is made.
         check_numbers(self, {
             "[1, 1048576]": "hidden ffn codes", "[0, 1048576]": "specials", "[1, 4096]": "layers",
             "[1, 16384]": "heads",
             "[2, 16777216]": "context",  # one token predicts nothing
             "[0, inf)": "bos_id eos_id pad_id", "(0, inf)": "rope_theta rms_eps"}, called=str)  # fmt: skip
-        if self.hidden % self.heads or self.hidden // self.heads % 2:
-            raise UserError(
-                f"hidden {self.hidden} / heads {self.heads} must be an even whole number (rotary pairs)"
-            )
-        for name, value in (("bos", self.bos), ("eos", self.eos), ("pad", self.pad)):
-            if not self.codes <= value < self.vocab_size:
+        if self.hidden % self.heads or self.head_dim % 2:
+            width = f"hidden {self.hidden} / heads {self.heads}"
+            raise UserError(f"{width} must be an even whole number (rotary pairs)")
+        for name in ("bos", "eos", "pad"):
+            if not self.codes <= (value := getattr(self, name)) < self.vocab_size:
                 ids = f"{self.codes} to {self.vocab_size - 1}"
                 raise UserError(f"{name} id {value} must be a special, {ids}; set {name}_id or specials")
 
@@ -119,10 +119,11 @@ class LVMConfig:
         return self.codes + 2 if self.pad_id is None else self.pad_id
 
 
+_laptop = functools.partial(LVMConfig, codes=512, context=578, rope_theta=100.0)
 SIZES = {
-    "nano": LVMConfig(hidden=64, ffn=176, layers=2, heads=1, codes=512, context=578, rope_theta=100.0),
-    "micro": LVMConfig(hidden=128, ffn=344, layers=4, heads=2, codes=512, context=578, rope_theta=100.0),
-    "mini": LVMConfig(hidden=192, ffn=512, layers=6, heads=3, codes=512, context=578, rope_theta=100.0),
+    "nano": _laptop(hidden=64, ffn=176, layers=2, heads=1),
+    "micro": _laptop(hidden=128, ffn=344, layers=4, heads=2),
+    "mini": _laptop(hidden=192, ffn=512, layers=6, heads=3),
     "25m": LVMConfig(hidden=384, ffn=1024, layers=10, heads=6),
     "debug": LVMConfig(hidden=128, ffn=256, layers=2, heads=4),
     "100m": LVMConfig(hidden=640, ffn=1664, layers=22, heads=10),
@@ -135,6 +136,8 @@ SIZES = {
     "20b": LVMConfig(hidden=6144, ffn=16128, layers=46, heads=48),
     "30b": LVMConfig(hidden=6656, ffn=17920, layers=60, heads=52),
 }
+
+_unchanged = lambda x: x
 
 
 class LVM(eqx.Module):
@@ -155,93 +158,68 @@ class LVM(eqx.Module):
         self.config = config
 
     def __call__(
-        self,
-        ids_BT: Int[Array, "B T"],
-        segment_ids_BT: Int[Array, "B T"] | None = None,
-        *,
-        gather=lambda weights: weights,
-        dtype=None,
-        **options,
+        self, ids_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"] | None = None, **options
     ) -> Float[Array, "B T V"]:
         """Returns float32 logits; those at t predict the id at t + 1. An id outside the vocabulary gives NaN.
 
-        `dtype` is that of the matrix products (None: the weights' own); norms, rotary angles, softmax and logits are
-        float32 always. `segment_ids_BT` stops attention between segments; positions run on. `implementation` is
-        `flash_attention`'s. `remat` names what the backward pass finds kept (`REMAT`), and computes the rest again.
-
-        Inside `jax.shard_map`, `gather` turns shards into whole weights: it is given the model without its blocks,
-        and then, in the (rematerialised) body of the scan, one (widened) block at a time. It sees the stored dtype; what it
-        casts before its collective is what the wire and the reduced gradient carry. `reduce` sums a block's two
-        row-parallel products over the "tensor" axis. `ring` names the axis over which the tokens of a sentence are
-        split, in the order of `flash_attention.zigzag`.
+        `segment_ids_BT` stops attention between segments; positions run on. Options are those of `hidden`.
         """
-        ends = _cast(gather(self.ends), dtype)
-        return ends.logits(self.hidden(ends, ids_BT, segment_ids_BT, gather=gather, dtype=dtype, **options))
+        outer, x_BTD = self.hidden(ids_BT, segment_ids_BT, **options)
+        return outer.logits(x_BTD)
 
     def losses(
-        self,
-        ids_BT,
-        targets_BT,
-        segment_ids_BT=None,
-        *,
-        gather=lambda weights: weights,
-        dtype=None,
-        vocabulary: str | None = None,
-        z_loss: float = 0.0,
-        **options,
+        self, ids_BT, targets_BT, segment_ids_BT=None, *, vocabulary=None, z_loss: float = 0.0, **options
     ) -> Float[Array, "B T"]:
-        """`cross_entropy` of the targets; other arguments as for a call. `gather` may give each device along the axis
-        `vocabulary` its own columns of the head, and more columns than there are ids."""
-        ends = _cast(gather(self.ends), dtype)
-        x_BTD = self.hidden(ends, ids_BT, segment_ids_BT, gather=gather, dtype=dtype, **options)
-        h_BTD = rms_norm(x_BTD, ends.norm_D, self.config.rms_eps)
-        return cross_entropy(
-            h_BTD, ends.head_DV, targets_BT, self.config.vocab_size, axis=vocabulary, z_loss=z_loss
-        )
+        """`cross_entropy` of the targets; other arguments as for a call. `gather` may give each device along
+        the axis `vocabulary` its own columns of the head, and more columns than there are ids."""
+        outer, x_BTD = self.hidden(ids_BT, segment_ids_BT, **options)
+        h_BTD, V = rms_norm(x_BTD, outer.norm_D, self.config.rms_eps), self.config.vocab_size
+        return cross_entropy(h_BTD, outer.head_DV, targets_BT, V, axis=vocabulary, z_loss=z_loss)
 
     def hidden(
-        self,
-        ends,
-        ids_BT,
-        segment_ids_BT=None,
-        *,
-        gather=lambda weights: weights,
-        reduce=lambda x_BTD: x_BTD,
-        dtype=None,
-        remat: str = "none",
-        ring: str | None = None,
-        implementation: str | None = None,
-    ) -> Float[Array, "B T D"]:
-        """The residual stream after the last block; `ends` is the gathered, cast model without its blocks."""
+        self, ids_BT, segment_ids_BT=None, *, dtype=None, remat: str = "none", ring: str | None = None,
+        implementation: str | None = None, gather=_unchanged, reduce=_unchanged,
+    ) -> tuple["LVM", Float[Array, "B T D"]]:  # fmt: skip
+        """-> (the gathered, cast `embed_and_head`, the residual stream after the last block).
+
+        `dtype` is that of the matrix products (None: the weights' own); norms, angles, softmax and logits are
+        always float32. `implementation` is `flash_attention`'s. `remat` says what the backward pass keeps
+        (`REMAT`).
+
+        Inside `jax.shard_map`, `gather` turns shards into whole weights: first of the model without its
+        blocks, then, in the rematerialised body of the scan, of one (widened) block at a time. It sees the
+        stored dtype; what it casts is what the wire and the reduced gradient carry. `reduce` sums a block's
+        two row-parallel products over the "tensor" axis. `ring` names the axis that splits sentences, in the
+        order of `flash_attention.zigzag`."""
         if remat not in REMAT:
             raise UserError(f"remat {remat!r} is none of {', '.join(REMAT)}")
         B, T = ids_BT.shape
         if not ring:  # there a sentence may have been padded to whole chunks
             _check_length("ids_BT", T, self.config)
-        x_BTD, N, K = ends.embed(ids_BT, dtype), self.config.heads, self.config.head_dim
+        outer, N, K = _cast(gather(self.embed_and_head), dtype), self.config.heads, self.config.head_dim
+        x_BTD = outer.embed(ids_BT, dtype)
         width = native_head_dim((B, T, N, K), x_BTD.dtype, segment_ids_BT is not None, implementation)
         rope_TK = rope_angles(zigzag_here(T, ring) if ring else jnp.arange(T), self.config, width)
+        options = dict(segment_ids_BT=segment_ids_BT, implementation=implementation, scale=K**-0.5)
         attend = functools.partial(ring_attention, axis=ring) if ring else flash_attention
-        attend = functools.partial(
-            attend, segment_ids_BT=segment_ids_BT, implementation=implementation, scale=K**-0.5
-        )
 
         def run(x_BTD, block):
             x_BTD = checkpoint_name(x_BTD, "block")
             block = _cast(gather(block if width == K else block.widen(width)), dtype)
             q_BTNK, k_BTNK, v_BTNK = (checkpoint_name(x, "qkv") for x in block.project(x_BTD, rope_TK))
-            return block.merge(x_BTD, attend(q_BTNK, k_BTNK, v_BTNK), reduce), None
+            return block.merge(x_BTD, attend(q_BTNK, k_BTNK, v_BTNK, **options), reduce), None
 
-        return lax.scan(jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False), x_BTD, self.blocks)[0]
+        layer = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False)
+        return outer, lax.scan(layer, x_BTD, self.blocks)[0]
 
     @property
-    def ends(self):
+    def embed_and_head(self):
         """The model without its blocks: embedding, last norm, head."""
         return eqx.tree_at(lambda model: model.blocks, self, None)
 
     def embed(self, ids, dtype=None):
-        """Rows of the embedding in `dtype`. They are cast after the lookup, so that the gradient of a row is the float32 sum
-        over all its uses: a bfloat16 sum stops growing after a few hundred."""
+        """Rows of the embedding in `dtype`, cast after the lookup: so a row's gradient is the float32 sum
+        over its uses. A bfloat16 sum stops growing after a few hundred."""
         rows = self.embedding_VD.at[ids].get(mode="fill", fill_value=jnp.nan)
         return rows if dtype is None else rows.astype(dtype)
 
@@ -267,23 +245,17 @@ class Block(eqx.Module):
     def __init__(self, config, key):
         D, N, K, F = config.hidden, config.heads, config.head_dim, config.ffn
         keys = jax.random.split(key, 7)
-        self.attention_norm_D = jnp.ones(D)
-        self.q_DNK = _normal(keys[0], D, N, K)
-        self.k_DNK = _normal(keys[1], D, N, K)
-        self.v_DNK = _normal(keys[2], D, N, K)
+        self.q_DNK, self.k_DNK, self.v_DNK = (_normal(key, D, N, K) for key in keys[:3])
         self.o_NKD = _normal(keys[3], N, K, D)
-        self.ffn_norm_D = jnp.ones(D)
-        self.gate_DF = _normal(keys[4], D, F)
-        self.up_DF = _normal(keys[5], D, F)
+        self.gate_DF, self.up_DF = (_normal(key, D, F) for key in keys[4:6])
         self.down_FD = _normal(keys[6], F, D)
+        self.attention_norm_D, self.ffn_norm_D = jnp.ones(D), jnp.ones(D)
         self.rms_eps = config.rms_eps
 
     def widen(self, K):
-        """The same function with heads of K >= head_dim (`native_head_dim`): zero columns of q, k and v, zero rows of o.
-
-        They follow each half of a head, so that rotary pairs stay pairs. XLA writes them in the pass that casts the
-        weights; the gradients are those of the other columns and rows.
-        """
+        """The same function with heads of K >= head_dim (`native_head_dim`): zero columns of q, k and v, zero
+        rows of o. They follow each half of a head, so that rotary pairs stay pairs. XLA writes them in the
+        pass that casts the weights."""
 
         def wide(axis, w):
             if w.shape[axis] == 1:  # a scale of Int8, shared
@@ -293,9 +265,7 @@ class Block(eqx.Module):
             return jnp.pad(w.reshape(*before, 2, -1, *after), more).reshape(*before, K, *after)
 
         axes = {"q_DNK": 2, "k_DNK": 2, "v_DNK": 2, "o_NKD": 1}
-        wider = [
-            jax.tree.map(functools.partial(wide, axis), getattr(self, name)) for name, axis in axes.items()
-        ]
+        wider = [jax.tree.map(functools.partial(wide, axes[name]), getattr(self, name)) for name in axes]
         return eqx.tree_at(lambda block: [getattr(block, name) for name in axes], self, wider)
 
     def project(self, x_BTD, rope_TK):
@@ -303,39 +273,33 @@ class Block(eqx.Module):
         q_BTNK, k_BTNK, v_BTNK = (product(h_BTD, w_DNK) for w_DNK in (self.q_DNK, self.k_DNK, self.v_DNK))
         return rotate(q_BTNK, rope_TK), rotate(k_BTNK, rope_TK), v_BTNK
 
-    def merge(self, x_BTD, a_BTNK, reduce=lambda x_BTD: x_BTD):
+    def merge(self, x_BTD, a_BTNK, reduce=_unchanged):
         x_BTD = checkpoint_name(x_BTD + reduce(product(a_BTNK, self.o_NKD, inner=2)), "residual")
         h_BTD = rms_norm(x_BTD, self.ffn_norm_D, self.rms_eps)
-        gate_BTF, up_BTF = (
-            checkpoint_name(product(h_BTD, w_DF), "ffn") for w_DF in (self.gate_DF, self.up_DF)
-        )
+        gate_BTF, up_BTF = (checkpoint_name(product(h_BTD, w), "ffn") for w in (self.gate_DF, self.up_DF))
         return x_BTD + reduce(product(jax.nn.silu(gate_BTF) * up_BTF, self.down_FD))
 
 
-# What the backward pass finds kept of a block, beside its weights' shards; it computes the rest again. `none` keeps all
-# that is not made of weights alone: gathered weights would be the whole model on every device. `minimal` keeps what
-# matrix products and attention made, so that only elementwise work is repeated (names given here and in
-# flash_attention.py); `full` a block's input; `offload` moves that input to the host's memory until it is wanted.
+# What the backward pass finds kept of a block, beside its weights' shards; it computes the rest again. `none`
+# keeps all that is not made of weights alone: gathered weights would be the whole model on every device.
+# `minimal` keeps what matrix products and attention made (by the names here and in flash_attention.py), so
+# that only elementwise work is repeated; `full` a block's input; `offload` moves that input to the host's
+# memory until it is wanted.
 _policies = jax.checkpoint_policies
+_MADE_OF_WEIGHTS = ("all_gather", "convert_element_type", "pad", "pvary", "reshape")
 REMAT = {
-    "none": lambda primitive, *_, **__: (
-        primitive.name not in ("all_gather", "convert_element_type", "pad", "pvary", "reshape")
-    ),
+    "none": lambda primitive, *_, **__: primitive.name not in _MADE_OF_WEIGHTS,
     "minimal": _policies.save_only_these_names("qkv", "attention", "residual", "ffn"),
     "full": _policies.nothing_saveable,
     "offload": _policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["block"],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
+        names_which_can_be_saved=[], names_which_can_be_offloaded=["block"],
+        offload_src="device", offload_dst="pinned_host"),
+}  # fmt: skip
 
-
-# Where each weight lives on a ("data", "fsdp", "tensor", "seq") mesh, by field name. fsdp splits the residual width;
-# tensor splits heads and the feed-forward width, so that a block ends in two sums over tensor (`reduce`). The
-# embedding and the head are stored whole over tensor, as 8292 = 4 * 3 * 691 splits badly (the loss pads the head and takes
-# this device's columns), norm scales everywhere.
+# Where each weight lives on a ("data", "fsdp", "tensor", "seq") mesh, by field name. fsdp splits the residual
+# width; tensor splits heads and the feed-forward width, so that a block ends in two sums over tensor
+# (`reduce`). Norm scales are everywhere; the embedding and the head are whole over tensor, as 8292 = 4 * 3 *
+# 691 splits badly (the loss pads the head and takes this device's columns).
 SHARDING = {
     "embedding_VD": (None, "fsdp"),
     "attention_norm_D": (None,),
@@ -353,10 +317,8 @@ SHARDING = {
 
 
 def partition_specs(tree):
-    """PartitionSpecs from SHARDING for a model, or a tree that holds models, such as its gradients or Adam's moments.
-
-    The stacked layer axis is never split; a leaf that is not a weight (a step count, a placeholder) is replicated.
-    """
+    """PartitionSpecs from SHARDING for a model, or a tree of models such as Adam's moments. The stacked layer
+    axis is never split; a leaf that is not a weight (a step count, a placeholder) is replicated."""
 
     def spec(path, leaf):
         axes = SHARDING.get(getattr(path[-1], "name", None) if path else None)
@@ -367,16 +329,20 @@ def partition_specs(tree):
     return jax.tree_util.tree_map_with_path(spec, tree)
 
 
+# ------------------------------------------------------------------------------------------------------- loss
+
+
 def next_token_loss(
     logits_BTV: Float[Array, "B T V"], ids_BT: Int[Array, "B T"], mask_BT
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Cross-entropy of the id at t + 1 under the logits at t -> (loss, tokens), as published.
 
-    `mask_BT` marks the target ids that count (ids_BT[:, 0] is nobody's target). The loss is a mean over rows of each
-    row's mean over its counted targets; a row without any counts as 0. Shards of equal row counts may thus
-    `lax.pmean` the loss and `lax.psum` the tokens: the result is that of the whole batch.
+    `mask_BT` marks the target ids that count (ids_BT[:, 0] is nobody's target). The loss is a mean over rows
+    of each row's mean over its counted targets; a row without any counts as 0.
     """
-    return target_loss(logits_BTV, *next_tokens(ids_BT, mask_BT))
+    targets_BT, mask_BT = next_tokens(ids_BT, mask_BT)
+    picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return mean_of_rows(jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT, mask_BT)
 
 
 def next_tokens(ids_BT, mask_BT):
@@ -384,54 +350,38 @@ def next_tokens(ids_BT, mask_BT):
     return jnp.roll(ids_BT, -1, axis=1), jnp.roll(mask_BT, -1, axis=1).astype(jnp.float32).at[:, -1].set(0)
 
 
-def target_loss(logits_BTV, targets_BT, mask_BT):
-    """`next_token_loss` of given targets."""
-    picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
-    return mean_of_rows(jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT, mask_BT)
-
-
-def mean_of_rows(loss_BT, mask_BT, whole_row=lambda sum_B: sum_B):
-    """(mean over rows of each row's mean, tokens that count); `whole_row` adds up the sums of rows whose tokens are split."""
+def mean_of_rows(loss_BT, mask_BT, whole_row=_unchanged):
+    """(mean over rows of each row's mean, tokens that count); `whole_row` adds up sums of rows split over
+    devices."""
     tokens_B = whole_row(mask_BT.sum(axis=1))
     return jnp.mean(whole_row((loss_BT * mask_BT).sum(axis=1)) / jnp.maximum(tokens_B, 1)), tokens_B.sum()
 
 
 def cross_entropy(
-    h_BTD,
-    head_DV,
-    targets_BT: Int[Array, "B T"],
-    vocab_size: int,
-    *,
-    axis: str | None = None,
-    z_loss: float = 0.0,
-    most: int = 2**24,
-) -> Float[Array, "B T"]:
-    """-log softmax(h head) at the targets, float32, without ever holding more than about `most` logits a device.
+    h_BTD, head_DV, targets_BT: Int[Array, "B T"], vocab_size: int, *,
+    axis: str | None = None, z_loss: float = 0.0, most: int = 2**24,
+) -> Float[Array, "B T"]:  # fmt: skip
+    """-log softmax(h head) at the targets, float32, holding at most about `most` logits a device.
 
-    The tokens go through in chunks, whose logits the backward pass makes again; the head's gradient is summed in
-    float32. Columns past `vocab_size` are padding. Inside shard_map, with `axis`, each device holds its columns of the
-    head, in order, and sums over the axis join them. `z_loss` times the square of the log of the softmax's denominator
-    is in the gradient (PaLM, arXiv 2204.02311, takes 1e-4), but not in the value, which so stays the cross-entropy.
-    """
+    The tokens go through in chunks, whose logits the backward pass makes again; the head's gradient is summed
+    in float32. Columns past `vocab_size` are padding. Inside shard_map, with `axis`, each device holds its
+    columns of the head, in order. `z_loss` times the squared log of the softmax's denominator is in the
+    gradient (PaLM, arXiv 2204.02311, takes 1e-4), but not in the value."""
     D, V = head_DV.shape
     M = targets_BT.size
     ids_V = jnp.arange(V) + (lax.axis_index(axis) * V if axis else 0)
-    join_sum, join_max = (
-        functools.partial(f, axis_name=axis) if axis else (lambda x: x) for f in (lax.psum, lax.pmax)
+    all_sum, all_max = (
+        functools.partial(f, axis_name=axis) if axis else _unchanged for f in (lax.psum, lax.pmax)
     )
 
     def chunk(h_CD, targets_C, head_DV):
-        logits_CV = jnp.einsum(
-            "cd,dv->cv", h_CD, head_DV.astype(h_CD.dtype), preferred_element_type=jnp.float32
-        )
+        head_DV = head_DV.astype(h_CD.dtype)
+        logits_CV = jnp.einsum("cd,dv->cv", h_CD, head_DV, preferred_element_type=jnp.float32)
         logits_CV = jnp.where(ids_V < vocab_size, logits_CV, -1e30)
-        top_C = join_max(lax.stop_gradient(logits_CV.max(axis=-1)))
-        sum_C, picked_C = join_sum(
-            (
-                jnp.exp(logits_CV - top_C[:, None]).sum(axis=-1),
-                jnp.where(ids_V == targets_C[:, None], logits_CV, 0).sum(axis=-1),
-            )
-        )
+        top_C = all_max(lax.stop_gradient(logits_CV.max(axis=-1)))
+        sum_C = jnp.exp(logits_CV - top_C[:, None]).sum(axis=-1)
+        picked_C = jnp.where(ids_V == targets_C[:, None], logits_CV, 0).sum(axis=-1)
+        sum_C, picked_C = all_sum((sum_C, picked_C))
         lse_C = top_C + jnp.log(sum_C)
         z_C = z_loss * lse_C**2
         return lse_C - picked_C + (z_C - lax.stop_gradient(z_C))
@@ -441,28 +391,31 @@ def cross_entropy(
         return chunk(h_MD, targets_M, head_DV).reshape(targets_BT.shape)
     chunks = 2 ** math.ceil(math.log2(M * V / most))  # a power of two, of which most sentences are multiples
     C = -(-M // chunks)
-    pieces = [
-        jnp.pad(x, [(0, chunks * C - M)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, C, *x.shape[1:])
-        for x in (h_MD, targets_M)
-    ]
+    pad = lambda x: jnp.pad(x, [(0, chunks * C - M)] + [(0, 0)] * (x.ndim - 1))
+    pieces = [pad(x).reshape(chunks, C, *x.shape[1:]) for x in (h_MD, targets_M)]
     wide_DV = head_DV.astype(jnp.float32)  # so that the sum of its gradients over the chunks is
     _, loss_M = lax.scan(lambda _, piece: (None, jax.checkpoint(chunk)(*piece, wide_DV)), None, pieces)
     return loss_M.reshape(-1)[:M].reshape(targets_BT.shape)
 
 
 def training_flops(config: LVMConfig, tokens: int) -> float:
-    """FLOPs a token of a training step on sentences of so many tokens: 6 for each weight of a matrix product, and causal
-    attention at half of its square; what rematerialisation repeats is not counted."""
-    matrices = (
-        parameter_count(config) - config.vocab_size * config.hidden - (2 * config.layers + 1) * config.hidden
-    )
+    """FLOPs a token of a training step on sentences of so many tokens: 6 for each weight of a matrix product,
+    and causal attention at half of its square. What rematerialisation repeats is not counted."""
+    in_no_product = config.vocab_size * config.hidden + (2 * config.layers + 1) * config.hidden
+    matrices = parameter_count(config) - in_no_product
     return 6 * matrices + 6 * config.layers * tokens * config.hidden
 
 
 @functools.cache
 def parameter_count(config: LVMConfig) -> int:
-    model = eqx.filter_eval_shape(LVM, config, key=jax.random.key(0))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(_shapes_of(config)))
+
+
+def _shapes_of(config):
+    return eqx.filter_eval_shape(LVM, config, key=jax.random.key(0))
+
+
+# ----------------------------------------------------------------------------------------- int8 and the cache
 
 
 class Int8(NamedTuple):
@@ -484,7 +437,8 @@ def from_int8(x: Int8):
 
 
 def quantize(model: LVM) -> LVM:
-    """Weight-only int8: every matrix with one scale an output channel; embedding and norms stay. Products stay in the scale's dtype."""
+    """Weight-only int8: every matrix with one scale an output channel, which keeps the dtype of the products;
+    embedding and norms stay."""
     inputs = {"o_NKD": (1, 2), "head_DV": (0,)}  # in the blocks, axis 0 is the layer
 
     def pack(path, w):
@@ -495,11 +449,10 @@ def quantize(model: LVM) -> LVM:
 
 
 class Cache(NamedTuple):
-    """Keys (rotated) and values of the tokens read so far; what stands in the slots at and after `length` is never read.
+    """Keys (rotated) and values of the tokens read so far; slots at and after `length` are never read.
 
-    `length` is one for all rows, or each row's own. `prompt` holds the tokens before these, if any. It is only read, and B
-    may be a multiple of its rows: the first B / P rows continue its first one (`branch`). Int8 has one scale a head and token.
-    """
+    `length` is one for all rows, or each row's own. `prompt`, if any, holds the tokens before these and is
+    only read. B may be a multiple of its P rows: the first B / P rows continue the first (`fork_cache`)."""
 
     k_LBNSK: Array | Int8
     v_LBNSK: Array | Int8
@@ -510,207 +463,175 @@ class Cache(NamedTuple):
     def slots(self) -> int:
         return jax.tree.leaves(self.k_LBNSK)[0].shape[3]
 
+    @property
+    def rows(self) -> int:
+        return jax.tree.leaves(self.k_LBNSK)[0].shape[1]
+
 
 def prefill(
-    model: LVM,
-    ids_BT: Int[Array, "B T"],
-    length: int,
-    *,
-    dtype=None,
-    implementation: str | None = None,
-    cache_dtype=None,
-    reduce=lambda x_BTD: x_BTD,
-) -> tuple[Float[Array, "B V"], Cache]:
+    model: LVM, ids_BT: Int[Array, "B T"], length: int, *,
+    dtype=None, implementation: str | None = None, cache_dtype=None, reduce=_unchanged,
+) -> tuple[Float[Array, "B V"], Cache]:  # fmt: skip
     """Reads T ids -> float32 logits for the next one, and a cache with room for `length` tokens in all.
 
-    `length` and `dtype` (None: the weights' own) are static under jit, and `cache_dtype` too (None: `dtype`; jnp.int8 for
-    `Int8`). Rows of unequal lengths are padded behind, and their lengths then put into the cache: `cache._replace(length=length_B)`.
-    `reduce` is that of `LVM.__call__`.
-    """
+    `length`, `dtype` (None: the weights' own) and `cache_dtype` (None: `dtype`; jnp.int8 for `Int8`) are
+    static under jit. Rows of unequal lengths are padded behind, and their lengths then put into the cache by
+    `cache._replace(length=length_B)`. `reduce` is that of `LVM.hidden`."""
     B, T = ids_BT.shape
     _check_length("length", length, model.config)
     if T > length:
         raise UserError(f"the prompt has {T} tokens and the cache room for {length}; pass length={T} or more")
-    ends = _cast(model.ends, dtype)
-    rope_TK = rope_angles(jnp.arange(T), model.config)
+    outer, rope_TK = _cast(model.embed_and_head, dtype), rope_angles(jnp.arange(T), model.config)
+
+    def stored(x_BTNK):
+        room = [(0, 0), (0, 0), (0, cache_slots(length) - T), (0, 0)]
+        x_BNSK = jnp.pad(jnp.swapaxes(x_BTNK, 1, 2), room)
+        return to_int8(x_BNSK, -1) if cache_dtype == jnp.int8 else x_BNSK.astype(cache_dtype or x_BNSK.dtype)
 
     def run(x_BTD, block):
         block = _cast(block, dtype)
         q_BTNK, k_BTNK, v_BTNK = block.project(x_BTD, rope_TK)
         a_BTNK = flash_attention(q_BTNK, k_BTNK, v_BTNK, implementation=implementation)
-        slots = [
-            jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, cache_slots(length) - T), (0, 0)))
-            for x in (k_BTNK, v_BTNK)
-        ]
-        slots = [
-            to_int8(x, -1) if cache_dtype == jnp.int8 else x.astype(cache_dtype or x.dtype) for x in slots
-        ]
+        slots = stored(k_BTNK), stored(v_BTNK)
         return block.merge(x_BTD, a_BTNK, reduce), slots
 
-    x_BTD, (k_LBNSK, v_LBNSK) = lax.scan(run, ends.embed(ids_BT, dtype), model.blocks)
-    return ends.logits(x_BTD[:, -1]), Cache(k_LBNSK, v_LBNSK, jnp.int32(T))
+    x_BTD, (k_LBNSK, v_LBNSK) = lax.scan(run, outer.embed(ids_BT, dtype), model.blocks)
+    return outer.logits(x_BTD[:, -1]), Cache(k_LBNSK, v_LBNSK, jnp.int32(T))
 
 
 def decode_step(
-    model: LVM,
-    ids_B: Int[Array, "B"],
-    cache: Cache,
-    *,
-    dtype=None,
-    implementation: str | None = None,
-    reduce=lambda x_BTD: x_BTD,
+    model: LVM, ids_B: Int[Array, "B"], cache: Cache, **options
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Reads one more id a row -> float32 logits for the next one, and the longer cache; donate the old one.
-
-    `dtype` is static under jit, `implementation` is `decode_attention`'s. A full cache cannot raise in a compiled program: the logits are NaN.
+    Options are those of `decode_draft`. A full cache cannot raise in a compiled program: the logits are NaN.
     """
-    logits_BCV, cache = decode_draft(
-        model, ids_B[:, None], cache, dtype=dtype, implementation=implementation, reduce=reduce
-    )
+    logits_BCV, cache = decode_draft(model, ids_B[:, None], cache, **options)
     return logits_BCV[:, 0], cache._replace(length=cache.length + 1)
 
 
 def decode_draft(
-    model: LVM,
-    ids_BC: Int[Array, "B C"],
-    cache: Cache,
-    *,
-    dtype=None,
-    implementation: str | None = None,
-    reduce=lambda x_BTD: x_BTD,
-) -> tuple[Float[Array, "B C V"], Cache]:
-    """`decode_step` of C ids a row at once -> logits after each. `length` stays: the caller adds how many ids it keeps."""
+    model: LVM, ids_BC: Int[Array, "B C"], cache: Cache, *,
+    dtype=None, implementation: str | None = None, reduce=_unchanged,
+) -> tuple[Float[Array, "B C V"], Cache]:  # fmt: skip
+    """Reads C ids a row at once -> logits after each. `length` stays: the caller adds how many ids it keeps.
+    `dtype` is static under jit, `implementation` is `decode_attention`'s, `reduce` that of `LVM.hidden`."""
     B, C = ids_BC.shape
-    before = 0
-    if cache.prompt is not None:
-        P, before = jax.tree.leaves(cache.prompt.k_LBNSK)[0].shape[1], cache.prompt.length
-        before = before if before.ndim == 0 else jnp.repeat(before, B // P)
-    read_C = cache.length[..., None] + jnp.arange(
-        C
-    )  # of this cache, before each id; [B, C] where rows have lengths of their own
-    ends = _cast(model.ends, dtype)
-    rope_CK = rope_angles(jnp.asarray(before)[..., None] + read_C, model.config)
-    attend = functools.partial(_attend, implementation=implementation)
+    prompt, start = cache.prompt, 0  # where the tokens of this cache begin, in all rows or each
+    if prompt:
+        start = prompt.length if prompt.length.ndim == 0 else jnp.repeat(prompt.length, B // prompt.rows)
+    read_C = cache.length[..., None] + jnp.arange(C)  # of this cache before each id; [B, C] if rows differ
+    seen = cache.length + 1 if C == 1 and cache.length.ndim == 0 else read_C + 1
+    rope_CK = rope_angles(jnp.asarray(start)[..., None] + read_C, model.config)
+    outer = _cast(model.embed_and_head, dtype)
 
-    def run(carry, block, prompt, layer):
-        x_BCD, slots = carry
+    def run(x_BCD, block, own, prompts, layer):
         block = _cast(block, dtype)
         q_BCNK, k_BCNK, v_BCNK = block.project(x_BCD, rope_CK)
-        slots = [
-            _write(x_LBNSK, jnp.swapaxes(new_BCNK, 1, 2), layer, cache.length)
-            for x_LBNSK, new_BCNK in zip(slots, (k_BCNK, v_BCNK))
-        ]
-        one_length = C == 1 and cache.length.ndim == 0
-        o_BNCK, lse_BNC = attend(
-            jnp.swapaxes(q_BCNK, 1, 2), *slots, layer, cache.length + 1 if one_length else read_C + 1
-        )
-        if prompt:
-            N, K = q_BCNK.shape[2:]
-            q_PNRK = jnp.swapaxes(q_BCNK.reshape(P, -1, N, K), 1, 2)  # R = B / P * C queries share a prompt
-            length = cache.prompt.length if cache.prompt.length.ndim == 0 else cache.prompt.length[:, None]
-            o_PNRK, lse_PNR = attend(q_PNRK, *prompt, layer, length)
-            of_prompt = [
-                jnp.swapaxes(jnp.swapaxes(x, 1, 2).reshape(B, C, N, *x.shape[3:]), 1, 2)
-                for x in (o_PNRK, lse_PNR)
-            ]
-            o_BNCK, lse_BNC = join(jnp.stack([o_BNCK, of_prompt[0]]), jnp.stack([lse_BNC, of_prompt[1]]))
-        a_BCNK = jnp.swapaxes(o_BNCK, 1, 2).astype(q_BCNK.dtype)
-        return block.merge(x_BCD, a_BCNK, reduce), slots
+        own = [_write(slots, x_BCNK, layer, cache.length) for slots, x_BCNK in zip(own, (k_BCNK, v_BCNK))]
+        o_BCNK, lse_BCN = _attend(q_BCNK, *own, layer, seen, implementation)
+        if prompt:  # rows that share one are more queries of one row: they read its keys and values once
+            q_PRNK = q_BCNK.reshape(prompt.rows, -1, *q_BCNK.shape[2:])
+            length = prompt.length if prompt.length.ndim == 0 else prompt.length[:, None]
+            parts = _attend(q_PRNK, *prompts, layer, length, implementation)
+            both = [jnp.stack([a, b.reshape(a.shape)]) for a, b in zip((o_BCNK, lse_BCN), parts)]
+            o_BCNK, _ = merge_partials(*both)
+        return block.merge(x_BCD, o_BCNK.astype(q_BCNK.dtype), reduce), own
 
-    x_BCD, slots = ends.embed(ids_BC, dtype), [cache.k_LBNSK, cache.v_LBNSK]
-    prompt = [cache.prompt.k_LBNSK, cache.prompt.v_LBNSK] if cache.prompt else []
+    x_BCD, own = outer.embed(ids_BC, dtype), [cache.k_LBNSK, cache.v_LBNSK]
+    prompts = [prompt.k_LBNSK, prompt.v_LBNSK] if prompt else []
     if isinstance(model.blocks, tuple):  # `unstack`
         written = []
-        for layer, block in enumerate(model.blocks):
-            x_BCD, new = run((x_BCD, [x[layer] for x in slots]), block, [x[layer] for x in prompt], 0)
+        for i, block in enumerate(model.blocks):
+            x_BCD, new = run(x_BCD, block, [x[i] for x in own], [x[i] for x in prompts], 0)
             written.append(new)
         k_LBNSK, v_LBNSK = zip(*written)
-    else:  # The slots ride in the carry, where they are written in place: as the scan's xs and ys they would be copied.
-        step = lambda carry, block_and_layer: (
-            run(carry, block_and_layer[0], prompt, block_and_layer[1]),
-            None,
-        )
-        (x_BCD, (k_LBNSK, v_LBNSK)), _ = lax.scan(
-            step, (x_BCD, slots), (model.blocks, jnp.arange(model.config.layers))
-        )
+    else:  # slots ride in the carry and are written in place: as the scan's xs and ys they would be copied
+        step = lambda carry, x: (run(carry[0], x[0], carry[1], prompts, x[1]), None)
+        layers = model.blocks, jnp.arange(model.config.layers)
+        (x_BCD, (k_LBNSK, v_LBNSK)), _ = lax.scan(step, (x_BCD, own), layers)
     fits = jnp.reshape(cache.length + C <= cache.slots, (-1, 1, 1))
-    return jnp.where(fits, ends.logits(x_BCD), jnp.nan), cache._replace(k_LBNSK=k_LBNSK, v_LBNSK=v_LBNSK)
+    return jnp.where(fits, outer.logits(x_BCD), jnp.nan), cache._replace(k_LBNSK=k_LBNSK, v_LBNSK=v_LBNSK)
 
 
-def branch(prompt: Cache, rows: int, length: int) -> Cache:
-    """An empty cache with room for `length` tokens after the prompt in each of `rows` rows, a multiple of the prompt's.
+def greedy(model: LVM, ids_BT: Int[Array, "B T"], count: int) -> Int[Array, "B S"]:
+    """The likeliest next `count` image codes of each row, one after the other; specials are never drawn.
 
-    All rows that continue one prompt read its keys and values once a step.
-    """
-    P = jax.tree.leaves(prompt.k_LBNSK)[0].shape[1]
-    if rows % P:
-        raise UserError(f"{rows} rows do not divide over the {P} rows of the prompt")
+    For `jax.jit` with `count` static. T + count must not exceed the model's context."""
+    logits_BV, cache = prefill(model, ids_BT, ids_BT.shape[1] + count)
+
+    def step(carry, _):
+        logits_BV, cache = carry
+        code_B = jnp.argmax(logits_BV[:, : model.config.codes], axis=-1).astype(jnp.int32)
+        return decode_step(model, code_B, cache), code_B
+
+    _, codes_SB = lax.scan(step, (logits_BV, cache), length=count)
+    return codes_SB.T
+
+
+def fork_cache(prompt: Cache, rows: int, length: int) -> Cache:
+    """An empty cache with room for `length` tokens after the prompt in each of `rows` rows, a multiple of the
+    prompt's. All rows that continue one prompt read its keys and values once a step."""
+    if rows % prompt.rows:
+        raise UserError(f"{rows} rows do not divide over the {prompt.rows} rows of the prompt")
     empty = lambda x: jnp.zeros((x.shape[0], rows, x.shape[2], cache_slots(length), x.shape[4]), x.dtype)
-    return Cache(
-        *(jax.tree.map(empty, slots) for slots in (prompt.k_LBNSK, prompt.v_LBNSK)), jnp.int32(0), prompt
-    )
+    k_LBNSK, v_LBNSK = jax.tree.map(empty, (prompt.k_LBNSK, prompt.v_LBNSK))
+    return Cache(k_LBNSK, v_LBNSK, jnp.int32(0), prompt)
 
 
 def unstack(model: LVM, cache: Cache) -> tuple[LVM, Cache]:
-    """The same with arrays of its own for each layer, in tuples, for `decode_step` and `decode_draft`.
-
-    These then take the layers one by one, which compiles longer; but out of a stack XLA copies each layer's weights, keys and
-    values on a CPU, at every step, before it multiplies them.
-    """
+    """The same with arrays of their own for each layer, in tuples, for `decode_step` and `decode_draft`.
+    These take the layers one by one, which compiles longer; out of a stack XLA copies each layer's weights,
+    keys and values on a CPU, at every step."""
     layers = range(model.config.layers)
-    split = lambda x_LBNSK: tuple(jax.tree.map(lambda x: x[layer : layer + 1], x_LBNSK) for layer in layers)
-    apart = lambda cache: (
-        cache and Cache(split(cache.k_LBNSK), split(cache.v_LBNSK), cache.length, apart(cache.prompt))
-    )
-    blocks = tuple(jax.tree.map(lambda x: x[layer], model.blocks) for layer in layers)
+    split = lambda slots: tuple(jax.tree.map(lambda x: x[i : i + 1], slots) for i in layers)
+    apart = lambda c: c and Cache(split(c.k_LBNSK), split(c.v_LBNSK), c.length, apart(c.prompt))
+    blocks = tuple(jax.tree.map(lambda x: x[i], model.blocks) for i in layers)
     return eqx.tree_at(lambda model: model.blocks, model, blocks), apart(cache)
 
 
-def _write(slots_LBNSK, new_BNCK, layer, length):
+def _write(slots_LBNSK, new_BCNK, layer, length):
     """Puts C tokens of one layer into the slots from `length` on, or from each row's own length on."""
+    new_BNCK = jnp.swapaxes(new_BCNK, 1, 2)
 
     def write(slots_LBNSK, new_BNCK):
         new_BNCK = new_BNCK.astype(slots_LBNSK.dtype)
         if length.ndim == 0:
             return lax.dynamic_update_slice(slots_LBNSK, new_BNCK[None], (layer, 0, 0, length, 0))
-        row = lambda slots_LNSK, new_NCK, length: lax.dynamic_update_slice(
-            slots_LNSK, new_NCK[None], (layer, 0, length, 0)
-        )
+        row = lambda slots, new, length: lax.dynamic_update_slice(slots, new[None], (layer, 0, length, 0))
         return jax.vmap(row, (1, 0, 0), 1)(slots_LBNSK, new_BNCK, length)
 
-    return jax.tree.map(
-        write, slots_LBNSK, to_int8(new_BNCK, -1) if isinstance(slots_LBNSK, Int8) else new_BNCK
-    )
+    is_int8 = isinstance(slots_LBNSK, Int8)
+    return jax.tree.map(write, slots_LBNSK, to_int8(new_BNCK, -1) if is_int8 else new_BNCK)
 
 
-def _attend(q_BNCK, k_LBNSK, v_LBNSK, layer, length, *, implementation):
-    """`decode_attention` over a cache of any dtype; `length` may also be one for each query, broadcastable to [B, C]."""
+def _attend(q_BCNK, k_LBNSK, v_LBNSK, layer, length, implementation):
+    """`decode_attention` over a cache of any dtype -> (o_BCNK, lse_BCN); `length` may be one for each
+    query."""
     if isinstance(k_LBNSK, Int8):  # the kernel reads plain numbers, so one layer is unpacked at a time
-        k_LBNSK, v_LBNSK = (
-            from_int8(jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, layer), x))
-            for x in (k_LBNSK, v_LBNSK)
-        )
-        layer = 0
-    q_BNCK = q_BNCK.astype(k_LBNSK.dtype)
+        unpack = lambda x: from_int8(jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, layer), x))
+        k_LBNSK, v_LBNSK, layer = unpack(k_LBNSK), unpack(v_LBNSK), 0
+    q_BCNK = q_BCNK.astype(k_LBNSK.dtype)
     if length.ndim == 0:
-        return decode_attention(q_BNCK, k_LBNSK, v_LBNSK, layer, length, implementation=implementation)
+        q_BNCK = jnp.swapaxes(q_BCNK, 1, 2)
+        parts = decode_attention(q_BNCK, k_LBNSK, v_LBNSK, layer, length, implementation=implementation)
+        return [jnp.swapaxes(x, 1, 2) for x in parts]
 
-    def query(q_NK, k_LNSK, v_LNSK, length):  # the kernel knows one length only
-        o, lse = decode_attention(
-            q_NK[None, :, None], k_LNSK[:, None], v_LNSK[:, None], layer, length, implementation="xla"
-        )
+    def attend(q_NK, k_LNSK, v_LNSK, length):  # the kernel knows one length only
+        of_one = q_NK[None, :, None], k_LNSK[:, None], v_LNSK[:, None]
+        o, lse = decode_attention(*of_one, layer, length, implementation="xla")
         return o[0, :, 0], lse[0, :, 0]
 
-    length_BC = jnp.broadcast_to(length, (q_BNCK.shape[0], q_BNCK.shape[2]))
-    queries = jax.vmap(jax.vmap(query, (1, None, None, 0), 1), (0, 1, 1, 0))
-    return queries(q_BNCK, k_LBNSK, v_LBNSK, length_BC)
+    length_BC = jnp.broadcast_to(length, q_BCNK.shape[:2])
+    attend_all = jax.vmap(jax.vmap(attend, (0, None, None, 0)), (0, 1, 1, 0))
+    return attend_all(q_BCNK, k_LBNSK, v_LBNSK, length_BC)
+
+
+# ------------------------------------------------------------------------------------------- parts of a layer
 
 
 def product(x, w, inner=1):
-    """Sums over the last `inner` axes of x and the first of w, as a product of two matrices.
-
-    With more axes XLA makes a transposed copy on a CPU for each weight's gradient, which takes longer than the product.
-    """
+    """Sums over the last `inner` axes of x and the first of w, as a product of two matrices. With more axes
+    XLA makes a transposed copy on a CPU for each weight's gradient, which takes longer than the product."""
     rows, sums = x.shape[: x.ndim - inner], math.prod(w.shape[:inner])
     return (x.reshape(-1, sums) @ w.reshape(sums, -1)).reshape(*rows, *w.shape[inner:])
 
@@ -722,10 +643,8 @@ def rms_norm(x, scale_D, eps):
 
 
 def rope_angles(positions_T, config: LVMConfig, width: int | None = None):
-    """(cos, sin), float32, of position * theta^(-2i / K), both (T, 1, K / 2), or (B, T, 1, K / 2) where rows differ.
-
-    With a `width` above K (`Block.widen`) there are width / 2 angles, the last of them zero.
-    """
+    """(cos, sin), float32, of position * theta^(-2i / K), both (T, 1, K / 2), or (B, T, 1, K / 2) where rows
+    differ. With a `width` above K (`Block.widen`) there are width / 2 angles, the last of them zero."""
     # In bfloat16 the positions 4090 to 4095 would all round to the same 4096.
     frequencies = np.float32(config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim))
     frequencies = np.pad(frequencies, (0, ((width or config.head_dim) - config.head_dim) // 2))
@@ -745,7 +664,7 @@ def _normal(key, *shape):
 
 
 def _cast(weights, dtype):
-    """Matrices in the compute dtype, unpacked; norm scales and the embedding (see `embed`) stay as they are stored."""
+    """Matrices in the compute dtype, unpacked; norm scales and the embedding (see `embed`) stay as stored."""
 
     def cast(path, w):
         w = from_int8(w) if isinstance(w, Int8) else w
@@ -762,52 +681,54 @@ def _check_length(name, length, config):
         )
 
 
-# The names of the weights in a Hugging Face LlamaForCausalLM, which stores matrices as (outputs, inputs), and in an
-# EasyLM stream, which stores them as (inputs, outputs). The embedding is (V, D) in both.
-HF_NAMES = {
+# ------------------------------------------------------------------------------------------------------ files
+
+# {field: its name in a block of a Hugging Face LlamaForCausalLM, and of an EasyLM stream}. The former stores
+# matrices as (outputs, inputs), the latter as (inputs, outputs); the embedding is (V, D) in both.
+_BLOCK_NAMES = {
+    "attention_norm_D": ("input_layernorm", "attention_norm"),
+    "q_DNK": ("self_attn.q_proj", "attention/wq"),
+    "k_DNK": ("self_attn.k_proj", "attention/wk"),
+    "v_DNK": ("self_attn.v_proj", "attention/wv"),
+    "o_NKD": ("self_attn.o_proj", "attention/wo"),
+    "ffn_norm_D": ("post_attention_layernorm", "ffn_norm"),
+    "gate_DF": ("mlp.gate_proj", "feed_forward/w1"),
+    "up_DF": ("mlp.up_proj", "feed_forward/w3"),
+    "down_FD": ("mlp.down_proj", "feed_forward/w2"),
+}
+HF_NAMES = {field: f"model.layers.{{}}.{name}.weight" for field, (name, _) in _BLOCK_NAMES.items()}
+HF_NAMES |= {
     "embedding_VD": "model.embed_tokens.weight",
-    "attention_norm_D": "model.layers.{}.input_layernorm.weight",
-    "q_DNK": "model.layers.{}.self_attn.q_proj.weight",
-    "k_DNK": "model.layers.{}.self_attn.k_proj.weight",
-    "v_DNK": "model.layers.{}.self_attn.v_proj.weight",
-    "o_NKD": "model.layers.{}.self_attn.o_proj.weight",
-    "ffn_norm_D": "model.layers.{}.post_attention_layernorm.weight",
-    "gate_DF": "model.layers.{}.mlp.gate_proj.weight",
-    "up_DF": "model.layers.{}.mlp.up_proj.weight",
-    "down_FD": "model.layers.{}.mlp.down_proj.weight",
     "norm_D": "model.norm.weight",
     "head_DV": "lm_head.weight",
 }
-EASYLM_NAMES = {
-    "embedding_VD": "transformer/wte/embedding",
-    "attention_norm_D": "transformer/h/{}/attention_norm/kernel",
-    "q_DNK": "transformer/h/{}/attention/wq/kernel",
-    "k_DNK": "transformer/h/{}/attention/wk/kernel",
-    "v_DNK": "transformer/h/{}/attention/wv/kernel",
-    "o_NKD": "transformer/h/{}/attention/wo/kernel",
-    "ffn_norm_D": "transformer/h/{}/ffn_norm/kernel",
-    "gate_DF": "transformer/h/{}/feed_forward/w1/kernel",
-    "up_DF": "transformer/h/{}/feed_forward/w3/kernel",
-    "down_FD": "transformer/h/{}/feed_forward/w2/kernel",
-    "norm_D": "transformer/ln_f/kernel",
-    "head_DV": "lm_head/kernel",
-}
+EASYLM_NAMES = {field: f"transformer/h/{{}}/{name}/kernel" for field, (_, name) in _BLOCK_NAMES.items()}
+EASYLM_NAMES |= {"embedding_VD": "transformer/wte/embedding", "norm_D": "transformer/ln_f/kernel"}
+EASYLM_NAMES |= {"head_DV": "lm_head/kernel"}
 EASYLM_PREFIXES = ("params::", "trainstate_params::", "trainstate::")
+# The fields of a Hugging Face config: those that are numbers of ours, what is fixed in a LLaMA-1, and our
+# ids.
+HF_NUMBERS = {
+    "hidden_size": "hidden", "intermediate_size": "ffn", "num_hidden_layers": "layers",
+    "num_attention_heads": "heads", "num_key_value_heads": "heads", "max_position_embeddings": "context",
+    "rms_norm_eps": "rms_eps", "rope_theta": "rope_theta"}  # fmt: skip
+HF_FIXED = {"hidden_act": "silu", "initializer_range": 0.02, "attention_bias": False, "mlp_bias": False,
+            "tie_word_embeddings": False}  # fmt: skip
+HF_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "pad", "codes": "codes",
+          "specials": "specials"}  # fmt: skip
 
 
 def load(path, *, dtype=jnp.float32, heads: int | None = None) -> LVM:
-    """Reads a run folder (newest step that restores), a Hugging Face folder or an EasyLM stream; weights in `dtype`.
+    """Reads a run folder (newest step that restores), a Hugging Face folder or an EasyLM stream.
 
-    A Hugging Face folder holds safetensors or pickled `pytorch_model.bin`, in one file or several; of a pickle nothing is run.
-    A Hugging Face folder that was not written here does not say how its vocabulary splits: 8292 ids are read as 8192
-    codes and 100 specials, with our BOS, EOS and pad (its own, 1 and 2, are image codes); any other count needs
-    "codes" and "specials" in its config.json. An EasyLM stream holds no config: it is matched to SIZES by its shapes,
-    or takes `heads`, 100 specials and a context of 4096. Its path may carry EasyLM's `params::` or
-    `trainstate_params::`.
+    Of a pickled `pytorch_model.bin` nothing is run. A Hugging Face folder from elsewhere does not say how its
+    vocabulary splits: 8292 ids are 8192 codes and 100 specials, with our BOS, EOS and pad (its own, 1 and 2,
+    are image codes); any other count needs "codes" and "specials" in config.json. An EasyLM stream, whose
+    path may begin with EasyLM's `params::` or `trainstate_params::`, holds no config: its shapes are matched
+    to SIZES, or it takes `heads`, 100 specials and a context of 4096.
 
-    Raises UserError for what is not there and for what is not as it should be: other tensors than the config asks for,
-    sizes that no model has, integers where weights are wanted, NaN or infinity.
-    """
+    The weights are in `dtype`. Raises UserError for what is not there or not as it should be: other tensors
+    than the config asks for, sizes that no model has, integers where weights are wanted, NaN or infinity."""
     for prefix in EASYLM_PREFIXES:
         if str(path).startswith(prefix):
             return _load_easylm(Path(str(path).removeprefix(prefix)), dtype, heads)
@@ -816,14 +737,9 @@ def load(path, *, dtype=jnp.float32, heads: int | None = None) -> LVM:
         if path.suffix in (".safetensors", ".json", ".bin"):
             raise UserError(f"{path} is one file of a Hugging Face folder: pass the folder, {path.parent}")
         return _load_easylm(path, dtype, heads)
-    if not path.is_dir():
-        raise UserError(
-            f"{path} does not exist: pass a run folder, a Hugging Face folder or an EasyLM stream"
-        )
     if not (path / "config.json").is_file():
-        raise UserError(
-            f"{path} has no config.json: pass a run folder, a Hugging Face folder or an EasyLM stream"
-        )
+        what = "has no config.json" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {what}: pass a run folder, a Hugging Face folder or an EasyLM stream")
     config = read_json(path / "config.json")
     if "model_type" in config:
         return _load_hf(path, config, dtype)
@@ -833,22 +749,18 @@ def load(path, *, dtype=jnp.float32, heads: int | None = None) -> LVM:
 
 
 def save(model: LVM, path, *, shard_bytes: float = 5e9, tokenizer: str | None = None):
-    """Writes a Hugging Face LlamaForCausalLM folder: config.json and safetensors, cut into files of `shard_bytes`.
+    """Writes a Hugging Face LlamaForCausalLM folder: config.json and safetensors, in files of `shard_bytes`.
 
-    `tokenizer` is the fingerprint of the one whose codes the model was trained on, for config.json.
-    The folder appears under its name when it is whole; one that exists with something in it raises UserError.
-    """
+    `tokenizer` is the fingerprint of the one that made the codes. The folder appears when it is whole; one
+    that exists with something in it raises UserError."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists and is not an empty folder: choose another path or remove it")
     leaves = {keys[-1].name: np.asarray(leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(model)}
-
-    def rows(layer):
-        for field, name in HF_NAMES.items():
-            if ("{}" in name) == (layer is not None):
-                yield name.format(layer), field, leaves[field] if layer is None else leaves[field][layer]
-
-    tensors = [row for layer in (None, *range(model.config.layers)) for row in rows(layer)]
+    stacked = [field for field, name in HF_NAMES.items() if "{}" in name]
+    tensors = [(HF_NAMES[field], field, leaves[field]) for field in HF_NAMES if field not in stacked]
+    for layer in range(model.config.layers):
+        tensors += [(HF_NAMES[field].format(layer), field, leaves[field][layer]) for field in stacked]
     shards, room = [], 0
     for tensor in tensors:
         if tensor[2].nbytes > room:
@@ -858,19 +770,15 @@ def save(model: LVM, path, *, shard_bytes: float = 5e9, tokenizer: str | None = 
         room -= tensor[2].nbytes
 
     with write_folder(path) as folder:
-        weight_map = {}
+        weight_map, n = {}, len(shards)
         for i, shard in enumerate(shards, 1):
-            file = (
-                "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-            )
+            file = "model.safetensors" if n == 1 else f"model-{i:05}-of-{n:05}.safetensors"
             arrays = {name: _to_hf(field, array) for name, field, array in shard}
-            write_safetensors(arrays, folder / file)
+            write_whole(folder / file, safetensors.numpy.save(arrays, metadata={"format": "pt"}))
             weight_map |= dict.fromkeys(arrays, file)
-        if len(shards) > 1:
-            index = {
-                "metadata": {"total_size": sum(array.nbytes for _, _, array in tensors)},
-                "weight_map": weight_map,
-            }
+        if n > 1:
+            size = sum(array.nbytes for _, _, array in tensors)
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             write_whole(folder / "model.safetensors.index.json", strict_json(index, indent=2))
         config = _hf_config(model.config) | {"torch_dtype": leaves["head_DV"].dtype.name}
         config |= {"tokenizer": tokenizer} if tokenizer else {}
@@ -879,21 +787,18 @@ def save(model: LVM, path, *, shard_bytes: float = 5e9, tokenizer: str | None = 
 
 def _load_hf(path, hf, dtype):
     config = _config_from_hf(hf, path / "config.json")
-    for whole in ("model.safetensors", "pytorch_model.bin"):
-        index = path / f"{whole}.index.json"
-        if (path / whole).is_file():
-            files = [whole]
-            break
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise UserError(f"{index} has no 'weight_map' of tensor names to files")
-            files = sorted(set(map(str, weight_map.values())))
-            break
-    else:
-        raise UserError(
-            f"{path} has no weights: neither model.safetensors nor pytorch_model.bin, nor the index.json of either"
-        )
+    names = ("model.safetensors", "pytorch_model.bin")
+    files, index = [name for name in names if (path / name).is_file()][:1], None
+    if not files:
+        index = next((file for name in names if (file := path / f"{name}.index.json").is_file()), None)
+        if index is None:
+            raise UserError(
+                f"{path} has no weights: neither {' nor '.join(names)}, nor the index.json of either"
+            )
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index} has no 'weight_map' of tensor names to files")
+        files = sorted(set(map(str, weight_map.values())))
     tensors = {}
     for file in files:
         if Path(file).name != file:
@@ -917,22 +822,21 @@ def _load_easylm(path, dtype, heads):
         raise UserError(f"{path} is not a file: pass an EasyLM stream such as params::streaming_params")
     tensors = read_stream(path, ("transformer", "lm_head"), dtype)
     shapes = {name: array.shape for name, array in tensors.items()}
-    for name in ("transformer/wte/embedding", "transformer/h/0/feed_forward/w1/kernel"):
+    embedding, gate = EASYLM_NAMES["embedding_VD"], EASYLM_NAMES["gate_DF"].format(0)
+    for name in (embedding, gate):
         if len(shapes.get(name, ())) != 2:
             raise UserError(f"{path} is not an EasyLM stream of LLaMA weights: it has no matrix {name}")
-    vocab, hidden = shapes["transformer/wte/embedding"]
-    ffn = shapes["transformer/h/0/feed_forward/w1/kernel"][1]
+    vocab, hidden = shapes[embedding]
     layers = len({name.split("/")[2] for name in shapes if name.startswith("transformer/h/")})
-    found = dict(hidden=hidden, ffn=ffn, layers=layers, codes=vocab - 100)
-    if heads is None:
-        sizes = [c for c in SIZES.values() if found == {field: getattr(c, field) for field in found}]
-        if not sizes:
+    found = dict(hidden=hidden, ffn=shapes[gate][1], layers=layers, codes=vocab - 100)
+    if heads is not None:
+        config = LVMConfig(**found, heads=heads)
+    else:
+        config = next((c for c in SIZES.values() if found.items() <= dataclasses.asdict(c).items()), None)
+        if config is None:
             raise UserError(
                 f"{path} has {found}, which is no size of ours: pass its number of heads (--heads)"
             )
-        config = sizes[0]
-    else:
-        config = LVMConfig(**found, heads=heads)
 
     def read(name, field):
         array = tensors.pop(name)
@@ -944,50 +848,36 @@ def _load_easylm(path, dtype, heads):
 
 
 def _load_run(path, fields, dtype):
-    """A run of train.py: the item `model` of the newest step that is whole. The run may still be training: nothing is touched."""
+    """A run of train.py: the item `model` of the newest whole step. A run that still trains is not
+    touched."""
     import orbax.checkpoint as ocp  # takes seconds to import, and only runs need it
 
-    known = dataclasses.fields(LVMConfig)
-    wrong = (
-        fields.keys() - {f.name for f in known}
-        or {f.name for f in known if f.default is dataclasses.MISSING} - fields.keys()
-    )
     try:
-        if wrong:
-            raise UserError(
-                f"{min(wrong)!r:.80} is {'no field of it' if min(wrong) in fields else 'missing'}"
-            )
         config = LVMConfig(**fields)
-    except UserError as error:
-        raise UserError(f"{path / 'config.json'}: 'model' is not an LVM config: {error}") from None
+    except (UserError, TypeError) as error:  # TypeError names a field that is missing or unknown
+        raise UserError(f"{path / 'config.json'}: 'model' is not an LVM config: {str(error)[:300]}") from None
     folder = (path / "checkpoints").absolute()
     if not steps_of(folder):
         raise UserError(
             f"{path} has no checkpoint in checkpoints/ yet: train it further, or pass another path"
         )
     here = jnp.zeros(()).sharding  # that of `jax.default_device`
-    skeleton = eqx.filter_eval_shape(LVM, config, key=jax.random.key(0))
-    skeleton = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=here), skeleton)
+    place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=here)
+    skeleton = jax.tree.map(place, _shapes_of(config))
     wanted = {keys[-1].name: leaf.shape for keys, leaf in jax.tree_util.tree_leaves_with_path(skeleton)}
     handler = ocp.StandardCheckpointHandler()
     for step in whole_steps(folder):
-        item = step / "model"
         try:
-            stored = jax.tree_util.tree_leaves_with_path(handler.metadata(item).tree)
-            shapes = {keys[-1].key: leaf.shape for keys, leaf in stored}
+            stored = jax.tree_util.tree_leaves_with_path(handler.metadata(step / "model").tree)
+            stored = {keys[-1].key: leaf for keys, leaf in stored}
+            shapes = {name: leaf.shape for name, leaf in stored.items()}
             for name in sorted(shapes.keys() | wanted.keys()):  # orbax would say so too, in a thousand lines
                 if shapes.get(name) != wanted.get(name):
                     raise UserError(f"{name} is {shapes.get(name)}, by the config {wanted.get(name)}")
-            dtypes = {keys[-1].key: leaf.dtype for keys, leaf in stored}
-            for name, stored_as in dtypes.items():
-                if stored_as not in FLOATS:
-                    raise UserError(
-                        f"{name} is {stored_as}; weights must be one of {', '.join(map(str, FLOATS))}"
-                    )
-            model = handler.restore(item, args=ocp.args.StandardRestore(skeleton))
+                check_is_float(stored[name].dtype, name)
+            model = handler.restore(step / "model", args=ocp.args.StandardRestore(skeleton))
             for keys, leaf in jax.tree_util.tree_leaves_with_path(model):
-                if not jnp.isfinite(leaf).all():
-                    raise UserError(f"{keys[-1].name} holds NaN or infinity in {leaf.dtype}")
+                check_finite(leaf, keys[-1].name)
             return model
         except Exception as error:  # a broken step fails in as many ways as it can be broken
             reason = str(error).split("\n")[0]
@@ -996,41 +886,32 @@ def _load_run(path, fields, dtype):
 
 
 def _assemble(config, names, shapes, read, source, dtype):
-    """Builds the model from `read(name, field)`, once the names and `shapes` in the file are what config asks for."""
+    """The model from `read(name, field)`, once names and `shapes` of the file are what the config asks
+    for."""
+    model_of = f"it must hold a LLaMA of {config.layers} layers"
     if config.layers > len(shapes):
-        raise UserError(
-            f"{source} holds {len(shapes)} tensors; it must hold a LLaMA of {config.layers} layers"
-        )
-    skeleton = eqx.filter_eval_shape(LVM, config, key=jax.random.key(0))
-    wanted = {}
+        raise UserError(f"{source} holds {len(shapes)} tensors; {model_of}")
+    skeleton, wanted = _shapes_of(config), {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(skeleton):
         field = keys[-1].name
-        stacked = "{}" in names[field]
-        shape = _matrix(field, leaf.shape[1:] if stacked else leaf.shape)
-        if names is HF_NAMES and field != "embedding_VD":
-            shape = shape[::-1]
-        wanted |= {
-            names[field].format(layer): shape for layer in (range(config.layers) if stacked else [None])
-        }
+        is_stacked = "{}" in names[field]
+        shape = _matrix(field, leaf.shape[is_stacked:])
+        shape = shape[::-1] if names is HF_NAMES and field != "embedding_VD" else shape
+        wanted |= {names[field].format(i): shape for i in range(config.layers if is_stacked else 1)}
     missing, unknown = wanted.keys() - shapes, shapes.keys() - wanted
     for what, found in (("lacks the tensor", missing), ("has an unknown tensor", unknown)):
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-            raise UserError(
-                f"{source} {what} {min(found)[:200]}{more}; it must hold a LLaMA of {config.layers} layers"
-            )
+            raise UserError(f"{source} {what} {min(found)[:200]}{more}; {model_of}")
     for name, shape in wanted.items():
         if shapes[name] != shape:
             raise UserError(f"{source}: {name} has the shape {shapes[name]}, expected {shape}")
 
     def build(keys, leaf):
         field = keys[-1].name
-        array = np.empty(leaf.shape, dtype)
-        if "{}" in names[field]:
-            for layer in range(config.layers):
-                array[layer] = read(names[field].format(layer), field).reshape(leaf.shape[1:])
-        else:
-            array[...] = read(names[field], field)
+        name, array = names[field], np.empty(leaf.shape, dtype)
+        for layer, rows in enumerate(array) if "{}" in name else [(None, array)]:
+            rows[...] = read(name.format(layer), field).reshape(rows.shape)
         return jnp.asarray(array)
 
     return jax.tree_util.tree_map_with_path(build, skeleton)
@@ -1049,99 +930,45 @@ def _to_hf(field, array):
 
 
 def _hf_config(config):
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden,
-        "intermediate_size": config.ffn,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.heads,
-        "max_position_embeddings": config.context,
-        "rms_norm_eps": config.rms_eps,
-        "rope_theta": config.rope_theta,
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "bos_token_id": config.bos,
-        "eos_token_id": config.eos,
-        "pad_token_id": config.pad,
-        "codes": config.codes,
-        "specials": config.specials,
-    }
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": config.vocab_size}
+    ours = lambda fields: {theirs: getattr(config, name) for theirs, name in fields.items()}
+    return kind | ours(HF_NUMBERS) | HF_FIXED | ours(HF_IDS)
 
 
 def _config_from_hf(hf, file):
-    check_fields(
-        hf,
-        {
-            "model_type": str,
-            "vocab_size": int,
-            "hidden_size": int,
-            "intermediate_size": int,
-            "num_hidden_layers": int,
-            "num_attention_heads": int,
-            "rope_scaling": dict | None,
-            "rope_parameters": dict | None,
-            "max_position_embeddings": int | None,
-            "rms_norm_eps": float | None,
-            "rope_theta": float | None,
-            "codes": int | None,
-            "specials": int | None,
-            "bos_token_id": int | list | None,
-            "eos_token_id": int | list | None,
-            "pad_token_id": int | None,
-        },
-        file,
-    )
+    counts = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    maybe = {"max_position_embeddings": int, "rms_norm_eps": float, "rope_theta": float, "codes": int,
+             "specials": int, "pad_token_id": int, "bos_token_id": int | list, "eos_token_id": int | list,
+             "rope_scaling": dict, "rope_parameters": dict}  # fmt: skip
+    kinds = {"model_type": str} | dict.fromkeys(counts, int)
+    check_fields(hf, kinds | {field: kind | None for field, kind in maybe.items()}, file)
     vocab, heads = hf["vocab_size"], hf["num_attention_heads"]
-    hidden, ffn, layers = hf["hidden_size"], hf["intermediate_size"], hf["num_hidden_layers"]
-    if min(vocab, heads, hidden, ffn, layers) < 1:
-        raise UserError(
-            f"{file}: vocab_size, hidden_size, intermediate_size, num_hidden_layers and "
-            f"num_attention_heads must be at least 1"
-        )
-    # transformers 5 keeps rope_theta inside rope_parameters, transformers 4 beside a rope_scaling that may be null.
+    # transformers 5 keeps rope_theta in rope_parameters, transformers 4 beside a rope_scaling, maybe null.
     rope = (hf.get("rope_scaling") or {}) | (hf.get("rope_parameters") or {})
-    refused = {
-        f"model_type {hf['model_type']!r:.40}": hf["model_type"] != "llama",
-        "grouped-query attention (num_key_value_heads)": hf.get("num_key_value_heads") not in (None, heads),
-        "attention_bias": hf.get("attention_bias"),
-        "mlp_bias": hf.get("mlp_bias"),
-        "rope scaling": rope.get("rope_type", rope.get("type", "default")) != "default",
-        "tie_word_embeddings": hf.get("tie_word_embeddings"),
-        f"hidden_act {hf.get('hidden_act')!r:.40}": hf.get("hidden_act", "silu") != "silu",
-        f"head_dim {hf.get('head_dim')} != hidden_size / heads": hf.get("head_dim")
-        not in (None, hidden / heads),
-        "quantized weights": hf.get("quantization_config"),
-    }
-    for what, is_so in refused.items():
-        if is_so:
-            raise UserError(f"{file} asks for {what}; an LVM is a plain LLaMA-1 without it")
+    plain = HF_FIXED | {"model_type": "llama", "num_key_value_heads": heads, "quantization_config": None}
+    plain |= {"head_dim": hf["hidden_size"] / (heads or 1), "rope scaling": "default"}
+    del plain["initializer_range"]  # of no use to a trained model
+    asked = hf | {"rope scaling": rope.get("rope_type", rope.get("type"))}
+    for field, value in plain.items():
+        if (there := asked.get(field)) not in (None, value):
+            raise UserError(f"{file} asks for {field} {there!r:.40}; an LVM is a plain LLaMA-1: {value}")
     codes = hf.get("codes") or (8192 if vocab == 8292 else None)
     if codes is None:
-        raise UserError(
-            f'{file} does not say how many of its {vocab} ids are codes: add "codes": N, "specials": M'
-        )
-    ids = {}
+        advice = 'add "codes": N, "specials": M'
+        raise UserError(f"{file} does not say how many of its {vocab} ids are codes: {advice}")
+    fields = {ours: hf[theirs] for theirs, ours in HF_NUMBERS.items() if hf.get(theirs) is not None}
+    fields |= {"rope_theta": rope["rope_theta"]} if rope.get("rope_theta") else {}
     if hf.get("codes"):  # written here: its special ids mean what they say
         for i, name in enumerate(("bos", "eos", "pad")):
             value = hf.get(f"{name}_token_id")
-            ids[f"{name}_id"] = None if value == codes + i else value
+            fields[f"{name}_id"] = None if value == codes + i else value
+    specials = vocab - codes if hf.get("specials") is None else hf["specials"]
     try:
-        config = LVMConfig(
-            hidden=hidden, ffn=ffn, layers=layers, heads=heads, codes=codes,
-            specials=vocab - codes if hf.get("specials") is None else hf["specials"],
-            context=hf.get("max_position_embeddings") or 4096, rms_eps=hf.get("rms_norm_eps") or 1e-6,
-            rope_theta=rope.get("rope_theta") or hf.get("rope_theta") or 1e4, **ids,
-        )  # fmt: skip
+        config = LVMConfig(codes=codes, specials=specials, **fields)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     if config.vocab_size != vocab:
-        raise UserError(f"{file}: codes {codes} + specials {config.specials} is not vocab_size {vocab}")
+        raise UserError(f"{file}: codes {codes} + specials {specials} is not vocab_size {vocab}")
     return config
 
 
@@ -1166,14 +993,13 @@ class Sizes:
 
 def main():
     args = tyro.cli(Convert | Sizes, description=__doc__)
-    if isinstance(args, Sizes):
-        row = "{:>5} {:>7} {:>6} {:>7} {:>6} {:>9} {:>6} {:>8} {:>15}".format
-        print(row("size", "hidden", "ffn", "layers", "heads", "head_dim", "vocab", "context", "parameters"))
-        for name, c in SIZES.items():
-            count = f"{parameter_count(c):,}"
-            print(row(name, c.hidden, c.ffn, c.layers, c.heads, c.head_dim, c.vocab_size, c.context, count))
-        return
-    run_command(convert, args)
+    if isinstance(args, Convert):
+        return run_command(convert, args)
+    row = "{:>5} {:>7} {:>6} {:>7} {:>6} {:>9} {:>6} {:>8} {:>15}".format
+    print(row("size", "hidden", "ffn", "layers", "heads", "head_dim", "vocab", "context", "parameters"))
+    for name, c in SIZES.items():
+        count = f"{parameter_count(c):,}"
+        print(row(name, c.hidden, c.ffn, c.layers, c.heads, c.head_dim, c.vocab_size, c.context, count))
 
 
 def convert(args: Convert):

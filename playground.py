@@ -3,8 +3,7 @@
     pip install "gradio>=6.20,<7"
     python sample.py --serve                                     # http://127.0.0.1:7860, nowhere else
 
-Dimension key: as in sample.py.
-"""
+Dimension key: as in sample.py."""
 
 import asyncio
 import contextlib
@@ -32,7 +31,7 @@ from PIL import Image, ImageOps
 import lvm
 import sample
 import vqgan
-from common.images import FORMATS, MAX_PIXELS, UserError, frames_in, read_pictures
+from common.images import FORMATS, MAX_PIXELS, UserError, encode_image, frames_in, read_pictures, to_image
 from common.weights import strict_json
 
 MOST_UPLOAD = 16 << 20  # bytes of one request that brings pictures
@@ -53,57 +52,38 @@ PAGES = re.compile(
     r"cancel|reset))?/?",
     re.DOTALL,
 )
-CSS = "#prompt .grid-container {grid-template-columns: repeat(8, minmax(0, 1fr)); gap: 4px} #picture {min-height: 320px} #picture img {width: 100%}"
+CSS = """#prompt .grid-container {grid-template-columns: repeat(8, minmax(0, 1fr)); gap: 4px}
+#picture {min-height: 320px} #picture img {width: 100%}"""
 
 
 def play(config: sample.Config, model, tokenizer):
-    """The playground's drawing: yields (picture so far, its candidates' likelihoods as text) after every row of codes."""
+    """Yields (picture so far, its candidates' likelihoods as text) after every row of codes that is drawn."""
     sample.check_config(config)
-    pictures = sample.list_prompt(config.prompt, config.stride)
-    prompt_THWC = read_pictures(pictures, tokenizer.config.resolution, config.fit)
-    analogy, kept = sample.fit_context(config, model, tokenizer, pictures)
-    prompt_THWC = prompt_THWC[-kept:]
-    shown = list(zip(prompt_THWC, sample.prompt_captions(kept, analogy)))
+    [prompt] = sample.read_prompts(config, None)
+    prompt_THWC = sample.show(config, model, tokenizer, prompt)
+    captions = sample.prompt_captions(len(prompt_THWC), sample.is_analogy(config, prompt.pictures))
     N, M, S = sample.count_candidates(config), config.frames, tokenizer.config.codes_per_image
     side, size = math.isqrt(S), tokenizer.config.resolution
     codes_NT, nats_NT = np.zeros((N, 0), np.int32), np.zeros((N, 0))
-    pixels_NMHWC = np.full((N, M, size, size, 3), 0.9, np.float32)
-    for piece in sample.stream_sentences(
-        model,
-        sample.encode_all(tokenizer, [prompt_THWC]),
-        sample.candidate_keys(jax.random.key(config.seed), N),
-        sample.drawing_of(config),
-        frames=M,
-        bos=config.bos,
-        piece=side,
-        jacobi=config.jacobi,
-        cache_dtype=sample.cache_dtype_of(config),
-        most=config.context_frames,
-    ):
-        codes_NT, nats_NT = (
-            np.concatenate([old, new], axis=1) for old, new in zip((codes_NT, nats_NT), piece)
-        )
-        if not np.isfinite(nats_NT).all():
-            raise UserError("the model gives NaN; its weights are damaged or overflow in this dtype")
+    pixels_NMHWC, nats_NM = np.full((N, M, size, size, 3), 0.9, np.float32), np.zeros((N, M))
+    keys_N = sample.candidate_keys(jax.random.key(config.seed), N)
+    for piece in sample.draw_after(config, model, tokenizer, [prompt_THWC], keys_N, piece=side):
+        codes_NT = np.concatenate([codes_NT, piece.codes_NC], axis=1)
+        nats_NT = np.concatenate([nats_NT, piece.nats_NC], axis=1)
+        sample.check_finite(nats_NT)
         m = (codes_NT.shape[1] - 1) // S
         here_NS = codes_NT[:, m * S :]
-        rows = here_NS.shape[1] * size // S
-        pixels_NHWC = vqgan.decode(
-            tokenizer, np.pad(here_NS, ((0, 0), (0, S - here_NS.shape[1])), mode="edge")
-        )
+        left, rows = S - here_NS.shape[1], here_NS.shape[1] * size // S
+        pixels_NHWC = vqgan.decode(tokenizer, np.pad(here_NS, ((0, 0), (0, left)), mode="edge"))
         pixels_NMHWC[:, m, :rows] = pixels_NHWC[:, :rows]
-        nats_NM = np.stack([nats_NT[:, i : i + S].mean(1) for i in range(0, nats_NT.shape[1], S)], axis=1)
-        nats_NM = np.pad(nats_NM, ((0, 0), (0, M - nats_NM.shape[1])))
+        nats_NM[:, m] = nats_NT[:, m * S :].mean(1)
         order = np.argsort(-nats_NT.mean(1)).tolist()
-        last = codes_NT.shape[1] == M * S
-        mine = order[:1] if config.best and last else range(N)
-        new = sample.captioned(sample.Answer(list(mine), pixels_NMHWC[list(mine)], nats_NM[list(mine)]))
-        new = new if M > 1 else [[row[0] for row in new]]
-        likelihoods = "\n".join(
-            f"{rank}. candidate {n + 1}: {nats_NT[n].mean():.3f} nats a code"
-            for rank, n in enumerate(order, 1)
+        mine = order[:1] if config.best and codes_NT.shape[1] == M * S else list(range(N))
+        drawn = sample.captioned(sample.Answer(mine, pixels_NMHWC[mine], nats_NM[mine]))
+        ranked = (
+            f"{k}. candidate {n + 1}: {nats_NT[n].mean():.3f} nats a code" for k, n in enumerate(order, 1)
         )
-        yield sample.sheet([shown, *new], config.captions), likelihoods
+        yield sample.sheet_of(list(zip(prompt_THWC, captions)), drawn, config.captions), "\n".join(ranked)
 
 
 def command_line(config: sample.Config) -> str:
@@ -121,27 +101,19 @@ def command_line(config: sample.Config) -> str:
 
 
 def save_replay(config: sample.Config, size: int, path: Path) -> str:
-    """Writes a ZIP of the prompt as the model saw it, a prompts.jsonl that names it, and the command that draws the same codes again,
-    which is returned."""
+    """Writes a ZIP of the prompt as the model saw it, a prompts.jsonl that names it, and the command that
+    draws the same codes again, which is returned."""
     pictures = sample.list_prompt(config.prompt, config.stride)
+    new = dict(prompt=(sample.PROMPT,), prompts=Path("prompts.jsonl"), out=Path("answers"), stride=1)
+    new["kind"] = "analogy" if sample.is_analogy(config, pictures) else "sequence"
+    line = command_line(dataclasses.replace(config, **new, serve=False, port=sample.Config.port))
     with zipfile.ZipFile(path, "w") as archive:
         names = [f"prompt/{t:03}.png" for t in range(len(pictures))]
         for name, pixels_HWC in zip(names, read_pictures(pictures, size, config.fit)):
-            with archive.open(name, "w") as file:
-                sample.to_image(pixels_HWC).save(file, format="PNG")
-        again = dataclasses.replace(
-            config,
-            prompt=(sample.PROMPT,),
-            prompts=Path("prompts.jsonl"),
-            out=Path("answers"),
-            serve=False,
-            stride=1,
-            port=sample.Config.port,
-            kind="analogy" if sample.is_analogy(config, pictures) else "sequence",
-        )
+            archive.writestr(name, encode_image(to_image(pixels_HWC), name))
         archive.writestr("prompts.jsonl", strict_json({"input": names, "output": "answer.png"}) + "\n")
-        archive.writestr("command.txt", command_line(again) + "\n")
-    return command_line(again)
+        archive.writestr("command.txt", line + "\n")
+    return line
 
 
 def serve(config: sample.Config):
@@ -169,12 +141,9 @@ def serve(config: sample.Config):
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is removed then too
         model_path, _ = sample.find_models(config.model, config.tokenizer)
         config = dataclasses.replace(config, model=model_path)  # a later run does not change the replay
-        tokenizer, _, model = sample.open_all(config, lambda size: None)
-        config = dataclasses.replace(
-            config,
-            model=shown_path(config.model),
-            tokenizer=config.tokenizer and Path(shown_path(config.tokenizer)),
-        )
+        tokenizer, model, _ = sample.open_all(config, [])
+        named = config.tokenizer and Path(shown_path(config.tokenizer))
+        config = dataclasses.replace(config, model=shown_path(config.model), tokenizer=named)
         # Named fonts would be fetched.
         theme = gradio.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])
         with contextlib.chdir(scratch):
@@ -182,33 +151,16 @@ def serve(config: sample.Config):
             page = build_page(config, model, tokenizer, files)
             page.queue(max_size=16, default_concurrency_limit=1, api_open=False)
             outer = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-            app = gradio.mount_gradio_app(
-                outer,
-                page,
-                "/",
-                server_name="127.0.0.1",
-                server_port=config.port,
-                theme=theme,
-                css=CSS,
-                show_error=False,
-                max_file_size=MOST_UPLOAD,
-                footer_links=[],
-                ssr_mode=False,
-            )
+            look = dict(theme=theme, css=CSS, footer_links=[], ssr_mode=False, show_error=False)
+            place = dict(server_name="127.0.0.1", server_port=config.port, max_file_size=MOST_UPLOAD)
+            app = gradio.mount_gradio_app(outer, page, "/", **place, **look)
             # Without, gradio lets a request name any file at all: it skips that check in mounted pages.
             page.has_launched = True
             files.keep_present()
             print(f"playground http://127.0.0.1:{config.port}   (Ctrl-C ends it)", flush=True)
-            server = uvicorn.Server(
-                uvicorn.Config(
-                    Guard(app, config.port, files),
-                    http=impatient_protocol(),
-                    ws="none",
-                    log_level="warning",
-                    limit_concurrency=MOST_CONNECTIONS,
-                    timeout_graceful_shutdown=1,
-                )
-            )
+            limits = dict(limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=1)
+            how = dict(http=impatient_protocol(), ws="none", log_level="warning")
+            server = uvicorn.Server(uvicorn.Config(Guard(app, config.port, files), **how, **limits))
             thread, status = threading.Thread(target=server.run, args=([listener],), daemon=True), 1
             thread.start()
             try:
@@ -224,11 +176,10 @@ def serve(config: sample.Config):
 
 
 def shown_path(path) -> str:
-    """A path of this machine as the replay's command may show it: as it was given if relative, else from this
-    folder or the code's, or the name alone."""
+    """A path as a replay may show it: relative to this folder or the code's, else the name alone."""
     path = Path(path)
-    for folder in (Path.cwd(), vqgan.HERE) if path.is_absolute() else ():
-        if path.is_relative_to(folder):
+    for folder in (Path.cwd(), vqgan.HERE):
+        if path.is_absolute() and path.is_relative_to(folder):
             return str(path.relative_to(folder))
     return path.name if path.is_absolute() else str(path)
 
@@ -252,139 +203,108 @@ def build_page(config: sample.Config, model, tokenizer, files: "Scratch"):
         if folder.is_dir()
     }
     first = sample.PROMPT.name if sample.PROMPT.name in bundled else next(iter(bundled))
-    drawn = itertools.count()
+    drawn, controls = itertools.count(), {}
+
+    def slider(name, low, high, step, label):
+        controls[name] = gr.Slider(low, high, getattr(config, name), step=step, label=label)
+
+    def dropdown(name, choices, label):
+        controls[name] = gr.Dropdown(choices, value=getattr(config, name), label=label)
+
     with gr.Blocks(title="LVM playground", analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(
-            f"# LVM playground\nShow pairs of picture and answer, then a query, and the model draws its answer; or show frames, and it goes on. "
-            f"`{Path(config.model).name}`, {lvm.parameter_count(model.config):,} parameters."
+            "# LVM playground\nShow pairs of picture and answer, then a query, and the model draws its "
+            f"answer; or show frames, and it goes on. `{Path(config.model).name}`, "
+            f"{lvm.parameter_count(model.config):,} parameters."
         )
         with gr.Row():
             with gr.Column(scale=4):
                 choice = gr.Dropdown(list(bundled), value=first, label="A bundled prompt")
                 gr.Markdown("or your own: clear this and drop pictures on it, in reading order")
-                prompt = gr.Gallery(
-                    bundled[first],
-                    show_label=False,
-                    type="filepath",
-                    file_types=["image"],
-                    interactive=True,
-                    columns=8,
-                    height=230,
-                    object_fit="contain",
-                    format="png",
-                    buttons=[],
-                    elem_id="prompt",
-                )
+                look = dict(columns=8, height=230, object_fit="contain", buttons=[], show_label=False)
+                kind = dict(type="filepath", file_types=["image"], format="png", interactive=True)
+                prompt = gr.Gallery(bundled[first], elem_id="prompt", **look, **kind)
                 with gr.Row():
-                    controls = {
-                        "candidates": gr.Slider(1, 8, config.candidates, step=1, label="Candidates"),
-                        "frames": gr.Slider(1, 8, config.frames, step=1, label="New pictures of each"),
-                    }
+                    slider("candidates", 1, 8, 1, "Candidates")
+                    slider("frames", 1, 8, 1, "New pictures of each")
                 with gr.Row():
-                    controls["temperature"] = gr.Slider(
-                        0, 2, config.temperature, step=0.05, label="Temperature"
-                    )
-                    controls["seed"] = gr.Number(
-                        config.seed, label="Seed", precision=0, minimum=0, maximum=2**31 - 1
-                    )
+                    slider("temperature", 0, 2, 0.05, "Temperature")
+                    seed = dict(label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
+                    controls["seed"] = gr.Number(config.seed, **seed)
                 with gr.Accordion("More", open=False):
                     with gr.Row():
-                        controls["top_p"] = gr.Slider(0.05, 1, config.top_p, step=0.05, label="Top-p")
-                        controls["top_k"] = gr.Slider(
-                            0, model.config.codes, config.top_k, step=1, label="Top-k (0: all)"
-                        )
+                        slider("top_p", 0.05, 1, 0.05, "Top-p")
+                        slider("top_k", 0, model.config.codes, 1, "Top-k (0: all)")
                     with gr.Row():
-                        controls["min_p"] = gr.Slider(0, 1, config.min_p, step=0.01, label="Min-p")
-                        controls["guidance"] = gr.Slider(
-                            0, 8, config.guidance, step=0.25, label="Guidance by the examples (1: none)"
-                        )
+                        slider("min_p", 0, 1, 0.01, "Min-p")
+                        slider("guidance", 0, 8, 0.25, "Guidance by the examples (1: none)")
                     with gr.Row():
-                        controls["jacobi"] = gr.Slider(
-                            0, 32, config.jacobi, step=1, label="Draft this many codes (Jacobi)"
-                        )
-                        controls["kind"] = gr.Dropdown(
-                            ["auto", "analogy", "sequence"], value=config.kind, label="Kind"
-                        )
+                        slider("jacobi", 0, 32, 1, "Draft this many codes (Jacobi)")
+                        dropdown("kind", ["auto", "analogy", "sequence"], "Kind")
                     with gr.Row():
-                        controls["fit"] = gr.Dropdown(
-                            ["stretch", "crop"], value=config.fit, label="Other than square pictures"
-                        )
+                        dropdown("fit", ["stretch", "crop"], "Other than square pictures")
                         controls["best"] = gr.Checkbox(config.best, label="Keep the likeliest only")
                 with gr.Row():
                     start = gr.Button("Draw", variant="primary", elem_id="draw")
                     another = gr.Button("Another seed")
             with gr.Column(scale=5):
                 gr.Markdown("The prompt, then the candidates, each with the mean log-likelihood of its codes")
-                picture = gr.Image(
-                    show_label=False,
-                    format="png",
-                    interactive=False,
-                    buttons=["fullscreen"],
-                    elem_id="picture",
-                    min_width=400,
-                )
+                look = dict(show_label=False, buttons=["fullscreen"], min_width=400)
+                picture = gr.Image(format="png", interactive=False, elem_id="picture", **look)
                 with gr.Row():
                     ranking = gr.Textbox(label="Mean log-likelihood, likeliest first", lines=4, scale=2)
                     with gr.Column(scale=1):
                         png = gr.DownloadButton("Picture (PNG)", interactive=False)
                         replay = gr.DownloadButton("Replay (JSONL, command)", interactive=False)
-                command = gr.Textbox(
-                    label="The command in the replay", lines=2, buttons=["copy"], elem_id="command"
-                )
+                look = dict(label="The command in the replay", lines=2, buttons=["copy"])
+                command = gr.Textbox(elem_id="command", **look)
 
         def draw(pictures, *values):
             try:
                 if not pictures:
                     raise UserError("the prompt is empty: drop pictures, or pick a bundled prompt")
-                kinds = [type(getattr(sample.Config(), name)) for name in controls]
+                kinds = [type(getattr(sample.Config, name)) for name in controls]
                 changes = {name: kind(value) for name, kind, value in zip(controls, kinds, values)}
-                if not (
-                    1 <= changes["candidates"] <= 8
-                    and 1 <= changes["frames"] <= 8
-                    and 0 <= changes["jacobi"] <= 32
-                ):
+                most = {"candidates": 8, "frames": 8, "jacobi": 32}
+                if any(changes[name] > most[name] for name in most):
                     raise UserError("at most 8 candidates of 8 new pictures, and a draft of 32 codes")
                 prompt = make_smaller([Path(file) for file, _ in pictures])
-                mine = dataclasses.replace(config, prompt=prompt, **changes)
+                mine = dataclasses.replace(config, serve=False, prompt=prompt, **changes)
+                waiting = gr.DownloadButton(interactive=False)
                 for image, likelihoods in play(mine, model, tokenizer):
                     files.sweep()
-                    yield (
-                        image,
-                        likelihoods,
-                        gr.DownloadButton(interactive=False),
-                        gr.DownloadButton(interactive=False),
-                        "",
-                    )
+                    yield image, likelihoods, waiting, waiting, ""
                 place = files.folder / str(next(drawn) % 64)
                 image.save(f"{place}.png")
                 again = save_replay(mine, tokenizer.config.resolution, Path(f"{place}.zip"))
-                yield (
-                    image,
-                    likelihoods,
-                    *(gr.DownloadButton(value=f"{place}{end}", interactive=True) for end in (".png", ".zip")),
-                    again,
-                )
+                ready = [
+                    gr.DownloadButton(value=f"{place}{end}", interactive=True) for end in (".png", ".zip")
+                ]
+                yield image, likelihoods, *ready, again
             except (ValueError, TypeError) as error:  # of a file it says the name, not where the file lies
                 said = re.sub(rf"{re.escape(str(files.folder))}\S*/", "", str(error))
-                raise gr.Error(said, print_exception=False) from None
             except OSError as error:
                 said = error.strerror or "a picture is no longer here; drop it again"
-                raise gr.Error(said, print_exception=False) from None
+            else:
+                return
+            raise gr.Error(said, print_exception=False)
 
+        on_device = dict(concurrency_id="device", concurrency_limit=1)
+        inputs, outputs = [prompt, *controls.values()], [picture, ranking, png, replay, command]
         choice.input(lambda name: bundled[name], choice, prompt, queue=False)
-        outputs = [picture, ranking, png, replay, command]
-        start.click(draw, [prompt, *controls.values()], outputs, concurrency_id="device", concurrency_limit=1)
-        another.click(
-            lambda seed: (int(seed or 0) + 1) % 2**31, controls["seed"], controls["seed"], queue=False
-        ).then(draw, [prompt, *controls.values()], outputs, concurrency_id="device", concurrency_limit=1)
+        start.click(draw, inputs, outputs, **on_device)
+        next_seed = lambda seed: (int(seed or 0) + 1) % 2**31
+        another.click(next_seed, controls["seed"], controls["seed"], queue=False).then(
+            draw, inputs, outputs, **on_device
+        )
     return page
 
 
 def make_smaller(paths: list[Path]) -> tuple[Path, ...]:
-    """Replaces pictures of more than `LARGE` pixels by smaller copies beside them, as most are not needed.
+    """Replaces pictures of more than `LARGE` pixels by smaller copies beside them.
 
     Raises UserError for a picture whose reading takes more than `MOST_MEMORY`, and where all together have
-    more than `MOST_WORK` pixels; what is no picture is left to `read_pictures`, which says so."""
+    more than `MOST_WORK` pixels. What is no picture is left to `read_pictures`, which says so."""
     work, smaller = 0, []
     for path in paths:
         try:
@@ -417,13 +337,13 @@ def smaller_copy(image: Image.Image, path: Path) -> Path:
     image.draft(None, (1024, 1024))  # a JPEG is decoded at an eighth of its size or more
     image.load()  # which turns a TIFF
     turned = image.getexif().get(0x0112, 1)
+    plain = lambda image: image.convert("RGBA" if image.has_transparency_data else "RGB")
     if image.mode not in ("L", "RGB", "RGBA", "CMYK") or "transparency" in image.info:
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        image = plain(image)
     image = image.reduce(max(1, min(image.size) // 1024, math.isqrt(image.width * image.height // LARGE)))
     image.getexif()[0x0112] = turned
-    image = ImageOps.exif_transpose(image)
     copy = path.with_name(f"{path.stem}.smaller.png")
-    image.convert("RGBA" if image.has_transparency_data else "RGB").save(copy, compress_level=1)
+    plain(ImageOps.exif_transpose(image)).save(copy, compress_level=1)
     return copy
 
 
@@ -436,9 +356,8 @@ def memory_for(image: Image.Image, path: Path) -> int:
         return pixels * 4 // scale**2 + pixels * 2 * len(image.getbands()) * several
     if image.mode.startswith("I") or image.mode == "F" or image.format == "WEBP":
         return pixels * 24
-    as_it_is = image.format in ("PNG", "BMP") and image.mode in ("L", "RGB")
-    as_it_is &= "transparency" not in image.info
-    return pixels * (4 if as_it_is else 8)
+    kept = image.format in ("PNG", "BMP") and image.mode in ("L", "RGB") and "transparency" not in image.info
+    return pixels * (4 if kept else 8)
 
 
 class Scratch:
@@ -462,8 +381,7 @@ class Scratch:
         return found
 
     def sweep(self, room: int = 0):
-        """Removes what is older than `OLDEST`, then the oldest until `room` bytes of `MOST_SCRATCH` are
-        free."""
+        """Removes what is older than OLDEST, then the oldest until `room` bytes of MOST_SCRATCH are free."""
         found = sorted((file for file in self.list() if file[0] not in self.kept), key=lambda file: file[1])
         used = sum(size for *_, size in found)
         for file, written, size in found:
@@ -480,8 +398,7 @@ class Guard:
     """The ASGI application around gradio's, which lets through what our own page sends: to the paths that it
     uses, from this origin, to this host's name (not another that was bound to it), of limited size, in time.
 
-    It hides where files lie on this machine: answers call the folder of `files` FILES, and requests that name
-    FILES mean that folder."""
+    It hides where files lie: answers and requests call the folder of `files` FILES."""
 
     def __init__(self, app, port: int, files: Scratch):
         self.app, self.files, self.running = app, files, 0
@@ -542,8 +459,7 @@ class Guard:
         return text
 
     async def read_request(self, receive):
-        """Reads the body, of at most MOST_MESSAGE bytes -> a `receive` that hands it on in one piece;
-        None where it does not come."""
+        """Reads the body -> a `receive` that hands it on in one piece; None where it does not come."""
         parts, message = [], {"more_body": True}
         while message.get("more_body"):
             message = await in_time(receive)()
@@ -558,8 +474,7 @@ class Guard:
         return receive_read
 
     def hiding(self, send):
-        """A `send` that hands on answers with FILES for the folder's path: texts as a whole, of streams each
-        piece by itself."""
+        """A `send` that writes FILES for the folder's path: in whole texts, in each piece of a stream."""
         held, parts, stream = None, [], False
 
         async def send_hidden(message):
@@ -615,8 +530,8 @@ def in_time(receive):
 
 
 def impatient_protocol():
-    """uvicorn's HTTP protocol for clients that do nothing for PATIENCE seconds: it cuts a connection without a
-    whole request, or whose answer is not read. (uvicorn itself waits for ever in both cases.)"""
+    """uvicorn's HTTP protocol for clients that do nothing for PATIENCE seconds: it cuts a connection without
+    a whole request, or whose answer is not read. (uvicorn itself waits for ever in both cases.)"""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Impatient(H11Protocol):

@@ -1,30 +1,32 @@
-"""From pictures to visual sentences: reads images and clips, strings their codes into sentences, writes and reads shards.
+"""From pictures to visual sentences: reads images and clips, strings their codes into sentences, writes and
+reads shards.
 
-    python tokenize_data.py demo --out data/demo                                   # embedded pictures, exact answers
-    python tokenize_data.py pairs --inputs photos --answers masks depth --out data/pairs      # matched by file name
+    python tokenize_data.py demo --out data/demo                      # embedded pictures, exact answers
+    python tokenize_data.py pairs --inputs photos --answers masks depth --out data/pairs   # by file name
     python tokenize_data.py colorize --inputs photos --out data/colour             # inpaint: the same flags
-    python tokenize_data.py multi --inputs photos depth normals --out data/multi   # K modalities of one picture
-    python tokenize_data.py category --inputs classes --out data/category          # a folder of folders, one a class
-    python tokenize_data.py video --inputs clips --strides 8 12 24 --out data/video           # mp4 webm mkv avi mov gif
-    python tokenize_data.py frames --inputs clips --out data/frames                # a folder of folders of frames
+    python tokenize_data.py multi --inputs photos depth normals --out data/multi   # K modalities of a picture
+    python tokenize_data.py category --inputs classes --out data/category          # a folder for each class
+    python tokenize_data.py video --inputs clips --strides 8 12 24 --out data/video     # mp4 webm mkv avi mov
+    python tokenize_data.py frames --inputs clips --out data/frames                # folders of frames
     python tokenize_data.py multi-video --inputs rgb depth --out data/both         # clips of the same names
     python tokenize_data.py tracks --inputs co3d --modalities images masks depths --out data/tracks
-    python tokenize_data.py recolor --inputs labels --out colours                  # integer maps to colours, and back
-    python tokenize_data.py import-jsonl --inputs dataset.jsonl --tokenizer PATH --out data/lvm   # and export-jsonl
-    python tokenize_data.py show --data data/demo --out sentences.png              # decode sentences, as a check
-    python tokenize_data.py inspect --data data/demo                               # counts, use of the codes, digests
+    python tokenize_data.py recolor --inputs labels --out colours          # integer maps to colours, and back
+    python tokenize_data.py import-jsonl --inputs dataset.jsonl --tokenizer PATH --out data/lvm
+    python tokenize_data.py show --data data/demo --out sentences.png      # decode sentences, as a check
+    python tokenize_data.py inspect --data data/demo                       # counts, use of the codes, digests
 
-A sentence is `codes of picture 1, codes of picture 2, ...`, uint16, without special ids; the reader adds BOS and EOS.
-A dataset is a folder: `dataset.json`, `NNNNN.tokens` (flat uint16) and `NNNNN.index.npy` (int64 [sentences, 3]: where
-each sentence ends, its kind, and the CRC-32 of its tokens). It is written as `DIR.partial` and renamed when whole.
-`dataset.json` holds the SHA-256 of every file and of itself, which are compared when a dataset is opened.
+A sentence is `codes of picture 1, codes of picture 2, ...`, uint16, without special ids; the reader adds BOS
+and EOS. A dataset is a folder: `dataset.json`, `NNNNN.tokens` (flat uint16) and `NNNNN.index.npy` (int64
+[sentences, 3]: where each sentence ends, its kind, and the CRC-32 of its tokens). It is written as
+`DIR.partial` and renamed when whole. `dataset.json` holds the SHA-256 of every file and of itself, which are
+compared when a dataset is opened.
 
-Pictures are encoded in chunks that are kept in `DIR.codes` until all are there. A run that was killed goes on with the
-chunks that are missing; several hosts that share a disk each take a part (`--part 0/4`), and the last one to finish
-strings the sentences. The result depends on neither: it is that of one run, to the byte.
+Pictures are encoded in chunks that are kept in `DIR.codes` until all are there. A run that was killed goes on
+with the chunks that are missing; several hosts that share a disk each take a part (`--part 0/4`), and the
+last one to finish strings the sentences. The result depends on neither: it is that of one run, to the byte.
 
-Dimension key: N pictures or sentences, T pictures of a sentence or its tokens, S codes of a picture, H W C a picture,
-K colours of a palette, B rows of a batch.
+Dimension key: N pictures or sentences, T pictures of a sentence or its tokens, S codes of a picture, H W C a
+picture, K modalities of a picture or colours of a palette, B rows of a batch.
 """
 
 import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
@@ -35,8 +37,9 @@ import bisect
 import collections
 import contextlib
 import dataclasses
-import functools
+import gzip
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -49,24 +52,28 @@ import reprlib
 import signal
 import stat
 import sys
+import tempfile
 import threading
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from fractions import Fraction
 from pathlib import Path
-from typing import Callable, Iterable, Literal, NamedTuple
+from typing import Callable, Literal, NamedTuple
 
 import grain
 import jax
 import numpy as np
 import tyro
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from scipy.spatial import cKDTree
 from tqdm import tqdm
 
 import vqgan
+from assets.scenes import TASKS, World, demo_sentence, random_mask, to_grey
 from common.images import (
     UserError,
     count_frames,
@@ -80,6 +87,7 @@ from common.images import (
     read_half,
     read_image,
     read_integers,
+    sheet,
     shown_size,
     to_pixels,
 )
@@ -97,23 +105,24 @@ from common.weights import (
     write_whole,
 )
 
-FORMAT = 2  # of dataset.json; 1 had no digest of its own content
-PICTURES = vqgan.HERE / "assets" / "pictures"
+FORMAT = 3  # of dataset.json and of the order of rows, which a run keeps to
 SENTENCES_PER_SHARD = 65_536
 CHUNK = 4096  # pictures encoded between two points from which a killed run can go on
 MOST_CODES = 1 << 16  # that a token of uint16 can name
 BAD_LINES = 0.05  # of a jsonl that is read directly: more than this fraction stops the run
+LEVELS = np.arange(256, dtype=np.float32) / 255
 
 
-# ---------------------------------------------------------------------------------------------------- kinds of sentence
+# ---------------------------------------- kinds of sentence
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class TokenizeConfig:
     """What all kinds made from files have in common."""
 
     inputs: Path
-    """Folder of pictures, searched in depth."""
+    """Folder of pictures, searched in depth, also in its .tar (webdataset) and .parquet files; or one such
+    file."""
     out: Path
     """Dataset folder to write; must not exist."""
     tokenizer: Path = vqgan.MINI
@@ -121,11 +130,13 @@ class Source:
     fit: Literal["stretch", "crop"] = "stretch"
     """Stretch each picture to the square, as LVM does, or crop it."""
     random_crop: float = 1.0
-    """Show a random part of each picture (the same of all pictures of a shot or clip): at least this fraction of its sides."""
+    """Show a random part of each picture (the same of all pictures of a shot or clip): at least this fraction
+    of its sides."""
     flip: bool = False
     """Mirror half of the shots or clips, each as a whole."""
     jitter: float = 0.0
-    """Change brightness, contrast and saturation by up to this fraction, alike in all pictures of a shot or clip."""
+    """Change brightness, contrast and saturation by up to this fraction, alike in all pictures of a shot or
+    clip."""
     filter: str = ""
     """Use only the files whose path below --inputs holds this text."""
     limit: int | None = None
@@ -135,93 +146,90 @@ class Source:
     seed: int = 0
     """Seed of orders, masks, strides, starts and augmentations."""
     max_rejected: float = 0.05
-    """Stop where more than this fraction of the pictures, videos or clips has to be left out as it cannot be
-    read."""
+    """Stop where more than this fraction of the pictures, videos or clips cannot be read."""
     context: int = 4098
     """Report the sentences that are longer than this with BOS and EOS."""
     workers: int | None = None
-    """Processes that read files; 0: two threads of this one. By default one a core, or 0 for fewer than 2,000 pictures."""
+    """Processes that read files; 0: two threads of this one. By default one a core, or 0 for fewer than 2,000
+    pictures."""
     batch: int = 64
     """Pictures encoded at a time, over all devices."""
     mesh: int = -1
     """Devices that share a batch; -1 for all."""
     part: str = "0/1"
-    """`i/n`: encode the i-th of n parts, on this host; the others run the same command with the same --out and their own i."""
+    """`i/n`: encode the i-th of n parts, on this host; the others run the same command with the same --out
+    and their own i."""
     patience: float = 45.0
-    """Seconds without a sign of life from the workers after which they are stopped; raise it for clips that take longer."""
+    """Seconds without a sign of life from the workers after which they are stopped; raise it for clips that
+    take longer."""
     check_contents: bool = False
-    """A run that goes on encodes anew what was changed since: compare the contents of the files, instead of their sizes
-    and times. To be given from the first call on."""
+    """A run that goes on encodes anew what was changed since: compare the contents of the files, instead of
+    their sizes and times. To be given from the first call on."""
 
     def __post_init__(self):
         if self.out.exists():
             raise UserError(f"--out {self.out} exists; choose another folder or delete it")
-        check_numbers(
-            self,
-            {
-                "[1, inf)": "limit",
-                "[1, 10000]": "epochs shots frames max_stride pictures strides",
-                "[3, inf)": "context",
-                "[0, inf)": "seed",
-                "[1, 65536]": "batch",
-                "[-1, 65536]": "mesh",
-                "[0, 4096]": "workers",
-                "[0.1, 86400]": "patience",
-                "[0, 1]": "jitter max_rejected squares",
-                "[0.05, 1]": "random_crop",
-                "[0, 7]": "duplicates",
-            },
-        )
+        limits = {
+            "[1, inf)": "limit",
+            "[1, 10000]": "epochs shots frames max_stride pictures strides",
+            "[3, inf)": "context",
+            "[0, inf)": "seed",
+            "[1, 65536]": "batch",
+            "[-1, 65536]": "mesh",
+            "[0, 4096]": "workers",
+            "[0.1, 86400]": "patience",
+            "[0, 1]": "jitter max_rejected squares",
+            "[0.05, 1]": "random_crop",
+        }
+        check_numbers(self, limits)
         split_part(self.part)
 
-
-@dataclasses.dataclass(frozen=True)
-class Stills(Source):
-    duplicates: int | None = None
-    """Leave out pictures whose 64-bit difference hash is within so many bits (0 to 7; 3 finds copies that were scaled or
-    compressed) and whose mean colour is close to those of an earlier one; DIR.duplicates.jsonl lists them."""
+    @property
+    def augments(self) -> bool:
+        return self.random_crop < 1 or self.flip or self.jitter > 0
 
 
 @dataclasses.dataclass(frozen=True)
-class PairSource(Stills):
-    shots: int = 8
-    """Pairs a sentence."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Pairs(PairSource):
+class Pairs(TokenizeConfig):
     """8 x [input, annotation]; the folders hold files of the same names (suffixes may differ)."""
 
+    shots: int = 8
+    """Pairs a sentence."""
     answers: tuple[Path, ...] = ()
-    """Folders of annotations; `inputs/a/b.jpg` belongs to `answers/a/b.png`. Each folder makes sentences of its own, of
-    the kind `pairs` if it is the only one, else `pairs-FOLDER`."""
+    """Folders of annotations; `inputs/a/b.jpg` belongs to `answers/a/b.png`. Each folder makes sentences of
+    its own, of the kind `pairs` if it is the only one, else `pairs-FOLDER`."""
     answer_filter: str = ""
     """Use only the annotations whose path below their folder holds this text."""
 
     def __post_init__(self):
         super().__post_init__()
-        object.__setattr__(
-            self, "answers", (self.answers,) if isinstance(self.answers, Path) else self.answers or ()
-        )
-        if not self.answers:
+        answers = (self.answers,) if isinstance(self.answers, Path) else self.answers or ()
+        object.__setattr__(self, "answers", answers)
+        if not answers:
             raise UserError("--answers FOLDER is missing: the annotations, under the same names as --inputs")
 
 
 @dataclasses.dataclass(frozen=True)
-class Colorize(PairSource):
+class Colorize(TokenizeConfig):
     """8 x [grey, colour]; grey = .2989 R + .5870 G + .1140 B."""
+
+    shots: int = 8
+    """Pairs a sentence."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Inpaint(PairSource):
-    """8 x [masked, original]; with p = .3 one zeroed square, else 8 x 8 patches each kept with probability U(0, 1)."""
+class Inpaint(TokenizeConfig):
+    """8 x [masked, original]; with p = .3 one zeroed square, else 8 x 8 patches each kept with probability
+    U(0, 1)."""
 
+    shots: int = 8
+    """Pairs a sentence."""
     squares: float = 0.3
     """Share of the pictures that lose a square; the others lose patches."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Multi(Stills):
+class Multi(TokenizeConfig):
     """3 x K modalities of the same picture, in a random order of the K that all shots of a sentence share."""
 
     inputs: tuple[Path, ...]
@@ -233,13 +241,13 @@ class Multi(Stills):
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.inputs) < 2:
-            raise UserError("--inputs wants at least two folders, one for each modality")
+        check_modalities(self.inputs)
 
 
 @dataclasses.dataclass(frozen=True)
-class Category(Stills):
-    """4 pictures of each of 4 classes: class by class, every folder that directly holds pictures being a class."""
+class Category(TokenizeConfig):
+    """4 pictures of each of 4 classes: class by class, every folder that directly holds pictures being a
+    class."""
 
     per_class: Literal[1, 2, 4, 8] = 4
     """Pictures of a class in a sentence."""
@@ -253,7 +261,7 @@ class Category(Stills):
 
 
 @dataclasses.dataclass(frozen=True)
-class Video(Source):
+class Video(TokenizeConfig):
     """16 frames of one video file: one sentence for each epoch, stride and video, with a random start."""
 
     frames: int = 16
@@ -268,8 +276,9 @@ class Video(Source):
 
 
 @dataclasses.dataclass(frozen=True)
-class Frames(Source):
-    """16 frames of one clip; every folder that directly holds pictures is a clip, its files in natural order of name."""
+class Frames(TokenizeConfig):
+    """16 frames of one clip; every folder that directly holds pictures is a clip, its files in natural order
+    of name."""
 
     frames: int = 16
     """Pictures a sentence."""
@@ -278,9 +287,10 @@ class Frames(Source):
 
 
 @dataclasses.dataclass(frozen=True)
-class MultiVideo(Source):
+class MultiVideo(TokenizeConfig):
     """Several modalities of the same clips, in both orders: all frames of task 0, then of task 1 ... (kind
-    `multi-video-by-task`); and frame 0 of every task, frame 1 of every task ... (kind `multi-video-by-frame`)."""
+    `multi-video-by-task`); and frame 0 of every task, frame 1 of every task ... (kind
+    `multi-video-by-frame`)."""
 
     inputs: tuple[Path, ...]
     """A folder for each modality; clips are video files, or folders of frames, of the same name in each."""
@@ -295,20 +305,20 @@ class MultiVideo(Source):
 
     def __post_init__(self):
         super().__post_init__()
-        if len(self.inputs) < 2:
-            raise UserError("--inputs wants at least two folders, one for each modality")
+        check_modalities(self.inputs)
 
 
 @dataclasses.dataclass(frozen=True)
-class Tracks(Source):
-    """Views of things in CO3D's layout, `CATEGORY/TRACK/{images,masks,depths}/`: 4 x [4 images][4 masks], and the same with
-    every other modality (kinds `tracks-masks`, ...). Files belong together by their name up to the first dot, with the
-    numbers that follow it: `shot.0001.png` and `shot.0001.depth.png`."""
+class Tracks(TokenizeConfig):
+    """Views of things in CO3D's layout, `CATEGORY/TRACK/{images,masks,depths}/`: 4 x [4 images][4 masks], and
+    the same with every other modality (kinds `tracks-masks`, ...). Files belong together by their name up to
+    the first dot, with the numbers that follow it: `shot.0001.png` and `shot.0001.depth.png`."""
 
     modalities: tuple[str, ...] = ("images", "masks", "depths")
     """Names of a track's folders; the first are the images."""
     half_floats: tuple[str, ...] = ("depths",)
-    """Those whose 16-bit pictures hold float16 values, as CO3D's depths do; scaled by the largest of a shot."""
+    """Those whose 16-bit pictures hold float16 values, as CO3D's depths do; scaled by the largest of a
+    shot."""
     frames: int = 4
     """Views a shot."""
     shots: int = 4
@@ -327,482 +337,285 @@ class Tracks(Source):
                 raise UserError(f"--modalities {name!r}: wanted the name of a folder")
 
 
-class Item(NamedTuple):
-    """What a worker reads at a time. `read(size)` returns a list of pictures, or (pictures, notes): without any picture
-    the item is left out, and a note {"path", "reason", "bad"} says why; bad ones count against --max-rejected."""
+def check_modalities(folders):
+    if len(folders) < 2:
+        raise UserError("--inputs wants at least two folders, one for each modality")
+
+
+class ReadJob(NamedTuple):
+    """What a worker reads at a time. `read(size)` returns a list of pictures, or (pictures, rejections):
+    without any picture the job is left out. A rejection is {"path", "reason"}, with "bad" where it counts
+    against --max-rejected."""
 
     name: str
     read: Callable
 
 
 class Series(NamedTuple):
-    """Sentences of one kind: `shots` units each, in an order that `salt` seeds (None: as they come). A unit is a tuple of
-    items; it shows the pictures `rows` of theirs, `tasks` drawing their modalities in another order for each sentence."""
+    """Sentences of one kind. A unit is a tuple of jobs; each sentence shows the pictures of `shots` units."""
 
     kind: int
     units: list[tuple[int, ...]]
-    shots: int
-    salt: tuple[int, ...] | None = None
-    rows: Callable = lambda codes_TS, tasks: codes_TS
-    tasks: int | None = None
+    shots: int = 1
+    salt: tuple[int, ...] | None = None  # seeds the order of the units; None: as they come
+    pictures: Callable | None = (
+        None  # modalities, permuted or None -> which pictures of a unit are shown, in which order
+    )
+    modalities: int | None = None  # how many are permuted, anew for each sentence
     group: list | None = None  # units of one group stand next to each other
 
 
-def tokenize_pairs(source: Pairs):
-    folders = (source.inputs, *source.answers)
-    notes = []
+class Sentences(NamedTuple):
+    """What a kind makes of its files."""
+
+    kinds: list[str]
+    jobs: list[ReadJob]
+    series: (
+        list[Series] | Callable
+    )  # or a function: which jobs could be read -> (kind, jobs) of each sentence
+    rejections: list[dict]
+    pictures: int = 1  # of a job
+
+
+def pairs(config: Pairs) -> Sentences:
+    folders, rejections = (config.inputs, *config.answers), []
     found = [
-        find_stems(folder, source.answer_filter if k else source.filter, notes)
-        for k, folder in enumerate(folders)
+        find_stems(f, config.answer_filter if k else config.filter, rejections) for k, f in enumerate(folders)
     ]
     for k, answers in enumerate(found[1:], 1):
-        notes += [
-            {
-                "path": str((found[0] | answers)[stem]),
-                "reason": f"no file of this name in {folders[0 if stem in answers else k]}",
-            }
-            for stem in sorted(found[0].keys() ^ answers.keys(), key=natural)
-        ]
+        for stem in sorted(found[0].keys() ^ answers.keys(), key=natural):
+            reason = f"no file of this name in {folders[0 if stem in answers else k]}"
+            rejections.append({"path": str((found[0] | answers)[stem]), "reason": reason})
         if not found[0].keys() & answers.keys():
-            raise UserError(f"no file in {source.inputs} has a partner of the same name in {folders[k]}")
-    names = [folder.name for folder in source.answers]
-    kinds = (
-        ["pairs"]
-        if len(names) == 1
-        else [
-            f"pairs-{name}" if names.count(name) == 1 else f"pairs-{k}-{name}" for k, name in enumerate(names)
-        ]
-    )
-    stems = sorted(found[0].keys() & set().union(*found[1:]), key=natural)[: source.limit]
-    stems = without_duplicates(source, {stem: found[0][stem] for stem in stems})
-    items, at = still_items(source, stems, found)
-    write_sentences(
-        source,
-        kinds,
-        items,
-        [
-            Series(
-                k,
-                [(at[0, epoch, stem], at[k + 1, epoch, stem]) for stem in stems if stem in found[k + 1]],
-                source.shots,
-                (epoch, *[k] * (k > 0)),
-            )
-            for epoch in range(source.epochs)
-            for k in range(len(kinds))
-        ],
-        notes,
-    )
-
-
-def tokenize_colorize(source: Colorize):
-    write_pairs(source, read_colorize, source.epochs if augments(source) else 1)
-
-
-def tokenize_inpaint(source: Inpaint):
-    write_pairs(
-        source, functools.partial(read_inpaint, squares=source.squares), source.epochs
-    )  # every epoch covers other parts
-
-
-def write_pairs(source: PairSource, read, encodings: int):
-    """[changed, original] pairs made from single pictures: each is encoded `encodings` times, and shown in each epoch."""
-    notes = []
-    stems = find_stems(source.inputs, source.filter, notes)
-    stems = without_duplicates(source, dict(list(stems.items())[: source.limit]))
-    items = [
-        Item(
-            str(path),
-            functools.partial(
-                read,
-                path=path,
-                view=draw_view(source, epoch, stem),
-                seed=(
-                    source.seed,
-                    epoch,
-                    zlib.crc32(os.fsencode(path.relative_to(source.inputs).as_posix())),
-                ),
-            ),
-        )
-        for epoch in range(encodings)
-        for stem, path in stems.items()
+            raise UserError(f"no file in {config.inputs} has a partner of the same name in {folders[k]}")
+    names = [folder.name for folder in config.answers]
+    kinds = [
+        f"pairs-{name}" if names.count(name) == 1 else f"pairs-{k}-{name}" for k, name in enumerate(names)
     ]
-    N = len(stems)
-    write_sentences(
-        source,
-        [type(source).__name__.lower()],
-        items,
-        [
-            Series(
-                0,
-                [(i,) for i in range(N * min(epoch, encodings - 1), N * min(epoch, encodings - 1) + N)],
-                source.shots,
-                (epoch,),
-            )
-            for epoch in range(source.epochs)
-        ],
-        notes,
-        pictures=2,
-    )
+    stems = sorted(found[0].keys() & set().union(*found[1:]), key=natural)[: config.limit]
+    jobs, at = still_jobs(config, stems, found)
+    series = []
+    for epoch in range(config.epochs):
+        for k in range(len(kinds)):
+            units = [(at[0, epoch, stem], at[k + 1, epoch, stem]) for stem in stems if stem in found[k + 1]]
+            series.append(Series(k, units, config.shots, (epoch, *[k] * (k > 0))))
+    return Sentences(["pairs"] if len(names) == 1 else kinds, jobs, series, rejections)
 
 
-def tokenize_multi(source: Multi):
-    notes = []
-    found = [find_stems(folder, source.filter, notes) for folder in source.inputs]
-    everywhere = set(found[0]).intersection(*found[1:])
-    notes += [
-        {"path": str(path), "reason": "no file of this name in every other folder"}
-        for stems in found
-        for stem, path in stems.items()
-        if stem not in everywhere
+def changed_pairs(config: Colorize | Inpaint) -> Sentences:
+    """[changed, original] pairs made from single pictures; every epoch of --inpaint covers other parts."""
+    rejections = []
+    stems = dict(list(find_stems(config.inputs, config.filter, rejections).items())[: config.limit])
+    covers = isinstance(config, Inpaint)
+    encodings, jobs, N = config.epochs if covers or config.augments else 1, [], len(stems)
+    for epoch in range(encodings):
+        for stem, path in stems.items():
+            view = draw_view(config, epoch, stem)
+            seed = (config.seed, epoch, zlib.crc32(os.fsencode(path.relative_to(config.inputs).as_posix())))
+            read = partial(read_colorize, path=path, view=view)
+            if covers:
+                read = partial(read_inpaint, path=path, view=view, seed=seed, squares=config.squares)
+            jobs.append(ReadJob(str(path), read))
+    first = [N * min(epoch, encodings - 1) for epoch in range(config.epochs)]
+    series = [
+        Series(0, [(i + n,) for n in range(N)], config.shots, (epoch,)) for epoch, i in enumerate(first)
+    ]
+    return Sentences([type(config).__name__.lower()], jobs, series, rejections, pictures=2)
+
+
+def multi(config: Multi) -> Sentences:
+    rejections = []
+    found = [find_stems(folder, config.filter, rejections) for folder in config.inputs]
+    everywhere, K = set(found[0]).intersection(*found[1:]), len(found)
+    left_out = [path for stems in found for stem, path in stems.items() if stem not in everywhere]
+    rejections += [
+        {"path": str(path), "reason": "no file of this name in every other folder"} for path in left_out
     ]
     if not everywhere:
-        raise UserError(f"no file name is in each of {', '.join(map(str, source.inputs))}")
-    stems = without_duplicates(
-        source, {stem: found[0][stem] for stem in sorted(everywhere, key=natural)[: source.limit]}
-    )
-    items, at = still_items(source, stems, found)
-    K = len(found)
-    write_sentences(
-        source,
-        ["multi"],
-        items,
-        [
-            Series(
-                0,
-                [tuple(at[k, epoch, stem] for k in range(K)) for stem in stems],
-                source.shots,
-                (epoch,),
-                rows=lambda codes_TS, tasks: codes_TS[tasks],
-                tasks=K if source.shuffle_tasks else None,
-            )
-            for epoch in range(source.epochs)
-        ],
-        notes,
-    )
+        raise UserError(f"no file name is in each of {', '.join(map(str, config.inputs))}")
+    stems = sorted(everywhere, key=natural)[: config.limit]
+    jobs, at = still_jobs(config, stems, found)
+    series = []
+    for epoch in range(config.epochs):
+        units = [tuple(at[k, epoch, stem] for k in range(K)) for stem in stems]
+        shuffled = K if config.shuffle_tasks else None
+        series.append(Series(0, units, config.shots, (epoch,), lambda order: order, shuffled))
+    return Sentences(["multi"], jobs, series, rejections)
 
 
-def tokenize_category(source: Category):
-    notes = []
-    stems = without_duplicates(
-        source, dict(list(find_stems(source.inputs, source.filter, notes).items())[: source.limit])
-    )
-    items, at = still_items(source, stems, [stems])
-    classes = {}
+def category(config: Category) -> Sentences:
+    rejections = []
+    stems = dict(list(find_stems(config.inputs, config.filter, rejections).items())[: config.limit])
+    jobs, at = still_jobs(config, stems, [stems])
+    classes, size = {}, config.per_class
     for stem, path in stems.items():
         classes.setdefault(path.parent, []).append(stem)
-    wanted = source.pictures // source.per_class
+    wanted = config.pictures // size
     if len(classes) < wanted:
         raise UserError(
-            f"{source.inputs}: {len(classes)} folders hold pictures, a sentence shows {wanted} classes; lower --pictures or raise --per-class"
+            f"{config.inputs}: {len(classes)} folders hold pictures, a sentence shows {wanted} classes; "
+            "lower --pictures or raise --per-class"
         )
 
-    def arrange(good_N):
-        """Groups of one class's pictures; then sentences of different classes, those with more groups left being likelier."""
-        for epoch in range(source.epochs):
-            rng, groups = np.random.default_rng((source.seed, epoch)), []
+    def arrange(readable_N):
+        """Groups of one class's pictures; then sentences of different classes, likelier those with more
+        groups left."""
+        for epoch in range(config.epochs):
+            rng, groups = np.random.default_rng((config.seed, epoch)), []
             for members in classes.values():
-                kept = [at[0, epoch, stem] for stem in members if good_N[at[0, epoch, stem]]]
+                kept = [at[0, epoch, stem] for stem in members if readable_N[at[0, epoch, stem]]]
                 kept = [kept[i] for i in rng.permutation(len(kept))]
-                groups.append(
-                    [
-                        kept[i : i + source.per_class]
-                        for i in range(0, len(kept) - source.per_class + 1, source.per_class)
-                    ]
-                )
+                groups.append([kept[i : i + size] for i in range(0, len(kept) - size + 1, size)])
             left_N = np.array([len(g) for g in groups])
             while (left_N > 0).sum() >= wanted:
                 chosen = rng.choice(len(groups), wanted, replace=False, p=left_N / left_N.sum())
                 left_N[chosen] -= 1
                 yield 0, [i for c in chosen for i in groups[c].pop()]
 
-    write_sentences(source, ["category"], items, arrange, notes)
+    return Sentences(["category"], jobs, arrange, rejections)
 
 
-def tokenize_video(source: Video):
-    notes = []
-    files = find_videos(source.inputs, source.filter, notes)[: source.limit]
-    items = [
-        clip_item(source, [file], file.relative_to(source.inputs).as_posix(), epoch, (stride,), source.frames)
-        for epoch in range(source.epochs)
-        for stride in source.strides
-        for file in files
-    ]
-    write_sentences(
-        source,
-        ["video"],
-        items,
-        [Series(0, [(i,) for i in range(len(items))], 1)],
-        notes,
-        pictures=source.frames,
+def video(config: Video) -> Sentences:
+    rejections = []
+    files = find_videos(config.inputs, config.filter, rejections)[: config.limit]
+    jobs = []
+    for epoch, stride, file in itertools.product(range(config.epochs), config.strides, files):
+        name = file.relative_to(config.inputs).as_posix()
+        jobs.append(clip_job(config, [file], name, epoch, (stride,), config.frames))
+    return Sentences(
+        ["video"], jobs, [Series(0, [(i,) for i in range(len(jobs))])], rejections, config.frames
     )
 
 
-def tokenize_frames(source: Frames):
-    notes = []
-    clips = find_clips(source.inputs, source.filter, videos=False, notes=notes)
-    items = [
-        clip_item(source, [clip], name, epoch, range(1, source.max_stride + 1), source.frames)
-        for epoch in range(source.epochs)
-        for name, clip in list(clips.items())[: source.limit]
-    ]
-    write_sentences(
-        source,
-        ["frames"],
-        items,
-        [Series(0, [(i,) for i in range(len(items))], 1)],
-        notes,
-        pictures=source.frames,
+def frames(config: Frames) -> Sentences:
+    rejections = []
+    clips = find_clips(config.inputs, config.filter, False, rejections)
+    clips = {name: [clip] for name, clip in list(clips.items())[: config.limit]}
+    jobs = clip_jobs(config, clips, config.frames)
+    return Sentences(
+        ["frames"], jobs, [Series(0, [(i,) for i in range(len(jobs))])], rejections, config.frames
     )
 
 
-def tokenize_multi_video(source: MultiVideo):
-    notes = []
-    found = [find_clips(folder, source.filter, videos=True, notes=notes) for folder in source.inputs]
+def multi_video(config: MultiVideo) -> Sentences:
+    rejections = []
+    found = [find_clips(folder, config.filter, True, rejections) for folder in config.inputs]
     names = sorted(set(found[0]).intersection(*found[1:]), key=natural)
     mixed = [name for name in names if len({type(clips[name]) for clips in found}) > 1]
-    names = [name for name in names if name not in mixed][: source.limit]
-    notes += [
-        {"path": str(folder / name), "reason": "no clip of this name in every other folder"}
-        for folder, clips in zip(source.inputs, found)
-        for name in clips
-        if any(name not in other for other in found)
-    ]
-    notes += [
-        {
-            "path": str(source.inputs[0] / name),
-            "reason": "a video file in one folder, a folder of frames in another",
-        }
-        for name in mixed
-    ]
+    for folder, clips in zip(config.inputs, found):
+        for name in clips:
+            if any(name not in other for other in found):
+                reason = "no clip of this name in every other folder"
+                rejections.append({"path": str(folder / name), "reason": reason})
+    for name in mixed:
+        reason = "a video file in one folder, a folder of frames in another"
+        rejections.append({"path": str(config.inputs[0] / name), "reason": reason})
+    names = [name for name in names if name not in mixed][: config.limit]
     if not names:
-        raise UserError(f"no clip name is in each of {', '.join(map(str, source.inputs))}")
-    K = len(found)
-    frames = source.frames or max(1, 16 // (K * source.shots))
-    items = [
-        clip_item(
-            source, [clips[name] for clips in found], name, epoch, range(1, source.max_stride + 1), frames
+        raise UserError(f"no clip name is in each of {', '.join(map(str, config.inputs))}")
+    K, N = len(found), len(names)
+    count = config.frames or max(1, 16 // (K * config.shots))
+    jobs = clip_jobs(config, {name: [clips[name] for clips in found] for name in names}, count)
+    numbers_KT = np.arange(K * count).reshape(K, count)
+    by_task = lambda order: numbers_KT[slice(None) if order is None else order].reshape(-1)
+    by_frame = lambda order: numbers_KT[slice(None) if order is None else order].T.reshape(-1)
+    series = []
+    for epoch, (kind, pictures) in itertools.product(range(config.epochs), enumerate((by_task, by_frame))):
+        units = [(N * epoch + n,) for n in range(N)]
+        shuffled = K if config.shuffle_tasks else None
+        series.append(Series(kind, units, config.shots, (epoch,), pictures, shuffled))
+    return Sentences(["multi-video-by-task", "multi-video-by-frame"], jobs, series, rejections, K * count)
+
+
+def tracks(config: Tracks) -> Sentences:
+    rejections = []
+    found = find_tracks(config.inputs, config.filter, config.modalities, rejections)
+    found = dict(list(found.items())[: config.limit])
+    if not found:
+        raise UserError(f"{config.inputs}: no folder below it holds {', '.join(config.modalities)}")
+    F, N, K = config.frames, len(found), len(config.modalities)
+    jobs = clip_jobs(config, found, F, [name in config.half_floats for name in config.modalities])
+    categories, series = [name.rpartition("/")[0] for name in found], []
+    for epoch, k in itertools.product(range(config.epochs), range(1, K)):
+        both = np.r_[:F, k * F : k * F + F]
+        units = [(N * epoch + n,) for n in range(N)]
+        series.append(
+            Series(k - 1, units, config.shots, (epoch, k), lambda _, both=both: both, group=categories)
         )
-        for epoch in range(source.epochs)
-        for name in names
-    ]
-
-    def by_task(codes_TS, tasks):
-        return codes_TS.reshape(K, frames, -1)[slice(None) if tasks is None else tasks].reshape(
-            codes_TS.shape
-        )
-
-    def by_frame(codes_TS, tasks):
-        return by_task(codes_TS, tasks).reshape(K, frames, -1).swapaxes(0, 1).reshape(codes_TS.shape)
-
-    N = len(names)
-    write_sentences(
-        source,
-        ["multi-video-by-task", "multi-video-by-frame"],
-        items,
-        [
-            Series(
-                kind,
-                [(i,) for i in range(N * epoch, N * epoch + N)],
-                source.shots,
-                (epoch,),
-                rows,
-                K if source.shuffle_tasks else None,
-            )
-            for epoch in range(source.epochs)
-            for kind, rows in enumerate((by_task, by_frame))
-        ],
-        notes,
-        pictures=K * frames,
-    )
+    return Sentences([f"tracks-{name}" for name in config.modalities[1:]], jobs, series, rejections, K * F)
 
 
-def tokenize_tracks(source: Tracks):
-    notes = []
-    tracks = find_tracks(source.inputs, source.filter, source.modalities, notes)
-    tracks = dict(list(tracks.items())[: source.limit])
-    if not tracks:
-        raise UserError(f"{source.inputs}: no folder below it holds {', '.join(source.modalities)}")
-    F, N = source.frames, len(tracks)
-    half = [name in source.half_floats for name in source.modalities]
-    items = [
-        clip_item(source, clips, name, epoch, range(1, source.max_stride + 1), F, half)
-        for epoch in range(source.epochs)
-        for name, clips in tracks.items()
-    ]
-    category = [name.rpartition("/")[0] for name in tracks]
-    write_sentences(
-        source,
-        [f"tracks-{name}" for name in source.modalities[1:]],
-        items,
-        [
-            Series(
-                k - 1,
-                [(i,) for i in range(N * epoch, N * epoch + N)],
-                source.shots,
-                (epoch, k),
-                rows=lambda codes_TS, tasks, k=k: np.concatenate([codes_TS[:F], codes_TS[k * F : k * F + F]]),
-                group=category,
-            )
-            for epoch in range(source.epochs)
-            for k in range(1, len(source.modalities))
-        ],
-        notes,
-        pictures=len(half) * F,
-    )
+def write_sentences(make: Callable, config: TokenizeConfig):
+    """Encodes the pictures of a kind and, when those of all parts are there, strings the readable ones into
+    sentences."""
+    kinds, jobs, series, rejections, pictures = make(config)
 
-
-def write_sentences(source: Source, kinds, items: list[Item], series, notes=(), pictures: int = 1):
-    """Encodes the items and, when those of all parts are there, strings the readable ones into sentences.
-
-    `series`: a list of Series, or a function from a boolean for each item (was it readable?) to (kind, items) of each
-    sentence. `pictures`: how many an item has."""
-
-    def too_few(readable, notes):
-        report(source.out, notes)
-        shots = (
-            f"one sentence of {series[0].shots}"
-            if not callable(series) and series[0].shots > 1
-            else "one sentence"
-        )
+    def too_few(readable, rejections):
+        write_rejections(config.out, rejections)
+        folder = config.inputs if isinstance(config.inputs, Path) else config.inputs[0]
+        shots = 1 if callable(series) else series[0].shots
+        sentence = f"one sentence of {shots}" if shots > 1 else "one sentence"
         return UserError(
-            f"{source.inputs if isinstance(source.inputs, Path) else source.inputs[0]}: {readable} "
-            f"readable items do not fill {shots}; "
-            f"lower --shots, --frames, --strides or --per-class, or see {source.out}.rejected.jsonl"
+            f"{folder}: {readable} readable items do not fill {sentence}; lower --shots, --frames, --strides "
+            f"or --per-class, or see {config.out}.rejected.jsonl"
         )
 
-    if not callable(series) and all(
-        len(some.units) < some.shots for some in series
-    ):  # however many of them can be read
-        raise too_few(f"at most {len(items)}", notes)
-    tokenizer = open_tokenizer(source.tokenizer)
-    encoded = encode_chunks(source, tokenizer, items, pictures, notes)
+    if not callable(series) and all(len(some.units) < some.shots for some in series):
+        raise too_few(f"at most {len(jobs)}", rejections)
+    tokenizer = open_tokenizer(config.tokenizer)
+    encoded = encode_chunks(config, tokenizer, jobs, pictures, rejections)
     if encoded is None:
         return
-    good_N, codes_of, found = encoded
-    unused = collections.Counter()
+    readable_N, codes_of, found = encoded
+    rejections, unused = [*rejections, *found], collections.Counter()
 
     def sentences():
         if callable(series):
-            yield from (
-                (kind, np.concatenate([codes_of(i) for i in chosen])) for kind, chosen in series(good_N)
-            )
+            for kind, chosen in series(readable_N):
+                yield kind, np.concatenate([codes_of(i) for i in chosen])
             return
-        for kind, units, shots, salt, rows, tasks, group in series:
-            kept = [n for n, unit in enumerate(units) if all(good_N[i] for i in unit)]
-            rng = np.random.default_rng((source.seed, *(salt or ())))
-            order = [kept[i] for i in (range(len(kept)) if salt is None else rng.permutation(len(kept)))]
-            if group:
-                order.sort(key=lambda n: group[n])
-            for start in range(0, len(order) - shots + 1, shots):
-                permuted = None if tasks is None else rng.permutation(tasks)
-                yield (
-                    kind,
-                    np.concatenate(
-                        [
-                            rows(np.concatenate([codes_of(i) for i in units[n]]), permuted)
-                            for n in order[start : start + shots]
-                        ]
-                    ),
-                )
-            unused[kinds[kind]] += len(order) % shots
+        for some in series:
+            kept = [n for n, unit in enumerate(some.units) if all(readable_N[i] for i in unit)]
+            rng = np.random.default_rng((config.seed, *(some.salt or ())))
+            order = kept if some.salt is None else [kept[i] for i in rng.permutation(len(kept))]
+            if some.group:
+                order.sort(key=lambda n: some.group[n])
+            for start in range(0, len(order) - some.shots + 1, some.shots):
+                permuted = None if some.modalities is None else rng.permutation(some.modalities)
+                shown = some.pictures and some.pictures(permuted)
+                codes = []
+                for n in order[start : start + some.shots]:
+                    codes_TS = np.concatenate([codes_of(i) for i in some.units[n]])
+                    codes.append(codes_TS if shown is None else codes_TS[shown])
+                yield some.kind, np.concatenate(codes)
+            unused[kinds[some.kind]] += len(order) % some.shots
 
     strung = sentences()
     if (first := next(strung, None)) is None:
-        raise too_few(int(good_N.sum()), [*notes, *found])
-    write_dataset(
-        source.out,
-        tokenizer,
-        kinds,
-        itertools.chain([first], strung),
-        [*notes, *found],
-        source.context,
-        "" if split_part(source.part)[1] == 1 else f"-{split_part(source.part)[0]}",
-    )
-    remove_scratch(Path(f"{source.out}.codes"))
+        raise too_few(int(readable_N.sum()), rejections)
+    part, parts = split_part(config.part)
+    every, suffix = itertools.chain([first], strung), "" if parts == 1 else f"-{part}"
+    write_dataset(config.out, tokenizer, kinds, every, rejections, config.context, suffix)
+    remove_scratch(Path(f"{config.out}.codes"))
     for kind, count in unused.items():
         if count:
             print(f"{kind}: {count} readable shots or clips did not fill another sentence and were left out")
 
 
-# ---------------------------------------------------------------------------------------------------- finding files
+# ---------------------------------------- reading pictures
 
 
-def without_duplicates(source: Stills, stems: dict[str, Path]) -> dict[str, Path]:
-    """With --duplicates: the pictures that resemble no earlier one; DIR.duplicates.jsonl lists the others."""
-    if source.duplicates is None:
-        return stems
-    items = [Item(str(path), functools.partial(read_signature, path=path)) for path in stems.values()]
-    bits, kept, report = source.duplicates, {}, []
-    edges = np.linspace(0, 64, bits + 2).astype(
-        int
-    )  # hashes within `bits` of each other agree in one of bits + 1 bands
-    bands, signatures = collections.defaultdict(list), []
-    bar = tqdm(total=len(items), unit="picture", desc="duplicates", dynamic_ncols=True)
-    with (
-        bar,
-        contextlib.closing(
-            read_ahead(items, range(len(items)), 72, count_workers(source, len(items)), source.patience)
-        ) as reading,
-    ):
-        for n, (stem, (_, signature, _)) in enumerate(zip(stems, reading)):
-            bar.update()
-            signatures.append((stem, signature))
-            if not len(signature):  # cannot be read: encoding will say so
-                kept[stem] = stems[stem]
-                continue
-            key, colour = (
-                int.from_bytes(np.packbits(signature[0, :64] > 0.5).tobytes(), "little"),
-                signature[0, 64:],
-            )
-            near = (
-                (bin(key ^ other).count("1"), m)
-                for a, b in zip(edges, edges[1:])
-                for other, m in bands[a, key >> int(a) & (1 << int(b - a)) - 1]
-            )
-            hit = next(
-                (
-                    (d, m)
-                    for d, m in near
-                    if d <= bits and np.abs(colour - signatures[m][1][0, 64:]).max() < 0.06
-                ),
-                None,
-            )
-            if hit:
-                report.append(
-                    {
-                        "path": str(stems[stem]),
-                        "duplicate_of": str(stems[signatures[hit[1]][0]]),
-                        "bits": hit[0],
-                    }
-                )
-                continue
-            kept[stem] = stems[stem]
-            for a, b in zip(edges, edges[1:]):
-                bands[a, key >> int(a) & (1 << int(b - a)) - 1].append((key, n))
-    write_lines(f"{source.out}.duplicates.jsonl", report)
-    print(
-        f"{len(report)} of {len(stems)} pictures are duplicates and are left out; {source.out}.duplicates.jsonl lists them"
-    )
-    return kept
-
-
-# ---------------------------------------------------------------------------------------------------- reading pictures
-
-
-def augments(source: Source) -> bool:
-    return source.random_crop < 1 or source.flip or source.jitter > 0
-
-
-def draw_view(source: Source, epoch: int, name: str):
-    """How a shot or clip is shown, all its pictures alike: (fit, box, mirrored?, factors of brightness, contrast, saturation)."""
-    if not augments(source):
-        return source.fit, None, False, None
-    rng = np.random.default_rng((source.seed, epoch, zlib.crc32(os.fsencode(name)), 1))
-    side = rng.uniform(source.random_crop, 1)
+def draw_view(config: TokenizeConfig, epoch: int, name: str):
+    """How a shot or clip is shown, all its pictures alike: (fit, box, mirrored?, factors of brightness,
+    contrast and saturation)."""
+    if not config.augments:
+        return config.fit, None, False, None
+    rng = np.random.default_rng((config.seed, epoch, zlib.crc32(os.fsencode(name)), 1))
+    side = rng.uniform(config.random_crop, 1)
     x, y = rng.uniform(0, 1, 2)
-    box = (x, y, side) if source.random_crop < 1 else None
-    factors = tuple(rng.uniform(1 - source.jitter, 1 + source.jitter, 3)) if source.jitter else None
-    return source.fit, box, bool(source.flip and rng.random() < 0.5), factors
+    box = (x, y, side) if config.random_crop < 1 else None
+    factors = tuple(rng.uniform(1 - config.jitter, 1 + config.jitter, 3)) if config.jitter else None
+    return config.fit, box, bool(config.flip and rng.random() < 0.5), factors
 
 
 def read_view(path, size: int, view) -> np.ndarray:
@@ -817,313 +630,235 @@ def adjust(pixels_HWC, view):
     if factors:
         brightness, contrast, saturation = np.float32(factors)
         pixels_HWC = np.clip(pixels_HWC * brightness, 0, 1)
-        grey_HWC = to_grey(pixels_HWC)
-        pixels_HWC = np.clip(grey_HWC.mean() + contrast * (pixels_HWC - grey_HWC.mean()), 0, 1)
+        mean = to_grey(pixels_HWC).mean()
+        pixels_HWC = np.clip(mean + contrast * (pixels_HWC - mean), 0, 1)
         grey_HWC = to_grey(pixels_HWC)
         pixels_HWC = np.clip(grey_HWC + saturation * (pixels_HWC - grey_HWC), 0, 1)
     return pixels_HWC
 
 
-def still_items(source: Stills, stems, found):
-    """An item for each picture of `stems` in the folders `found`, anew in each epoch only where pictures are augmented;
-    and the number of the item of (folder, epoch, stem)."""
-    items, at = [], {}
-    for epoch in range(source.epochs):
-        for stem in stems:
-            for k, paths in enumerate(found):
-                if stem in paths and epoch and not augments(source):
-                    at[k, epoch, stem] = at[k, 0, stem]
-                elif stem in paths:
-                    at[k, epoch, stem] = len(items)
-                    items.append(
-                        Item(
-                            str(paths[stem]),
-                            functools.partial(
-                                read_still, path=paths[stem], view=draw_view(source, epoch, stem)
-                            ),
-                        )
-                    )
-    return items, at
+def still_jobs(config: TokenizeConfig, stems, found):
+    """A job for each picture of `stems` in the folders `found`, anew in each epoch only where pictures are
+    augmented; and the number of the job of (folder, epoch, stem)."""
+    jobs, at = [], {}
+    for epoch, stem, (k, paths) in itertools.product(range(config.epochs), stems, enumerate(found)):
+        if stem in paths and epoch and not config.augments:
+            at[k, epoch, stem] = at[k, 0, stem]
+        elif stem in paths:
+            at[k, epoch, stem] = len(jobs)
+            view = draw_view(config, epoch, stem)
+            jobs.append(ReadJob(str(paths[stem]), partial(read_still, path=paths[stem], view=view)))
+    return jobs, at
 
 
 def read_still(size, path, view):
     return [read_view(path, size, view)]
 
 
-def read_colorize(size, path, view, seed):
+def read_colorize(size, path, view):
     colour = read_view(path, size, view)
     return [to_grey(colour), colour]
 
 
 def read_inpaint(size, path, view, seed, squares):
     original = read_view(path, size, view)
-    return [cover(original, np.random.default_rng(seed), squares), original]
+    return [random_mask(original, np.random.default_rng(seed), squares), original]
 
 
-def read_signature(size, path):
-    """The 64 bits of the difference hash, and the mean colour: float32 [67] in [0, 1]."""
-    pixels_HWC = read_image(path, size)
-    grey_89 = to_grey(pixels_HWC)[..., 0].reshape(8, size // 8, 9, size // 9).mean((1, 3))
+def clip_jobs(config, clips: dict[str, list], frames: int, half=None) -> list[ReadJob]:
+    strides = range(1, config.max_stride + 1)
     return [
-        np.concatenate([np.diff(grey_89, axis=1).reshape(-1) > 0, pixels_HWC.mean((0, 1))]).astype(np.float32)
+        clip_job(config, tracks, name, epoch, strides, frames, half)
+        for epoch in range(config.epochs)
+        for name, tracks in clips.items()
     ]
 
 
-def to_grey(pixels_HWC):
-    """ITU-R 601 luma in three equal channels, as LVM's colorization script weighs it."""
-    grey_HW1 = (pixels_HWC @ np.array([0.2989, 0.5870, 0.1140], np.float32))[..., None]
-    return np.clip(np.repeat(grey_HW1, 3, axis=-1), 0, 1)
-
-
-def cover(pixels_HWC, rng, squares: float = 0.3):
-    """Zeroes a square of side U[25, 128) of 256 (with probability `squares`), else the dropped ones of 8 x 8 patches."""
-    size, pixels_HWC = len(pixels_HWC), pixels_HWC.copy()
-    if rng.random() < squares:
-        side = int(rng.integers(-(-25 * size // 256), size // 2))
-        y, x = rng.integers(0, size - side + 1, 2)
-        pixels_HWC[y : y + side, x : x + side] = 0
-        return pixels_HWC
-    kept = rng.random((8, 8)) < rng.random()
-    patch = np.arange(size) * 8 // size
-    return pixels_HWC * kept[patch][:, patch, None]
-
-
-def clip_item(source, tracks, name, epoch, strides, frames, half=None) -> Item:
-    """The same frames of the tracks (video files, or tuples of pictures) of one clip, one track after the other."""
-    read = functools.partial(
-        read_clip,
+def clip_job(config, tracks, name, epoch, strides, frames, half=None) -> ReadJob:
+    """The same frames of the tracks (video files, or tuples of pictures) of one clip, one track after the
+    other."""
+    first = tracks[0]
+    place = str(first if isinstance(first, Path) else first[0].parent if first else name)
+    of_pictures = {"half": half or [False] * len(tracks)}
+    read = partial(
+        *(read_video_clip,) if isinstance(first, Path) else (read_frame_clip,),
         tracks=tuple(tracks),
-        name=name,
+        place=place,
         strides=tuple(strides),
         frames=frames,
-        half=half or [False] * len(tracks),
-        view=draw_view(source, epoch, name),
-        seed=(source.seed, epoch, zlib.crc32(os.fsencode(name))),
+        view=draw_view(config, epoch, name),
+        seed=(config.seed, epoch, zlib.crc32(os.fsencode(name))),
+        **{} if isinstance(first, Path) else of_pictures,
     )
-    return Item(
-        str(tracks[0] if isinstance(tracks[0], Path) else tracks[0][0].parent if tracks[0] else name), read
-    )
+    return ReadJob(place, read)
 
 
-def read_clip(size, tracks, name, strides, frames, half, view, seed):
-    """-> (pictures, notes): `frames` of each track, at a stride and from a start that `seed` draws."""
-    stride_order = np.random.default_rng(seed).permutation(strides).tolist()
-    fitting = lambda count: next((s for s in stride_order if s * (frames - 1) < count), None)
-    place = str(tracks[0] if isinstance(tracks[0], Path) else tracks[0][0].parent if tracks[0] else name)
-    short = lambda count: {
-        "path": place,
-        "reason": f"{count} frames, {frames} at stride {min(strides)} take {min(strides) * (frames - 1) + 1}",
-    }
-    if isinstance(tracks[0], Path):
-        count = min(map(count_frames, tracks))
-        while (stride := fitting(count)) is not None:
-            start = int(np.random.default_rng((*seed, stride)).integers(count - stride * (frames - 1)))
-            read = [
-                read_frames(track, range(start, start + stride * (frames - 1) + 1, stride), size, *view[:2])
-                for track in tracks
-            ]
-            if all(there is None for _, there in read):
-                return [adjust(picture, view) for pictures, _ in read for picture in pictures], []
-            count = min(
-                there for _, there in read if there is not None
-            )  # the container promised more than there are
-        return [], [short(count)]
+def draw_stride(seed, strides, frames: int, count: int) -> int | None:
+    """A stride at which `frames` of `count` frames can be shown; it depends on `count` only as far as it
+    must."""
+    order = np.random.default_rng(seed).permutation(strides).tolist()
+    return next((stride for stride in order if stride * (frames - 1) < count), None)
 
-    notes, files = [], []
+
+def too_short(place, count, frames, strides) -> dict:
+    least = min(strides)
+    reason = f"{count} frames, {frames} at stride {least} take {least * (frames - 1) + 1}"
+    return {"path": place, "reason": reason}
+
+
+def read_video_clip(size, tracks, place, strides, frames, view, seed):
+    """-> (pictures, rejections): `frames` of each video, at a stride and from a start that `seed` draws."""
+    count = min(map(count_frames, tracks))
+    while (stride := draw_stride(seed, strides, frames, count)) is not None:
+        start = int(np.random.default_rng((*seed, stride)).integers(count - stride * (frames - 1)))
+        wanted = range(start, start + stride * (frames - 1) + 1, stride)
+        read = [read_frames(track, wanted, size, *view[:2]) for track in tracks]
+        if all(there is None for _, there in read):
+            return [adjust(picture, view) for pictures, _ in read for picture in pictures], []
+        count = min(
+            there for _, there in read if there is not None
+        )  # the container promised more than there are
+    return [], [too_short(place, count, frames, strides)]
+
+
+def read_frame_clip(size, tracks, place, strides, frames, view, seed, half):
+    """The same of clips that are folders of pictures. A frame that cannot be read is left out, and the draw
+    made again: the outcome is as if the frame had never been there, so those between the frames shown are
+    tried, too."""
+    rejections, files = [], []
     for track in tracks:
         files.append({})
         for path in track:
             key = re.match(r"[^.]*(\.[0-9]+(?=\.))*", path.name)[0] if len(tracks) > 1 else path.name
             if files[-1].setdefault(key, path) != path:
-                notes.append({"path": str(path), "reason": "another frame has this name"})
+                rejections.append({"path": str(path), "reason": "another frame has this name"})
     left = [key for key in files[0] if all(key in other for other in files)]
-    notes += [
-        {"path": str(path), "reason": "a frame that is not in every modality"}
-        for group in files
-        for key, path in group.items()
-        if key not in set(left)
+    alone = [
+        path for group in files for key, path in group.items() if any(key not in other for other in files)
     ]
-    # The start is the frame whose name scrambles to the least number. A frame that cannot be read is noted, taken away, and
-    # the draw made again; as those between the frames shown are tried too, the outcome is as if it had never been there.
+    rejections += [{"path": str(path), "reason": "a frame that is not in every modality"} for path in alone]
+    digest = lambda key: hashlib.blake2b(os.fsencode(key) + repr(seed).encode(), digest_size=8).digest()
     tried = {}
-    while (stride := fitting(len(left))) is not None:
-        span, salt = stride * (frames - 1) + 1, zlib.crc32(repr(seed).encode())
-        start = int(
-            scramble(
-                np.array(
-                    [zlib.crc32(os.fsencode(key)) + (salt << 32) for key in left[: len(left) - span + 1]],
-                    np.uint64,
-                )
-            ).argmin()
-        )
-        chosen = left[start : start + span : stride]
+
+    def read(k, key, shown):
+        path = files[k][key]
+        if (k, key, shown) not in tried:
+            tried[k, key, shown] = (
+                read_half(path)
+                if half[k]
+                else read_view(path, size, view)
+                if shown
+                else len(read_image(path, 8))
+            )
+        return tried[k, key, shown]
+
+    while (stride := draw_stride(seed, strides, frames, len(left))) is not None:
+        span = stride * (frames - 1) + 1
+        start = min(
+            range(len(left) - span + 1), key=lambda i: digest(left[i])
+        )  # a bad frame elsewhere moves nothing
+        chosen, pictures = left[start : start + span : stride], []
         try:
             for key in left[start : start + span]:
-                for k, group in enumerate(files):
-                    path, shown = group[key], key in chosen
-                    if (k, key, shown) not in tried:
-                        tried[k, key, shown] = (
-                            read_half(path)
-                            if half[k]
-                            else read_view(path, size, view)
-                            if shown
-                            else len(read_image(path, 8))
-                        )
+                for k in range(len(files)):
+                    read(k, key, key in chosen)
         except (UserError, OSError) as error:
-            notes.append({"path": str(path), "reason": str(error), "bad": True})
+            rejections.append({"path": str(files[k][key]), "reason": str(error), "bad": True})
             left.remove(key)
             continue
-        pictures = []
         for k in range(len(files)):
-            shots = [tried[k, key, True] for key in chosen]
+            shots = [read(k, key, True) for key in chosen]
             if half[k]:
                 scale = np.float32(max(1e-9, max(float(shot.max()) for shot in shots)))
-                shots = [
-                    adjust(to_pixels(Image.fromarray(shot / scale), size, *view[:2]), view) for shot in shots
-                ]
+                images = [Image.fromarray(shot / scale) for shot in shots]
+                shots = [adjust(to_pixels(image, size, *view[:2]), view) for image in images]
             pictures += shots
-        return pictures, notes
-    return [], [*notes, short(len(left))]
+        return pictures, rejections
+    return [], [*rejections, too_short(place, len(left), frames, strides)]
 
 
-LEVELS = np.arange(256, dtype=np.float32) / 255
-
-
-def read_item(read, size: int, compact: bool):
-    """-> (pictures [T, ...], or none, notes). With `compact`, as uint8 where that loses nothing."""
+def read_job(job: ReadJob, size: int, compact: bool):
+    """-> (pictures [T, ...], or none; rejections). With `compact`, as uint8 where that loses nothing."""
     try:
-        pictures = read(size)
-        pictures, notes = pictures if isinstance(pictures, tuple) else (pictures, [])
-        pictures = (
-            np.stack(pictures).astype(np.float32, copy=False) if len(pictures) else np.zeros(0, np.float32)
-        )
+        pictures = job.read(size)
+        pictures, rejections = pictures if isinstance(pictures, tuple) else (pictures, [])
+        pictures = np.stack(pictures).astype(np.float32, copy=False) if pictures else np.zeros(0, np.float32)
         if compact:
             levels = (pictures * 255 + np.float32(0.5)).astype(np.uint8)
             if np.array_equal(LEVELS.take(levels), pictures):
-                return levels, notes
+                return levels, rejections
         if pictures.size and not (pictures.min() >= 0 and pictures.max() <= 1):
             raise UserError(f"values in [{pictures.min()}, {pictures.max()}]; wanted [0, 1]")
     except (UserError, OSError) as error:
-        return np.zeros(0, np.float32), [{"path": None, "reason": str(error), "bad": True}]
-    return pictures, notes
-
-
-def count_workers(source: Source, pictures: int) -> int:
-    return source.workers if source.workers is not None else 0 if pictures < 2000 else os.cpu_count() or 1
+        return np.zeros(0, np.float32), [{"path": job.name, "reason": str(error), "bad": True}]
+    return pictures, rejections
 
 
 READER = "reader"  # begins the names of threads that read
 
 
-def read_ahead(items: list[Item], todo, size: int, workers: int, patience: float):
-    """Yields (number of the item, pictures, notes) in the order of `todo`, read by other processes (0: by two threads).
-
-    Raises RunStopped, naming the file, where a worker dies, has no memory left, or none gives a sign of life for `patience`
-    seconds."""
-    again = "the same command goes on where this one stopped"
-    hung = lambda names: RunStopped(
-        f"no worker gave a sign of life for {patience:g} seconds; "
-        f"they were reading {', '.join(names)}. Raise --patience, or take the file away; {again}"
-    )
-    no_memory = lambda name: RunStopped(
-        f"there is not enough memory to read {name}; take fewer --workers, or the file away; {again}"
-    )
-    if not workers:
-        waiting, pool = collections.deque(), ThreadPoolExecutor(2, READER)
-        numbers = iter(todo)
-        try:
-            while True:
-                while len(waiting) < 16 and (i := next(numbers, None)) is not None:
-                    waiting.append((i, pool.submit(read_item, items[i].read, size, False)))
-                if not waiting:
-                    return
-                i, future = waiting.popleft()
-                try:
-                    answer = future.result(patience)
-                except TimeoutError:
-                    raise hung([items[i].name]) from None
-                except MemoryError:
-                    raise no_memory(items[i].name) from None
-                yield i, *named(answer, items[i].name)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # a thread that hangs is not waited for
-    # A fork of this process would copy JAX's locks; a server that only imported the modules forks in a millisecond.
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload(["tokenize_data"])
-    busy, processes = {}, {}
-    for _ in range(workers):
-        ours, theirs = context.Pipe()
-        processes[ours] = context.Process(target=serve, args=(theirs, size), daemon=True)
-        processes[ours].start()
-        theirs.close()
-        busy[ours] = collections.deque()
-    doing = lambda pipe: items[busy[pipe][0]].name if busy[pipe] else "nothing"
-    queue, done, ahead = iter(todo), {}, 4 * workers + 16
-    try:
-        for wanted in todo:
-            while True:
-                for pipe in sorted(busy, key=lambda pipe: len(busy[pipe])):
-                    while (
-                        len(busy[pipe]) < 2
-                        and len(done) + sum(map(len, busy.values())) < ahead
-                        and (i := next(queue, None)) is not None
-                    ):
-                        busy[pipe].append(i)
-                        try:
-                            pipe.send((i, items[i].read))
-                        except OSError:
-                            pass  # it died: the answer that does not come says so below
-                pipes = multiprocessing.connection.wait(list(busy), 0 if wanted in done else patience)
-                if not pipes and wanted not in done:
-                    raise hung([doing(pipe) for pipe in busy if busy[pipe]])
-                for pipe in pipes:
-                    try:
-                        i, *answer = pipe.recv()
-                    except (EOFError, OSError):
-                        processes[pipe].join(1)
-                        raise RunStopped(
-                            f"a worker ended with status {processes[pipe].exitcode} while it read "
-                            f"{doing(pipe)} (-9: killed, perhaps for memory); {again}"
-                        ) from None
-                    busy[pipe].remove(i)
-                    if isinstance(answer[0], MemoryError):
-                        raise no_memory(items[i].name)
-                    done[i] = answer
-                if wanted in done:
-                    break
-            yield wanted, *named(done.pop(wanted), items[wanted].name)
-    finally:
-        for process in processes.values():
-            process.kill()
-        for pipe, process in processes.items():
-            process.join()
-            pipe.close()
-
-
-def named(answer, name):
-    """Notes about the item itself get its name."""
-    pictures, notes = answer
-    return pictures, [note | {"path": note["path"] or name} for note in notes]
-
-
-def serve(pipe, size: int):
-    """A worker: reads what it is told until the other end of the pipe closes, be it by the death of the parent."""
+def begin_worker():
+    """A worker leaves Ctrl-C to its parent, and ends with it, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(
+        target=lambda: (multiprocessing.connection.wait([parent]), os._exit(1)), daemon=True
+    ).start()
+
+
+def read_ahead(jobs: list[ReadJob], todo, size: int, workers: int, patience: float):
+    """Yields (number of the job, pictures, rejections) in the order of `todo`, read by other processes (0: by
+    two threads).
+
+    Raises RunStopped, naming the files, where a worker dies, has no memory left, or none gives a sign of life
+    for `patience` seconds."""
+    again = "the same command goes on where this one stopped"
+    if workers:
+        # A fork of this process would copy JAX's locks; a server that only imported the modules forks in a
+        # millisecond.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tokenize_data"])
+        pool = ProcessPoolExecutor(workers, context, begin_worker)
+    else:
+        pool = ThreadPoolExecutor(2, READER)
+    numbers, waiting, ahead = iter(todo), collections.deque(), 4 * workers + 16
+    names = lambda chosen: ", ".join(
+        [jobs[i].name for i, future in waiting if chosen(future)][: workers or 1]
+    )
     try:
         while True:
-            i, read = pipe.recv()
-            try:
-                answer = read_item(read, size, True)
-            except MemoryError as error:
-                answer = error, []
-            pipe.send((i, *answer))
-    except (EOFError, OSError):
-        pass
+            for i in itertools.islice(numbers, ahead - len(waiting)):
+                waiting.append((i, pool.submit(read_job, jobs[i], size, workers > 0)))
+            if not waiting:
+                return
+            i, future = waiting[0]
+            while not future.done():
+                pending = [future for _, future in waiting if not future.done()]
+                if not wait(pending, patience, FIRST_COMPLETED).done:
+                    raise RunStopped(
+                        f"no worker gave a sign of life for {patience:g} seconds; they were reading "
+                        f"{names(lambda f: not f.done())}. Raise --patience, or take the file away; {again}"
+                    )
+            pictures, rejections = future.result()
+            waiting.popleft()
+            yield i, pictures, rejections
+    except BrokenProcessPool:
+        reading = names(lambda f: not f.done() or f.exception())
+        raise RunStopped(
+            f"a worker ended, perhaps killed for memory, while they read {reading}; {again}"
+        ) from None
+    except MemoryError:
+        raise RunStopped(
+            f"there is not enough memory to read {jobs[i].name}; take fewer --workers, or the file away; {again}"
+        ) from None
+    finally:
+        # Processes that hang would be waited for; Python 3.14 has `kill_workers` for this.
+        for process in dict(getattr(pool, "_processes", None) or {}).values():
+            process.kill()
+        pool.shutdown(wait=bool(workers), cancel_futures=True)  # a thread that hangs is not waited for
 
 
-# ---------------------------------------------------------------------------------------------------- encoding
+# ---------------------------------------- encoding
 
 
 def open_tokenizer(path) -> vqgan.VQGAN:
@@ -1132,37 +867,29 @@ def open_tokenizer(path) -> vqgan.VQGAN:
     tokenizer = vqgan.load(path)
     if tokenizer.config.num_embeddings > MOST_CODES:
         raise UserError(
-            f"{path}: its codebook of {tokenizer.config.num_embeddings:,} entries is over the "
-            f"{MOST_CODES:,} that the "
-            "16 bits of a dataset's tokens can tell apart; take a tokenizer with fewer"
+            f"{path}: its codebook of {tokenizer.config.num_embeddings:,} entries is over the {MOST_CODES:,} "
+            "that the 16 bits of a dataset's tokens can tell apart; take a tokenizer with fewer"
         )
     return tokenizer
 
 
-def encode_items(tokenizer, items: list[tuple[str, Callable]], pictures: int, max_rejected=0.0, batch=64):
-    """Encodes items (name, function from size to a list of `pictures` arrays) in full batches.
-
-    Returns uint16 codes [kept, pictures, S], the indices of the kept items, and a list of {"path", "reason"} for the
-    others. Raises UserError where more than `max_rejected` of the items cannot be read, or none can."""
-    codes, kept, rejected = [], [], []
-    with tqdm(total=len(items) * pictures, unit="picture", dynamic_ncols=True) as bar:
-        for index, codes_TS, notes in encode_stream(
-            tokenizer, [Item(*item) for item in items], range(len(items)), batch=batch, devices=1
+def encode_jobs(tokenizer, jobs: list[ReadJob], pictures: int, batch=64) -> np.ndarray:
+    """Jobs of `pictures` pictures each, all of which can be read -> uint16 codes [jobs, pictures, S]."""
+    codes = []
+    with tqdm(total=len(jobs) * pictures, unit="picture", dynamic_ncols=True) as bar:
+        for _, codes_TS, rejections in encode_stream(
+            tokenizer, jobs, range(len(jobs)), batch=batch, devices=1
         ):
+            if rejections:
+                raise UserError(f"{rejections[0]['path']}: {rejections[0]['reason']}")
+            codes.append(codes_TS)
             bar.update(pictures)
-            rejected += notes
-            if len(codes_TS):
-                kept.append(index)
-                codes.append(codes_TS)
-            check_rejected(len(rejected), len(items), max_rejected, notes)
-    if not kept:
-        raise UserError("there is nothing to encode")
-    return np.stack(codes), kept, [{k: note[k] for k in ("path", "reason")} for note in rejected]
+    return np.stack(codes)
 
 
 def encode_stream(
     tokenizer,
-    items,
+    jobs,
     todo,
     *,
     batch: int,
@@ -1171,10 +898,10 @@ def encode_stream(
     patience: float = 45.0,
     flush_after=lambda i: False,
 ):
-    """Yields (number of the item, uint16 codes [T, S], notes) in order. Reading, and the device's work on one batch, go on
-    while the next batch is filled. A batch never reaches over an item after which it must be flushed."""
+    """Yields (number of the job, uint16 codes [T, S], rejections) in order. Reading, and the device's work on
+    one batch, go on while the next batch is filled. A batch never reaches over a job after which it must be
+    flushed."""
     size, S = tokenizer.config.resolution, tokenizer.config.codes_per_image
-    assert tokenizer.config.num_embeddings <= MOST_CODES
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
     tokenizer, split = jax.device_put(tokenizer, NamedSharding(mesh, P())), NamedSharding(mesh, P("data"))
     waiting, running, codes_NS = collections.deque(), collections.deque(), np.zeros((0, S), np.uint16)
@@ -1184,10 +911,7 @@ def encode_stream(
         nonlocal pixels_BHWC, filled
         if filled:  # always the same shape: one compilation
             running.append((vqgan.encode(tokenizer, jax.device_put(pixels_BHWC, split)), filled))
-            pixels_BHWC, filled = (
-                np.zeros_like(pixels_BHWC),
-                0,
-            )  # a new array: the device may still read the old one
+            pixels_BHWC, filled = np.zeros_like(pixels_BHWC), 0  # the device may still read the old array
 
     def finish(still_running):
         nonlocal codes_NS
@@ -1195,13 +919,13 @@ def encode_stream(
             codes_BS, count = running.popleft()
             codes_NS = np.concatenate([codes_NS, np.asarray(codes_BS)[:count].astype(np.uint16)])
         while waiting and waiting[0][1] <= len(codes_NS):
-            i, count, notes = waiting.popleft()
-            yield i, codes_NS[:count], notes
+            i, count, rejections = waiting.popleft()
+            yield i, codes_NS[:count], rejections
             codes_NS = codes_NS[count:]
 
-    with contextlib.closing(read_ahead(items, todo, size, workers, patience)) as reading:
-        for i, pictures, notes in reading:
-            waiting.append((i, len(pictures), notes))
+    with contextlib.closing(read_ahead(jobs, todo, size, workers, patience)) as reading:
+        for i, pictures, rejections in reading:
+            waiting.append((i, len(pictures), rejections))
             for pixels_HWC in pictures:
                 pixels_BHWC[filled] = (
                     pixels_HWC if pixels_HWC.dtype == np.float32 else LEVELS.take(pixels_HWC)
@@ -1217,141 +941,193 @@ def encode_stream(
     yield from finish(still_running=0)
 
 
-def encode_chunks(source: Source, tokenizer, items: list[Item], pictures: int, notes):
-    """Encodes the chunks of this part that are not there yet, each into two files below `OUT.codes`.
+class Chunks:
+    """The encoded pictures of a run that is not finished, in `OUT.codes`: for each `size` jobs one file of
+    codes, and one of JSON that vouches for it. Raises UserError for a folder that a run with other settings,
+    files or tokenizer left."""
 
-    Returns (was it readable, for each item; function from an item to its codes [T, S]; notes), or None while chunks of
-    other parts are missing. Raises UserError where more than `max_rejected` of the files cannot be read."""
-    folder, S = Path(f"{source.out}.codes"), tokenizer.config.codes_per_image
-    devices = jax.device_count() if source.mesh == -1 else source.mesh
+    def __init__(self, config: TokenizeConfig, tokenizer, jobs: list[ReadJob], batch: int, pictures: int):
+        self.folder, self.S, self.jobs = Path(f"{config.out}.codes"), tokenizer.config.codes_per_image, jobs
+        self.size = max(1, CHUNK // pictures)
+        self.numbers = range(-(-len(jobs) // self.size))
+        begin_plan(self.folder, config, tokenizer, jobs, batch)
+        self.states_N = input_states(jobs, config.check_contents)
+        self.about = {}
+        self.look()
+
+    def file(self, chunk: int) -> Path:
+        return self.folder / f"{chunk:06d}.json"
+
+    def jobs_of(self, chunk: int) -> range:
+        return range(chunk * self.size, min(len(self.jobs), (chunk + 1) * self.size))
+
+    def states_of(self, chunk: int) -> list[str]:
+        return [self.states_N[i] for i in self.jobs_of(chunk)]
+
+    def look(self):
+        """Finds the chunks that are there. Those whose inputs are no longer what they were are taken away."""
+        changed, anew = [], 0
+        for chunk in self.numbers:
+            file = self.file(chunk)
+            if chunk in self.about or not file.exists():
+                continue
+            about = read_chunk(file, self.S)
+            pairs = list(zip(self.jobs_of(chunk), about["inputs"] or [None] * len(self.jobs_of(chunk))))
+            differ = [self.jobs[i].name for i, before in pairs if before != self.states_N[i]]
+            if differ:
+                file.unlink(missing_ok=True)
+                changed, anew = changed + differ, anew + 1
+            else:
+                self.about[chunk] = about
+        if anew:
+            print(
+                f"{len(changed)} inputs have changed since they were encoded, such as "
+                f"{', '.join(changed[:3])}: {anew} chunks are encoded anew"
+            )
+
+    def gather(self):
+        """Of all chunks: (was it readable, for each job; function from a job to its codes [T, S];
+        rejections)."""
+        abouts = [self.about[chunk] for chunk in self.numbers]
+        counts_N = np.array([count for about in abouts for count in about["counts"]], int)
+        starts_N = np.array(
+            [n for about in abouts for n in itertools.accumulate([0, *about["counts"][:-1]])], int
+        )
+
+        def codes_of(i):
+            file, width = self.file(i // self.size).with_suffix(".codes"), 2 * self.S
+            codes = read_at(file, width * int(starts_N[i]), width * int(counts_N[i]))
+            return np.frombuffer(codes, "<u2").reshape(counts_N[i], self.S)
+
+        return counts_N > 0, codes_of, [note for about in abouts for note in about["rejections"]]
+
+
+def write_chunk(file: Path, codes: list, rejections, bad: int, states) -> dict:
+    """The codes first, then what vouches for them; either appears whole."""
+    data = np.concatenate(codes).astype("<u2").tobytes()
+    about = {"counts": [len(codes_TS) for codes_TS in codes], "rejections": rejections, "bad": bad}
+    about |= {"inputs": states, "sha256": sha256(data)}
+    write_whole(file.with_suffix(".codes"), data)
+    write_whole(file, strict_json(about) + "\n")
+    return about
+
+
+def read_chunk(file: Path, S: int) -> dict:
+    kinds = {"counts": list[int], "rejections": list[dict[str, str | bool]], "bad": int}
+    try:
+        check_fields(about := read_json(file), kinds | {"inputs": list[str] | None, "sha256": str}, file)
+        if not all({"path", "reason"} <= note.keys() for note in about["rejections"]):
+            raise UserError(f"{file}: a rejection without path or reason")
+        data = file.with_suffix(".codes").read_bytes()
+        size = 2 * S * sum(about["counts"])
+        if len(data) != size or min(about["counts"], default=0) < 0 or sha256(data) != about["sha256"]:
+            raise UserError(f"{file}: its codes are others than it says")
+        return about
+    except (OSError, UserError) as error:
+        raise UserError(f"{error}; delete {file} and run the same command again") from None
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def encode_chunks(config: TokenizeConfig, tokenizer, jobs: list[ReadJob], pictures: int, rejections):
+    """Encodes the chunks of this part that are not there yet. Returns what `Chunks.gather` does, or None
+    while chunks of other parts are missing. Raises UserError where more than --max-rejected of the files
+    cannot be read."""
+    devices = jax.device_count() if config.mesh == -1 else config.mesh
     if not 1 <= devices <= jax.device_count():
         raise UserError(
-            f"--mesh {source.mesh}: {jax.device_count()} devices are here; wanted -1 or a number up to that"
+            f"--mesh {config.mesh}: {jax.device_count()} devices are here; wanted -1 or a number up to that"
         )
-    batch = -(-source.batch // devices) * devices
-    begin_chunks(folder, source, tokenizer, items, batch)
-    part, parts = split_part(source.part)
-    per_chunk = max(1, CHUNK // pictures)
-    chunks = range(-(-len(items) // per_chunk))
-    numbers = lambda chunk: range(chunk * per_chunk, min(len(items), (chunk + 1) * per_chunk))
-    states_N = input_states(items, source.check_contents)
-    there = [chunk for chunk in chunks if (folder / f"{chunk:06d}.json").exists()]
-    about = unchanged_chunks(folder, there, S, items, states_N, numbers)
-    todo = [i for chunk in chunks if chunk % parts == part and chunk not in about for i in numbers(chunk)]
-    is_bad = lambda read, notes: not read and any(note.get("bad") for note in notes)
-    bad = sum(done["bad"] for done in about.values())
-    last_of = lambda i: i == numbers(i // per_chunk)[-1]
-    counts, found, codes, bad_here = [], [], [], 0
-    with tqdm(
-        total=len(items) * pictures,
-        initial=(len(items) - len(todo)) * pictures,
-        unit="picture",
-        dynamic_ncols=True,
-    ) as bar:
-        stream = encode_stream(
-            tokenizer,
-            items,
-            todo,
-            batch=batch,
-            devices=devices,
-            workers=count_workers(source, len(todo) * pictures),
-            patience=source.patience,
-            flush_after=last_of,
-        )
-        for i, codes_TS, item_notes in stream:
-            bar.update(pictures)
-            counts.append(len(codes_TS))
-            codes.append(codes_TS)
-            found += item_notes
-            bad_here += is_bad(len(codes_TS), item_notes)
-            if bad + bad_here > source.max_rejected * len(items):
-                bar.close()
-                report(
-                    source.out, [*notes, *(note for done in about.values() for note in done["notes"]), *found]
-                )
-                check_rejected(bad + bad_here, len(items), source.max_rejected, item_notes)
-            if last_of(i):
-                here = slice(numbers(i // per_chunk).start, i + 1)
-                about[i // per_chunk] = write_chunk(
-                    folder, i // per_chunk, counts, np.concatenate(codes), found, bad_here, states_N[here]
-                )
-                counts, found, codes, bad, bad_here = [], [], [], bad + bad_here, 0
-    of_others = [chunk for chunk in chunks if chunk not in about and (folder / f"{chunk:06d}.json").exists()]
-    about |= unchanged_chunks(folder, of_others, S, items, states_N, numbers)
-    missing = [chunk for chunk in chunks if chunk not in about]
-    if source.out.exists():
-        print(f"another part wrote {source.out} in the meantime")
-        return None
-    if missing:
-        print(
-            f"part {source.part} is encoded; {len(missing)} of {len(chunks)} chunks are still to come from other parts; the last to finish writes {source.out}"
-        )
-        return None
-    about = [about[chunk] for chunk in chunks]
-    counts_N = np.concatenate([done["counts"] for done in about]) if about else np.zeros(0, int)
-    starts_N = (
-        np.concatenate([np.cumsum([0, *done["counts"][:-1]]) for done in about])
-        if about
-        else np.zeros(0, int)
+    batch, (part, parts) = -(-config.batch // devices) * devices, split_part(config.part)
+    chunks = Chunks(config, tokenizer, jobs, batch, pictures)
+    mine = [chunk for chunk in chunks.numbers if chunk % parts == part and chunk not in chunks.about]
+    todo, last = (
+        [i for chunk in mine for i in chunks.jobs_of(chunk)],
+        {chunks.jobs_of(chunk)[-1] for chunk in mine},
     )
-
-    def codes_of(i):
-        file = folder / f"{i // per_chunk:06d}.codes"
-        codes = read_at(file, 2 * S * int(starts_N[i]), 2 * S * int(counts_N[i]))
-        return np.frombuffer(codes, "<u2").reshape(counts_N[i], S)
-
-    return counts_N > 0, codes_of, [note for done in about for note in done["notes"]]
-
-
-def check_rejected(bad: int, total: int, most: float, notes):
-    if bad > most * total:
-        raise UserError(
-            f"{bad} of {total} inputs cannot be read, more than --max-rejected {most}; the last: "
-            f"{notes[-1]['reason'] if notes else ''}"
+    bad = sum(about["bad"] for about in chunks.about.values())
+    codes, found, bad_here = [], [], 0
+    few = len(todo) * pictures < 2000
+    workers = config.workers if config.workers is not None else 0 if few else os.cpu_count() or 1
+    stream = encode_stream(
+        tokenizer,
+        jobs,
+        todo,
+        batch=batch,
+        devices=devices,
+        workers=workers,
+        patience=config.patience,
+        flush_after=last.__contains__,
+    )
+    total, done = len(jobs) * pictures, (len(jobs) - len(todo)) * pictures
+    with tqdm(total=total, initial=done, unit="picture", dynamic_ncols=True) as bar:
+        for i, codes_TS, reasons in stream:
+            bar.update(pictures)
+            codes.append(codes_TS)
+            found += reasons
+            bad_here += not len(codes_TS) and any(note.get("bad") for note in reasons)
+            if bad + bad_here > config.max_rejected * len(jobs):
+                bar.close()
+                earlier = [note for about in chunks.about.values() for note in about["rejections"]]
+                write_rejections(config.out, [*rejections, *earlier, *found])
+                raise UserError(
+                    f"{bad + bad_here} of {len(jobs)} inputs cannot be read, more than --max-rejected "
+                    f"{config.max_rejected}; the last: {reasons[-1]['reason'] if reasons else ''}"
+                )
+            if i in last:
+                chunk = i // chunks.size
+                about = write_chunk(chunks.file(chunk), codes, found, bad_here, chunks.states_of(chunk))
+                chunks.about[chunk] = about
+                codes, found, bad, bad_here = [], [], bad + bad_here, 0
+    chunks.look()
+    missing = len(chunks.numbers) - len(chunks.about)
+    if config.out.exists():
+        print(f"another part wrote {config.out} in the meantime")
+    elif missing:
+        print(
+            f"part {config.part} is encoded; {missing} of {len(chunks.numbers)} chunks are still to come "
+            f"from other parts; the last to finish writes {config.out}"
         )
+    else:
+        return chunks.gather()
 
 
-def begin_chunks(folder: Path, source: Source, tokenizer, items, batch):
+def begin_plan(folder: Path, config: TokenizeConfig, tokenizer, jobs, batch):
     """Makes `OUT.codes`, or finds it as a run with the same settings, files and tokenizer left it."""
     free = {"out", "tokenizer", "max_rejected", "context", "workers", "batch", "mesh", "part", "patience"}
-    names = hashlib.sha256()
-    for item in items:
-        names.update(repr((item.name, item.read.func.__name__, item.read.keywords)).encode())
+    files = hashlib.sha256()
+    for job in jobs:
+        files.update(repr((job.name, job.read.func.__name__, job.read.keywords)).encode())
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
     plan = {
-        "kind": type(source).__name__,
+        "kind": type(config).__name__,
         "tokenizer": vqgan.fingerprint(tokenizer),
         "batch": batch,
-        "files": f"{len(items)} items, {names.hexdigest()[:16]}",
-        **json.loads(
-            json.dumps({k: v for k, v in dataclasses.asdict(source).items() if k not in free}, default=str)
-        ),
+        "files": f"{len(jobs)} items, {files.hexdigest()[:16]}",
+        **json.loads(json.dumps(settings, default=str)),
     }
     file = folder / "plan.json"
-    if (
-        folder.exists()
-        and not file.exists()
-        and any(not path.name.startswith(".") for path in folder.iterdir())
-    ):
+    if folder.exists() and not file.exists() and any(path.name[0] != "." for path in folder.iterdir()):
         raise UserError(f"{folder} is in the way: it is no unfinished run; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    if file.exists():
-        before = {"check_contents": False} | read_json(file)  # of runs that are older than the flag
-        if changed := [f"{k}: {before.get(k)} -> {v}" for k, v in plan.items() if before.get(k) != v]:
-            raise UserError(
-                f"{folder} holds an unfinished run with other settings ({'; '.join(changed)}); repeat them, delete it, or choose another --out"
-            )
+    before = read_json(file) if file.exists() else plan
+    if changed := [f"{k}: {before.get(k)} -> {v}" for k, v in plan.items() if before.get(k) != v]:
+        raise UserError(
+            f"{folder} holds an unfinished run with other settings ({'; '.join(changed)}); repeat them, "
+            "delete it, or choose another --out"
+        )
     write_whole(file, strict_json(plan, indent=1) + "\n")
 
 
-def input_states(items: list[Item], contents: bool) -> list[str]:
-    """For each item a digest of the states of its files: another one, another picture."""
-    files = [files_of(item) for item in items]
+def input_states(jobs: list[ReadJob], contents: bool) -> list[str]:
+    """For each job a digest of the states of its files: another one, another picture."""
+    files = [files_of(job) for job in jobs]
     every = list(dict.fromkeys(itertools.chain(*files)))
     with ThreadPoolExecutor(16) as pool:
-        states = dict(zip(every, pool.map(functools.partial(file_state, contents=contents), every)))
-    return [
-        hashlib.sha256(" ".join(states[file] for file in some).encode()).hexdigest()[:16] for some in files
-    ]
+        states = dict(zip(every, pool.map(partial(file_state, contents=contents), every)))
+    return [sha256(" ".join(states[file] for file in some).encode())[:16] for some in files]
 
 
 def file_state(file, contents=False) -> str:
@@ -1366,74 +1142,11 @@ def file_state(file, contents=False) -> str:
         return f"error {error.errno}"
 
 
-def files_of(item: Item) -> list[Path]:
-    """The files that an item is read from: a picture, a video, or every frame of the folders of a clip."""
-    tracks = item.read.keywords.get("tracks") or [item.read.keywords["path"]]
-    return [file for track in tracks for file in ([track] if isinstance(track, Path) else track)]
-
-
-def unchanged_chunks(folder: Path, chunks, S: int, items, states_N, numbers) -> dict[int, dict]:
-    """{chunk: what is known of it} for those whose inputs are what they were when they were encoded; the others are taken
-    away."""
-    about, changed, anew = {chunk: read_chunk(folder, chunk, S) for chunk in chunks}, [], 0
-    for chunk in chunks:
-        before, now = about[chunk].get("inputs") or [], [states_N[i] for i in numbers(chunk)]
-        if before != now:
-            pairs = itertools.zip_longest(numbers(chunk), before)
-            changed += [items[i].name for i, was in pairs if i is not None and was != states_N[i]]
-            (folder / f"{chunk:06d}.json").unlink(missing_ok=True)
-            del about[chunk]
-            anew += 1
-    if anew:
-        print(
-            f"{len(changed)} inputs have changed since they were encoded, such as {', '.join(changed[:3])}: "
-            f"{anew} chunks are encoded anew"
-        )
-    return about
-
-
-def write_chunk(folder: Path, chunk: int, counts, codes_NS, notes, bad: int, states) -> dict:
-    """The codes first, then what vouches for them; either appears whole."""
-    data = codes_NS.astype("<u2").tobytes()
-    write_whole(folder / f"{chunk:06d}.codes", data)
-    about = {
-        "counts": counts,
-        "notes": notes,
-        "bad": bad,
-        "inputs": states,
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }
-    write_whole(folder / f"{chunk:06d}.json", strict_json(about) + "\n")
-    return about
-
-
-def read_chunk(folder: Path, chunk: int, S: int) -> dict:
-    file = folder / f"{chunk:06d}.json"
-    try:
-        about = read_json(file)
-        check_fields(
-            about,
-            {
-                "counts": list[int],
-                "notes": list[dict[str, str | bool]],
-                "bad": int,
-                "inputs": list[str] | None,
-                "sha256": str,
-            },
-            file,
-        )
-        if not all({"path", "reason"} <= note.keys() for note in about["notes"]):
-            raise UserError(f"{file}: a note without path or reason")
-        data = (folder / f"{chunk:06d}.codes").read_bytes()
-        if (
-            len(data) != 2 * S * sum(about["counts"])
-            or min(about["counts"], default=0) < 0
-            or hashlib.sha256(data).hexdigest() != about["sha256"]
-        ):
-            raise UserError(f"{file}: its codes are others than it says")
-        return about
-    except (OSError, UserError) as error:
-        raise UserError(f"{error}; delete {file} and run the same command again") from None
+def files_of(job: ReadJob) -> list[Path]:
+    """The files that a job reads: a picture, a video, or every frame of the folders of a clip."""
+    tracks = job.read.keywords.get("tracks") or [job.read.keywords["path"]]
+    files = [file for track in tracks for file in ([track] if isinstance(track, Path) else track)]
+    return [getattr(file, "archive", file) for file in files]
 
 
 # Names of files of scratch.
@@ -1441,8 +1154,8 @@ OURS = re.compile(r"\d{6}\.(codes|json)|plan\.json|\d{5}\.(tokens|index\.npy)|da
 
 
 def remove_scratch(folder: Path):
-    """Takes away a folder that is not needed any more. What stays, such as files that a network disk keeps for whoever has
-    them open, or that another part is taking away, is no reason to fail: the work is done."""
+    """Takes away a folder that is not needed any more. What stays, such as files that a network disk keeps
+    for whoever has them open, or that another part is taking away, is no reason to fail: the work is done."""
     with contextlib.suppress(OSError):
         for file in list(folder.iterdir()):
             if OURS.fullmatch(file.name):
@@ -1453,16 +1166,13 @@ def remove_scratch(folder: Path):
         print(f"{folder} could not be removed whole; it is not needed any more", file=sys.stderr)
 
 
-def write_lines(path, records):
-    write_whole(path, "".join(strict_json(record) + "\n" for record in records))
-
-
-def report(out: Path, notes):
+def write_rejections(out: Path, rejections):
     """Writes OUT.rejected.jsonl, {"path", "reason"} a line, or takes away that of an earlier run."""
     path = Path(f"{out}.rejected.jsonl")
-    if notes:
-        write_lines(path, [{k: note[k] for k in ("path", "reason")} for note in notes])
-        print(f"{len(notes)} inputs were left out; {path} says why")
+    if rejections:
+        lines = [strict_json({k: note[k] for k in ("path", "reason")}) + "\n" for note in rejections]
+        write_whole(path, "".join(lines))
+        print(f"{len(rejections)} inputs were left out; {path} says why")
     else:
         path.unlink(missing_ok=True)
 
@@ -1477,68 +1187,64 @@ def split_part(text: str) -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------------- shards
 
 
-def write_dataset(
-    out: Path,
-    tokenizer,
-    kinds: list[str],
-    sentences: Iterable[tuple[int, np.ndarray]],
-    rejected=(),
-    context: int | None = None,
-    suffix: str = "",
-):
-    """Writes (kind, uint16 tokens) sentences as a dataset folder, whole or not at all. Raises UserError where there is one
-    already."""
+def write_dataset(out, tokenizer, kinds, sentences, rejected=(), context=None, suffix=""):
+    """Writes `sentences`, (number of the kind, its codes) each, as a dataset folder, whole or not at all.
+
+    `rejected` are the records of OUT.rejected.jsonl. With `context`, says how many sentences are longer. `suffix`
+    keeps writers of the same folder apart. Raises UserError where OUT exists or a code is not in the codebook."""
+    config = tokenizer.config
+    about = {"tokenizer": vqgan.fingerprint(tokenizer), "codes": config.num_embeddings}
+    about |= {"codes_per_image": config.codes_per_image}
+    write_shards(out, about, kinds, sentences, rejected, context, suffix)
+
+
+def write_shards(out, about: dict, kinds, sentences, rejected=(), context=None, suffix=""):
+    """`write_dataset`, given the first fields of dataset.json. A sentence may also be (kind, tokens, *cuts): the
+    places where the tokens under one key of a .jsonl end and those under the next begin."""
     out, partial = Path(out), Path(f"{out}.partial{suffix}")
     if out.exists():
         raise UserError(f"{out} exists; choose another --out or delete it")
-    if partial.exists():  # what a killed run left behind
-        if any(
-            not OURS.fullmatch(file.name) and not file.name.startswith(".nfs") for file in partial.iterdir()
-        ):
-            raise UserError(
-                f"{partial} is in the way, and holds files that no run left there; choose another --out"
-            )
-        for file in partial.iterdir():
-            file.unlink(missing_ok=True)
+    remains = list(partial.iterdir()) if partial.exists() else []  # of a run that was killed
+    if any(not OURS.fullmatch(file.name) and not file.name.startswith(".nfs") for file in remains):
+        raise UserError(
+            f"{partial} is in the way, and holds files that no run left there; choose another --out"
+        )
+    for file in remains:
+        file.unlink(missing_ok=True)
     partial.mkdir(parents=True, exist_ok=True)
-    files, tokens, counts, longer = {}, 0, [0] * len(kinds), 0
-    sentences = iter(sentences)
+    vocabulary, sentences = about.get("vocabulary") or about["codes"], iter(sentences)
+    digests, tokens, longer, counts_K = {}, 0, 0, np.zeros(len(kinds), int)
     while (first := next(sentences, None)) is not None:
-        stem, index, end, digest = partial / f"{len(files) // 2:05d}", [], 0, hashlib.sha256()
+        stem, index, end, digest = partial / f"{len(digests) // 2:05d}", [], 0, hashlib.sha256()
         with naming(f"{stem}.tokens"), open(f"{stem}.tokens", "wb") as file:
-            for kind, codes in itertools.chain([first], itertools.islice(sentences, SENTENCES_PER_SHARD - 1)):
-                codes = np.asarray(codes).reshape(-1)
-                if not len(codes) or codes.min() < 0 or codes.max() >= tokenizer.config.num_embeddings:
+            for kind, codes, *cuts in itertools.chain(
+                [first], itertools.islice(sentences, SENTENCES_PER_SHARD - 1)
+            ):
+                codes_T = np.asarray(codes).reshape(-1)
+                if not len(codes_T) or codes_T.min() < 0 or codes_T.max() >= vocabulary:
+                    most = f" up to {codes_T.max()}" if len(codes_T) else ""
                     raise UserError(
-                        f"{out}: a sentence of {len(codes)} codes {f'up to {codes.max()} ' if len(codes) else ''}does not fit the tokenizer's {tokenizer.config.num_embeddings}"
+                        f"{out}: a sentence of {len(codes_T)} codes{most} does not fit the tokenizer's {vocabulary}"
                     )
-                data = codes.astype("<u2").tobytes()
-                file.write(data)
+                file.write(data := codes_T.astype("<u2").tobytes())
                 digest.update(data)
-                end += len(codes)
-                index.append((end, kind, zlib.crc32(data)))
-                counts[kind] += 1
-                longer += context is not None and len(codes) + 2 > context
+                end += len(codes_T)
+                index.append((end, kind, zlib.crc32(data), *cuts))
             file.flush()
             os.fsync(file.fileno())
-        np.save(content := io.BytesIO(), np.array(index, "<i8"))
+        index_NC = np.array(index, "<i8")
+        np.save(content := io.BytesIO(), index_NC)
         write_whole(f"{stem}.index.npy", content.getvalue())
-        files[f"{stem.name}.tokens"] = digest.hexdigest()
-        files[f"{stem.name}.index.npy"] = hashlib.sha256(content.getvalue()).hexdigest()
+        digests[f"{stem.name}.tokens"] = digest.hexdigest()
+        digests[f"{stem.name}.index.npy"] = hashlib.sha256(content.getvalue()).hexdigest()
         tokens += end
-    about = {
-        "format": FORMAT,
-        "tokenizer": vqgan.fingerprint(tokenizer),
-        "codes": tokenizer.config.num_embeddings,
-        "codes_per_image": tokenizer.config.codes_per_image,
-        "sentences": sum(counts),
-        "tokens": tokens,
-        "kinds": dict(zip(kinds, counts)),
-        "rejected": len(rejected),
-        "sha256": files,
-    }
+        counts_K += np.bincount(index_NC[:, 1], minlength=len(kinds))
+        longer += int((np.diff(index_NC[:, 0], prepend=0) + 2 > (context or math.inf)).sum())
+    count = int(counts_K.sum())
+    about = {"format": FORMAT} | about | {"sentences": count, "tokens": tokens}
+    about |= {"kinds": dict(zip(kinds, counts_K.tolist())), "rejected": len(rejected), "sha256": digests}
     write_whole(partial / "dataset.json", describe(about))
-    report(out, rejected)
+    write_rejections(out, rejected)
     try:
         partial.rename(out)
     except OSError:
@@ -1547,16 +1253,17 @@ def write_dataset(
         remove_scratch(partial)  # another part was faster, with the same result
     if longer:
         print(
-            f"{longer:,} of {sum(counts):,} sentences are longer than --context {context} with BOS and EOS: train with a longer one, or with --packing concat"
+            f"{longer:,} of {count:,} sentences are longer than --context {context} with BOS and EOS: train with a "
+            "longer one, or with --packing concat"
         )
-    print(f"wrote {sum(counts):,} sentences, {tokens:,} tokens to {out}")
+    print(f"wrote {count:,} sentences, {tokens:,} tokens to {out}")
 
 
 class Shards:
-    """Random access to a dataset folder: `shards[i]` is (kind, uint16 tokens).
+    """Random access to a dataset folder: `shards[i]` is (kind, uint16 tokens) of sentence i.
 
-    Opening it reads every file once and compares its digest; what was compared is remembered in the user's cache folder,
-    so that another start reads the indices alone. Every sentence is compared with its checksum when it is read. Files are
+    Opening it reads every file once and compares its digest; the user's cache folder remembers what was compared, so
+    that another start reads the indices alone. Each sentence is compared with its checksum when it is read. Files are
     opened for each sentence: any number of shards takes no descriptors, and a file that is emptied, replaced or deleted
     meanwhile is an error, never a fault of memory or a wrong sentence.
     Raises UserError, naming the file, for a folder that is no dataset, of another format version, changed since it was
@@ -1564,37 +1271,29 @@ class Shards:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        file = self.folder / "dataset.json"
-        if not file.is_file():
-            raise UserError(
-                f"{folder}: no dataset here (dataset.json is missing); make one with: python tokenize_data.py KIND --out {folder}"
-            )
-        self.about = read_json(file)
-        self.digest = check_description(file, self.about)  # names what the whole dataset holds
+        self.about, self.digest = read_description(self.folder / "dataset.json")
         self.codes, self.kinds, digests = self.about["codes"], list(self.about["kinds"]), self.about["sha256"]
-        self.shards = []  # of each token file: its path, int64 [sentences, 3] of ends, kinds and CRC-32
-        for name in sorted(n for n in digests if n.endswith(".tokens")):
-            path, index = self.folder / name, name.removesuffix(".tokens") + ".index.npy"
-            if index not in digests:
-                raise UserError(f"{file}: sha256 names {name} and not {index}")
-            self.shards.append((path, read_index(self.folder / index, digests[index], path, len(self.kinds))))
-        if not self.shards:
+        self.fields, cuts = None, 0
+        if text := self.about.get("fields"):
+            self.fields = split_fields(text, (0, 0), MOST_CODES)
+            cuts = sum(isinstance(key, str) for key, _ in self.fields) - 1
+        self.paths = [self.folder / name for name in sorted(digests) if name.endswith(".tokens")]
+        if not self.paths:
             raise UserError(f"{folder}: the dataset holds no sentence")
-        verify_tokens(self.folder, {path: digests[path.name] for path, _ in self.shards}, self.codes)
-        self.firsts = np.cumsum([0] + [len(index_N3) for _, index_N3 in self.shards])
-        self.starts_N = np.concatenate(
-            [np.concatenate([[0], index_N3[:-1, 0]]) for _, index_N3 in self.shards]
-        )
-        self.lengths_N = np.concatenate([np.diff(index_N3[:, 0], prepend=0) for _, index_N3 in self.shards])
-        self.kinds_N = np.concatenate([index_N3[:, 1] for _, index_N3 in self.shards])
-        self.hashes_N = np.concatenate([index_N3[:, 2] for _, index_N3 in self.shards])
-        self.longest = int(self.lengths_N.max())
+        indices = [read_index(path, digests, len(self.kinds), cuts) for path in self.paths]
+        self.verify()
+        index_NC = np.concatenate(indices)
+        self.kinds_N, self.hashes_N, self.cuts_NK = index_NC[:, 1], index_NC[:, 2], index_NC[:, 3:]
+        self.lengths_N = np.concatenate([np.diff(index_NC[:, 0], prepend=0) for index_NC in indices])
+        self.starts_N = index_NC[:, 0] - self.lengths_N
+        self.row_lengths_N = self.lengths_N + (len(self.fields) - cuts - 1 if self.fields else 2)
+        self.firsts = np.cumsum([0, *map(len, indices)])
 
     def __len__(self):
         return int(self.firsts[-1])
 
     def __getitem__(self, i):
-        path, _ = self.shards[bisect.bisect_right(self.firsts, i) - 1 if len(self.shards) > 1 else 0]
+        path = self.paths[bisect.bisect_right(self.firsts, i) - 1 if len(self.paths) > 1 else 0]
         data = read_at(path, 2 * int(self.starts_N[i]), 2 * int(self.lengths_N[i]))
         if zlib.crc32(data) != self.hashes_N[i]:  # fewer bytes have another one too
             raise UserError(
@@ -1603,24 +1302,54 @@ class Shards:
             )
         return int(self.kinds_N[i]), np.frombuffer(data, "<u2")
 
-    @property
-    def row_lengths_N(self):
-        return self.lengths_N + 2
-
     def row(self, i, specials):
-        """-> (BOS, codes and EOS of sentence i as int32; which of them the loss counts: None for all)."""
-        tokens = self[i][1]
-        ids_T = np.empty(len(tokens) + 2, np.int32)
-        ids_T[0], ids_T[1:-1], ids_T[-1] = specials[0], tokens, specials[1]
-        return ids_T, None
+        """-> (int32 ids of sentence i with its special ids, float32 mask of those that the loss counts).
+
+        Special ids are BOS before and EOS behind, or those that the `fields` of an imported .jsonl place."""
+        codes_T = self[i][1]
+        if self.fields is None:
+            ids_T = np.empty(len(codes_T) + 2, np.int32)
+            ids_T[0], ids_T[1:-1], ids_T[-1] = specials[0], codes_T, specials[1]
+            return ids_T, np.ones(len(ids_T), np.float32)
+        contents = iter(np.split(codes_T, self.cuts_NK[i]))
+        parts = [next(contents) if isinstance(key, str) else np.array([key]) for key, _ in self.fields]
+        mask_T = np.repeat([float(counts) for _, counts in self.fields], [len(part_T) for part_T in parts])
+        return np.concatenate(parts).astype(np.int32), mask_T.astype(np.float32)
 
     def code_counts(self):
-        counts_K = np.zeros(self.codes, np.int64)
-        for path, _ in self.shards:
+        counts_K = np.zeros(MOST_CODES, np.int64)
+        for path in self.paths:
             with open(path, "rb") as file:
                 while len(tokens := np.frombuffer(file.read(1 << 22), "<u2")):
-                    counts_K += np.bincount(tokens, minlength=self.codes)
-        return counts_K
+                    counts_K += np.bincount(tokens, minlength=MOST_CODES)
+        return counts_K[: self.codes]  # an imported .jsonl may hold special ids
+
+    def verify(self, anew=False):
+        """Reads the token files and compares their digests, unless the cache folder says that this was done and they
+        have the size, times and inode that they had then. Raises UserError, naming the file."""
+        cache = cache_folder("verified")
+        name = hashlib.sha256(os.fsencode(self.folder.resolve())).hexdigest()[:32]
+        known, record = {}, cache and cache / f"{name}.json"
+        with contextlib.suppress(UserError):  # no such record, or a damaged one
+            known = read_json(record) if record and not anew else {}
+        vocabulary, digests = self.about.get("vocabulary") or self.codes, self.about["sha256"]
+        states = {path: [*stamp(path), digests[path.name], vocabulary] for path in self.paths}
+        todo = [path for path in self.paths if known.get(path.name) != states[path]]
+        total = sum(states[path][0] for path in todo)
+        quick, called = total < 1 << 30, f"verifying {self.folder}"
+        with (
+            tqdm(
+                total=total, unit="B", unit_scale=True, desc=called, disable=quick, dynamic_ncols=True
+            ) as bar,
+            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # hashing does not hold Python's lock
+        ):
+            list(pool.map(lambda path: verify_file(path, digests[path.name], vocabulary, bar.update), todo))
+        # A file may change again within the same tick of its clock: those of the last seconds are read again
+        # next time.
+        settled = [path for path in self.paths if time.time_ns() - max(states[path][1:3]) > 2e9]
+        if record and todo and settled:
+            with contextlib.suppress(OSError):  # such as a full disk
+                write_whole(record, strict_json({path.name: states[path] for path in settled}) + "\n")
 
 
 AGAIN = "copy it again, or make the dataset anew"
@@ -1633,95 +1362,65 @@ def describe(about: dict) -> bytes:
     return (strict_json(about | {"digest": digest}, indent=1) + "\n").encode()
 
 
-def check_description(file: Path, about: dict) -> str:
-    """dataset.json -> its digest. Raises UserError, naming the file and the field, for one that was changed or describes no
-    dataset."""
-    content, version = file.read_bytes(), about.get("format")
-    if version not in (1, FORMAT):
-        raise UserError(f"{file}: format {reprlib.repr(version)}, this program reads {FORMAT} and 1")
-    if version == FORMAT and describe(about) != content:  # format 1 carried no digest of its own
+def read_description(file: Path) -> tuple[dict, str]:
+    """dataset.json -> (what it says, its digest, which names all that the dataset holds). Raises UserError, naming the
+    file and the field, where it was changed, is of another format or describes no dataset."""
+    if not file.is_file():
+        make = f"python tokenize_data.py KIND --out {file.parent}"
+        raise UserError(f"{file.parent}: no dataset here (dataset.json is missing); make one with: {make}")
+    about, content = read_json(file), file.read_bytes()
+    if (version := about.get("format")) != FORMAT:
+        older = "; an older program wrote it: make the dataset anew" if version in range(1, FORMAT) else ""
+        raise UserError(f"{file}: format {reprlib.repr(version)}, this program reads {FORMAT}{older}")
+    if describe(about) != content:
         raise UserError(f"{file}: not as it was written (its digest differs); {AGAIN}")
-    check_fields(
-        about,
-        {
-            "tokenizer": str,
-            "codes": int,
-            "codes_per_image": int,
-            "sentences": int,
-            "tokens": int,
-            "kinds": dict[str, int],
-            "sha256": dict[str, str],
-            "rejected": int | None,
-        },
-        file,
-    )
-    if not (1 <= about["codes"] <= MOST_CODES and about["codes_per_image"] >= 1):
+    numbers = {
+        "codes": int,
+        "sentences": int,
+        "tokens": int,
+        "rejected": int | None,
+        "vocabulary": int | None,
+    }
+    texts = {"tokenizer": str | None, "codes_per_image": int | None, "fields": str | None}
+    check_fields(about, numbers | texts | {"kinds": dict[str, int], "sha256": dict[str, str]}, file)
+    if not 1 <= about["codes"] <= MOST_CODES or (about.get("codes_per_image") or 1) < 1:
         raise UserError(
             f"{file}: codes {about['codes']} must be in [1, {MOST_CODES}] and codes_per_image at least 1"
         )
     for name in about["sha256"]:
         if not re.fullmatch(r"[0-9]{5,9}\.(tokens|index\.npy)", name):
             raise UserError(f"{file}: sha256 names {name!r:.80}, which is no file of a dataset")
-    return hashlib.sha256(content).hexdigest()[:16]
+    return about, hashlib.sha256(content).hexdigest()[:16]
 
 
-def read_index(file: Path, digest: str, tokens: Path, kinds: int) -> np.ndarray:
-    """NNNNN.index.npy -> int64 [sentences, 3]: where each sentence ends in `tokens`, its kind, and the CRC-32 of its tokens."""
+def read_index(tokens: Path, digests: dict[str, str], kinds: int, cuts: int) -> np.ndarray:
+    """NNNNN.index.npy of a token file, checked -> int64 [sentences, 3 + cuts]: where each sentence ends in the file,
+    its kind, the CRC-32 of its tokens, and where within it the tokens under the keys of a .jsonl part."""
+    file = tokens.with_suffix(".index.npy")
+    if file.name not in digests:
+        raise UserError(f"{tokens.parent / 'dataset.json'}: sha256 names {tokens.name} and not {file.name}")
     try:
         content, size = file.read_bytes(), tokens.stat().st_size
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from None
-    if hashlib.sha256(content).hexdigest() != digest:
+    if hashlib.sha256(content).hexdigest() != digests[file.name]:
         raise UserError(f"{file}: its bytes are not those that were written (sha256 differs); {AGAIN}")
-    index_NC = np.array(read_array(file, np.int64, (None, None)))
-    if index_NC.shape[1] not in (2, 3) or not len(index_NC):
-        raise UserError(f"{file}: wanted int64 [sentences, 3], got {list(index_NC.shape)}")
+    index_NC = np.array(read_array(file, np.int64, (None, 3 + cuts)))
     ends_N, kinds_N = index_NC[:, 0], index_NC[:, 1]
-    if size != 2 * int(ends_N[-1]):
+    if len(ends_N) and size != (wanted := 2 * int(ends_N[-1])):
         raise UserError(
-            f"{tokens}: {size:,} bytes, {file.name} asks for {2 * int(ends_N[-1]):,}; the file is truncated or mixed up"
+            f"{tokens}: {size:,} bytes, {file.name} asks for {wanted:,}; the file is truncated or mixed up"
         )
-    starts_N = np.concatenate([[0], ends_N[:-1]])
+    lengths_N = np.diff(ends_N, prepend=0)
+    places_NK = np.column_stack([np.zeros_like(ends_N), index_NC[:, 3:], lengths_N])
     if (
-        not 0 < ends_N.min() <= ends_N.max() <= size // 2
-        or (ends_N <= starts_N).any()
+        not len(ends_N)
+        or not 0 < ends_N.min() <= ends_N.max() <= size // 2
+        or (np.diff(places_NK) <= 0).any()
         or not 0 <= kinds_N.min() <= kinds_N.max() < kinds
     ):
         raise UserError(f"{file}: damaged, its ends do not rise or it names kinds that dataset.json does not")
-    if index_NC.shape[1] == 2:  # the first datasets stored no checksums
-        sums_N = [
-            zlib.crc32(read_at(tokens, 2 * start, 2 * (end - start)))
-            for start, end in zip(starts_N.tolist(), ends_N.tolist())
-        ]
-        index_NC = np.column_stack([index_NC, sums_N])
     return index_NC
-
-
-def verify_tokens(folder: Path, digests: dict[Path, str], codes: int):
-    """Reads token files and compares their digests, but for those that the cache folder says were compared already and
-    that have the size, times and inode that they had then. Raises UserError, naming the file."""
-    cache = cache_folder("verified")
-    record = cache and cache / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.json"
-    try:
-        known = read_json(record) if record else {}
-    except UserError:
-        known = {}
-    states = {path: stamp(path) for path in digests}
-    todo = [path for path in digests if known.get(path.name) != [*states[path], digests[path], codes]]
-    total = sum(states[path][0] for path in todo)
-    quick = total < 1 << 30
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc=f"verifying {folder}", disable=quick, dynamic_ncols=True
-    ) as bar:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing does not hold Python's lock
-            for _ in pool.map(lambda path: verify_file(path, digests[path], codes, bar.update), todo):
-                pass
-    # A file may be changed again within the same tick of its clock, so that of the last seconds is not vouched for.
-    settled = [path for path in digests if time.time_ns() - max(states[path][1:3]) > 2e9]
-    known = {path.name: [*states[path], digests[path], codes] for path in settled}
-    if record and todo and known:
-        with contextlib.suppress(OSError):  # such as a full disk
-            write_whole(record, strict_json(known) + "\n")
 
 
 def verify_file(path: Path, digest: str, codes: int, progress):
@@ -1758,170 +1457,128 @@ def read_at(path: Path, offset: int, count: int) -> bytes:
         raise UserError(f"{path}: {error.strerror}; it was there when it was opened") from None
 
 
-class Jsonl:
-    """LVM's `dataset.jsonl`, read where it lies: `jsonl[i]` is (0, its tokens). Every line is read once to index and check
-    it; bad ones are left out, counted, and listed in PATH.rejected.jsonl.
-
-    `fields` is the mini-language of LVM's trainer, by default BOS, tokens, EOS: a comma list of `{key}` (base64 of int32
-    tokens), `<|id|>`, `<|bos|>` and `<|eos|>` (one literal id), each in `[ ]` where the loss shall leave it out.
-    Raises UserError for other fields, ids outside the `vocabulary`, an empty file, or more than BAD_LINES bad lines."""
-
-    def __init__(
-        self,
-        path,
-        codes: int,
-        specials,
-        fields: str | None = None,
-        vocabulary: int | None = None,
-        max_rejected: float = BAD_LINES,
-    ):
-        self.path, self.codes, self.kinds, self.vocabulary = (
-            Path(path),
-            codes,
-            ["jsonl"],
-            vocabulary or codes + 100,
-        )
-        self.fields = [
-            (key, counts, np.array([key], np.int32) if isinstance(key, int) else None)
-            for key, counts in split_fields(
-                fields or "<|bos|>,{tokens},<|eos|>", specials[:2], self.vocabulary
-            )
-        ]
-        self.keys, self.all_count = (
-            [key for key, _, _ in self.fields if isinstance(key, str)],
-            all(counts for _, counts, _ in self.fields),
-        )
-        if not self.path.is_file():
-            raise UserError(f"{path}: no such file")
-        self.file, self.rejected, self.counts_K = open(self.path, "rb"), [], np.zeros(codes, np.int64)
-        places, lengths, hashes = [], [], []
-        for number in itertools.count(1):
-            offset = self.file.tell()
-            if not (line := self.file.readline(LONGEST_LINE)):
-                break
-            if not line.strip():
-                continue
-            try:
-                texts = self.texts(line)
-                codes_T = np.concatenate([self.decode(text, key) for text, key in zip(texts, self.keys)])
-            except UserError as error:
-                self.rejected.append({"path": f"{path}:{number}", "reason": str(error)})
-                continue
-            # Where each text lies in the file, so that a row is read without parsing JSON; or (-1, the line) if it is escaped.
-            found = [line.find(text) for text in texts]
-            places.append(
-                [
-                    (offset + at, len(text)) if at >= 0 else (-1 - offset, len(line))
-                    for at, text in zip(found, texts)
-                ]
-            )
-            lengths.append(len(codes_T))
-            hashes.append(zlib.crc32(codes_T.astype("<u2").tobytes()))
-            self.counts_K += np.bincount(codes_T[codes_T < codes], minlength=codes)
-        if self.rejected:
-            last = f"the last is {self.rejected[-1]['path']}: {self.rejected[-1]['reason']}"
-            try:
-                write_lines(f"{path}.rejected.jsonl", self.rejected)
-                last += f"; {path}.rejected.jsonl lists them"
-            except OSError:  # a folder that may only be read
-                pass
-            print(
-                f"{path}: {len(self.rejected)} of {len(self.rejected) + len(places)} lines are bad and left out; {last}",
-                file=sys.stderr,
-            )
-            if len(self.rejected) > max_rejected * (len(places) + len(self.rejected)):
-                raise UserError(f"{path}: more than {max_rejected:.0%} of its lines are bad; {last}")
-        if not places:
-            raise UserError(f"{path}: no line in it")
-        self.places_NK2, self.lengths_N, self.hashes_N = np.array(places), np.array(lengths), np.array(hashes)
-        self.row_lengths_N, self.longest = (
-            self.lengths_N + len(self.fields) - len(self.keys),
-            int(self.lengths_N.max()),
-        )
-        self.kinds_N = np.zeros(len(places), int)
-        self.digest = hashlib.sha256(self.hashes_N.tobytes()).hexdigest()[:16]
-        self.about = {
-            "tokenizer": None,
-            "codes": codes,
-            "codes_per_image": None,
-            "sentences": len(places),
-            "tokens": sum(lengths),
-            "kinds": {"jsonl": len(places)},
-        }
-
-    def texts(self, line: bytes) -> list[bytes]:
-        """The base64 under each key of the fields."""
-        if len(line) == LONGEST_LINE:
-            raise UserError(f"a line of more than {LONGEST_LINE:,} bytes")
-        example = parse_json(line, "the line")
-        for key in self.keys:
-            if not isinstance(text := example.get(key), str) or not text.isascii():
-                raise UserError(f"no base64 text under the key {key!r}")
-        return [example[key].encode() for key in self.keys]
-
-    def decode(self, text: bytes, key: str) -> np.ndarray:
-        try:
-            ids_T = np.frombuffer(binascii.a2b_base64(text, strict_mode=True), "<i4")
-        except ValueError:
-            raise UserError(f"{key!r} is no base64 of int32 tokens") from None
-        if len(ids_T) >= 8 and len(ids_T) % 2 == 0 and ids_T.any() and not ids_T[1::2].any():
-            raise UserError(
-                f"{key!r} holds int64 tokens (every second int32 is 0); write them with tokens.astype('<i4')"
-            )
-        if (
-            not len(ids_T) or ids_T.view("<u4").max() >= self.vocabulary
-        ):  # as unsigned ones negative ids are large too
-            raise UserError(
-                f"{key!r} holds {f'tokens from {ids_T.min()} to {ids_T.max()}' if len(ids_T) else 'no tokens'}; wanted ids below {self.vocabulary}"
-            )
-        return ids_T
-
-    def __len__(self):
-        return len(self.places_NK2)
-
-    def contents(self, i) -> list[np.ndarray]:
-        """The tokens of line i under each key."""
-        found = []
-        for k, (place, length) in enumerate(self.places_NK2[i].tolist()):
-            text = os.pread(self.file.fileno(), length, place if place >= 0 else -1 - place)
-            try:
-                found.append(self.decode(text if place >= 0 else self.texts(text)[k], self.keys[k]))
-            except UserError as error:
-                raise UserError(f"{self.path} has changed since it was opened: {error}") from None
-        return found
-
-    def __getitem__(self, i):
-        return 0, np.concatenate(self.contents(i))
-
-    def row(self, i, specials):
-        """-> (int32 ids; which of them the loss counts: None for all)."""
-        contents = iter(self.contents(i))
-        parts = [next(contents) if isinstance(key, str) else literal for key, _, literal in self.fields]
-        masks = (
-            None
-            if self.all_count
-            else np.concatenate(
-                [np.full(len(part), counts, np.float32) for part, (_, counts, _) in zip(parts, self.fields)]
-            )
-        )
-        return np.concatenate(parts), masks
-
-    def code_counts(self):
-        return self.counts_K
+# ---------------------------------------- LVM's jsonl
 
 
 LONGEST_LINE = MOST_JSON
 
 
+def is_lines(path) -> bool:
+    return str(path).endswith((".jsonl", ".jsonl.gz", ".jsonl.zst"))
+
+
+def open_sentences(path, codes=None, specials=None, fields=None, vocabulary=None, beside=None) -> Shards:
+    """A dataset folder; or a `.jsonl`, `.jsonl.gz` or `.jsonl.zst` of LVM, which the first call imports into shards in
+    the folder `beside` and later ones find there. The other arguments are of a .jsonl alone.
+
+    `codes` is the size of its tokenizer's codebook; ids must be below the `vocabulary` (by default codes + 100).
+    `fields` is the mini-language of LVM's trainer: a comma list of `{key}` (base64 of int32 tokens), `<|id|>`,
+    `<|bos|>` and `<|eos|>` (one literal id, of `specials`), each in `[ ]` where the loss leaves it out. The default is
+    `<|bos|>,{tokens},<|eos|>`. Raises UserError for other fields, no line, or more than BAD_LINES bad lines."""
+    if not is_lines(path):
+        return Shards(path)
+    if codes is None or beside is None:
+        raise UserError(
+            f"{path} is no dataset yet; type: python tokenize_data.py import-jsonl --inputs {path} --out DIR"
+        )
+    if not (path := Path(path)).is_file():
+        raise UserError(f"{path}: no such file")
+    vocabulary, keys = min(vocabulary or codes + 100, MOST_CODES), ["tokens"]
+    about = {"tokenizer": None, "codes": codes, "codes_per_image": None, "vocabulary": vocabulary}
+    if fields:
+        parts = split_fields(fields, specials or (codes, codes + 1), vocabulary)
+        keys = [key for key, _ in parts if isinstance(key, str)]
+        written = [(f"<|{key}|>" if isinstance(key, int) else f"{{{key}}}", counts) for key, counts in parts]
+        about["fields"] = ",".join(field if counts else f"[{field}]" for field, counts in written)
+    state = hashlib.sha256(strict_json([stamp(path), about]).encode()).hexdigest()[:12]
+    if not (out := Path(beside) / f"{path.name}-{state}").exists():
+        rejected = []
+        lines = read_lines(path, out, 0, keys, vocabulary, rejected, BAD_LINES)
+        write_shards(out, about, ["jsonl"], lines, rejected)
+    return Shards(out)
+
+
+def read_lines(path: Path, out: Path, kind: int, keys, vocabulary: int, rejected: list, max_rejected: float):
+    """Yields (kind, tokens, *cuts) of each good line of a jsonl, with a bar, and appends a record of each bad one to
+    `rejected`. Raises UserError where there is no line, or more than the fraction `max_rejected` of them is bad."""
+    good, before = 0, len(rejected)
+    for number, line in enumerate(lines_of(path), 1):
+        if not line.strip():
+            continue
+        try:
+            contents = decode_line(line, keys, vocabulary)
+        except UserError as error:
+            rejected.append({"path": f"{path}:{number}", "reason": str(error)})
+            continue
+        good += 1
+        yield kind, np.concatenate(contents), *np.cumsum([len(ids_T) for ids_T in contents[:-1]])
+    if bad := len(rejected) - before:
+        told = f"the last is {rejected[-1]['path']}: {rejected[-1]['reason']}"
+        print(f"{path}: {bad} of {bad + good} lines are bad and left out; {told}", file=sys.stderr)
+        if bad > max_rejected * (bad + good):
+            write_rejections(out, rejected)
+            raise UserError(f"{path}: more than {max_rejected:.0%} of its lines are bad; {told}")
+    if not good:
+        raise UserError(f"{path}: no line in it")
+
+
+def decode_line(line: bytes, keys, vocabulary: int) -> list[np.ndarray]:
+    """A line of a jsonl -> the int32 tokens under each of the keys."""
+    if len(line) == LONGEST_LINE:
+        raise UserError(f"a line of more than {LONGEST_LINE:,} bytes")
+    example, contents = parse_json(line, "the line"), []
+    for key in keys:
+        if not isinstance(text := example.get(key), str) or not text.isascii():
+            raise UserError(f"no base64 text under the key {key!r}")
+        try:
+            ids_T = np.frombuffer(binascii.a2b_base64(text, strict_mode=True), "<i4")
+        except ValueError:
+            raise UserError(f"{key!r} is no base64 of int32 tokens") from None
+        if len(ids_T) >= 8 and len(ids_T) % 2 == 0 and ids_T.any() and not ids_T[1::2].any():
+            cure = "write them with tokens.astype('<i4')"
+            raise UserError(f"{key!r} holds int64 tokens (every second int32 is 0); {cure}")
+        if not len(ids_T) or not 0 <= ids_T.min() <= ids_T.max() < vocabulary:
+            found = f"tokens from {ids_T.min()} to {ids_T.max()}" if len(ids_T) else "no tokens"
+            raise UserError(f"{key!r} holds {found}; wanted ids below {vocabulary}")
+        contents.append(ids_T)
+    return contents
+
+
+def lines_of(path: Path):
+    """Yields the lines of a .jsonl, .jsonl.gz or .jsonl.zst, with a bar over the bytes of the file."""
+    size, broken = os.path.getsize(path), (EOFError, zlib.error, gzip.BadGzipFile)
+    with (
+        open(path, "rb") as raw,
+        tqdm(total=size, unit="B", unit_scale=True, desc=f"importing {path}", dynamic_ncols=True) as bar,
+    ):
+        file = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+        if path.suffix == ".zst":
+            try:  # from Python 3.14 on it is `compression.zstd`
+                zstd = importlib.import_module(
+                    "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+                )
+            except ImportError:
+                raise UserError(f"{path}: .zst needs a package; type: pip install backports.zstd") from None
+            file, broken = zstd.ZstdFile(raw), (EOFError, zstd.ZstdError)
+        try:
+            while line := file.readline(LONGEST_LINE):
+                yield line
+                bar.update(raw.tell() - bar.n)
+        except broken as error:
+            raise UserError(f"{path}: cannot be decompressed ({error}); copy it again") from None
+
+
 def split_fields(text: str, specials, vocabulary: int) -> list[tuple["str | int", bool]]:
-    """'[{context}],<|8192|>' -> [("context", False), (8192, True)]: keys and literal ids, and whether the loss counts them."""
+    """'[{context}],<|8192|>' -> [("context", False), (8192, True)]: keys and literal ids, and whether the loss counts
+    them."""
     fields, ids = [], dict(zip(("bos", "eos"), specials))
     for field in text.split(","):
         match = re.fullmatch(r"(\[)?(?:<\|(bos|eos|[0-9]{1,9})\|>|\{([^{}\[\]<>|]+)\})(\])?", field.strip())
         if not match or (match[1] is None) != (match[4] is None):
             lost = "; a page that shows HTML swallows <|8192|>" if not field.strip() else ""
             raise UserError(
-                f"--fields {text!r}: {field!r} is neither {{key}} nor <|id|>, nor one of them in [ ]; LVM's are '<|8192|>,{{tokens}},<|8193|>'{lost}"
+                f"--fields {text!r}: {field!r} is neither {{key}} nor <|id|>, nor one of them in [ ]; LVM's are "
+                f"'<|8192|>,{{tokens}},<|8193|>'{lost}"
             )
         key = match[3] or ids.get(match[2]) or int(match[2])
         if isinstance(key, int) and key >= vocabulary:
@@ -1932,22 +1589,11 @@ def split_fields(text: str, specials, vocabulary: int) -> list[tuple["str | int"
     return fields
 
 
-def open_sentences(
-    path, codes: int | None = None, specials=None, fields: str | None = None, vocabulary: int | None = None
-) -> "Shards | Jsonl":
-    """A dataset folder, or a `.jsonl`, whose ids are taken to be of a codebook of `codes` entries."""
-    if Path(path).suffix != ".jsonl":
-        return Shards(path)
-    if codes is None:
-        raise UserError(f"{path} does not say how many codes its tokenizer has; pass codes=8192 for LVM's")
-    return Jsonl(path, codes, specials or (codes, codes + 1, codes + 2), fields, vocabulary)
+# ---------------------------------------- the reader
 
 
-# ---------------------------------------------------------------------------------------------------- the reader
-
-
-LEAST_SHARE = 1_000_000  # a dataset's part of the mixture is at least one in so many sentences
 PACKINGS = ("sentence", "concat", "segment")
+LEAST_SHARE = 1_000_000  # a dataset's part of the mixture is at least one in so many rows
 
 
 def open_dataset(
@@ -1961,248 +1607,204 @@ def open_dataset(
     processes: int = 1,
     specials: tuple[int, int, int] | None = None,
     packing: Literal["sentence", "concat", "segment"] = "sentence",
-    fields: str | None = None,
-    codes: int | None = None,
-    vocabulary: int | None = None,
     heldout_fraction: float = 0.0,
-    heldout: bool = False,
 ):
-    """Batches for ever, from any number of datasets, shuffled and mixed by `seed`: a grain dataset of
-    {"ids_BT": int32, "mask_BT": float32}, and with `segment` {"segment_ids_BT": int32}. `mask_BT` marks the targets.
+    """Batches for ever, from any number of datasets, shuffled and mixed by `seed`: a grain dataset of {"ids_BT": int32,
+    "mask_BT": float32}, and with `segment` {"segment_ids_BT": int32}. `mask_BT` marks the targets.
 
-    `paths_and_weights`: "DIR" or "DIR:weight" each, or a `.jsonl` in the place of DIR (`fields` and `codes` are for those,
-    see `Jsonl`), or opened ones, or pairs of an opened one and its weight. Each dataset is shuffled as a whole, anew in each epoch. Sentences are drawn exactly in
-    the proportion of the weights (default 1): over any period of the pattern, and nearly so over any stretch of it.
-    `packing`: `sentence`: one a row, then padding. `concat`, as published: sentences are joined for ever and cut into
-    rows; attention crosses them. Each row begins with the last token of the row before, so that every token is a target
-    once: rows of `context` 4097 are LVM's 4096 inputs and targets. `segment`: as many whole sentences as fit into a row,
-    in order, then padding; attention keeps to a segment (0 is the padding), and so positions, being relative, restart.
+    `paths_and_weights`: "DIR" or "DIR:weight" each, or `Shards`, or pairs of those and a weight. An epoch of a dataset
+    shows each of its rows once, in an order of its own. Rows are drawn exactly in the proportion of the weights
+    (default 1), evenly spread. `packing` makes the rows of a dataset: see `SentenceRows`, `ConcatRows`, `SegmentRows`.
     `start`: the step to begin at. A batch depends on the arguments and its number alone; process p of P gets the p-th of
     P equal parts of its rows, so a run may go on with another number of processes. `specials`: ids of BOS, EOS and
-    padding (default codebook size + 0, 1, 2). `heldout_fraction` of the sentences, chosen by the hash of their tokens, are
-    left out, or with `heldout` are the only ones.
+    padding (default codebook size + 0, 1, 2). `heldout_fraction` of the sentences, see `is_heldout`, are left out.
     Raises UserError where a sentence does not fit `context`, datasets were made by different tokenizers, `batch` does
     not divide by `processes`, or the data do not fill a batch."""
     if batch % processes:
         raise UserError(f"--batch {batch} is not a multiple of the {processes} processes")
     if packing not in PACKINGS:
         raise UserError(f"packing {packing!r} is none of {', '.join(PACKINGS)}")
-    opened, weights = zip(
-        *(
-            p if isinstance(p, tuple) else (p, 1.0) if isinstance(p, (Shards, Jsonl)) else split_weight(p)
-            for p in paths_and_weights
-        )
-    )
-    opened = [
-        part if isinstance(part, (Shards, Jsonl)) or Path(part).suffix == ".jsonl" else Shards(part)
-        for part in opened
-    ]
-    codes = codes or next((part.codes for part in opened if not isinstance(part, str)), None)
-    opened = [
-        open_sentences(part, codes, specials, fields, vocabulary) if isinstance(part, str) else part
-        for part in opened
-    ]
-    if fields and not any(isinstance(part, Jsonl) for part in opened):
-        raise UserError(
-            f"--fields {fields!r} is for .jsonl files, and there is none among {', '.join(map(str, paths_and_weights))}"
-        )
+    given = [data if isinstance(data, (tuple, Shards)) else split_weight(data) for data in paths_and_weights]
+    opened, weights = zip(*(data if isinstance(data, tuple) else (data, 1.0) for data in given))
+    opened = [part if isinstance(part, Shards) else open_sentences(part) for part in opened]
+    for part, other in itertools.combinations(opened, 2):
+        if part.codes != other.codes or len({part.about["tokenizer"], other.about["tokenizer"], None}) > 2:
+            raise UserError(
+                f"{part.folder} was made by another tokenizer than {other.folder} (of {part.codes} codes and of "
+                f"{other.codes})"
+            )
     specials = specials or tuple(opened[0].codes + i for i in range(3))
-    names = [str(part.folder if isinstance(part, Shards) else part.path) for part in opened]
-    for name, part in zip(names, opened):
-        for other, first in zip(names, opened):
-            if part.codes != first.codes:
+    rows, tokens = [], 0
+    for n, part in enumerate(opened):
+        longest = int(part.row_lengths_N.max())
+        if packing != "concat" and longest > context:
+            raise UserError(
+                f"{part.folder}: a sentence has {int(part.lengths_N.max())} codes and needs --context {longest} with "
+                f"BOS and EOS, got {context}"
+            )
+        chosen_N = np.arange(len(part))
+        if heldout_fraction:
+            chosen_N = np.flatnonzero(~is_heldout(part, heldout_fraction))
+            if not len(chosen_N):
                 raise UserError(
-                    f"{name} has codes of {part.codes} entries, {other} of {first.codes}: they were made by different tokenizers"
+                    f"{part.folder}: a held-out fraction of {heldout_fraction} leaves no sentence out of it"
                 )
-            if len({part.about["tokenizer"], first.about["tokenizer"], None}) > 2:
-                raise UserError(f"{name} was made by another tokenizer than {other}")
-    for name, part in zip(names, opened):
-        if packing != "concat" and (longest := int(part.row_lengths_N.max())) > context:
-            raise UserError(
-                f"{name}: a sentence has {part.longest} codes and needs --context {longest} with BOS and EOS, got {context}"
-            )
-    chosen = [
-        np.flatnonzero(is_heldout(part, heldout_fraction) == heldout)
-        if heldout_fraction or heldout
-        else np.arange(len(part))
-        for part in opened
-    ]
-    for name, members_N in zip(names, chosen):
-        if not len(members_N):
-            raise UserError(
-                f"{name}: a held-out fraction of {heldout_fraction} leaves no sentence {'in' if heldout else 'out of'} it"
-            )
-    sentences, tokens = (
-        sum(map(len, chosen)),
-        sum(int(part.row_lengths_N[members_N].sum()) for part, members_N in zip(opened, chosen)),
-    )
-    if (sentences if packing == "sentence" else tokens // (context - 1)) < batch:
+        # Numpy promises never to change this generator's numbers. Neighbours in a dataset may be of one class
+        # or clip.
+        chosen_N = np.random.RandomState(seed_of(seed, n)).permutation(chosen_N)
+        kind_of_rows = {"sentence": SentenceRows, "concat": ConcatRows, "segment": SegmentRows}[packing]
+        rows.append(kind_of_rows(part, chosen_N, context, specials))
+        tokens += int(part.row_lengths_N[chosen_N].sum())
+    if sum(map(len, rows)) < batch:
         raise UserError(
-            f"{', '.join(names)}: {sentences} sentences of {tokens} tokens do not fill a batch of {batch} rows of {context}; lower --batch"
+            f"{', '.join(str(part.folder) for part in opened)}: {sum(len(r.chosen_N) for r in rows)} sentences of "
+            f"{tokens} tokens do not fill a batch of {batch} rows of {context}; lower --batch"
         )
-    read = pack(opened, chosen, weights, seed=seed, context=context, packing=packing, specials=specials)
-    rows = batch // processes
-    steps = grain.MapDataset.source(Steps(lambda step: read(step * batch + process * rows, rows)))
-    return steps[start:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+    endless = [grain.MapDataset.source(r).shuffle(seed=seed_of(seed, n)).repeat() for n, r in enumerate(rows)]
+    mixed = Mixture(endless, [part.folder for part in opened], weights)
+    parts = mixed.batch(batch // processes)[start * processes + process :: processes]
+    return parts.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
 
 
-class Steps:
-    """A grain source without an end: item i is what the function makes of i."""
+def seed_of(seed: int, dataset: int) -> int:
+    """A seed of 32 bits for each dataset of a mixture."""
+    return int(np.random.SeedSequence((seed, dataset)).generate_state(1)[0])
 
-    def __init__(self, function):
-        self.function = function
+
+class Rows:
+    """A grain source: the rows that a dataset's sentences `chosen_N`, in that order, make for one epoch."""
+
+    def __init__(self, part: Shards, chosen_N, context: int, specials):
+        self.part, self.chosen_N, self.context, self.specials = part, chosen_N, context, specials
+
+    def sentences(self, first, last):
+        return [self.part.row(i, self.specials) for i in self.chosen_N[first:last].tolist()]
+
+    def fill(self, pieces):
+        """(ids, mask) of some sentences -> a row of them and padding. Nothing predicts the first id of a sentence."""
+        ids_T = np.full(self.context, self.specials[2], np.int32)
+        mask_T, segment_ids_T, end = np.zeros(self.context, np.float32), np.zeros(self.context, np.int32), 0
+        for number, (piece_T, counts_T) in enumerate(pieces, 1):
+            begin, end = end, end + len(piece_T)
+            ids_T[begin:end], mask_T[begin + 1 : end], segment_ids_T[begin:end] = (
+                piece_T,
+                counts_T[1:],
+                number,
+            )
+        return {"ids_BT": ids_T, "mask_BT": mask_T}, segment_ids_T
+
+
+class SentenceRows(Rows):
+    """A sentence a row, then padding."""
 
     def __len__(self):
-        return 1 << 40
+        return len(self.chosen_N)
 
-    def __getitem__(self, step):
-        return self.function(int(step))
+    def __getitem__(self, i):
+        return self.fill(self.sentences(i, i + 1))[0]
 
 
-def pack(opened, chosen, weights, *, seed: int, context: int, packing: str, specials):
-    """-> function from (first row, rows) to a batch of them: rows of an endless stream of sentences, each at random access."""
-    pad = specials[2]
-    shares = [Fraction(str(weight)).limit_denominator(1_000_000) for weight in weights]
-    for part, share, weight in zip(opened, shares, weights):
-        if not share or share * LEAST_SHARE < sum(shares):
-            raise UserError(
-                f"{part.folder if isinstance(part, Shards) else part.path}:{weight}: a weight below a "
-                f"millionth of all, by "
-                f"which a run of {LEAST_SHARE:,} sentences sees none of this dataset; raise it, or leave "
-                f"the dataset out"
-            )
-    unit = math.lcm(*(share.denominator for share in shares))
-    counts = [int(share * unit) // math.gcd(*(int(share * unit) for share in shares)) for share in shares]
-    if sum(counts) > 1 << 24:
-        raise UserError(
-            f"the weights {' '.join(map(str, weights))} have no common measure of a reasonable size; round them"
-        )
-    counts = np.array(counts)
-    # One period of the mixture: dataset i comes counts[i] times, evenly spaced; `rank` numbers its turns.
-    turns_P = np.argsort(np.concatenate([(np.arange(n) + 0.5) / n for n in counts]), kind="stable")
-    part_P, rank_P = (
-        np.repeat(np.arange(len(counts)), counts)[turns_P],
-        np.concatenate([np.arange(n) for n in counts])[turns_P],
-    )
+class ConcatRows(Rows):
+    """As published: the sentences are joined and cut into rows; attention crosses them. Each row begins with the last
+    token of the row before, so that every token but the first is a target once: rows of `context` 4097 are LVM's 4096
+    inputs and targets. The last row is padded."""
 
-    @functools.lru_cache(2 * len(opened) + 2)
-    def order(part, epoch):
-        key = scramble(
-            scramble(scramble(np.array([seed % (1 << 64)], np.uint64)) + np.uint64(part)) + np.uint64(epoch)
-        )
-        return chosen[part][
-            np.argsort(scramble(np.arange(len(chosen[part]), dtype=np.uint64) + key), kind="stable")
-        ]
+    def __init__(self, part, chosen_N, context, specials):
+        super().__init__(part, chosen_N, context, specials)
+        self.ends_N = np.cumsum(part.row_lengths_N[chosen_N])
 
-    def stream(first, count):
-        """-> (dataset, sentence in it) of the sentences number first, first + 1, ... of the mixture."""
-        period_N, place_N = np.divmod(np.arange(first, first + count), len(part_P))
-        part_N, sentence_N = part_P[place_N], np.empty(count, np.int64)
-        turn_N = period_N * counts[part_N] + rank_P[place_N]
-        for part in np.unique(part_N):
-            at = np.flatnonzero(part_N == part)
-            epoch_N, position_N = np.divmod(turn_N[at], len(chosen[part]))
-            for epoch in np.unique(epoch_N):
-                sentence_N[at[epoch_N == epoch]] = order(int(part), int(epoch))[position_N[epoch_N == epoch]]
-        return part_N, sentence_N
+    def __len__(self):
+        return -(-(int(self.ends_N[-1]) - 1) // (self.context - 1))
 
-    def empty(count):
-        return np.full((count, context), pad, np.int32), np.zeros((count, context), np.float32)
+    def __getitem__(self, i):
+        low = i * (self.context - 1)
+        high = min(low + self.context, int(self.ends_N[-1]))
+        first, last = np.searchsorted(self.ends_N, [low, high - 1], side="right").tolist()
+        ids_T, counts_T = map(np.concatenate, zip(*self.sentences(first, last + 1)))
+        low -= int(self.ends_N[first - 1]) if first else 0
+        high -= int(self.ends_N[first - 1]) if first else 0
+        return self.fill([(ids_T[low:high], counts_T[low:high])])[0]
 
-    def by_sentence(first, count):
-        ids_BT, mask_BT = empty(count)
-        for b, (part, sentence) in enumerate(zip(*(x.tolist() for x in stream(first, count)))):
-            ids_T, counts_T = opened[part].row(sentence, specials)
-            ids_BT[b, : len(ids_T)] = ids_T
-            mask_BT[b, 1 : len(ids_T)] = 1 if counts_T is None else counts_T[1:]
-        return {"ids_BT": ids_BT, "mask_BT": mask_BT}
 
-    # The other packings need to know where sentences end. The stream is walked in blocks, lengths only; what is kept of a
-    # block is where it begins, and of the last few the rest.
-    BLOCK, lock, begins, row_begins, walked, used = 8192, threading.Lock(), [0], [0], 0, 0
+class SegmentRows(Rows):
+    """Whole sentences, each in the first row that has room for it, then padding. Attention keeps to a segment (0 is
+    the padding), and so positions, being relative, restart."""
 
-    @functools.lru_cache(8)
-    def block(b):
-        part_N, sentence_N = stream(b * BLOCK, BLOCK)
-        lengths_N = np.zeros(BLOCK, np.int64)
-        for part in np.unique(part_N):
-            lengths_N[part_N == part] = opened[part].row_lengths_N[sentence_N[part_N == part]]
-        return part_N.tolist(), sentence_N.tolist(), np.cumsum(lengths_N).tolist()
+    def __init__(self, part, chosen_N, context, specials):
+        row_N = first_fit(part.row_lengths_N[chosen_N].tolist(), context)
+        order_N = np.argsort(row_N, kind="stable")
+        super().__init__(part, chosen_N[order_N], context, specials)
+        self.firsts = np.cumsum(np.concatenate([[0], np.bincount(row_N)]))
 
-    def walk(n):
-        """Sentences n, n + 1, ... of the stream: (ids, their masks or None)."""
-        for n in itertools.count(n):
-            part_N, sentence_N, _ = block(n // BLOCK)
-            yield opened[part_N[n % BLOCK]].row(sentence_N[n % BLOCK], specials)
+    def __len__(self):
+        return len(self.firsts) - 1
 
-    def concat(first, count):
-        low, high = first * (context - 1), (first + count) * (context - 1) + 1
-        with lock:
-            while begins[-1] <= low:
-                begins.append(begins[-1] + block(len(begins) - 1)[2][-1])
-        b = bisect.bisect_right(begins, low) - 1
-        ends = block(b)[2]
-        n = bisect.bisect_right(ends, low - begins[b])
-        at = (
-            begins[b] + (ends[n - 1] if n else 0) - low
-        )  # where sentence n begins, at or before the first row
-        flat_T, counts_T = np.empty(high - low, np.int32), np.ones(high - low, np.float32)
-        for ids_T, masks_T in walk(b * BLOCK + n):
-            piece = slice(max(at, 0), min(at + len(ids_T), high - low))
-            flat_T[piece] = ids_T[piece.start - at : piece.stop - at]
-            if masks_T is not None:
-                counts_T[piece] = masks_T[piece.start - at : piece.stop - at]
-            at += len(ids_T)
-            if at >= high - low:
-                break
-        rows = lambda x_T: np.lib.stride_tricks.as_strided(
-            x_T, (count, context), (4 * (context - 1), 4)
-        ).copy()
-        mask_BT = rows(counts_T)
-        mask_BT[:, 0] = 0  # the first of a row is nobody's target here: it was the last of the row before
-        return {"ids_BT": rows(flat_T), "mask_BT": mask_BT}
+    def __getitem__(self, i):
+        row, segment_ids_T = self.fill(self.sentences(*self.firsts[i : i + 2]))
+        return row | {"segment_ids_BT": segment_ids_T}
 
-    def segment(first, count):
-        nonlocal walked, used
-        with lock:
-            while len(row_begins) <= first + count:
-                ends, n = block(walked)[2], 0
-                while (
-                    n_next := bisect.bisect_right(ends, (ends[n - 1] if n else 0) + context - used)
-                ) < BLOCK:
-                    row_begins.append(walked * BLOCK + n_next)
-                    n, used = n_next, 0
-                walked, used = walked + 1, used + ends[-1] - (ends[n - 1] if n else 0)
-        ids_BT, mask_BT = empty(count)
-        segment_ids_BT, sentences = np.zeros((count, context), np.int32), walk(row_begins[first])
-        for b in range(count):
-            at = 0
-            for number in range(row_begins[first + b + 1] - row_begins[first + b]):
-                ids_T, counts_T = next(sentences)
-                end = at + len(ids_T)
-                ids_BT[b, at:end], segment_ids_BT[b, at:end] = ids_T, number + 1
-                mask_BT[b, at + 1 : end] = (
-                    1 if counts_T is None else counts_T[1:]
-                )  # nothing before it tells a segment's first id
-                at = end
-        return {"ids_BT": ids_BT, "mask_BT": mask_BT, "segment_ids_BT": segment_ids_BT}
 
-    return {"sentence": by_sentence, "concat": concat, "segment": segment}[packing]
+def first_fit(lengths: list[int], context: int, most=64) -> list[int]:
+    """For each length the number of its row: the oldest with room for it, of the last `most` that are not full."""
+    rows, room, count, shortest = [], {}, 0, min(lengths)
+    for length in lengths:
+        row = next((row for row, left in room.items() if left >= length), None)
+        if row is None:
+            row, count = count, count + 1
+            room[row] = context
+            if len(room) > most:
+                del room[next(iter(room))]
+        rows.append(row)
+        room[row] -= length
+        if room[row] < shortest:
+            del room[row]
+    return rows
+
+
+class Mixture(grain.MapDataset):
+    """Endless datasets, drawn exactly in the proportion of their weights and evenly spread. (Grain's
+    own `mix` rounds weights to hundredths of the smallest.) Raises UserError for a weight below a millionth."""
+
+    def __init__(self, endless, names, weights):
+        super().__init__(endless)
+        shares = [Fraction(str(weight)).limit_denominator(LEAST_SHARE) for weight in weights]
+        for name, share, weight in zip(names, shares, weights):
+            if not share or share * LEAST_SHARE < sum(shares):
+                raise UserError(
+                    f"{name}:{weight}: a weight below a millionth of all, by which a run of {LEAST_SHARE:,} rows "
+                    "sees none of this dataset; raise it, or leave the dataset out"
+                )
+        unit = math.lcm(*(share.denominator for share in shares))
+        self.counts = [int(share * unit) for share in shares]
+
+    def __len__(self):
+        return (
+            1 << 40
+        )  # as good as endless; grain's batches round larger numbers up to more than an index can hold
+
+    def __getitem__(self, n):
+        left = sum(self.counts)
+        for part, count in zip(self.parents, self.counts):
+            # Of the first n rows that are of this dataset or a later one, so many are of a later one.
+            later, after = n * (left - count) // left, (n + 1) * (left - count) // left
+            if later == after:
+                return part[n - later]
+            n, left = later, left - count
+
+
+def is_heldout(part: Shards, fraction: float):
+    """For each sentence: is it among the held-out fraction? By the hash of its tokens, wherever they are stored."""
+    if not 0 < fraction < 1:
+        raise UserError(f"--heldout-fraction must lie between 0 and 1, got {fraction}")
+    return scramble(part.hashes_N.astype(np.uint64)) < np.uint64(int(fraction * 2**64))
 
 
 def scramble(x_N):
-    """splitmix64's finaliser: uint64 -> uint64, a bijection whose results look random. Numpy's own generators may change."""
+    """splitmix64's finaliser: uint64 -> uint64, a bijection whose results look random, the same for ever."""
     x_N = x_N + np.uint64(0x9E3779B97F4A7C15)
     x_N = (x_N ^ (x_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x_N = (x_N ^ (x_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x_N ^ (x_N >> np.uint64(31))
-
-
-def is_heldout(part, fraction: float):
-    """For each sentence: is it among the held-out fraction? By the hash of its tokens, wherever it is stored."""
-    if not 0 < fraction < 1:
-        raise UserError(f"--heldout-fraction must lie between 0 and 1, got {fraction}")
-    return scramble(part.hashes_N.astype(np.uint64)) < np.uint64(int(fraction * 2**64))
 
 
 def split_weight(text) -> tuple[str, float]:
@@ -2217,7 +1819,7 @@ def split_weight(text) -> tuple[str, float]:
     return path, weight
 
 
-# ---------------------------------------------------------------------------------------------------- looking at data
+# ---------------------------------------- looking at data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2241,56 +1843,27 @@ class Show:
 
 def show(config: Show):
     tokenizer = vqgan.load(config.tokenizer)
-    shards, S = open_sentences(config.data, tokenizer.config.num_embeddings), tokenizer.config.codes_per_image
-    if shards.about["tokenizer"] not in (None, vqgan.fingerprint(tokenizer)):
-        raise UserError(f"{config.data} was made by another tokenizer than {config.tokenizer}")
-    kinds_N = shards.kinds_N
-    present = np.unique(kinds_N)
-    chosen = [
-        at[i]
-        for kind in present
-        for at in [np.flatnonzero(kinds_N == kind)]
-        for i in np.linspace(0, len(at) - 1, min(max(1, config.count // len(present)), len(at))).astype(int)
-    ]
-    blocks, gap, size = [], 2, tokenizer.config.resolution
-    for i in chosen:
-        kind, tokens = shards[i]
-        if len(tokens) % S or tokens.max() >= shards.codes:
-            raise UserError(
-                f"{config.data}: sentence {i} is not a row of pictures of {S} codes below {shards.codes}"
-            )
-        pictures = np.asarray(vqgan.decode(tokenizer, tokens.reshape(-1, S).astype(np.int32)))
-        name = ascii(shards.kinds[kind])[1:-1][:80]  # Pillow's own font has few letters more
-        text = f"{name}, sentence {i}: {len(pictures)} pictures, {len(tokens)} codes"
-        caption = Image.new("L", (int(ImageFont.load_default().getlength(text)) + 2 * gap, 14), 255)
-        ImageDraw.Draw(caption).text((gap, 1), text, fill=0)
-        blocks.append(
-            (
-                np.asarray(caption),
-                [pictures[t : t + config.columns] for t in range(0, len(pictures), config.columns)],
-            )
-        )
-    width = max(
-        (size + 2 * gap) * max(len(line) for _, lines in blocks for line in lines),
-        *(len(caption_HW[0]) for caption_HW, _ in blocks),
-    )
-    sheet = []
-    for caption_HW, lines in blocks:
-        caption_HW = np.pad(caption_HW, ((0, 0), (0, width - caption_HW.shape[1])), constant_values=255)
-        sheet.append(np.repeat(caption_HW[:, :, None], 3, axis=2))
-        for line in lines:
-            padded = np.pad(
-                (line * 255 + 0.5).astype(np.uint8),
-                ((0, 0), (gap, gap), (gap, gap), (0, 0)),
-                constant_values=255,
-            )
-            row_HWC = np.concatenate(list(padded), axis=1)
-            sheet.append(
-                np.pad(row_HWC, ((0, 0), (0, width - row_HWC.shape[1]), (0, 0)), constant_values=255)
-            )
+    S = tokenizer.config.codes_per_image
+    with tempfile.TemporaryDirectory() as scratch:
+        shards, rows = open_sentences(config.data, tokenizer.config.num_embeddings, beside=scratch), []
+        if shards.about["tokenizer"] not in (None, vqgan.fingerprint(tokenizer)):
+            raise UserError(f"{config.data} was made by another tokenizer than {config.tokenizer}")
+        kinds = [np.flatnonzero(shards.kinds_N == kind) for kind in np.unique(shards.kinds_N)]
+        few = max(1, config.count // len(kinds))
+        chosen = [n for at in kinds for n in at[np.linspace(0, len(at) - 1, min(few, len(at))).astype(int)]]
+        for i in chosen:
+            kind, tokens = shards[i]
+            if len(tokens) % S or tokens.max() >= shards.codes:
+                raise UserError(
+                    f"{config.data}: sentence {i} is not a row of pictures of {S} codes below {shards.codes}"
+                )
+            pictures = np.asarray(vqgan.decode(tokenizer, tokens.reshape(-1, S).astype(np.int32)))
+            name = ascii(shards.kinds[kind])[1:-1][:80]  # Pillow's own font has few letters more
+            rows += [f"{name}, sentence {i}: {len(pictures)} pictures, {len(tokens)} codes", list(pictures)]
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(config.out, encode_image(Image.fromarray(np.concatenate(sheet)), config.out))
-    print(f"wrote {config.out}: " + ", ".join(shards.kinds[kinds_N[i]] for i in chosen))
+    picture = sheet(rows, captions=False, columns=config.columns)
+    write_whole(config.out, encode_image(picture, config.out))
+    print(f"wrote {config.out}: " + ", ".join(shards.kinds[shards.kinds_N[i]] for i in chosen))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2309,40 +1882,31 @@ class Inspect:
 
 
 def inspect(config: Inspect):
-    shards = open_sentences(config.data, config.codes)
-    about, counts_K = shards.about, shards.code_counts()
-    if isinstance(shards, Shards):
-        for path, _ in shards.shards:  # opening may have passed over what was verified before
-            verify_file(path, about["sha256"][path.name], shards.codes, lambda count: None)
-        kinds_N = np.bincount(shards.kinds_N, minlength=len(shards.kinds))
-        if (
-            len(shards) != about["sentences"]
-            or int(shards.lengths_N.sum()) != about["tokens"]
-            or kinds_N.tolist() != list(about["kinds"].values())
-        ):
-            raise UserError(
-                f"{config.data}: dataset.json counts other sentences, tokens or kinds than there are"
-            )
+    with tempfile.TemporaryDirectory() as scratch:
+        shards = open_sentences(config.data, config.codes, beside=scratch)
+        shards.verify(anew=True)  # opening may have passed over what was verified before
+        about, counts_K, lengths_N = shards.about, shards.code_counts(), shards.lengths_N
+    kinds_N = np.bincount(shards.kinds_N, minlength=len(shards.kinds)).tolist()
+    counted = (len(shards), int(lengths_N.sum()), kinds_N)
+    if counted != (about["sentences"], about["tokens"], list(about["kinds"].values())):
+        raise UserError(f"{config.data}: dataset.json counts other sentences, tokens or kinds than there are")
     p_K = counts_K[counts_K > 0] / counts_K.sum()
-    entropy = float(-(p_K * np.log(p_K)).sum())
-    lengths_N = shards.lengths_N
+    entropy, longer = float(-(p_K * np.log(p_K)).sum()), int((lengths_N + 2 > config.context).sum())
     print(
-        f"{config.data}: {about['sentences']:,} sentences, {about['tokens']:,} tokens of {about['codes_per_image'] or 'unknown'} a picture; tokenizer {about['tokenizer'] or 'unknown'}"
+        f"{config.data}: {len(shards):,} sentences, {about['tokens']:,} tokens of {about['codes_per_image'] or 'unknown'} "
+        f"a picture; tokenizer {about['tokenizer'] or 'unknown'}"
     )
     for kind, count in about["kinds"].items():
         print(f"  {count:>9,} {kind}")
-    print(
-        f"lengths      {lengths_N.min():,} to {lengths_N.max():,} codes; {int((lengths_N + 2 > config.context).sum()):,} longer than --context {config.context} with BOS and EOS"
-    )
-    print(
-        f"codes        {len(p_K):,} of {shards.codes:,} in use, perplexity {math.exp(entropy):,.1f}, unigram entropy {entropy:.3f} nats"
-    )
-    print(f"left out     {about.get('rejected') or len(getattr(shards, 'rejected', ())):,}")
-    if isinstance(shards, Shards):
-        print(f"digests      {len(about['sha256'])} files are as they were written")
+    lengths = f"{lengths_N.min():,} to {lengths_N.max():,} codes"
+    print(f"lengths      {lengths}; {longer:,} longer than --context {config.context} with BOS and EOS")
+    used = f"{len(p_K):,} of {shards.codes:,} in use, perplexity {math.exp(entropy):,.1f}"
+    print(f"codes        {used}, unigram entropy {entropy:.3f} nats")
+    print(f"left out     {about.get('rejected') or 0:,}")
+    print(f"digests      {len(about['sha256'])} files are as they were written")
 
 
-# ---------------------------------------------------------------------------------------------------- other formats
+# ---------------------------------------- other formats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2350,7 +1914,7 @@ class ImportJsonl:
     """LVM's `dataset.jsonl` -> a dataset folder; each file is a kind of its own name. Bad lines are listed, not read."""
 
     inputs: tuple[Path, ...]
-    """.jsonl files of lines {"tokens": base64 of int32}."""
+    """.jsonl, .jsonl.gz or .jsonl.zst files of lines {"tokens": base64 of int32}."""
     out: Path
     """Dataset folder to write; must not exist."""
     tokenizer: Path = vqgan.MINI
@@ -2362,23 +1926,20 @@ class ImportJsonl:
         check_numbers(self, {"[0, 1]": "max_rejected"})
         if self.out.exists():
             raise UserError(f"--out {self.out} exists; choose another folder or delete it")
+        for path in self.inputs:
+            if not path.is_file():
+                raise UserError(f"--inputs {path}: no such file")
 
 
 def import_jsonl(config: ImportJsonl):
-    tokenizer = open_tokenizer(config.tokenizer)
-    codes, kinds = tokenizer.config.num_embeddings, [path.stem for path in config.inputs]
+    tokenizer, rejected = open_tokenizer(config.tokenizer), []
+    kinds = [path.name.split(".jsonl")[0] for path in config.inputs]
     if len(set(kinds)) < len(kinds):
         kinds = [f"{n}-{kind}" for n, kind in enumerate(kinds)]
-    files = [
-        Jsonl(path, codes, (codes, codes + 1), "{tokens}", vocabulary=codes, max_rejected=config.max_rejected)
-        for path in config.inputs
-    ]
-    sentences = (
-        (kind, file[i][1])
-        for kind, file in enumerate(files)
-        for i in tqdm(range(len(file)), unit="sentence", dynamic_ncols=True)
-    )
-    write_dataset(config.out, tokenizer, kinds, sentences, [line for file in files for line in file.rejected])
+    codes, most = tokenizer.config.num_embeddings, config.max_rejected
+    read = lambda n, path: read_lines(path, config.out, n, ["tokens"], codes, rejected, most)
+    lines = itertools.chain.from_iterable(itertools.starmap(read, enumerate(config.inputs)))
+    write_dataset(config.out, tokenizer, kinds, lines, rejected)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2398,10 +1959,8 @@ def export_jsonl(config: ExportJsonl):
     config.out.parent.mkdir(parents=True, exist_ok=True)
     with naming(config.out), open(partial, "w") as file:
         for i in tqdm(range(len(shards)), unit="sentence", dynamic_ncols=True):
-            file.write(
-                strict_json({"tokens": base64.b64encode(shards[i][1].astype("<i4").tobytes()).decode()})
-                + "\n"
-            )
+            tokens = base64.b64encode(shards[i][1].astype("<i4").tobytes()).decode()
+            file.write(strict_json({"tokens": tokens}) + "\n")
     partial.rename(config.out)
     print(f"wrote {len(shards):,} sentences to {config.out}")
 
@@ -2429,9 +1988,8 @@ class Recolor:
     """Stop where more than this fraction of the pictures cannot be read."""
 
     def __post_init__(self):
-        check_numbers(
-            self, {"[2, 65536]": "colours", "[1, 8000]": "size", "[0, inf)": "seed", "[0, 1]": "max_rejected"}
-        )
+        numbers = {"[2, 65536]": "colours", "[1, 8000]": "size", "[0, inf)": "seed", "[0, 1]": "max_rejected"}
+        check_numbers(self, numbers)
         if self.out.exists():
             raise UserError(f"--out {self.out} exists; choose another folder or delete it")
         if self.invert and self.palette is None:
@@ -2439,55 +1997,58 @@ class Recolor:
 
 
 def recolor(config: Recolor):
-    palette_K3, notes, bad = (
-        read_palette(config.palette) if config.palette else draw_palette(config.colours, config.seed),
-        [],
+    palette_K3 = read_palette(config.palette) if config.palette else draw_palette(config.colours, config.seed)
+    stems, change, bad = (
+        find_stems(config.inputs, "", notes := []),
+        from_colours if config.invert else to_colours,
         0,
     )
-    stems = find_stems(config.inputs, "", notes)
     with write_folder(config.out) as folder:
         for stem, path in tqdm(stems.items(), unit="picture", dynamic_ncols=True):
             try:
-                if config.invert:
-                    pixels_HWC = read_colours(path, config.size)
-                    labels_HW = labels_of_colours(pixels_HWC, palette_K3)
-                    image = Image.fromarray(
-                        labels_HW.astype(np.uint8 if len(palette_K3) <= 256 else np.uint16)
-                    )
-                else:
-                    labels_HW = read_integers(path)
-                    if not 0 <= labels_HW.min() <= labels_HW.max() < len(palette_K3):
-                        raise UserError(
-                            f"{path}: integers from {labels_HW.min()} to {labels_HW.max()}; the palette has {len(palette_K3)} colours"
-                        )
-                    image = Image.fromarray(palette_K3[labels_HW])
-                    image = (
-                        image.resize((config.size,) * 2, Image.Resampling.NEAREST) if config.size else image
-                    )
+                image = change(path, palette_K3, config.size)
             except (UserError, OSError) as error:
                 notes.append({"path": str(path), "reason": str(error)})
                 bad += 1
                 if bad > config.max_rejected * len(stems):
-                    report(config.out, notes)
-                    check_rejected(bad, len(stems), config.max_rejected, notes)
+                    write_rejections(config.out, notes)
+                    raise UserError(
+                        f"{bad} of {len(stems)} inputs cannot be read, more than --max-rejected {config.max_rejected}; "
+                        f"the last: {notes[-1]['reason']}"
+                    )
                 continue
             file = folder / f"{stem}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, encode_image(image, file))
         write_whole(folder / "palette.json", strict_json(palette_K3.tolist()) + "\n")
-        report(config.out, notes)
+        write_rejections(config.out, notes)
     print(f"wrote {len(stems) - bad} pictures and palette.json to {config.out}")
 
 
-def read_colours(path, size: int | None) -> np.ndarray:
-    """-> float32 [H, W, 3] in [0, 1], at its own size unless another is asked for."""
+def to_colours(path, palette_K3, size: int | None) -> Image.Image:
+    """The picture of an integer map in the palette's colours."""
+    labels_HW = read_integers(path)
+    if not 0 <= labels_HW.min() <= labels_HW.max() < len(palette_K3):
+        found = f"integers from {labels_HW.min()} to {labels_HW.max()}"
+        raise UserError(f"{path}: {found}; the palette has {len(palette_K3)} colours")
+    image = Image.fromarray(palette_K3[labels_HW])
+    return image.resize((size, size), Image.Resampling.NEAREST) if size else image
+
+
+def from_colours(path, palette_K3, size: int | None) -> Image.Image:
+    """The integer map of a picture: for each pixel the number of the palette's nearest colour."""
     if size is None:
         size, height = shown_size(path)
         if size != height:
             raise UserError(
                 f"{path}: {size}x{height} pixels are no square, as a model's answers are; name a --size"
             )
-    return read_image(path, size)
+    colours_K3 = palette_K3.astype(np.float32) / 255
+    squares_K = np.square(colours_K3).sum(-1)
+    labels_HW = [
+        np.argmin(squares_K - 2 * row_WC @ colours_K3.T, axis=-1) for row_WC in read_image(path, size)
+    ]
+    return Image.fromarray(np.stack(labels_HW).astype(np.uint8 if len(palette_K3) <= 256 else np.uint16))
 
 
 def draw_palette(colours: int, seed: int) -> np.ndarray:
@@ -2516,48 +2077,7 @@ def read_palette(path: Path) -> np.ndarray:
     return np.array(colours, np.uint8)
 
 
-def labels_of_colours(pixels_HWC, palette_K3) -> np.ndarray:
-    """float pixels in [0, 1], such as a generated picture -> int64 [H, W]: the palette's nearest colour for each."""
-    colours_K3, rows = palette_K3.astype(np.float32) / 255, []
-    for row_WC in pixels_HWC:
-        rows.append(np.argmin(np.square(colours_K3).sum(-1) - 2 * row_WC @ colours_K3.T, axis=-1))
-    return np.stack(rows)
-
-
 # ---------------------------------------------------------------------------------------------------- demo
-
-COLOURS = {
-    "white": (1, 1, 1),
-    "black": (0, 0, 0),
-    "red": (0.9, 0.1, 0.1),
-    "green": (0.1, 0.7, 0.2),
-    "blue": (0.1, 0.3, 0.9),
-    "yellow": (1, 0.85, 0.1),
-}
-# Colour pairs that no training sentence shows: the examples in the prompt are the only place to learn them from.
-UNSEEN = {
-    ("white", "red"),
-    ("red", "white"),
-    ("yellow", "black"),
-    ("black", "green"),
-    ("green", "blue"),
-    ("blue", "yellow"),
-}
-# kind: share of the training sentences. The last one is never trained on.
-TASKS = {
-    "segmentation": 4,
-    "edges": 2,
-    "depth": 2,
-    "negative": 1,
-    "grey": 1,
-    "colorization": 1.5,
-    "inpainting": 1.5,
-    "rotation": 1,
-    "style": 1.5,
-    "relief": 0.5,
-    "motion": 2,
-    "cut-out": 0,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2638,238 +2158,27 @@ def demo(config: Demo):
                     )
         print(f"wrote {config.sentences} prompts to {config.out}")
         return
-    items = [(f"sentence {i}", lambda size, i=i: compose(i, size)) for i in range(config.sentences)]
-    codes_NTS, kept, _ = encode_items(tokenizer, items, 16)
-    write_dataset(
-        config.out,
-        tokenizer,
-        kinds,
-        ((kinds.index(labels[i]), codes.reshape(-1)) for i, codes in zip(kept, codes_NTS)),
-    )
+    compose_job = lambda i: ReadJob(f"sentence {i}", lambda size: compose(i, size))
+    codes_NTS = encode_jobs(tokenizer, [compose_job(i) for i in range(config.sentences)], 16)
+    sentences = ((kinds.index(labels[i]), codes_TS.reshape(-1)) for i, codes_TS in enumerate(codes_NTS))
+    write_dataset(config.out, tokenizer, kinds, sentences)
 
 
-class World:
-    """The embedded pictures of one split: `objects` (RGBA), `styles` (pairs of RGBA), `grounds` (RGB), `reliefs` (pairs of RGB).
+# ---------------------------------------- commands
 
-    The split is by source: the text before the first '-' of a file name (an emoji, a drawing, a scene of the film, a
-    region of the earth) is wholly in one or the other."""
-
-    def __init__(self, split: str):
-        self.split = split
-        folders = {}
-        for folder in ("fluent", "noto", "clipart", "satellite", "height", "film", "photo"):
-            files = sorted((PICTURES / folder).glob("*.webp"))
-            mine = [
-                f
-                for f in files
-                if (zlib.crc32(f.name.split("-")[0].encode()) % 8 == 0) == (split == "heldout")
-            ]
-            folders[folder] = {
-                f.name: Image.open(f).convert("RGBA" if folder in ("fluent", "noto", "clipart") else "RGB")
-                for f in mine
-            }
-        self.styles = [
-            (image, folders["noto"][name])
-            for name, image in folders["fluent"].items()
-            if name in folders["noto"]
-        ]
-        self.reliefs = [
-            (image, folders["height"][name])
-            for name, image in folders["satellite"].items()
-            if name in folders["height"]
-        ]
-        self.objects = [
-            image for folder in ("fluent", "noto", "clipart") for image in folders[folder].values()
-        ]
-        self.grounds = [
-            image for folder in ("satellite", "film", "photo") for image in folders[folder].values()
-        ]
-        if not (self.styles and self.reliefs and self.objects and self.grounds):
-            raise UserError(
-                f"{PICTURES}: the embedded pictures are missing or incomplete; take them from the repository"
-            )
-
-
-def demo_sentence(world: World, rng, size: int, task: str | None = None):
-    """-> (task, float32 pixels [16, size, size, 3]): eight (input, answer) pairs, or 16 frames."""
-    task = task or str(rng.choice(list(TASKS), p=np.array(list(TASKS.values())) / sum(TASKS.values())))
-    if task == "motion":
-        return task, motion(world, rng, size)
-    colours = [
-        pair for pair in itertools.permutations(COLOURS, 2) if (pair in UNSEEN) == (world.split == "heldout")
-    ]
-    front, back = (np.array(COLOURS[c], np.float32) for c in colours[rng.integers(len(colours))])
-    angle, inverse, swap = int(rng.choice([90, 180, 270])), rng.random() < 0.5, rng.random() < 0.5
-    pixels = []
-    for _ in range(8):
-        scene = Scene(world, rng, 2 * size, objects=int(rng.integers(2, 4)) if task == "depth" else 1)
-        picture = scene.render()
-        if task == "segmentation":
-            answer = np.where(scene.labels()[..., None] > 0, front, back)
-        elif task == "edges":
-            answer = np.where(outlines(scene.labels())[..., None], front, back)
-        elif task == "depth":
-            nearness = scene.labels() / len(scene.layers)
-            answer = np.repeat((1 - nearness if inverse else nearness)[..., None], 3, axis=-1)
-        elif task == "negative":
-            answer = 1 - picture
-        elif task == "grey":
-            answer = to_grey(picture)
-        elif task == "colorization":
-            picture, answer = to_grey(picture), picture
-        elif task == "inpainting":
-            picture, answer = cover(picture, rng), picture
-        elif task == "rotation":
-            answer = scene.render(turn=angle)
-        elif task == "style":
-            pair = world.styles[rng.integers(len(world.styles))]
-            scene.ground = np.ones_like(scene.ground) * np.float32(rng.choice([1.0, 0.85]))
-            scene.layers[0] = (pair[swap], *scene.layers[0][1:])
-            picture = scene.render()
-            scene.layers[0] = (pair[not swap], *scene.layers[0][1:])
-            answer = scene.render()
-        elif task == "relief":
-            first, second = world.reliefs[rng.integers(len(world.reliefs))]
-            box = random_box(rng, first.size[0])
-            picture, answer = (
-                np.asarray(i.resize((2 * size, 2 * size), Image.Resampling.BILINEAR, box), np.float32) / 255
-                for i in (first, second)
-            )
-        elif task == "cut-out":
-            scene.ground, ground = np.broadcast_to(back, scene.ground.shape), scene.ground
-            answer, scene.ground = scene.render(), ground
-        pixels += [halve(picture), halve(answer)]
-    return task, np.clip(np.stack(pixels), 0, 1).astype(np.float32)
-
-
-class Scene:
-    """A background and objects before it, drawn at twice the size so that halving it smooths the outlines."""
-
-    def __init__(self, world: World, rng, size: int, objects: int):
-        self.size = size
-        if rng.random() < 0.2:
-            self.ground = np.broadcast_to(rng.random(3).astype(np.float32), (size, size, 3))
-        else:
-            image = world.grounds[rng.integers(len(world.grounds))]
-            image = image.resize((size, size), Image.Resampling.BILINEAR, random_box(rng, image.size[0]))
-            self.ground = np.asarray(image, np.float32) / 255
-        self.layers = []  # back to front: (image, side, x, y of the centre, angle)
-        for i in range(objects):
-            image = (
-                world.objects[rng.integers(len(world.objects))]
-                if rng.random() < 0.8
-                else textured_shape(world, rng)
-            )
-            side = rng.uniform(0.5, 0.8) if objects == 1 else rng.uniform(0.4, 0.6)
-            x, y = rng.uniform(side / 2 - 0.05, 1.05 - side / 2, 2)
-            if objects > 1:  # from left to right, so that they overlap without hiding each other
-                x = (i + 1) / (objects + 1) + rng.uniform(-0.05, 0.05)
-            self.layers.append((image, side, x, y, rng.uniform(-20, 20)))
-        order = rng.permutation(objects)
-        self.layers = [self.layers[i] for i in order]
-
-    def drawn(self, layer, turn=0, shift=(0.0, 0.0)):
-        """One object on an empty canvas -> float32 [size, size, 4] in [0, 1]."""
-        image, side, x, y, angle = layer
-        image = image.resize((max(2, int(side * self.size)),) * 2, Image.Resampling.BILINEAR).rotate(
-            angle + turn, Image.Resampling.BILINEAR, expand=True
-        )
-        canvas = Image.new("RGBA", (self.size, self.size))
-        canvas.paste(
-            image,
-            (
-                int((x + shift[0]) * self.size - image.width / 2),
-                int((y + shift[1]) * self.size - image.height / 2),
-            ),
-        )
-        return np.asarray(canvas, np.float32) / 255
-
-    def render(self, turn=0, shift=(0.0, 0.0)):
-        picture_HWC = self.ground
-        for layer in self.layers:
-            drawn_HWC = self.drawn(layer, turn, shift)
-            picture_HWC = picture_HWC + drawn_HWC[..., 3:] * (drawn_HWC[..., :3] - picture_HWC)
-        return picture_HWC
-
-    def labels(self):
-        """0 for the background, i for the pixels where the i-th object from the back is the nearest."""
-        labels_HW = np.zeros((self.size, self.size), np.float32)
-        for i, layer in enumerate(self.layers):
-            labels_HW[self.drawn(layer)[..., 3] > 0.5] = i + 1
-        return labels_HW
-
-
-def textured_shape(world: World, rng) -> Image.Image:
-    """An ellipse, polygon or star cut from a background or filled with one colour: RGBA, 96 x 96."""
-    if rng.random() < 0.5:
-        texture = world.grounds[rng.integers(len(world.grounds))].resize((96, 96), Image.Resampling.BILINEAR)
-    else:
-        texture = Image.new("RGB", (96, 96), tuple(int(c) for c in rng.integers(0, 256, 3)))
-    mask, corners = Image.new("L", (96, 96)), int(rng.choice([0, 3, 4, 5, 6, 10]))
-    if corners == 0:
-        ImageDraw.Draw(mask).ellipse((2, int(rng.integers(2, 24)), 94, 94), fill=255)
-    else:
-        angle_N = np.arange(corners) * 2 * np.pi / corners + rng.uniform(0, 2 * np.pi)
-        radius_N = np.where(np.arange(corners) % 2, 22, 46) if corners == 10 else np.full(corners, 46)
-        points = np.stack([48 + radius_N * np.cos(angle_N), 48 + radius_N * np.sin(angle_N)], axis=1)
-        ImageDraw.Draw(mask).polygon([tuple(p) for p in points], fill=255)
-    texture = texture.convert("RGBA")
-    texture.putalpha(mask)
-    return texture
-
-
-def motion(world: World, rng, size: int):
-    """16 frames of one object that crosses a still background at constant velocity and bounces off the borders."""
-    scene = Scene(world, rng, 2 * size, objects=1)
-    image, _, _, _, angle = scene.layers[0]
-    side, direction, speed = rng.uniform(0.3, 0.5), rng.uniform(0, 2 * np.pi), rng.uniform(0.04, 0.1)
-    low, high, position = side / 2, 1 - side / 2, rng.uniform(side / 2, 1 - side / 2, 2)
-    velocity, frames = speed * np.array([np.cos(direction), np.sin(direction)]), []
-    for t in range(16):
-        fold = (position + t * velocity - low) % (
-            2 * (high - low)
-        )  # a triangle wave reflects it at both ends
-        x, y = low + np.minimum(fold, 2 * (high - low) - fold)
-        scene.layers[0] = (image, side, x, y, angle)
-        frames.append(halve(scene.render()))
-    return np.clip(np.stack(frames), 0, 1).astype(np.float32)
-
-
-def outlines(labels_HW):
-    """True within one final pixel of a border between two labels."""
-    edge_HW = np.zeros(labels_HW.shape, bool)
-    edge_HW[:, 1:] |= labels_HW[:, 1:] != labels_HW[:, :-1]
-    edge_HW[1:] |= labels_HW[1:] != labels_HW[:-1]
-    padded = np.pad(edge_HW, 1)
-    return np.any(
-        [padded[y : y + len(edge_HW), x : x + len(edge_HW)] for y in range(3) for x in range(3)], axis=0
-    )
-
-
-def random_box(rng, size):
-    """A random square covering 50 to 100% of the side."""
-    side = rng.uniform(0.5, 1) * size
-    x, y = rng.uniform(0, size - side, 2)
-    return x, y, x + side, y + side
-
-
-def halve(picture_HWC):
-    H, W, C = picture_HWC.shape
-    return picture_HWC.reshape(H // 2, 2, W // 2, 2, C).mean((1, 3))
-
-
-# ---------------------------------------------------------------------------------------------------- commands
-
+KINDS = {
+    "pairs": (Pairs, pairs),
+    "colorize": (Colorize, changed_pairs),
+    "inpaint": (Inpaint, changed_pairs),
+    "multi": (Multi, multi),
+    "category": (Category, category),
+    "video": (Video, video),
+    "frames": (Frames, frames),
+    "multi-video": (MultiVideo, multi_video),
+    "tracks": (Tracks, tracks),
+}
 COMMANDS = {
-    "pairs": (Pairs, tokenize_pairs),
-    "colorize": (Colorize, tokenize_colorize),
-    "inpaint": (Inpaint, tokenize_inpaint),
-    "multi": (Multi, tokenize_multi),
-    "category": (Category, tokenize_category),
-    "video": (Video, tokenize_video),
-    "frames": (Frames, tokenize_frames),
-    "multi-video": (MultiVideo, tokenize_multi_video),
-    "tracks": (Tracks, tokenize_tracks),
+    **{name: (config, partial(write_sentences, make)) for name, (config, make) in KINDS.items()},
     "demo": (Demo, demo),
     "recolor": (Recolor, recolor),
     "import-jsonl": (ImportJsonl, import_jsonl),
@@ -2877,6 +2186,11 @@ COMMANDS = {
     "show": (Show, show),
     "inspect": (Inspect, inspect),
 }
+
+
+def run(config):
+    """The command whose flags these are."""
+    next(command for kind, command in COMMANDS.values() if type(config) is kind)(config)
 
 
 def main():
@@ -2889,7 +2203,7 @@ def main():
             os._exit(status)  # an orderly exit would wait for a file that cannot be read
         sys.exit(status)
 
-    run_command(next(run for kind, run in COMMANDS.values() if type(config) is kind), config, leave=leave)
+    run_command(run, config, leave=leave)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ import make_pictures
 from make_pictures import find, slug, unpack
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from assets import scenes
 import tokenize_data  # noqa: E402
 import vqgan  # noqa: E402
 from common.images import FORMATS  # noqa: E402
@@ -276,15 +277,15 @@ def make_scenes(out: Path, cutouts, config: Config, split: str):
     to_image = lambda picture_HWC: Image.fromarray((np.clip(picture_HWC, 0, 1) * 255 + 0.5).astype(np.uint8))
     for i in tqdm(range(config.scenes // share), desc=f"{split} scenes"):
         rng = np.random.default_rng((1, split == "heldout", i))
-        scene = tokenize_data.Scene(world, rng, 2 * SIDE, objects=int(rng.integers(1, 4)))
+        scene = scenes.Scene(world, rng, 2 * SIDE, objects=int(rng.integers(1, 4)))
         labels_HW = scene.labels()
-        answers = {"image": scene.render(), "mask": labels_HW > 0, "nearness": labels_HW / len(scene.layers), "edges": tokenize_data.outlines(labels_HW)}
+        answers = {"image": scene.render(), "mask": labels_HW > 0, "nearness": labels_HW / len(scene.layers), "edges": scenes.outlines(labels_HW)}
         for name, picture in answers.items():
             picture_HWC = picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=2).astype(np.float32)
-            save(to_image(tokenize_data.halve(picture_HWC)), out / "scenes" / name / f"{i:05}.{'jpg' if name == 'image' else 'png'}")
+            save(to_image(scenes.halve(picture_HWC)), out / "scenes" / name / f"{i:05}.{'jpg' if name == 'image' else 'png'}")
     for i in tqdm(range(config.motions // share), desc=f"{split} motion"):
         rng = np.random.default_rng((2, split == "heldout", i))
-        scene = tokenize_data.Scene(world, rng, SIDE, objects=1)
+        scene = scenes.Scene(world, rng, SIDE, objects=1)
         image, side, x, y, angle = scene.layers[0]
         (dx, dy), turn = 0.02 * rng.normal(size=2), rng.uniform(-4, 4)
         for t in range(24):

@@ -132,7 +132,7 @@ def blockwise(q_BTNK, k_BTNK, v_BTNK, query_chunk=1024, key_chunk=1024):
             j, k_BSNK, v_BSNK = y
             s_BNTS = jnp.einsum("btnk,bsnk->bnts", q_BTNK, k_BSNK, preferred_element_type=jnp.float32) * K**-0.5
             t, s = (n * size + jnp.arange(size) for n, size in ((i, q_BTNK.shape[1]), (j, k_BSNK.shape[1])))
-            s_BNTS = jnp.where(s <= t[:, None], s_BNTS, flash_attention.HIDDEN)
+            s_BNTS = jnp.where(s <= t[:, None], s_BNTS, flash_attention.MASK_VALUE)
             new_m_BNT = jnp.maximum(m_BNT, s_BNTS.max(-1))
             p_BNTS, shrink_BNT = jnp.exp(s_BNTS - new_m_BNT[..., None]), jnp.exp(m_BNT - new_m_BNT)
             new = jnp.einsum("bnts,bsnk->btnk", p_BNTS.astype(v_BSNK.dtype), v_BSNK, preferred_element_type=jnp.float32)
@@ -140,7 +140,7 @@ def blockwise(q_BTNK, k_BTNK, v_BTNK, query_chunk=1024, key_chunk=1024):
             return (o_BTNK, new_m_BNT, l_BNT * shrink_BNT + p_BNTS.sum(-1)), None
 
         rows = B, N, q_BTNK.shape[1]
-        carry = jnp.zeros(q_BTNK.shape, jnp.float32), jnp.full(rows, flash_attention.HIDDEN), jnp.zeros(rows)
+        carry = jnp.zeros(q_BTNK.shape, jnp.float32), jnp.full(rows, flash_attention.MASK_VALUE), jnp.zeros(rows)
         (o_BTNK, _, l_BNT), _ = lax.scan(keys, carry, (jnp.arange(len(k_JBSNK)), k_JBSNK, v_JBSNK))
         return None, (o_BTNK / jnp.swapaxes(l_BNT, 1, 2)[..., None]).astype(q_BTNK.dtype)
 

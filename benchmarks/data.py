@@ -130,7 +130,7 @@ def read_pictures(config: Config, folder: Path):
     for i in range(config.pictures):
         rough = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
         rough.resize((500, 375), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=90)
-        items.append(tokenize_data.Item(f"{i}.jpg", partial(tokenize_data.read_still, path=folder / f"{i}.jpg", view=("stretch", None, False, None))))
+        items.append(tokenize_data.ReadJob(f"{i}.jpg", partial(tokenize_data.read_still, path=folder / f"{i}.jpg", view=("stretch", None, False, None))))
     for workers in (0, *config.workers):
         stream = tokenize_data.read_ahead(items * 2, range(2 * len(items)), 256, workers, 60.0)
         for _ in itertools.islice(stream, len(items)):  # the workers start

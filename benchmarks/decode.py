@@ -83,7 +83,7 @@ def measure(config: Config, size, model, rival, batch, context, bandwidth):
         read += prompts * context * 2 * model.config.hidden * model.config.layers * (1 if cache_dtype == jnp.int8 else model.embedding_VD.dtype.itemsize)
 
         def run():
-            cache = lvm.branch(random_cache(model, prompts, context, cache_dtype), batch, config.tokens + jacobi)
+            cache = lvm.fork_cache(random_cache(model, prompts, context, cache_dtype), batch, config.tokens + jacobi)
             if jacobi:
                 cache = cache._replace(length=jnp.zeros(batch, jnp.int32))
             drawing_model, cache = sample.unstack_long(model, cache)

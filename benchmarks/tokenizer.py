@@ -252,20 +252,19 @@ def changed_by_bfloat16(model, paths, batch=16):
 
 def curves(config: Curves):
     logs = {run.name: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in config.runs}
-    drawn = evaluate.can_draw(config.out.name)
+    drawn = evaluate.can_draw()
     if drawn:
-        figure, (axes,) = evaluate.new_figure(1, 2, 13, 4.8)
+        from matplotlib.figure import Figure
+
+        figure = Figure((13, 4.8), dpi=110, layout="constrained")
+        axes = figure.subplots(1, 2)
         for ax, what, title in zip(
             axes, ("pixel", "perplexity"), ("pixel error of training batches", "perplexity of the codebook")
         ):
             for name, log in logs.items():
-                ax.plot(
-                    *zip(*smooth([(line["step"], line[what]) for line in log], config.window)),
-                    linewidth=2,
-                    label=name,
-                )
+                points = smooth([(line["step"], line[what]) for line in log], config.window)
+                ax.plot(*zip(*points), linewidth=2, label=name)
             ax.set(title=title, xlabel="step", yscale="log")
-            evaluate.plain_numbers(ax.yaxis)
         axes[0].legend(frameon=False)
         figure.savefig(config.out)
     steps, rows = min(len(log) for log in logs.values()), []

@@ -53,9 +53,9 @@ class Config:
 
 
 def main(config: Config):
-    measured = matmul_rate()
+    measured = train.peak_rates(jnp.dtype(DTYPE))["mfu_measured"] / jax.device_count()
     kind = jax.devices()[0].device_kind
-    nominal = next((chip.flops for name, chip in train.CHIPS.items() if name in kind.lower().replace(" ", "")), None)
+    nominal = next((rate * 1e12 for name, rate in train.NOMINAL.items() if kind.startswith(name)), None)
     print(f"{jax.device_count()} x {kind}, jax {jax.__version__}, {DTYPE.__name__}; a matrix product runs at {measured / 1e12:.3g} TFLOP/s"
           + (f" of nominally {nominal / 1e12:.0f}" if nominal else "") + "\n")
     print("| size | contender | rows x tokens | remat | s a step | tokens/s | MFU nominal | of measured | ours is |\n|---|---|---|---|---:|---:|---:|---:|---:|")
@@ -106,14 +106,12 @@ def turn(start, steps) -> float:
 
 
 def ours(size, rows, remat):
-    config = train.Config(size=size, batch=rows, remat=remat, steps=1000)
     model_config = lvm.SIZES[size]
-    mesh = train.make_mesh(config, model_config)
-    return jax_run(config, model_config, mesh, train.make_loss(mesh, specs(model_config), DTYPE, remat))
+    mesh = train.make_mesh("auto", model_config, rows)
+    return jax_run(model_config, rows, mesh, train.make_loss(mesh, specs(model_config), DTYPE, remat))
 
 
 def published(size, rows, remat):
-    config = train.Config(size=size, batch=rows, remat=remat, steps=1000)
     model_config = lvm.SIZES[size]
 
     def loss(model, ids_BT, mask_BT):  # under jit alone: XLA places it on the mesh, as it did theirs
@@ -123,7 +121,7 @@ def published(size, rows, remat):
         finally:
             lvm.flash_attention = ours
 
-    return jax_run(config, model_config, train.make_mesh(config, model_config), loss)
+    return jax_run(model_config, rows, train.make_mesh("auto", model_config, rows), loss)
 
 
 def their_attention(q_BTNK, k_BTNK, v_BTNK, *, segment_ids_BT, implementation, scale):
@@ -137,15 +135,15 @@ def specs(model_config):
     return lvm.partition_specs(eqx.filter_eval_shape(lvm.LVM, model_config, key=jax.random.key(0)))
 
 
-def jax_run(config, model_config, mesh, loss):
-    optimizer, _ = train.make_optimizer(config)
+def jax_run(model_config, rows, mesh, loss):
+    optimizer, _ = train.make_optimizer(train.Config(steps=1000))
     train_step = None
 
     def start():
         nonlocal train_step
-        state, shardings = train.make_state(config, model_config, optimizer, mesh)
+        state, shardings = train.make_state(model_config, optimizer, mesh)
         train_step = train_step or train.make_train_step(loss, optimizer, 1, shardings)
-        ids_BT = np.random.default_rng(0).integers(0, model_config.codes, (config.batch, model_config.context)).astype(np.int32)
+        ids_BT = np.random.default_rng(0).integers(0, model_config.codes, (rows, model_config.context)).astype(np.int32)
         batch = jax.device_put({"ids_BT": ids_BT, "mask_BT": np.ones(ids_BT.shape, np.float32)}, NamedSharding(mesh, train.ROWS))
 
         def step():
@@ -210,19 +208,6 @@ def pytorch(size, rows, remat):
 
 
 CONTENDERS = {"ours": (ours, ("none", "minimal", "full")), "published": (published, ("full",)), "pytorch": (pytorch, ("none", "full"))}
-
-
-def matmul_rate() -> float:
-    """FLOP/s of one device on a square product, the best of five turns."""
-    n = 1024 if ON_CPU else 8192
-    a, repeat = jnp.ones((n, n), DTYPE), jax.jit(lambda a, b: jax.lax.fori_loop(0, 10, lambda _, b: a @ b / n, b))
-    jax.block_until_ready(repeat(a, a))
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        jax.block_until_ready(repeat(a, a))
-        seconds.append(time.perf_counter() - began)
-    return 10 * 2 * n**3 / min(seconds)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
-"""Pictures and videos in and out, and the error for what a user can cause.
+"""Every picture and video in and out, and the error for what a user can cause.
 
-Every command reads through this module: it finds the files below a folder, opens them safely and gives their pixels.
-No file is trusted: pictures are opened by a list of formats and up to MAX_PIXELS, videos by a demuxer that is named, and
-whatever fails in a file becomes a UserError that names it.
+Commands find the files below a folder here, open them safely and take their pixels. No file is trusted:
+pictures are opened by a list of formats and up to MAX_PIXELS, videos by a demuxer that is named, and whatever
+fails in a file becomes a UserError that names it.
 
-Dimension key: N packets of a video, H W C a picture.
-"""
+Dimension key: N packets of a video, H W C a picture."""
 
 import collections
 import contextlib
 import functools
 import io
 import itertools
+import math
 import os
 import re
+import tarfile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -21,14 +22,14 @@ import av
 import numpy as np
 from av.sidedata.sidedata import Type
 from av.stream import Disposition
-from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageDraw, ImageFont, UnidentifiedImageError, features
 from PIL import TiffImagePlugin as TIFF
 
 
 class UserError(ValueError):
     """Wrong usage or bad input: the message names the file or flag, says what was wrong and what to type.
 
-    Commands print it as one line and end with status 2; any other exception is a bug of ours and keeps its traceback."""
+    Commands print it as one line and end with status 2. Any other exception is a bug."""
 
     def __init__(self, message):
         message = str(message)  # what is quoted in it may be megabytes long
@@ -44,223 +45,241 @@ with contextlib.suppress(ImportError):  # not required: who has HEIC pictures in
 
     pillow_heif.register_heif_opener()
     FORMATS, SUFFIXES = (*FORMATS, "HEIF"), SUFFIXES | {".heic", ".heif"}
-MAX_PIXELS = 64_000_000
-MOST_HOLES = 1 << 30  # decoders would look for hours for something in the zeros of a sparse file
 VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".apng"}  # and animated .png and .webp
-HEIF_HEADS = {
-    b"ftyp" + brand
-    for brand in (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+MAX_PIXELS = 64_000_000
+MOST_HOLES = 1 << 30  # bytes of a sparse file; decoders would look through its zeros for hours
+# What looks like a picture or a video and is not read: suffix -> what to do about it.
+OTHERS = {
+    "not a format that is read; save it as PNG, TIFF or JPEG": (
+        ".psd .psb .xcf .jp2 .j2k .jxl .jxr .tga .exr .hdr .pfm .ppm .pgm .pbm .pnm .svg .eps .ico .dds .pcx "
+        ".fits"
+    ),
+    "a camera's raw data; develop it to TIFF or JPEG": (
+        ".raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw"
+    ),
+    "Pillow reads HEIC by a plug-in: pip install pillow-heif": ".heic .heif",
+    "this Pillow reads no AVIF: pip install --upgrade pillow": ".avif",
 }
-SOUGHT = {
-    "h264",
-    "hevc",
-    "av1",
-    "libdav1d",
-    "vp9",
-    "mjpeg",
-    "prores",
-}  # codecs of which each packet is one frame
-
-# Files that look like pictures or videos and are not read: what to do about them.
-CONVERT = "not a format that is read; save it as PNG, TIFF or JPEG"
-OTHER_PICTURES = (
-    dict.fromkeys(
-        ".psd .psb .xcf .jp2 .j2k .jxl .jxr .tga .exr .hdr .pfm .ppm .pgm .pbm .pnm .svg .eps .ico .dds .pcx .fits".split(),
-        CONVERT,
-    )
-    | dict.fromkeys(
-        ".raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw".split(),
-        "a camera's raw data; develop it to TIFF or JPEG",
-    )
-    | dict.fromkeys((".heic", ".heif"), "Pillow reads HEIC by a plug-in: pip install pillow-heif")
-    | {".avif": "this Pillow reads no AVIF: pip install --upgrade pillow"}
-)
+OTHER_PICTURES = {s: reason for reason, names in OTHERS.items() for s in names.split() if s not in SUFFIXES}
 OTHER_VIDEOS = dict.fromkeys(
     ".wmv .asf .flv .mpg .mpeg .ts .m2ts .mts .3gp .ogv .vob .rm .mxf".split(),
     "not a container that is read; type: ffmpeg -i IN OUT.mp4",
 )
 
 
-# -------------------------------------------------------------------------------------------------- finding files
+# ---------------------------------------- finding files
 
 
 def natural(path):
-    """Sorting key of paths: folder by folder, numbers (of ASCII digits) by their value, so frame 2 stands before frame 10."""
+    """Sorting key of paths: folder by folder, numbers of ASCII digits by value: frame 2 before frame 10."""
     split = lambda name: [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", name))]
     return [split(part) for part in Path(path).parts], str(path)
 
 
-def walk(folder: Path, notes: list):
-    """(files with whether they are regular ones, folders) below a folder, in natural order.
+def find_files(folder: Path, suffixes, others: dict[str, str], text="", rejections=None) -> list[Path]:
+    """Files below a folder that end in one of `suffixes` and whose path below it holds `text`, in natural
+    order.
 
-    Links are followed, real folders before them, and each folder is read once, so that loops end and no file comes twice;
-    what begins with a dot is skipped. Folders that cannot be read and links that lead back are added to `notes`."""
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such folder")
-    files, folders, waiting, links, seen = [], [], [Path(folder)], [], set()
-    while waiting or links:
-        if not waiting:
-            links.sort(key=natural)
-        here = waiting.pop() if waiting else links.pop(0)
-        if (real := os.path.realpath(here)) in seen:
-            notes.append({"path": str(here), "reason": f"a link to {real}, which is read already"})
-            continue
-        seen.add(real)
-        try:
-            entries = list(os.scandir(here))
-        except OSError as error:
-            if here == Path(folder):
-                raise UserError(f"{folder}: {error.strerror}") from None
-            notes.append({"path": str(here), "reason": error.strerror})
-            continue
-        folders.append(here)
-        for entry in entries:
-            path = here / entry.name
-            if entry.name.startswith("."):
+    Links are followed, after real folders, and each folder is read once; what begins with a dot is skipped.
+    Left out and reported to `reject` are files of the suffixes `others` (suffix -> reason), links that lead
+    nowhere or back, what is no regular file, and folders that cannot be read."""
+    folder = Path(folder)
+    if not folder.is_dir() and not (folder.is_file() and folder.suffix.lower() in ARCHIVES):
+        raise UserError(f"{folder}: no such folder, and no {' or '.join(ARCHIVES)} file")
+    single = folder.is_file()
+    files, found, left_out, roots, seen = [folder] * single, [], [], [folder] * (not single), set()
+
+    def unreadable(error):
+        if Path(error.filename) == Path(folder):
+            raise UserError(f"{folder}: {error.strerror}")
+        left_out.append((error.filename, error.strerror))
+
+    while roots:
+        for here, folders, names in os.walk(roots.pop(0), onerror=unreadable):
+            if (real := os.path.realpath(here)) in seen:
+                left_out.append((here, f"a link to {real}, which is read already"))
+                folders.clear()
                 continue
-            if os.path.isdir(path) if entry.is_symlink() else entry.is_dir():
-                (links if entry.is_symlink() else waiting).append(path)
-            else:
-                files.append((path, os.path.isfile(path) if entry.is_symlink() else entry.is_file()))
-    return sorted(files, key=lambda file: natural(file[0])), sorted(folders, key=natural)
-
-
-def find_files(
-    folder: Path, suffixes, others: dict[str, str], text: str = "", notes: list | None = None
-) -> list[Path]:
-    """Files below a folder whose names end in one of `suffixes` and whose path below it holds `text`, in natural order.
-
-    Whatever is left out though it looks like one of them goes into `notes` as {"path", "reason"}: files of the suffixes
-    `others`, what is no regular file, links that lead nowhere. Without `notes`, one line is printed about them."""
-    left, paths = [], []
-    files, _ = walk(folder, left)
-    for path, regular in files:
-        suffix = path.suffix.lower()
-        if suffix not in suffixes and suffix not in others or text not in path.relative_to(folder).as_posix():
+            seen.add(real)
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            roots += [Path(here, name) for name in folders if os.path.islink(Path(here, name))]
+            files += [Path(here, name) for name in names if not name.startswith(".")]
+        roots.sort(key=natural)
+    if not VIDEOS & {*suffixes} - SUFFIXES:  # videos are not read from archives
+        for path in [path for path in files if path.suffix.lower() in ARCHIVES and os.path.isfile(path)]:
+            files += members(path)
+    looked_for = {*suffixes, *others}
+    files = [path for path in files if path.suffix.lower() in looked_for]
+    for path in sorted(files, key=natural):
+        if text not in path.relative_to(folder).as_posix():
             continue
-        if not regular:
-            left.append(
-                {
-                    "path": str(path),
-                    "reason": "not a regular file" if path.exists() else "a link that leads nowhere",
-                }
-            )
-        elif suffix in suffixes:
-            paths.append(path)
+        if not isinstance(path, Member) and not os.path.isfile(path):
+            missing = "not a regular file" if os.path.exists(path) else "a link that leads nowhere"
+            left_out.append((path, missing))
+        elif path.suffix.lower() in suffixes:
+            found.append(path)
         else:
-            left.append({"path": str(path), "reason": others[suffix]})
-    if notes is not None:
-        notes += left
-    elif left:
-        counts = collections.Counter(note["reason"] for note in left)
-        first = {note["reason"]: note["path"] for note in reversed(left)}
-        print(
-            f"left out below {folder}: "
-            + "; ".join(
-                f"{first[reason]}{f' and {n - 1} more' if n > 1 else ''} ({reason})"
-                for reason, n in counts.items()
-            )
-        )
-    return paths
+            left_out.append((path, others[path.suffix.lower()]))
+    reject(folder, left_out, rejections)
+    return found
 
 
-def find_images(folder: Path, notes: list | None = None, text: str = "") -> list[Path]:
-    """The pictures below a folder; see `find_files`. Raises UserError where there is no folder, or nothing in it."""
-    paths = find_files(
-        folder, SUFFIXES, {k: v for k, v in OTHER_PICTURES.items() if k not in SUFFIXES}, text, notes
+def reject(folder, left_out, rejections: list | None):
+    """Adds (path, reason) pairs to `rejections` as {"path", "reason"}, or prints them in one line if None."""
+    if rejections is not None:
+        rejections += [{"path": str(path), "reason": reason} for path, reason in left_out]
+    elif left_out:
+        paths = collections.defaultdict(list)
+        for path, reason in left_out:
+            paths[reason].append(path)
+        more = lambda count: f" and {count} more" if count else ""
+        said = "; ".join(f"{some[0]}{more(len(some) - 1)} ({reason})" for reason, some in paths.items())
+        print(f"left out below {folder}: {said}")
+
+
+def none_below(folder, what: str, suffixes, text: str) -> UserError:
+    listed = f" ({' '.join(sorted(suffixes))})" if suffixes else ""
+    return UserError(
+        f"{folder}: no {what} below this folder{listed}{f' with {text!r} in their path' if text else ''}"
     )
-    if not paths:
-        raise UserError(
-            f"{folder}: no pictures below this folder ({' '.join(sorted(SUFFIXES))}){holding(text)}"
-        )
+
+
+ARCHIVES = (".tar", ".parquet")
+
+
+class Member(type(Path())):
+    """A picture inside of a `.tar` or `.parquet` file, as the path ARCHIVE/NAME. `place` is where `archive`
+    holds its bytes: (offset, size), or (row group, row in it, column)."""
+
+    @classmethod
+    def of(cls, archive, name: str, place: tuple):
+        member = cls(archive, name)
+        member.archive, member.place = archive, place
+        return member
+
+    def __reduce__(self):
+        return Member.of, (self.archive, self.relative_to(self.archive).as_posix(), self.place)
+
+    def read(self) -> bytes:
+        if self.archive.suffix.lower() == ".parquet":
+            group, row, column = self.place
+            value = read_row_group(self.archive, group, column)[row].as_py()
+            return (value["bytes"] if isinstance(value, dict) else value) or b""
+        offset, size = self.place
+        with open(self.archive, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+def members(archive: Path) -> list[Member]:
+    """The files in a `.tar` (webdataset's naming: 0001.jpg and 0001.mask.png are of one sample), or the
+    pictures in a `.parquet`: ROW.COLUMN.png for each column of bytes, or LABEL/ROW.COLUMN.png where there is
+    a column `label`."""
+    found = []
+    with naming(archive):
+        if archive.suffix.lower() == ".tar":
+            with tarfile.open(archive, "r:") as tar:
+                for entry in tar:
+                    parts = Path(entry.name.lstrip("/")).parts
+                    if entry.isfile() and not any(part.startswith(".") for part in parts):
+                        place = (entry.offset_data, entry.size)
+                        found.append(Member.of(archive, Path(*parts).as_posix(), place))
+            return found
+        file, row = open_parquet(archive), 0
+        types = {field.name: str(field.type) for field in file.schema_arrow}
+        columns = [name for name, kind in types.items() if "binary" in kind.split("bytes:")[-1][:14]]
+        if not columns:
+            raise UserError(f"no column of pictures among {', '.join(types)}")
+        labels = file.read(["label"]).column(0).to_pylist() if "label" in types else None
+        for group in range(file.num_row_groups):
+            for n in range(file.metadata.row_group(group).num_rows):
+                folder = f"{labels[row]}/".replace("/", "_")[:-1] + "/" if labels else ""
+                for column in columns:
+                    found.append(Member.of(archive, f"{folder}{row:08d}.{column}.png", (group, n, column)))
+                row += 1
+    return found
+
+
+def open_parquet(archive):
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError("parquet files are read by pyarrow: pip install pyarrow") from None
+    return parquet.ParquetFile(archive)
+
+
+@functools.lru_cache(2)
+def read_row_group(archive, group: int, column: str):
+    return open_parquet(archive).read_row_group(group, [column]).column(0)
+
+
+def find_images(folder: Path, rejections: list | None = None, text: str = "") -> list[Path]:
+    """The pictures below a folder; see `find_files`. Raises UserError where there are none."""
+    if not (paths := find_files(folder, SUFFIXES, OTHER_PICTURES, text, rejections)):
+        raise none_below(folder, "pictures", SUFFIXES, text)
     return paths
 
 
-def find_stems(folder: Path, text: str, notes: list | None = None) -> dict[str, Path]:
-    """{path below the folder without its suffix: path} of the pictures; a second file of the same name goes into the notes."""
+def find_stems(folder: Path, text: str, rejections: list | None = None) -> dict[str, Path]:
+    """{path below the folder without its suffix: path} of the pictures; a second of the same is rejected."""
     stems, twice = {}, []
-    for path in find_images(folder, notes, text):
-        stem = path.relative_to(folder).with_suffix("").as_posix()
-        if stem in stems:
-            twice.append({"path": str(path), "reason": f"has the name of {stems[stem]}, but for the suffix"})
-        stems.setdefault(stem, path)
-    if notes is not None:
-        notes += twice
-    elif twice:
-        print(
-            f"left out: {len(twice)} pictures that differ from others only in the suffix, such as {twice[0]['path']}"
-        )
+    for path in find_images(folder, rejections, text):
+        stem = path.relative_to(folder).with_suffix("")
+        if isinstance(path, Member):  # webdataset's naming: what a sample is called ends at the first dot
+            stem = stem.with_name(path.name.split(".")[0])
+        if stems.setdefault(stem.as_posix(), path) != path:
+            twice.append((path, "another picture has this name, but for the suffix"))
+    reject(folder, twice, rejections)
     return stems
 
 
-def find_videos(folder: Path, text: str = "", notes: list | None = None) -> list[Path]:
+def find_videos(folder: Path, text: str = "", rejections: list | None = None) -> list[Path]:
     """The videos and animations below a folder; see `find_files`."""
-    still, found = [], find_files(folder, VIDEOS | {".png", ".webp"}, OTHER_VIDEOS, text, notes)
-    files = [path for path in found if path.suffix.lower() in VIDEOS or moves(path) or still.append(path)]
-    if notes is not None:
-        notes += [
-            {
-                "path": str(path),
-                "reason": "a picture that does not move; the kind `frames` reads folders of them",
-            }
-            for path in still
-        ]
+    files, stills = [], []
+    for path in find_files(folder, VIDEOS | {".png", ".webp"}, OTHER_VIDEOS, text, rejections):
+        (files if path.suffix.lower() in VIDEOS or moves(path) else stills).append(path)
+    why = "a picture that does not move; the kind `frames` reads folders of them"
+    if rejections is not None:
+        reject(folder, [(path, why) for path in stills], rejections)
     if not files:
-        raise UserError(f"{folder}: no videos below this folder ({' '.join(sorted(VIDEOS))}){holding(text)}")
+        raise none_below(folder, "videos", VIDEOS, text)
     return files
 
 
-def find_clips(
-    folder: Path, text: str, videos: bool, notes: list | None = None
-) -> dict[str, "Path | tuple[Path, ...]"]:
-    """{name: the pictures that a folder directly holds or, with `videos`, a video file without its suffix}."""
-    films = VIDEOS if videos else set()
-    others = {
-        suffix: reason
-        for suffix, reason in (OTHER_PICTURES | (OTHER_VIDEOS if videos else {})).items()
-        if suffix not in SUFFIXES
-    }
+def find_clips(folder: Path, text: str, videos: bool, rejections: list | None = None) -> dict:
+    """{name: the pictures that a folder directly holds (a tuple) or, with `videos`, a video file (a
+    Path)}."""
+    films, others = (VIDEOS, OTHER_PICTURES | OTHER_VIDEOS) if videos else (set(), OTHER_PICTURES)
     clips, folders = {}, collections.defaultdict(list)
-    for path in find_files(folder, SUFFIXES | films, others, "", notes):
+    for path in find_files(folder, SUFFIXES | films, others, "", rejections):
+        place = path.relative_to(folder)
         if path.suffix.lower() not in films:
-            folders[path.parent].append(path)
-        elif text in (name := path.relative_to(folder)).as_posix():
-            if (name := name.with_suffix("").as_posix()) in clips:
-                raise UserError(f"{path}: another clip of this name is beside it; rename one of them")
-            clips[name] = path
-    for parent, pictures in folders.items():
-        if parent != folder and text in (name := parent.relative_to(folder).as_posix()):
+            folders[place.parent.as_posix()].append(path)
+        elif text in place.as_posix() and clips.setdefault(place.with_suffix("").as_posix(), path) != path:
+            raise UserError(f"{path}: another clip of this name is beside it; rename one of them")
+    for name, pictures in folders.items():
+        if text in name if name != "." else not videos and text in folder.name:
             clips[name] = tuple(pictures)
-        elif parent == folder and not videos and text in folder.name:
-            clips["."] = tuple(pictures)
     if not clips:
-        raise UserError(f"{folder}: no clips below this folder{holding(text)}")
+        raise none_below(folder, "clips", (), text)
     return dict(sorted(clips.items(), key=lambda clip: natural(clip[0])))
 
 
-def find_tracks(
-    folder: Path, text: str, modalities: tuple[str, ...], notes: list
-) -> dict[str, list[tuple[Path, ...]]]:
-    """{name of a folder that holds folders named as the modalities: the pictures of each of these}."""
+def find_tracks(folder: Path, text: str, modalities: tuple[str, ...], rejections: list) -> dict[str, list]:
+    """{name of a folder that holds one folder a modality: the pictures (a tuple) of each of these}."""
     clips, tracks = collections.defaultdict(list), {}
-    for path in find_images(folder, notes):
+    for path in find_images(folder, rejections):
         clips[path.parent].append(path)
-    for track in sorted(
-        (parent.parent for parent in clips if parent.name == modalities[0] and parent != folder), key=natural
-    ):
-        missing = [name for name in modalities if track / name not in clips]
-        if missing:
-            notes.append({"path": str(track), "reason": f"a track without {' and '.join(missing)}"})
+    found = {parent.parent for parent in clips if parent.name == modalities[0] and parent != folder}
+    for track in sorted(found, key=natural):
+        if missing := [name for name in modalities if track / name not in clips]:
+            reject(folder, [(track, f"a track without {' and '.join(missing)}")], rejections)
         elif text in (name := track.relative_to(folder).as_posix()):
             tracks[name] = [tuple(clips[track / modality]) for modality in modalities]
     return tracks
 
 
-def holding(text: str) -> str:
-    return f" with {text!r} in their path" if text else ""
-
-
-# ---------------------------------------------------------------------------------------------------- opening files
+# ---------------------------------------- opening files
 
 
 @contextlib.contextmanager
@@ -272,14 +291,13 @@ def naming(path):
         raise
     except Exception as error:
         reason = str(error) or type(error).__name__
-        raise UserError(
-            reason if isinstance(error, UserError) and str(path) in reason else f"{path}: {reason}"
-        ) from None
+        named = isinstance(error, UserError) and str(path) in reason
+        raise UserError(reason if named else f"{path}: {reason}") from None
 
 
 class PatientFile(io.BufferedReader):
-    """A file that is read up to two million times for a few bytes only: some decoders look for the next marker byte by byte,
-    and in a file of zeros they would go on for hours."""
+    """A file from which a few bytes may be read two million times: some decoders look for the next marker
+    byte by byte, and in a file of zeros they would go on for hours."""
 
     left = 2_000_000
 
@@ -291,7 +309,10 @@ class PatientFile(io.BufferedReader):
 
 
 def open_file(path) -> io.BufferedReader:
-    """A file opened to read bytes. Raises UserError for what is none: opening a FIFO would wait, and a device has no end."""
+    """A file opened to read bytes. Raises UserError for a FIFO (opening would wait), a device (it has no
+    end), and what is mostly unwritten."""
+    if isinstance(path, Member):
+        return io.BytesIO(path.read())
     if not os.path.isfile(path):
         raise UserError(f"{path}: {'not a regular file' if os.path.exists(path) else 'no such file'}")
     file = PatientFile(io.FileIO(path))
@@ -304,41 +325,35 @@ def open_file(path) -> io.BufferedReader:
 
 
 def count_holes(file) -> int:
-    """Bytes of a file for which the disk holds nothing and which read as zeros; counted until they are MOST_HOLES."""
+    """Bytes of a large file for which the disk holds nothing; counted until they are more than MOST_HOLES."""
     size, at, holes = os.fstat(file.fileno()).st_size, 0, 0
-    while size > MOST_HOLES >= holes and hasattr(os, "SEEK_HOLE"):
-        start = os.lseek(file.fileno(), at, os.SEEK_HOLE)
-        try:
-            at = os.lseek(file.fileno(), start, os.SEEK_DATA)
-        except OSError:  # the hole reaches to the end
-            at = size
-        holes += at - start
-        if at >= size:
-            break
-    file.seek(0)
+    if size > MOST_HOLES and hasattr(os, "SEEK_HOLE"):
+        with contextlib.suppress(OSError):  # there are no data after a hole that reaches the end
+            while at < size and holes <= MOST_HOLES:
+                start = os.lseek(file.fileno(), at, os.SEEK_HOLE)
+                holes, at = holes + size - start, size
+                at = os.lseek(file.fileno(), start, os.SEEK_DATA)
+                holes -= size - at
+        file.seek(0)
     return holes
 
 
 @contextlib.contextmanager
 def open_image(path):
-    """The first picture in a file, not decoded yet. Raises UserError, naming the file, for whatever fails in it."""
+    """The first picture in a file, not decoded yet. Whatever fails in it is a UserError that names the
+    file."""
     with naming(path), open_file(path) as file:
-        if (
-            size := os.fstat(file.fileno()).st_size
-        ) > 16 * MAX_PIXELS:  # some decoders read all of it at once
+        if (size := file.seek(0, os.SEEK_END)) > 16 * MAX_PIXELS:  # some decoders read it all at once
             raise UserError(f"{size:,} bytes are over the limit of {16 * MAX_PIXELS:,} for a picture")
+        file.seek(0)
         try:
             image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
             suffix = Path(path).suffix.lower()
-            known = (
-                "n MP4, MOV, MKV, WebM or AVI video"
-                if suffix in VIDEOS - SUFFIXES
-                else f" {', '.join(FORMATS)} picture"
-            )
-            raise UserError(
-                f"not a{known}" + (f" ({OTHER_PICTURES[suffix]})" if suffix in OTHER_PICTURES else "")
-            ) from None
+            film = suffix in VIDEOS - SUFFIXES
+            known = "n MP4, MOV, MKV, WebM or AVI video" if film else f" {', '.join(FORMATS)} picture"
+            advice = f" ({OTHER_PICTURES[suffix]})" if suffix in OTHER_PICTURES else ""
+            raise UserError(f"not a{known}{advice}") from None
         with image:
             check_size(*image.size)
             yield image
@@ -349,63 +364,56 @@ def check_size(width, height):
         raise UserError(f"{width}x{height} pixels are over the limit of {MAX_PIXELS:,}")
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------- pictures
 
-# What turns the rows and columns as they are stored upright, by the number of EXIF's Orientation.
-TURNS = {
-    2: lambda x: x[:, ::-1],
-    3: lambda x: x[::-1, ::-1],
-    4: lambda x: x[::-1],
-    5: lambda x: x.swapaxes(0, 1),
-    6: lambda x: np.rot90(x, -1),
-    7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
-    8: lambda x: np.rot90(x),
+# EXIF's Orientation as the signs (a, b, c, d) of a display matrix: x' = a x + c y, y' = b x + d y.
+ORIENTATIONS = {
+    2: (-1, 0, 0, 1),
+    3: (-1, 0, 0, -1),
+    4: (1, 0, 0, -1),
+    5: (0, 1, 1, 0),
+    6: (0, 1, -1, 0),
+    7: (0, -1, -1, 0),
+    8: (0, -1, 1, 0),
 }
-# The same numbers by the signs a, b, c, d of a video's display matrix: x' = a x + c y, y' = b x + d y.
-MATRICES = {
-    (-1, 0, 0, 1): 2,
-    (-1, 0, 0, -1): 3,
-    (1, 0, 0, -1): 4,
-    (0, 1, 1, 0): 5,
-    (0, 1, -1, 0): 6,
-    (0, -1, -1, 0): 7,
-    (0, -1, 1, 0): 8,
-}
+
+
+def turn(x_HW, signs):
+    """An array of pixels, turned and mirrored by a display matrix."""
+    right, a, d, down = signs
+    if a:  # x' comes from y
+        x_HW, right, down = x_HW.swapaxes(0, 1), d, a
+    return x_HW[::down, ::right]
 
 
 def upright(image: Image.Image, x_HW):
     """The pixels of a loaded image, turned as its EXIF says (Pillow has turned those of a TIFF)."""
-    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    return turn(x_HW) if turn else x_HW
+    signs = ORIENTATIONS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return turn(x_HW, signs) if signs else x_HW
 
 
 def read_image(path, size: int, fit: Literal["stretch", "crop"] = "stretch", box=None) -> np.ndarray:
     """One picture file -> float32 [size, size, 3] in [0, 1].
 
-    `stretch` resizes by bicubic without keeping the aspect ratio, as LVM does; `crop` cuts a square. `box` = (x, y, side)
-    is the part to show: side as a share of the largest, x and y the shares of what is left over that lie left of it and
-    above it; by default (0.5, 0.5, 1), the largest in the middle.
-    EXIF rotation is applied, transparency is laid over white, of a file of several pictures the first is taken. Greys of
-    16 and 32 bits are scaled by 65535, floats must lie in [0, 1]; NaN, infinity and what is over full scale are refused.
-    Raises UserError, naming the file, for what is no picture of FORMATS, is damaged, or is over 64 Mpx; and where there is
-    none."""
+    `stretch` resizes by bicubic without keeping the aspect ratio, as LVM does; `crop` cuts a square. `box` =
+    (x, y, side) is the part to show: side as a share of the largest, x and y the shares of the rest that lie
+    left of it and above it; by default (0.5, 0.5, 1). EXIF rotation is applied, transparency is laid over
+    white, of several pictures the first is taken. Greys of 16 and 32 bits are scaled by 65535, floats must
+    lie in [0, 1]. Raises UserError, naming the file, for what is missing, no picture of FORMATS, damaged,
+    over 64 Mpx, not finite or over full scale."""
     with open_image(path) as image:
         image = next(frames_of_gif(image, [0])) if image.format == "GIF" else image
         return to_pixels(image, size, fit, box)
 
 
-def to_pixels(
-    image: Image.Image, size: int, fit="stretch", box=None, resample=Image.Resampling.BICUBIC
-) -> np.ndarray:
+def to_pixels(image, size: int, fit="stretch", box=None, resample=Image.Resampling.BICUBIC) -> np.ndarray:
     """Pillow image of any mode -> float32 [size, size, 3] in [0, 1]; see `read_image`."""
     image = Image.fromarray(np.ascontiguousarray(upright(image, np.asarray(displayed(image)))))
     x, y, side = box or (0.5, 0.5, 1.0)
     width, height = (side * n for n in (image.size if fit == "stretch" else (min(image.size),) * 2))
     left, top = x * (image.width - width), y * (image.height - height)
-    image = image.resize(
-        (size, size), resample, (left, top, min(left + width, image.width), min(top + height, image.height))
-    )
-    pixels = np.asarray(image, np.float32)
+    part = left, top, min(left + width, image.width), min(top + height, image.height)
+    pixels = np.asarray(image.resize((size, size), resample, part), np.float32)
     if pixels.ndim == 2:
         return np.repeat(np.clip(pixels, 0, 1)[:, :, None], 3, axis=2)
     return pixels / 255
@@ -419,13 +427,15 @@ def displayed(image: Image.Image) -> Image.Image:
         grey_HW = (numbers_HW.astype(np.float32) - black) / np.float32(white - black)
         if clear is not None:
             grey_HW[numbers_HW == clear] = 1
-        check_grey(grey_HW)
+        if not np.isfinite(grey_HW).all():
+            raise UserError("holds NaN or infinity; wanted [0, 1]")
+        low, high = grey_HW.min(), grey_HW.max()
+        if low < 0 or high > 1:
+            raise UserError(f"values lie in [{low:g}, {high:g}] of full scale; wanted [0, 1]")
         return Image.fromarray(grey_HW)
     if image.has_transparency_data:
-        if (
-            clear is not None and (step := levels_between(image)) != 1
-        ):  # Pillow scales the greys, but not what is clear
-            image.info["transparency"] = clear * step
+        if clear is not None and (step := levels_between(image)) != 1:
+            image.info["transparency"] = clear * step  # Pillow scales the greys, but not what is clear
         elif isinstance(clear, tuple) and "16" in stored_as(image):
             image.info["transparency"] = tuple(value >> 8 for value in clear)
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
@@ -433,29 +443,21 @@ def displayed(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def check_grey(grey_HW):
-    if not np.isfinite(grey_HW).all():
-        raise UserError("holds NaN or infinity; wanted [0, 1]")
-    if grey_HW.min() < 0 or grey_HW.max() > 1:
-        raise UserError(f"values lie in [{grey_HW.min():g}, {grey_HW.max():g}] of full scale; wanted [0, 1]")
-
-
 def stored_as(image: Image.Image) -> str:
-    """Pillow's name for how the pixels of an image that is not loaded yet are stored, such as L;4 for greys of 4 bits."""
+    """Pillow's name for how an image that is not loaded yet stores pixels; L;4 are greys of 4 bits."""
     layout = image.tile[0].args if getattr(image, "tile", []) else ""
     return str(layout if isinstance(layout, str) or not layout else layout[0])
 
 
 def levels_between(image: Image.Image) -> int:
-    """By what Pillow multiplies the numbers of an image that is not loaded yet: it widens greys of 2 and 4 bits to 8."""
-    layout = stored_as(image)
-    return 85 if layout.startswith("L;2") else 17 if layout.startswith("L;4") else 1
+    """By what Pillow multiplies the numbers as it loads an image: it widens greys of 2 and 4 bits to 8."""
+    return {"L;2": 85, "L;4": 17}.get(stored_as(image)[:3], 1)
 
 
 def stored_numbers(image: Image.Image):
-    """An image of one channel that is not loaded yet -> its numbers as the file stores them [H, W], and which are black and white.
+    """An image of one channel, not loaded yet -> (its numbers as the file stores them [H, W], black, white).
 
-    Pillow would widen greys of few bits, turn TIFFs round that count from white to black, and lose the signs of some."""
+    Pillow would widen greys of few bits, invert TIFFs that count from white to black, and lose some signs."""
     step, tags = levels_between(image), getattr(image, "tag_v2", {})
     signed, bits = tags.get(TIFF.SAMPLEFORMAT, (1,))[0] == 2, tags.get(TIFF.BITSPERSAMPLE, (8,))[0]
     numbers_HW = np.asarray(image)
@@ -474,79 +476,71 @@ def stored_numbers(image: Image.Image):
 
 
 def read_integers(path) -> np.ndarray:
-    """A grey or palette picture -> the integers that it stores, int64 [H, W]. Raises UserError for colours and floats."""
+    """A grey or palette picture -> the integers that it stores, int64 [H, W]. UserError for colours and
+    floats."""
     with open_image(path) as image:
         if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
             raise UserError(f"a {image.mode} picture, not a map of integers")
         return upright(image, stored_numbers(image)[0].astype(np.int64))
 
 
-HALF_FLOATS = (
-    "as float16 (--half-floats) its depths {}: it holds ordinary integers; type --half-floats without a name"
-)
-
-
 def read_half(path) -> np.ndarray:
     """A 16-bit picture that holds float16 values -> float32 [H, W], infinities and NaN as 0.
 
-    Raises UserError where the numbers are ordinary integers, such as millimetres: as float16 they would be black. Those are
-    negative values, a median under 1/16 (integers up to 11,264), or nine of ten values that span a factor over 1,024."""
+    Raises UserError where the numbers are ordinary integers, such as millimetres, which would be black: where
+    float16 values are negative, their median is under 1/16 (integers up to 11,264), or nine of ten span 1,024
+    times."""
     bits_HW = read_integers(path)
     if bits_HW.min(initial=0) < 0 or bits_HW.max(initial=0) > 65535:
         raise UserError(f"{path}: values of more than 16 bits are no float16")
     depth_HW = bits_HW.astype(np.uint16).view(np.float16).astype(np.float32)
-    if (depth_HW < 0).any():
-        raise UserError(f"{path}: {HALF_FLOATS.format('are negative')}")
-    depth_HW = np.where(np.isfinite(depth_HW), depth_HW, 0)
-    if (depth_HW > 0).any():
-        low, middle, high = np.quantile(depth_HW[depth_HW > 0], (0.05, 0.5, 0.95))
-        if middle < 1 / 16 or high > 1024 * low:
-            raise UserError(
-                f"{path}: {HALF_FLOATS.format(f'lie around {middle:.2g}, from {low:.2g} to {high:.2g}')}"
-            )
-    return depth_HW
+    known_HW = np.where(np.isfinite(depth_HW), depth_HW, 0)
+    some = known_HW[known_HW != 0] if known_HW.any() else np.ones(1)
+    low, middle, high = np.quantile(some, (0.05, 0.5, 0.95))
+    if (depth_HW < 0).any() or middle < 1 / 16 or high > 1024 * low:
+        raise UserError(
+            f"{path}: as float16 (--half-floats) its depths lie around {middle:.2g}, from {low:.2g} to "
+            f"{high:.2g}: it holds ordinary integers; type --half-floats without a name"
+        )
+    return known_HW
 
 
 def read_depth(path, size) -> np.ndarray:
-    """A grey picture of depths in any unit (1 to 32 bits, or float) -> float64 [size, size], the nearest pixels, 0 where
-    unknown. Raises UserError for negative, infinite and NaN depths, and for colours."""
+    """A grey picture of depths in any unit (1 to 32 bits, or float) -> float64 [size, size], the nearest
+    pixels, 0 where unknown. Raises UserError for negative, infinite and NaN depths, and for colours."""
     with open_image(path) as image:
         if image.mode == "P":
             image = image.convert("RGB")
-        if image.mode == "RGB" and all(
-            np.array_equal(image.getchannel(0), image.getchannel(c)) for c in (1, 2)
-        ):
+        if image.mode == "RGB" and not np.ptp(image, axis=2).any():
             image = image.getchannel(
                 0
-            )  # the palette holds greys alone: what is shown is the depth, not the number of its entry
+            )  # a palette of greys: the depth is what is shown, not the entry's number
         if image.mode not in ("1", "L", "F") and not image.mode.startswith("I"):
             raise UserError(f"a picture of colours ({image.mode}), not a map of depths")
         depth_HW = upright(image, stored_numbers(image)[0].astype(np.float64))
         if not np.isfinite(depth_HW).all() or depth_HW.min() < 0:
-            raise UserError(
-                "holds depths that are negative or not finite; write 0 where the depth is unknown"
-            )
+            raise UserError("holds negative or not finite depths; write 0 where the depth is unknown")
     y, x = (
-        np.minimum(((np.arange(size) + 0.5) * side / size).astype(int), side - 1) for side in depth_HW.shape
+        np.minimum((np.arange(size) + 0.5) * side / size, side - 1).astype(int) for side in depth_HW.shape
     )
     return depth_HW[y][:, x]
 
 
 def read_edges(path) -> np.ndarray:
-    """A picture of white lines on black -> bool [H, W], True where it is brighter than half of its full scale (1 of 1 bit,
-    255 of 8 bits, 65535 of more, 1.0 of floats; colours by their luminance). Raises UserError for values outside of the
-    scale, for transparency, and where something is drawn but nothing is brighter than half."""
+    """A picture of white lines on black -> bool [H, W], True over half of full scale (1 of 1 bit, 255 of 8
+    bits, 65535 of more, 1.0 of floats; colours by their luminance). Raises UserError for values outside of
+    the scale, transparency, and where something is drawn but nothing is over half."""
     with open_image(path) as image:
         grey = image.mode.startswith("I") or image.mode == "F"
-        if image.has_transparency_data and (
-            grey or image.convert("RGBA").getchannel("A").getextrema()[0] < 255
-        ):
+        clear = image.has_transparency_data
+        if clear and (grey or image.convert("RGBA").getchannel("A").getextrema()[0] < 255):
             raise UserError("has transparent pixels; wanted white lines on black")
         shown = displayed(image)
         grey_HW = upright(image, np.asarray(shown if grey else shown.convert("L")) / (1 if grey else 255))
         if 0 < grey_HW.max() <= 0.5:
             raise UserError(
-                f"its brightest pixel is {grey_HW.max():.3g} of full scale, and edges are those over 0.5; draw them white"
+                f"its brightest pixel is {grey_HW.max():.3g} of full scale, and edges are those over 0.5; "
+                "draw them white"
             )
         return grey_HW > 0.5
 
@@ -554,27 +548,27 @@ def read_edges(path) -> np.ndarray:
 def shown_size(path) -> tuple[int, int]:
     """(width, height) of a picture, or of the first frame of a video, as they are shown."""
     if is_video(path):
-        with open_video(path, read_index(path, stamp(path)).stream) as (container, stream):
+        with open_video(path, read_index(path).stream) as (container, stream):
             return frame_image(next(container.decode(stream))).size
     with open_image(path) as image:
         image.load()
         return upright(image, np.broadcast_to(0, image.size[::-1])).shape[::-1]
 
 
-# ---------------------------------------------------------------------------------------------------- clips
+# ---------------------------------------- clips
 
 
 def count_frames(path) -> int:
-    """Frames that a video or an animation (GIF, APNG, WebP) shows, nothing being decoded; 1 for any other picture."""
+    """Frames that a video or an animation (GIF, APNG, WebP) shows, undecoded; 1 for any other picture."""
     if is_video(path):
-        return read_index(path, stamp(path)).shown
+        return read_index(path).shown
     with open_image(path) as image:
         return frames_in(image)
 
 
 def read_frames(path, wanted, size: int, fit="stretch", box=None):
-    """Frames of a video or an animation, by increasing number -> (the wanted ones, resized bilinearly as the published
-    script does; None, or how many there are if fewer)."""
+    """Frames of a video or an animation, by increasing number -> (the wanted ones, resized bilinearly as the
+    published script does; None), or ([], how many there are) if that is fewer."""
     show = lambda image: to_pixels(image, size, fit, box, Image.Resampling.BILINEAR)
     wanted = list(wanted)
     if is_video(path):
@@ -582,9 +576,8 @@ def read_frames(path, wanted, size: int, fit="stretch", box=None):
     with open_image(path) as image:
         if wanted[-1] >= (count := frames_in(image)):
             return [], count
-        return [
-            show(frame) for frame in (frames_of_gif if image.format == "GIF" else frames_of)(image, wanted)
-        ], None
+        frames = frames_of_gif if image.format == "GIF" else frames_of
+        return [show(frame) for frame in frames(image, wanted)], None
 
 
 def read_clip(path, wanted, size: int, fit="stretch") -> list[np.ndarray]:
@@ -598,7 +591,7 @@ def read_clip(path, wanted, size: int, fit="stretch") -> list[np.ndarray]:
 
 
 def read_pictures(pictures, size, fit) -> np.ndarray:
-    """(file, frame) of every picture -> float32 [T, size, size, 3] in [0, 1]; a clip's frames are read in one go."""
+    """(file, frame) of every picture -> float32 [T, size, size, 3] in [0, 1]; a clip is read once."""
     pixels = []
     for path, group in itertools.groupby(pictures, lambda picture: picture[0]):
         frames = [frame for _, frame in group]
@@ -619,7 +612,7 @@ def moves(path) -> bool:
 
 
 def frames_in(image: Image.Image) -> int:
-    """Frames of a GIF, APNG or WebP. The second picture in a phone's JPEG and the further pages of a TIFF are none."""
+    """Frames of a GIF, APNG or WebP; 1 for a phone's JPEG of several pictures or a TIFF of pages."""
     count = getattr(image, "n_frames", 1) if image.format in ("GIF", "PNG", "WEBP") else 1
     return count - (count > 1 and getattr(image, "default_image", False))  # shown only where APNG is unknown
 
@@ -631,7 +624,8 @@ def frames_of(image: Image.Image, wanted):
 
 
 def frames_of_gif(image: Image.Image, wanted):
-    """As browsers show them: what no frame has drawn, and what one has cleared, is transparent. Pillow makes it black."""
+    """As browsers show them: what no frame has drawn, or one cleared, is transparent. Pillow makes it
+    black."""
     drawn_HW = np.zeros(image.size[::-1], bool)
     for number in range(wanted[-1] + 1):
         image.seek(number)
@@ -648,14 +642,17 @@ def frames_of_gif(image: Image.Image, wanted):
             drawn_HW = before_HW
 
 
-# ---------------------------------------------------------------------------------------------------- videos
+# ---------------------------------------- videos
+
+HEIF_BRANDS = b"avif avis heic heix heim heis hevc hevx mif1 msf1".split()
+ONE_FRAME_A_PACKET = {"h264", "hevc", "av1", "libdav1d", "vp9", "mjpeg", "prores"}
 
 
 def demuxer(head: bytes) -> str | None:
-    """The demuxer by the first 12 bytes: it is named, never guessed, as guessing would also try playlists, which open
-    what they name. None for what is no video."""
-    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip") and head[4:] not in HEIF_HEADS:
-        return "mov"  # mp4 too
+    """The demuxer by a file's first 12 bytes; None for what is no video. It is named, never guessed: FFmpeg
+    would also try playlists, which open the files that they name."""
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):
+        return None if head[4:8] == b"ftyp" and head[8:] in HEIF_BRANDS else "mov"  # mp4 too
     if head[:4] == b"RIFF":
         return "avi" if head[8:] == b"AVI " else None  # WebP
     return "matroska" if head[:4] == b"\x1aE\xdf\xa3" else None  # webm too
@@ -667,53 +664,53 @@ def is_video(path) -> bool:
 
 
 class Index(NamedTuple):
-    """The packets of a video's moving stream, in the order in which they are decoded."""
+    """The packets of a video's moving stream, in the order in which they are decoded.
+
+    `exact`: frame n is surely the n-th of the shown packets by time, so that it can be sought. `seek_N`: the
+    times by which the container finds packets: of showing them in Matroska, else of decoding them."""
 
     stream: int
     shown: int  # packets whose frames are shown: an edit list hides some
-    exact: bool  # whether frame n is surely the n-th of the shown packets by time, so that it can be sought
+    exact: bool
     pts_N: np.ndarray
-    seek_N: (
-        np.ndarray
-    )  # by which time the container finds a packet: in Matroska that of showing it, else that of decoding it
+    seek_N: np.ndarray
     key_N: np.ndarray
     hidden_N: np.ndarray
 
 
-def stamp(path):
+def read_index(path) -> Index:
+    """Reads the packets of a video, decoding nothing. Kept until the file changes."""
     about = os.stat(path)
-    return about.st_size, about.st_mtime_ns
+    return _read_index(path, about.st_size, about.st_mtime_ns)
 
 
 @functools.lru_cache(16)
-def read_index(path, stamp) -> Index:
-    """Reads the packets of a video, decoding nothing. `stamp` is the file's: another file of this name is read anew."""
+def _read_index(path, size, changed) -> Index:
     with open_video(path) as (container, _):
         covers = Disposition.attached_pic | Disposition.timed_thumbnails
         streams = [stream for stream in container.streams.video if not stream.disposition & covers]
         if not streams:
             raise UserError("no moving picture in it")
-        packets = {stream.index: [] for stream in streams}
-        for packet in container.demux(*streams):
-            if packet.size:
-                packets[packet.stream_index].append(
-                    (packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
-                )
-        shown = {index: sum(not hidden for *_, hidden in found) for index, found in packets.items()}
-        stream = container.streams[
-            max(shown, key=shown.get)
-        ]  # a cover can be a video of one frame, and come first
-        if (codec := stream.codec_context) is None:
+        packets = [
+            (packet.stream_index, packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
+            for packet in container.demux(*streams)
+            if packet.size
+        ]
+        shown = collections.Counter(number for number, *_, hidden in packets if not hidden)
+        # A cover can be a video of one frame, and come first.
+        number = max((stream.index for stream in streams), key=lambda index: shown[index])
+        packets = [packet[1:] for packet in packets if packet[0] == number]
+        if (codec := container.streams[number].codec_context) is None:
             raise UserError("its codec is not one that this FFmpeg decodes; type: ffmpeg -i IN OUT.mp4")
         check_size(codec.width, codec.height)
         by_showing = "matroska" in container.format.name
-        times = [(pts, pts if by_showing else dts) for pts, dts, *_ in packets[stream.index]]
+        times = [(pts, pts if by_showing else dts) for pts, dts, *_ in packets]
         known = bool(times) and not any(time is None for pair in times for time in pair)
         pts_N, seek_N = np.array(times).T if known else np.zeros((2, 0), np.int64)
-        key_N, hidden_N = np.array([packet[2:] for packet in packets[stream.index]], bool).reshape(-1, 2).T
-        exact = known and codec.name in SOUGHT and key_N[0] and pts_N.min() == pts_N[0]
-        exact = bool(exact and len(np.unique(pts_N[~hidden_N])) == shown[stream.index])
-        return Index(stream.index, shown[stream.index], exact, pts_N, seek_N, key_N, hidden_N)
+        key_N, hidden_N = np.array([packet[2:] for packet in packets], bool).reshape(-1, 2).T
+        exact = known and codec.name in ONE_FRAME_A_PACKET and key_N[0] and pts_N.min() == pts_N[0]
+        exact = bool(exact and len(np.unique(pts_N[~hidden_N])) == shown[number])
+        return Index(number, shown[number], exact, pts_N, seek_N, key_N, hidden_N)
 
 
 @contextlib.contextmanager
@@ -730,8 +727,8 @@ def open_video(path, stream: int | None = None):
 
 
 def read_video(path, wanted: list[int], show):
-    """As `read_frames`. Only what the wanted frames need is decoded where the frames can be sought."""
-    index = read_index(path, stamp(path))
+    """As `read_frames`. Where frames can be sought, only what the wanted ones need is decoded."""
+    index = read_index(path)
     if wanted[-1] >= index.shown:
         return [], index.shown
     if index.exact:
@@ -742,9 +739,7 @@ def read_video(path, wanted: list[int], show):
     pictures, left, number, damaged = [], collections.deque(wanted), -1, False
     with open_video(path, index.stream) as (container, stream):
         for number, frame in enumerate(container.decode(stream)):
-            damaged = (
-                frame.is_corrupt or damaged and not frame.key_frame
-            )  # frames are made from those before them
+            damaged = frame.is_corrupt or damaged and not frame.key_frame  # frames are made from earlier ones
             if number == left[0]:
                 if damaged:
                     raise UserError(f"frame {number} is damaged, or made from a damaged one")
@@ -756,8 +751,8 @@ def read_video(path, wanted: list[int], show):
 
 
 def sought(container, stream, index: Index, wanted):
-    """Yields the wanted frames, each decoded from the last key frame before it. Stops early where the decoder shows other
-    frames than the packets promise, or damaged ones: only decoding everything tells then which frame is which."""
+    """Yields the wanted frames, each decoded from the last key frame before it. Stops early where the decoder
+    shows other frames than the packets promise, or damaged ones: then all must be decoded."""
     order_N, frames, last = np.sort(index.pts_N[~index.hidden_N]), None, -1
     for number in wanted:
         place = np.flatnonzero((index.pts_N == order_N[number]) & ~index.hidden_N)[0]
@@ -783,29 +778,25 @@ def sought(container, stream, index: Index, wanted):
 
 
 def frame_image(frame: av.VideoFrame) -> Image.Image:
-    """A decoded frame -> RGB (RGBA where it has transparent parts) as players show it: turned and mirrored as its display
-    matrix says, colours by its own matrix and range (BT.601 where none is named) within three levels."""
+    """A decoded frame -> RGB (RGBA where it has transparent parts) as players show it: turned and mirrored as
+    its display matrix says, colours by its own matrix and range (BT.601 where none is named)."""
     check_size(frame.width, frame.height)
-    if any(component.is_alpha for component in frame.format.components):
-        image = Image.fromarray(frame.to_ndarray(format="rgba"))
-    else:
-        image = frame.to_image()
+    transparent = any(component.is_alpha for component in frame.format.components)
+    image = Image.fromarray(frame.to_ndarray(format="rgba")) if transparent else frame.to_image()
     for data in frame.side_data:
         if data.type == Type.DISPLAYMATRIX:
-            a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].astype(np.float64)
-            signs = tuple(
-                np.rint(np.array([a, b, c, d]) / max(map(abs, (a, b, c, d, 1)))).astype(int).tolist()
-            )
-            if turn := TURNS.get(MATRICES.get(signs)):
-                return Image.fromarray(np.ascontiguousarray(turn(np.asarray(image))))
+            signs = np.frombuffer(bytes(data), np.int32)[[0, 1, 3, 4]].astype(np.float64)
+            signs = tuple(np.rint(signs / max(1, *np.abs(signs))).astype(int).tolist())
+            if signs in ORIENTATIONS.values():
+                return Image.fromarray(np.ascontiguousarray(turn(np.asarray(image), signs)))
     return image
 
 
-# -------------------------------------------------------------------------------------------------- pictures out
+# ---------------------------------------- pictures out
 
 
-def encode_image(image, path, **options) -> bytes:
-    """A PIL image in the format that the suffix of `path` names, to be written whole.
+def encode_image(image: Image.Image, path, **options) -> bytes:
+    """An image in the format that the suffix of `path` names, to be written whole.
 
     Raises UserError for a suffix of no format that is also read."""
     if (suffix := Path(path).suffix.lower()) not in SUFFIXES:
@@ -813,3 +804,54 @@ def encode_image(image, path, **options) -> bytes:
     content = io.BytesIO()
     image.save(content, Image.registered_extensions()[suffix], **options)
     return content.getvalue()
+
+
+def encode_animation(images: list[Image.Image], path, rate: int = 5) -> bytes:
+    """Frames, `rate` a second, as GIF where `path` ends so, else as MP4 (H.264), to be written whole."""
+    if Path(path).suffix.lower() == ".gif":
+        how = {"save_all": True, "append_images": images[1:], "duration": 1000 // rate, "loop": 0}
+        return encode_image(images[0], path, **how)
+    with av.open(content := io.BytesIO(), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=rate)
+        stream.width, stream.height = (n + n % 2 for n in images[0].size)  # 4:2:0 halves both
+        stream.pix_fmt = "yuv420p"
+        for image in images:
+            canvas = Image.new("RGB", (stream.width, stream.height), "white")
+            canvas.paste(image)
+            container.mux(stream.encode(av.VideoFrame.from_image(canvas)))
+        container.mux(stream.encode())
+    return content.getvalue()
+
+
+def to_image(pixels_HWC) -> Image.Image:
+    """Pixels in [0, 1] -> an image of 8 bits."""
+    return Image.fromarray((np.asarray(pixels_HWC) * 255 + 0.5).astype(np.uint8))
+
+
+def sheet(rows, captions: bool = True, columns: int | None = None) -> Image.Image:
+    """Rows of square pictures of one size on white -> one picture.
+
+    A row is a list of pixels_HWC in [0, 1] or of pairs (pixels_HWC, caption below it), or a string: a title.
+    Rows of more than `columns` pictures wrap. Pictures of under 128 pixels are enlarged to at least that."""
+    gap, line, lines, font = 6, 18, [], ImageFont.load_default(13)
+    for row in rows:
+        width = len(row) if isinstance(row, str) else columns or len(row)
+        lines += [row[i : i + width] for i in range(0, len(row), width)]
+    cells = lambda row: [cell if isinstance(cell, tuple) else (cell, "") for cell in row]
+    size = next(len(cells(row)[0][0]) for row in lines if not isinstance(row, str))
+    side = size * math.ceil(128 / size)
+    width_of = lambda row: math.ceil(font.getlength(row)) if isinstance(row, str) else len(row) * (side + gap)
+    height_of = lambda row: line if isinstance(row, str) else side + line * captions + gap
+    width, height = max(map(width_of, lines)), sum(map(height_of, lines))
+    image, top = Image.new("RGB", (gap + width, gap + height), "white"), gap
+    draw = ImageDraw.Draw(image)
+    for row in lines:
+        if isinstance(row, str):
+            draw.text((gap, top), row, "black", font)
+        for x, (pixels_HWC, caption) in enumerate(cells(row) if not isinstance(row, str) else ()):
+            left = gap + x * (side + gap)
+            image.paste(to_image(pixels_HWC).resize((side, side), Image.Resampling.BICUBIC), (left, top))
+            if captions:
+                draw.text((left + side / 2, top + side + 2), caption, "black", font, anchor="ma")
+        top += height_of(row)
+    return image

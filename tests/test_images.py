@@ -208,12 +208,11 @@ def test_pictures_of_nan_are_named_by_every_command_and_in_no_batch(tmp_path, to
         Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(tmp_path / "in" / f"{n}.png")
     bad = tmp_path / "in" / "nan.tif"
     Image.fromarray(np.full((20, 20), np.nan, np.float32)).save(bad)
-    tokenize_data.tokenize_colorize(tokenize_data.Colorize(inputs=tmp_path / "in", out=tmp_path / "d", tokenizer=tokenizer, shots=2, max_rejected=0.2))
+    tokenize_data.run(tokenize_data.Colorize(inputs=tmp_path / "in", out=tmp_path / "d", tokenizer=tokenizer, shots=2, max_rejected=0.2))
     assert "NaN" in rejected(tmp_path / "d")["nan.tif"] and len(tokenize_data.Shards(tmp_path / "d")) == 4
-    read, count = vqgan.open_pictures(tmp_path / "in", SIZE)
     (tmp_path / "run").mkdir()
-    read = vqgan.leave_out_unreadable(read, count, tmp_path / "run" / "rejected.jsonl", 0.2)
-    assert np.isfinite([read(n, np.zeros(3)) for n in range(count)]).all()
+    pictures = vqgan.Pictures(tmp_path / "in", SIZE, 1.0, tmp_path / "run" / "rejected.jsonl", 0.2)
+    assert np.isfinite([pictures.read(n, np.zeros(3)) for n in range(9)]).all()
     assert "nan.tif" in (tmp_path / "run" / "rejected.jsonl").read_text()
     for command in (["vqgan.py", "reconstruct", "--images", bad, "--model", tokenizer], ["sample.py", "--prompt", bad],
                     ["evaluate.py", "reconstruction", "--data", tmp_path / "in", "--tokenizer", tokenizer, "--out", tmp_path / "report"]):
@@ -353,7 +352,7 @@ def test_only_gif_apng_and_animated_webp_are_clips(tmp_path):
 def test_frames_that_are_sought_equal_those_of_a_full_decoding(tmp_path, suffix, codec, options, exact):
     path = write_video(tmp_path / f"clip{suffix}", 60, codec, "yuvj420p" if codec == "mjpeg" else "yuv420p", options)
     whole = [small(frame) for frame in all_frames(path)]
-    index = images.read_index(path, images.stamp(path))
+    index = images.read_index(path)
     assert len(whole) == 60 and index.exact == exact
     for wanted in ([0], [59], [11, 12, 13], range(0, 60, 8), range(5, 50), [7, 23, 24, 58], range(60)):
         read, there = images.read_frames(path, wanted, SIZE)
@@ -364,7 +363,7 @@ def test_frames_that_are_sought_equal_those_of_a_full_decoding(tmp_path, suffix,
 
 def test_a_late_frame_is_read_without_decoding_all_before_it(tmp_path):
     path = write_video(tmp_path / "clip.mp4", 200, stream_options={"g": "10"})
-    index = images.read_index(path, images.stamp(path))
+    index = images.read_index(path)
     with images.open_video(path, index.stream) as (container, stream):
         [frame] = images.sought(container, stream, index, [195])
     assert frame.pts == np.sort(index.pts_N)[195]
@@ -429,7 +428,7 @@ def test_videos_that_cannot_be_decoded_are_listed_and_the_rest_is_tokenised(tmp_
     frames = [Image.fromarray(drawn(n)) for n in range(20)]
     frames[0].save(clips / "moving.webp", save_all=True, append_images=frames[1:])
     frames[0].save(clips / "still.png")
-    tokenize_data.tokenize_video(tokenize_data.Video(inputs=clips, out=tmp_path / "d", tokenizer=tokenizer, frames=4, strides=(2,), max_rejected=0.9))
+    tokenize_data.run(tokenize_data.Video(inputs=clips, out=tmp_path / "d", tokenizer=tokenizer, frames=4, strides=(2,), max_rejected=0.9))
     reasons = rejected(tmp_path / "d")
     assert set(reasons) == {"unknown.mp4", "unknown.mkv", "sound.mp4", "old.wmv", "still.png"} and len(tokenize_data.Shards(tmp_path / "d")) == 2
     assert "codec" in reasons["unknown.mp4"] and "codec" in reasons["unknown.mkv"] and "ffmpeg" in reasons["old.wmv"] and "does not move" in reasons["still.png"]
@@ -460,7 +459,7 @@ def test_views_whose_numbers_follow_a_dot_are_frames_of_their_own(tmp_path, toke
         save(tmp_path / "in" / "car" / "masks" / f"shot.{t:04d}.mask.png", t)
     source = tokenize_data.Tracks(inputs=tmp_path / "in", out=tmp_path / "d", tokenizer=tokenizer, modalities=("images", "masks"), half_floats=(), frames=4, shots=1,
                                   max_stride=1)
-    tokenize_data.tokenize_tracks(source)
+    tokenize_data.run(source)
     assert len(tokenize_data.Shards(tmp_path / "d")) == 1 and not pathlib.Path(f"{tmp_path / 'd'}.rejected.jsonl").exists()
 
 

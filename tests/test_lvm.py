@@ -23,7 +23,6 @@ from flash_attention import reference
 import lvm
 from common import runs, weights
 from common.images import UserError
-from common.weights import write_pickle
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = np.load(Path(__file__).parent / "fixtures" / "lvm.npz")
@@ -246,6 +245,14 @@ def test_cached_decoding_in_bfloat16_equals_its_own_forward(model):
     np.testing.assert_allclose(logits_BV, logits_BTV[:, 20], atol=0.03 * np.abs(logits_BTV).max())
 
 
+def test_greedy_codes_are_the_likeliest_at_every_place_and_never_specials(model):
+    model = eqx.tree_at(lambda m: m.head_DV, model, model.head_DV.at[:, CONFIG.codes + 1].mul(50))  # EOS would often win
+    codes_BS = jax.jit(lvm.greedy, static_argnums=2)(model, IDS[:, :13], 11)
+    logits_BTV = forward(model, jnp.concatenate([IDS[:, :13], codes_BS], axis=1))
+    np.testing.assert_array_equal(codes_BS, logits_BTV[:, 12:-1, : CONFIG.codes].argmax(-1))
+    assert (logits_BTV[:, 12:-1].argmax(-1) >= CONFIG.codes).any()
+
+
 @pytest.mark.parametrize("implementation, slots, unstack", [("xla", 11, False), ("xla", 11, True), ("pallas", 128, False)])
 def test_rows_that_share_a_prompt_decode_as_if_each_had_read_it(model, implementation, slots, unstack):
     ids_BT = IDS.at[:4, :13].set(IDS[0, :13]).at[4:, :13].set(IDS[4, :13])  # two prompts, four rows each
@@ -253,7 +260,7 @@ def test_rows_that_share_a_prompt_decode_as_if_each_had_read_it(model, implement
     _, prompt = lvm.prefill(model, ids_BT[::4, :13], 13)
     if implementation == "pallas":
         prompt = prompt._replace(**{k: jnp.pad(getattr(prompt, k), [(0, 0)] * 3 + [(0, 115), (0, 0)]) for k in ("k_LBNSK", "v_LBNSK")})
-    cache = lvm.branch(prompt, 8, slots)
+    cache = lvm.fork_cache(prompt, 8, slots)
     assert cache.prompt.k_LBNSK.shape[1] == 2
     model, cache = lvm.unstack(model, cache) if unstack else (model, cache)
     step = jax.jit(functools.partial(lvm.decode_step, implementation=implementation))
@@ -261,7 +268,7 @@ def test_rows_that_share_a_prompt_decode_as_if_each_had_read_it(model, implement
         logits_BV, cache = step(model, ids_BT[:, t], cache)
         np.testing.assert_allclose(logits_BV, logits_BTV[:, t], atol=2e-5)
     with pytest.raises(UserError, match="7 rows do not divide over the 2 rows of the prompt"):
-        lvm.branch(prompt, 7, slots)
+        lvm.fork_cache(prompt, 7, slots)
 
 
 def test_the_portable_kernels_give_the_models_own_loss_and_gradients(model):
@@ -340,7 +347,7 @@ def pickled_folder(path, config, weights, files):
     names = [f"pytorch_model-{i + 1:05}-of-{files:05}.bin" for i in range(files)] if files > 1 else ["pytorch_model.bin"]
     weight_map = {name: names[i % files] for i, name in enumerate(weights)}
     for file in names:
-        write_pickle(path / file, {name: array for name, array in weights.items() if weight_map[name] == file})
+        weights_rule.write_pickle(path / file, {name: array for name, array in weights.items() if weight_map[name] == file})
     if files > 1:
         (path / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return path
@@ -587,7 +594,7 @@ def test_a_sentence_longer_than_the_context_says_so(model):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(num_key_value_heads=2), "grouped-query"),
+        (dict(num_key_value_heads=2), "num_key_value_heads 2"),
         (dict(attention_bias=True), "attention_bias"),
         (dict(rope_scaling={"type": "linear", "factor": 2}), "rope scaling"),
         (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope scaling"),
@@ -661,13 +668,12 @@ def written(layout, path, model):
         return easylm_stream(path, model, ("params",))
     if layout == "run":
         return one_step_run(path, model)
-    fields = {keys[-1].name: np.asarray(leaf) for keys, leaf in jax.tree_util.tree_leaves_with_path(model)}
-    weights = {}
-    for field, name in lvm.HF_NAMES.items():
-        layers = fields[field] if "{}" in name else [fields[field]]
-        weights |= {name.format(layer): lvm._to_hf(field, array) for layer, array in enumerate(layers)}
-    write = hf_folder if layout == "safetensors" else functools.partial(pickled_folder, files=2)
-    return write(path, lvm._hf_config(model.config), weights)
+    if layout == "safetensors":
+        lvm.save(model, path)
+        return path
+    lvm.save(model, path.with_suffix(".hf"))
+    weights = safetensors.numpy.load_file(path.with_suffix(".hf") / "model.safetensors")
+    return pickled_folder(path, json.loads((path.with_suffix(".hf") / "config.json").read_text()), weights, files=2)
 
 
 THEIR_NAMES = {"safetensors": "model.layers.1.mlp.down_proj.weight", "bin": "model.layers.1.mlp.down_proj.weight",

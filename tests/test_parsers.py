@@ -40,7 +40,9 @@ import lvm
 import sample
 import tokenize_data
 import train
+from benchmarks import pods
 import vqgan
+import weights_rule
 from common import runs, weights
 from common.images import UserError
 
@@ -135,9 +137,7 @@ class Files:
         vqgan.save(numbers(vqgan.VQGAN, TOKENIZER), self.tokenizer)
         lvm.save(numbers(lvm.LVM, MODEL), self.model)
         codes_NS = np.random.default_rng(0).integers(0, 16, (5, 32)).astype(np.uint16)
-        tokenize_data.write_dataset(
-            self.dataset, vqgan.load(self.tokenizer), ["pairs"], ((0, codes_S) for codes_S in codes_NS)
-        )
+        tokenize_data.write_dataset(self.dataset, vqgan.load(self.tokenizer), ["pairs"], ((0, codes_S) for codes_S in codes_NS))
         self.picture = root / "a.png"
         Image.new("RGB", (8, 8)).save(self.picture)
 
@@ -186,16 +186,12 @@ def npy(array) -> bytes:
 
 def header(shape, dtype) -> bytes:
     """The beginning of an .npy file that claims this shape."""
-    np.lib.format.write_array_header_1_0(
-        out := io.BytesIO(), {"descr": dtype, "fortran_order": False, "shape": shape}
-    )
+    np.lib.format.write_array_header_1_0(out := io.BytesIO(), {"descr": dtype, "fortran_order": False, "shape": shape})
     return out.getvalue()
 
 
 def arrays(content: bytes):
-    sizes = st.tuples(
-        st.integers(-3, 3) | st.sampled_from([10**6, 10**9, 10**13, 2**63, 10**30]), st.integers(0, 4)
-    )
+    sizes = st.tuples(st.integers(-3, 3) | st.sampled_from([10**6, 10**9, 10**13, 2**63, 10**30]), st.integers(0, 4))
     return damaged(content) | st.builds(
         lambda shape, dtype, more: header(shape, dtype) + more,
         sizes,
@@ -251,7 +247,7 @@ def checkpoint_of_a_tokenizer(files):
 
     def write(shapes):
         arrays = {name: np.zeros(shape, np.float32) for name, shape in zip(tensors, shapes)}
-        weights.write_pickle(files.root / "last.ckpt", arrays, "state_dict")
+        weights_rule.write_pickle(files.root / "last.ckpt", arrays, "state_dict")
         return files.root / "last.ckpt"
 
     shapes = st.lists(st.lists(st.integers(0, 5), max_size=5).map(tuple), max_size=4)
@@ -260,14 +256,8 @@ def checkpoint_of_a_tokenizer(files):
 
 @reader
 def pickle_of_tensors(files):
-    weights.write_pickle(
-        files.root / "last.ckpt",
-        {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)},
-        "state_dict",
-    )
-    words = st.lists(
-        st.sampled_from([bytes([code]) for code in range(256)]) | st.binary(max_size=9), max_size=30
-    ).map(b"".join)
+    weights_rule.write_pickle(files.root / "last.ckpt", {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float32)}, "state_dict")
+    words = st.lists(st.sampled_from([bytes([code]) for code in range(256)]) | st.binary(max_size=9), max_size=30).map(b"".join)
     content = (files.root / "last.ckpt").read_bytes()
     return damaged(content) | words.map(lambda text: b"\x80\x02" + text), lambda new: [
         tensor.read() for tensor in weights.open_tensors(files.write("last.ckpt", new)).values()]
@@ -290,15 +280,8 @@ def index_of_a_model(files):
     folder = files.root / "indexed"
     shutil.copytree(files.model, folder, dirs_exist_ok=True)
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
-    content = json.dumps(
-        {
-            "metadata": {},
-            "weight_map": {"a": "model-00001-of-00001.safetensors", "b": "model-00001-of-00001.safetensors"},
-        }
-    ).encode()
-    return bytes_or_json(content), lambda new: lvm.load(
-        files.copy(folder, "model.safetensors.index.json", new)
-    )
+    content = json.dumps({"metadata": {}, "weight_map": {"a": "model-00001-of-00001.safetensors", "b": "model-00001-of-00001.safetensors"}}).encode()
+    return bytes_or_json(content), lambda new: lvm.load(files.copy(folder, "model.safetensors.index.json", new))
 
 
 @reader
@@ -336,11 +319,7 @@ def log_of_a_run(files):
         for copy in (files.root / "log").glob("*.damaged*"):
             copy.unlink()
 
-    return (
-        damaged(lines)
-        | st.lists(JSON.map(json.dumps), max_size=3).map(lambda lines: "\n".join(lines).encode()),
-        read,
-    )
+    return (damaged(lines) | st.lists(JSON.map(json.dumps), max_size=3).map(lambda lines: "\n".join(lines).encode()), read)
 
 
 @reader
@@ -348,18 +327,8 @@ def easylm_stream(files):
     tensor = lambda *shape: msgpack.packb(msgpack.ExtType(1, msgpack.packb((shape, "float32", np.zeros(shape, np.float32).tobytes()))))
     entries = [(("params", "params", "transformer", "wte", "embedding"), tensor(20, 8)),
                (("params", "params", "transformer", "h", "0", "feed_forward", "w1", "kernel"), tensor(8, 8)), (("step",), tensor())]
-    bombs = st.sampled_from(
-        [
-            b"\x91" * 100_000,
-            b"\xdd\xff\xff\xff\xff",
-            b"\xdf\xff\xff\xff\xff",
-            b"\xdb\xff\xff\xff\xff",
-            b"\xc9\xff\xff\xff\xff",
-        ]
-    )
-    return damaged(b"".join(map(msgpack.packb, entries))) | bombs, lambda new: lvm.load(
-        files.write("stream", new)
-    )
+    bombs = st.sampled_from([b"\x91" * 100_000, b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xdb\xff\xff\xff\xff", b"\xc9\xff\xff\xff\xff"])
+    return damaged(b"".join(map(msgpack.packb, entries))) | bombs, lambda new: lvm.load(files.write("stream", new))
 
 
 @reader
@@ -395,39 +364,36 @@ def tokens_as_jsonl(files):
     lines = st.lists(
         st.binary(max_size=40)
         | JSON.map(lambda value: json.dumps(value).encode())
-        | damaged(b'{"tokens": "AAAAAAEAAAACAAAA"}')
-        | st.dictionaries(st.sampled_from(["tokens", "context"]), JSON, max_size=2).map(
-            lambda value: json.dumps(value).encode()
-        ),
+        | damaged(b'{"tokens": "AAAAAAEAAAACAAAA", "context": "AQAAAA=="}')
+        | st.dictionaries(st.sampled_from(["tokens", "context"]), JSON, max_size=2).map(lambda value: json.dumps(value).encode()),
         max_size=4,
     )
 
     def read(new):
-        sentences = tokenize_data.Jsonl(files.write("dataset.jsonl", new), 16, (16, 17, 18), max_rejected=1.0)
-        for i in range(len(sentences)):
-            sentences.row(i, (16, 17, 18))
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            file = files.write("dataset.jsonl", new)
+            sentences = tokenize_data.open_sentences(file, 16, fields="[{context}],{tokens}", beside=folder)
+            for i in range(len(sentences)):
+                sentences.row(i, (16, 17, 18))
 
     return lines.map(b"\n".join), read
 
 
 @reader
 def chunk_of_codes(files):
-    codes_NS = np.zeros((3, 16), np.uint16)
+    codes = [np.zeros((1, 16), np.uint16), np.zeros((2, 16), np.uint16)]
     (files.root / "chunks").mkdir()
-    tokenize_data.write_chunk(
-        files.root / "chunks", 0, [1, 2], codes_NS, [{"path": "a", "reason": "b", "bad": True}], 1, ["a"] * 2
-    )
-    content = (files.root / "chunks" / "000000.json").read_bytes()
-    return bytes_or_json(content), lambda new: tokenize_data.read_chunk(
-        files.write("chunks/000000.json", new).parent, 0, 16
-    )
+    file = files.root / "chunks" / "000000.json"
+    tokenize_data.write_chunk(file, codes, [{"path": "a", "reason": "b", "bad": True}], 1, ["a"] * 2)
+    content = file.read_bytes()
+    return bytes_or_json(content), lambda new: tokenize_data.read_chunk(files.write("chunks/000000.json", new), 16)
 
 
 @reader
 def plan_of_a_tokenisation(files):
     source = tokenize_data.Colorize(inputs=files.root, out=files.root / "planned", tokenizer=files.tokenizer)
     tokenizer = vqgan.load(files.tokenizer)
-    begin = lambda: tokenize_data.begin_chunks(files.root / "planned.codes", source, tokenizer, [], 8)
+    begin = lambda: tokenize_data.begin_plan(files.root / "planned.codes", source, tokenizer, [], 8)
     begin()
     content = (files.root / "planned.codes" / "plan.json").read_bytes()
     return bytes_or_json(content), lambda new: (files.write("planned.codes/plan.json", new), begin())
@@ -438,8 +404,8 @@ def pictures_as_npy(files):
     content = npy(np.zeros((2, 8, 8, 3), np.uint8))
 
     def read(new):
-        read_picture, count = vqgan.open_pictures(files.write("pictures.npy", new), 8)
-        read_picture(count - 1, (0, 0, 0))
+        pictures = vqgan.Pictures(files.write("pictures.npy", new), 8, 1.0, files.root / "rejected.jsonl", 0)
+        pictures.read(len(pictures.pictures) - 1, (0, 0, 0))
 
     return arrays(content), read
 
@@ -447,16 +413,12 @@ def pictures_as_npy(files):
 @reader
 def features_as_npz(files):
     np.savez(out := io.BytesIO(), features_ND=np.zeros((3, 4), np.float32), definition="this")
-    return damaged(out.getvalue()), lambda new: evaluate.read_features(
-        files.write("features.npz", new), "this", 4
-    )
+    return damaged(out.getvalue()), lambda new: evaluate.read_features(files.write("features.npz", new), "this", 4)
 
 
 @reader
 def palette(files):
-    return bytes_or_json(
-        b"[[0, 0, 0], [255, 255, 255], [0, 128, 0]]"
-    ), lambda new: tokenize_data.read_palette(files.write("palette.json", new))
+    return bytes_or_json(b"[[0, 0, 0], [255, 255, 255], [0, 128, 0]]"), lambda new: tokenize_data.read_palette(files.write("palette.json", new))
 
 
 VOC = (
@@ -471,20 +433,14 @@ def annotation_of_voc(files):
     numbers = st.sampled_from(["nan", "inf", "-1", "1e999", "", "x", "0", "99999999999", "1_0", "\u0663"])
     odd = numbers.map(lambda text: VOC.replace(b"100", text.encode()).replace(b"30", text.encode()))
     bombs = st.sampled_from(
-        [
-            b"<a>" * 100_000,
-            b'<!DOCTYPE a [<!ENTITY b "' + b"c" * 1000 + b'">]><a>&b;</a>',
-            b'<?xml version="1.0" encoding="klingon"?><a/>',
-        ]
+        [b"<a>" * 100_000, b'<!DOCTYPE a [<!ENTITY b "' + b"c" * 1000 + b'">]><a>&b;</a>', b'<?xml version="1.0" encoding="klingon"?><a/>']
     )
     return damaged(VOC) | odd | bombs, lambda new: evaluate.single_object(files.write("a.xml", new))
 
 
 @reader
 def list_of_a_fold(files):
-    return damaged(b"2007_000033__01\n2007_000042__12\n") | st.binary(
-        max_size=40
-    ), lambda new: evaluate.read_fold(files.write("fold0.txt", new))
+    return damaged(b"2007_000033__01\n2007_000042__12\n") | st.binary(max_size=40), lambda new: evaluate.read_fold(files.write("fold0.txt", new))
 
 
 def prompt_lines(files):
@@ -513,24 +469,7 @@ def flag_fields(files):
     return text, lambda text: tokenize_data.split_fields(text, (8192, 8193), 8292)
 
 
-PIECES = [
-    ",",
-    ":",
-    "/",
-    "x",
-    "-1",
-    "1",
-    "0",
-    "8",
-    "9" * 20,
-    "9" * 5000,
-    "nan",
-    "inf",
-    "1e-7",
-    " ",
-    "\u0663",
-    "\u00b2",
-]
+PIECES = [",", ":", "/", "x", "-1", "1", "0", "8", "9" * 20, "9" * 5000, "nan", "inf", "1e-7", " ", "\u0663", "\u00b2"]
 
 
 def flag(read):
@@ -540,7 +479,7 @@ def flag(read):
 
 @reader
 def flag_mesh_of_train(files):
-    return flag(lambda text: train.make_mesh(train.Config(mesh=text)))
+    return flag(train.parse_mesh)
 
 
 @reader
@@ -566,7 +505,7 @@ def flag_resize_output(files):
 
 @reader
 def flag_topology(files):
-    return flag(lambda text: train.find_topology(text))
+    return flag(lambda text: pods.find_topology(text))
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -615,10 +554,7 @@ def test_an_xml_entity_is_refused_before_it_is_expanded(files):
         evaluate.single_object(file)
 
 
-@pytest.mark.parametrize(
-    "shape, dtype",
-    [((10**13, 3), "<i8"), ((-5, 3), "<i8"), ((10**30, 3), "<i8"), ((2, 3), "|O"), ((1 << 60, 3), "<i8")],
-)
+@pytest.mark.parametrize("shape, dtype", [((10**13, 3), "<i8"), ((-5, 3), "<i8"), ((10**30, 3), "<i8"), ((2, 3), "|O"), ((1 << 60, 3), "<i8")])
 def test_an_npy_header_that_claims_what_is_not_there_is_refused_by_the_file(files, shape, dtype):
     content = header(shape, dtype) + bytes(64)
     about = json.loads((files.dataset / "dataset.json").read_text())
@@ -630,9 +566,7 @@ def test_an_npy_header_that_claims_what_is_not_there_is_refused_by_the_file(file
 
 
 def test_a_compressed_npz_is_refused_before_it_grows(files):
-    np.savez_compressed(
-        files.root / "zeros.npz", features_ND=np.zeros((20_000, 1000), np.float32), definition="this"
-    )
+    np.savez_compressed(files.root / "zeros.npz", features_ND=np.zeros((20_000, 1000), np.float32), definition="this")
     with pytest.raises(UserError, match="zeros.npz: no whole array features_ND in it .it is compressed"):
         evaluate.read_features(files.root / "zeros.npz", "this", 1000)
 
@@ -657,10 +591,7 @@ def test_a_field_of_the_wrong_type_is_named_with_its_file(files, field, value, w
 
 # ---------------------------------------------------------------------------------------------------- numbers of flags
 
-NEEDED = {
-    lvm.LVMConfig: {"hidden": 8, "ffn": 8, "layers": 1, "heads": 2},
-    tokenize_data.Pairs: {"answers": (Path("none"),)},
-}
+NEEDED = {lvm.LVMConfig: {"hidden": 8, "ffn": 8, "layers": 1, "heads": 2}, tokenize_data.Pairs: {"answers": (Path("none"),)}}
 
 
 def number_fields():
@@ -673,13 +604,8 @@ def number_fields():
                 and not issubclass(config, eqx.Module)
             ):
                 for field in dataclasses.fields(config):
-                    if {int, float} & {
-                        field.type,
-                        *(kind for kind in typing.get_args(field.type) if isinstance(kind, type)),
-                    }:
-                        yield pytest.param(
-                            config, field, id=f"{module.__name__}.{config.__name__}.{field.name}"
-                        )
+                    if {int, float} & {field.type, *(kind for kind in typing.get_args(field.type) if isinstance(kind, type))}:
+                        yield pytest.param(config, field, id=f"{module.__name__}.{config.__name__}.{field.name}")
 
 
 @pytest.mark.parametrize("config, field", list(number_fields()))
@@ -703,61 +629,29 @@ def test_a_number_that_makes_no_sense_is_refused_by_the_name_of_its_flag(config,
     ["tokenize_data.py", "inpaint", "--inputs", "a", "--out", "b", "--squares", "5"]])
 def test_a_command_names_the_flag_and_ends_with_status_2(words):
     done = run_script(*words)
-    assert (
-        done.returncode == 2
-        and words[-2] in done.stderr
-        and words[-1] in done.stderr
-        and "Traceback" not in done.stderr
-    )
+    assert (done.returncode == 2 and words[-2] in done.stderr and words[-1] in done.stderr and "Traceback" not in done.stderr)
 
 
 def run_script(*words, **environment):
-    return subprocess.run(
-        [sys.executable, *map(str, words)],
-        capture_output=True,
-        text=True,
-        cwd=vqgan.HERE,
-        env=os.environ | environment,
-    )
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=vqgan.HERE, env=os.environ | environment)
 
 
 def test_a_value_error_that_nobody_raised_on_purpose_keeps_its_traceback_and_status_1(files, tmp_path):
     """Pillow is broken for one process, so that `show` fails for no fault of its user."""
-    words = [
-        "tokenize_data.py",
-        "show",
-        "--tokenizer",
-        files.tokenizer,
-        "--out",
-        tmp_path / "shown.png",
-        "--data",
-    ]
+    words = ["tokenize_data.py", "show", "--tokenizer", files.tokenizer, "--out", tmp_path / "shown.png", "--data"]
     (tmp_path / "sitecustomize.py").write_text(
         "import PIL.Image\ndef fails(*_): raise ValueError('all the input array dimensions must "
         "match')\nPIL.Image.fromarray = fails\n"
     )
     broken = run_script(*words, files.dataset, PYTHONPATH=str(tmp_path))
-    assert (
-        broken.returncode == 1
-        and "Traceback" in broken.stderr
-        and "ValueError: all the input" in broken.stderr
-    )
+    assert (broken.returncode == 1 and "Traceback" in broken.stderr and "ValueError: all the input" in broken.stderr)
     missing = run_script(*words, tmp_path / "nothing")
-    assert (
-        missing.returncode == 2
-        and missing.stderr.splitlines()[-1].startswith("error: ")
-        and "Traceback" not in missing.stderr
-    )
+    assert (missing.returncode == 2 and missing.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in missing.stderr)
 
 
 @pytest.mark.parametrize(
     "field, value",
-    [
-        ("num_res_blocks", 10**9),
-        ("channel_mult", [1] * 10**6),
-        ("hidden_channels", 2**70),
-        ("num_embeddings", 10**15),
-    ],
+    [("num_res_blocks", 10**9), ("channel_mult", [1] * 10**6), ("hidden_channels", 2**70), ("num_embeddings", 10**15)],
 )
 def test_a_tokenizer_of_absurd_size_is_refused(tokenizer, tmp_path, field, value):
     fields = json.loads((tokenizer / "config.json").read_text())
@@ -799,9 +693,7 @@ def test_a_model_of_absurd_size_is_refused_by_the_name_of_the_number(model, tmp_
 
 def test_a_model_of_a_million_layers_is_refused_at_once(model, tmp_path):
     fields, began = json.loads((model / "config.json").read_text()), time.monotonic()
-    with pytest.raises(
-        UserError, match=r"config.json: layers must be an integer in \[1, 4096\], got 1000000"
-    ):
+    with pytest.raises(UserError, match=r"config.json: layers must be an integer in \[1, 4096\], got 1000000"):
         lvm.load(copies(model, tmp_path, "config.json", fields | {"num_hidden_layers": 10**6}))
     with pytest.raises(UserError, match="holds 12 tensors; it must hold a LLaMA of 4096 layers"):
         lvm.load(copies(model, tmp_path, "config.json", fields | {"num_hidden_layers": 4096}))
@@ -840,15 +732,9 @@ def campaign(inputs: int, word: str, root):
 
         run()
         total = [a + b for a, b in zip(total, counts)]
-        print(
-            f"{name:28} {counts[1]:>6} read {counts[0]:>6} refused {time.monotonic() - began:>6.0f} s",
-            flush=True,
-        )
+        print(f"{name:28} {counts[1]:>6} read {counts[0]:>6} refused {time.monotonic() - began:>6.0f} s", flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print(
-        f"{'all':28} {total[1]:>6} read {total[0]:>6} refused; {sum(total)} inputs, no other exception; "
-        f"peak memory {peak} MiB"
-    )
+    print(f"{'all':28} {total[1]:>6} read {total[0]:>6} refused; {sum(total)} inputs, no other exception; " f"peak memory {peak} MiB")
 
 
 if __name__ == "__main__":

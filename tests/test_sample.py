@@ -30,8 +30,9 @@ import lvm
 import playground
 import sample
 import vqgan
-from common.images import UserError
-from common.weights import open_tensors, write_pickle
+import weights_rule
+from common import images
+from common.weights import open_tensors
 from conftest import free_port, post
 
 ROOT = Path(__file__).parent.parent
@@ -69,13 +70,17 @@ def codes(count, sentences=1, seed=0):
     return np.random.default_rng(seed).integers(0, CODES, (sentences, count, S)).astype(np.int32)
 
 
-def keys(count):
-    return sample.candidate_keys(jax.random.key(0), count)
+keys = functools.partial(sample.candidate_keys, jax.random.key(0))
+
+
+def continued(model, prompts, keys_N, *, frames, **how):
+    drawing = sample.Drawing(**{k: how.pop(k) for k in sample.Drawing._fields if k in how})
+    return sample.join_pieces(list(sample.draw(model, prompts, keys_N, drawing, frames=frames, **how)), frames)
 
 
 @jax.jit
 def logits_of(model, ids_BT):
-    return model(ids_BT)[:, :, :CODES]
+    return model(ids_BT)[..., :CODES]
 
 
 def greedy_by_full_passes(model, window_BTS, bos):
@@ -95,7 +100,7 @@ def greedy_by_full_passes(model, window_BTS, bos):
 @pytest.mark.parametrize("bos", [True, False])
 def test_cached_decoding_equals_greedy_decoding_by_full_forward_passes(model, bos):
     prompt_BTS = codes(2, sentences=3)
-    drawn_BMS, _ = sample.continue_sentences(model, prompt_BTS, keys(3), frames=2, temperature=0.0, bos=bos)
+    drawn_BMS, _ = continued(model, prompt_BTS, keys(3), frames=2, temperature=0.0, bos=bos)
     first = greedy_by_full_passes(model, prompt_BTS, bos)
     second = greedy_by_full_passes(model, np.concatenate([prompt_BTS, first[:, None]], axis=1), bos)
     np.testing.assert_array_equal(drawn_BMS, np.stack([first, second], axis=1))
@@ -104,7 +109,7 @@ def test_cached_decoding_equals_greedy_decoding_by_full_forward_passes(model, bo
 def test_a_full_window_slides_by_one_picture(model):
     """Five pictures fit: the prompt keeps its last four, and so does every later picture."""
     sentence = codes(7)
-    drawn_1MS, _ = sample.continue_sentences(model, sentence, keys(1), frames=3, temperature=0.0)
+    drawn_1MS, _ = continued(model, sentence, keys(1), frames=3, temperature=0.0)
     for m in range(3):
         expected = greedy_by_full_passes(model, sentence[:, 1 - PICTURES_IN_CONTEXT:], bos=True)
         np.testing.assert_array_equal(drawn_1MS[:, m], expected)
@@ -119,8 +124,8 @@ def test_the_last_picture_may_end_where_the_context_ends():
 
 
 def test_one_shared_prompt_is_the_same_as_repeating_it(model):
-    shared = sample.continue_sentences(model, codes(2), keys(3), frames=2, temperature=1.0)
-    repeated = sample.continue_sentences(model, codes(2).repeat(3, axis=0), keys(3), frames=2, temperature=1.0)
+    shared = continued(model, codes(2), keys(3), frames=2, temperature=1.0)
+    repeated = continued(model, codes(2).repeat(3, axis=0), keys(3), frames=2, temperature=1.0)
     np.testing.assert_array_equal(shared[0], repeated[0])
 
 
@@ -134,20 +139,20 @@ def test_the_same_key_draws_the_same_pictures_and_another_key_others(model, toke
 
 
 def test_a_candidate_does_not_depend_on_how_many_there_are(model):
-    draw = lambda count: np.asarray(sample.continue_sentences(model, codes(3), keys(count), frames=2, temperature=1.0)[0])
+    draw = lambda count: np.asarray(continued(model, codes(3), keys(count), frames=2, temperature=1.0)[0])
     np.testing.assert_array_equal(draw(1), draw(5)[:1])
     np.testing.assert_array_equal(draw(2), draw(5)[:2])
 
 
 def test_ids_beyond_the_codebook_never_appear(model):
     """At this temperature all ids are about equally likely, and 100 of 116 are special."""
-    drawn, _ = sample.continue_sentences(model, codes(3), keys(8), frames=2, temperature=1e6)
+    drawn, _ = continued(model, codes(3), keys(8), frames=2, temperature=1e6)
     assert drawn.shape == (8, 2, S) and drawn.max() < CODES and drawn.min() >= 0
     assert len(np.unique(drawn)) == CODES
 
 
 def test_the_likelihood_is_the_models_own_among_codes(model):
-    drawn_NMS, nats_NM = sample.continue_sentences(model, codes(2), keys(2), frames=2, temperature=0.5, top_k=3)
+    drawn_NMS, nats_NM = continued(model, codes(2), keys(2), frames=2, temperature=0.5, top_k=3)
     start_NT = np.tile([model.config.bos, *codes(2).ravel()], (2, 1))
     ids_NT = np.concatenate([start_NT, np.asarray(drawn_NMS).reshape(2, -1)], axis=1).astype(np.int32)
     p_NTV = jax.nn.softmax(logits_of(model, ids_NT[:, :-1])[:, -2 * S:])
@@ -158,7 +163,7 @@ def test_the_likelihood_is_the_models_own_among_codes(model):
 def test_prompts_of_different_lengths_are_continued_as_one_by_one(model):
     """The window of the second slides after the first picture."""
     sentences = [codes(count, seed=count) for count in (1, 4)]
-    together, nats = sample.continue_sentences(model, [sentence[0] for sentence in sentences], keys(4), frames=2, temperature=0.0)
+    together, nats = continued(model, [sentence[0] for sentence in sentences], keys(4), frames=2, temperature=0.0)
     for drawn_MS, sentence in zip(together[::2], sentences):
         for new_S in drawn_MS:
             expected = greedy_by_full_passes(model, sentence[:, 1 - PICTURES_IN_CONTEXT:], bos=True)
@@ -169,7 +174,7 @@ def test_prompts_of_different_lengths_are_continued_as_one_by_one(model):
 
 def test_guidance_moves_the_logits_away_from_those_without_examples(model):
     prompt = codes(3)
-    guided, _ = sample.continue_sentences(model, prompt, keys(1), frames=1, temperature=0.0, guidance=2.5)
+    guided, _ = continued(model, prompt, keys(1), frames=1, temperature=0.0, guidance=2.5)
     drawn, unguided = np.zeros(0, np.int32), []
     for _ in range(S):
         sentences = [np.concatenate([[model.config.bos], codes_TS.ravel(), drawn]) for codes_TS in (prompt[0], prompt[0, -1:])]
@@ -184,7 +189,7 @@ def test_guidance_moves_the_logits_away_from_those_without_examples(model):
 @pytest.mark.parametrize("how", [dict(temperature=0.0), dict(temperature=1.0, top_p=0.9), dict(temperature=0.7, guidance=1.5)], ids=str)
 def test_drafting_ahead_in_float32_draws_the_same_codes(model, how):
     prompts, drawing = [codes(2)[0], codes(3)[0]], sample.Drawing(**how)
-    draw = lambda jacobi: list(sample.stream_sentences(model, prompts, keys(4), drawing, frames=2, jacobi=jacobi))
+    draw = lambda jacobi: list(sample.draw(model, prompts, keys(4), drawing, frames=2, jacobi=jacobi))
     one_by_one, drafted = draw(0), draw(3)
     for expected, found in zip(one_by_one, drafted, strict=True):
         np.testing.assert_array_equal(found.codes_NC, expected.codes_NC)
@@ -199,10 +204,10 @@ def test_drafting_ahead_in_any_dtype_draws_each_code_exactly_from_the_logits_tha
     numbers of each place must draw the same codes from their logits, though in bfloat16 drawing one by one may not."""
     N, C, T, drawing, prompt_TS = 48, 3, 2 * S, sample.Drawing(0.8, top_p=0.9), codes(2)[0]
     model = jax.tree.map(lambda w: w.astype(dtype), model)
-    pieces = sample.stream_sentences(model, [prompt_TS], keys(N), drawing, frames=2, jacobi=C)
+    pieces = sample.draw(model, [prompt_TS], keys(N), drawing, frames=2, jacobi=C)
     drawn_NT = np.concatenate([piece.codes_NC for piece in pieces], axis=1)
     ids_T = np.append([model.config.bos], prompt_TS).astype(np.int32)
-    cache = lvm.branch(sample.read_ids(model, ids_T[None, :-1], length=len(ids_T) - 1), N, T + C)._replace(length=jnp.zeros(N, jnp.int32))
+    cache = lvm.fork_cache(sample.read_ids(model, ids_T[None, :-1], length=len(ids_T) - 1), N, T + C)._replace(length=jnp.zeros(N, jnp.int32))
     fed_NT, pass_over, parts = np.pad(np.insert(drawn_NT, 0, ids_T[-1], axis=1), ((0, 0), (0, C))), jax.jit(lvm.decode_draft), []
     for start in range(0, T, C):
         logits_NCV, cache = pass_over(model, jnp.asarray(fed_NT[:, start:start + C]), cache)
@@ -217,7 +222,7 @@ def test_drafting_ahead_in_any_dtype_draws_each_code_exactly_from_the_logits_tha
 def test_two_devices_draw_what_one_draws(model, jacobi):
     split = sample.split_over_devices(model, 2)
     assert split.blocks.q_DNK.addressable_shards[0].data.shape[2] == 1  # one head each
-    draw = lambda model: sample.continue_sentences(model, [codes(2)[0], codes(3)[0]], keys(4), frames=2, temperature=1.0, jacobi=jacobi)
+    draw = lambda model: continued(model, [codes(2)[0], codes(3)[0]], keys(4), frames=2, temperature=1.0, jacobi=jacobi)
     (expected, nats), (found, found_nats) = draw(model), draw(split)
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_allclose(found_nats, nats, atol=1e-5)
@@ -226,7 +231,7 @@ def test_two_devices_draw_what_one_draws(model, jacobi):
 @pytest.mark.parametrize("jacobi, devices, cache", [(0, 1, None), (3, 1, jnp.int8), (0, 2, None)])
 def test_layers_of_a_long_prompt_are_unstacked_and_draw_the_same(model, monkeypatch, jacobi, devices, cache):
     model = sample.split_over_devices(lvm.quantize(model), 2) if devices == 2 else model
-    draw = lambda: sample.continue_sentences(model, [codes(2)[0], codes(3)[0]], keys(4), frames=2, temperature=1.0, jacobi=jacobi, cache_dtype=cache)
+    draw = lambda: continued(model, [codes(2)[0], codes(3)[0]], keys(4), frames=2, temperature=1.0, jacobi=jacobi, cache_dtype=cache)
     expected, nats = draw()
     monkeypatch.setattr(sample, "UNSTACK_FROM", 1)
     unstacked, unstack = [], lvm.unstack
@@ -249,7 +254,7 @@ def test_int8_rounds_to_half_a_step_and_hardly_moves_the_likelihoods(model):
     for other in (read(packed), read(model, cache_dtype=jnp.int8)):
         assert 0 < np.abs(other - exact).max() < 0.05 * np.abs(exact).max()
     split = sample.split_over_devices(packed, 2)
-    drawn, nats = sample.continue_sentences(split, codes(2), keys(2), frames=1, temperature=1.0, cache_dtype=jnp.int8, jacobi=2)
+    drawn, nats = continued(split, codes(2), keys(2), frames=1, temperature=1.0, cache_dtype=jnp.int8, jacobi=2)
     assert drawn.shape == (2, 1, S) and np.isfinite(nats).all()
 
 
@@ -280,7 +285,7 @@ def test_top_k_top_p_and_min_p_keep_what_their_definition_keeps(top_k, top_p, mi
 
 def test_codes_are_drawn_as_often_as_their_probabilities_say():
     logits_V, draws = np.array([0.3, 2.0, -1.0, 1.5, 0.9], np.float32), 20_000
-    draw = functools.partial(sample.draw_code, temperature=0.7, top_k=4, top_p=0.95)
+    draw = functools.partial(sample.draw_code, drawing=sample.Drawing(0.7, 4, 0.95))
     drawn = jax.jit(jax.vmap(draw, (None, 0)))(logits_V, jax.random.split(jax.random.key(0), draws))
     expected = kept_by_definition(logits_V / 0.7, 4, 0.95)
     counts_V = np.bincount(drawn, minlength=5)
@@ -290,7 +295,7 @@ def test_codes_are_drawn_as_often_as_their_probabilities_say():
 
 
 def test_of_equally_likely_codes_temperature_zero_takes_the_first():
-    assert sample.draw_code(jnp.array([1.0, 3.0, 3.0]), jax.random.key(0), temperature=0.0, top_k=0, top_p=1.0) == 1
+    assert sample.draw_code(jnp.array([1.0, 3.0, 3.0]), jax.random.key(0), sample.Drawing(0.0)) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- the command
@@ -354,7 +359,8 @@ def test_an_analogy_that_does_not_fit_loses_whole_pairs(folder, monkeypatch, cap
 
 def test_a_video_continues_as_a_gif_an_mp4_and_single_pictures(folder, monkeypatch, capsys):
     still = np.kron(pictures(1)[0], np.ones((8, 8, 1)))  # 32 x 32
-    sample.save_animation([sample.to_image(still * (0.5 + 0.05 * t)) for t in range(9)], Path("clip.mp4"))
+    frames = [images.to_image(still * (0.5 + 0.05 * t)) for t in range(9)]
+    Path("clip.mp4").write_bytes(images.encode_animation(frames, ".mp4"))
     run = functools.partial(command, monkeypatch, capsys, *BASE[:4], "--prompt", "clip.mp4", "--frames", 2, "--candidates", 2)
     status, printed, _ = run("--stride", 4, "--out", "continued.gif")
     assert status == 0 and "clip.mp4: 3 pictures, a sequence" in printed
@@ -414,7 +420,7 @@ def test_the_context_may_be_kept_shorter(model, tokenizer):
     assert sample.fit_context(dataclasses.replace(config, kind="sequence", context_frames=None), model, tokenizer, pictures_T) == (False, 4)
     assert sample.fit_context(config, model, tokenizer, pictures_T[:2]) == (False, 2)
     sentence = codes(4)
-    drawn, _ = sample.continue_sentences(model, sentence, keys(1), frames=1, temperature=0.0, most=3)
+    drawn, _ = continued(model, sentence, keys(1), frames=1, temperature=0.0, most=3)
     np.testing.assert_array_equal(drawn[:, 0], greedy_by_full_passes(model, sentence[:, -2:], bos=True))
 
 
@@ -493,16 +499,15 @@ def test_every_bad_input_gives_exit_status_2_and_one_line(folder, monkeypatch, c
         ("--include-input",): "--prompts",
         ("--prompts", "missing.jsonl", "--out", "answers"): "missing.jsonl",
         ("--prompts", "missing.jsonl"): "--out",
+        ("--prompts", "missing.jsonl", "--out", "answers", "--prompt", "prompt"): "exclude each other",
+        ("--prompt-book",): "exclude each other",
         ("--candidates", "0"): "--candidates",
         ("--frames", "0"): "--frames",
     }
     for arguments, reason in cases.items():
-        status, _, errors = command(monkeypatch, capsys, *BASE, *arguments)
-        assert status == 2 and reason in " ".join(errors) and "Traceback" not in "".join(errors), (
-            arguments,
-            status,
-            errors,
-        )
+        base = BASE[:4] if arguments[0] == "--prompts" else BASE
+        status, _, errors = command(monkeypatch, capsys, *base, *arguments)
+        assert status == 2 and reason in " ".join(errors) and "Traceback" not in "".join(errors), (arguments, status, errors)
     assert not Path("sample.png").exists()
 
 
@@ -523,7 +528,7 @@ def test_a_folder_of_pickled_weights_draws_what_its_safetensors_draw(folder, mon
     Path("pickled").mkdir()
     shutil.copy("model/config.json", "pickled")
     weights = {name: tensor.read() for name, tensor in open_tensors("model/model.safetensors").items()}
-    write_pickle("pickled/pytorch_model.bin", weights)
+    weights_rule.write_pickle("pickled/pytorch_model.bin", weights)
     for name in ("model", "pickled"):
         status, _, errors = command(monkeypatch, capsys, *BASE, "--model", name, "--out", f"{name}.png")
         assert status == 0, errors
@@ -532,7 +537,7 @@ def test_a_folder_of_pickled_weights_draws_what_its_safetensors_draw(folder, mon
 
 @pytest.mark.parametrize("bad", [dict(candidates=0), dict(frames=0), dict(temperature=-0.1), dict(top_p=0.0), dict(top_k=-1)])
 def test_generate_refuses_what_cannot_be(model, tokenizer, bad):
-    with pytest.raises(UserError, match=next(iter(bad)).replace("_", ".")):
+    with pytest.raises(images.UserError, match=next(iter(bad)).replace("_", ".")):
         sample.generate(model, tokenizer, pictures(1), key=jax.random.key(0), **bad)
 
 
@@ -560,7 +565,7 @@ def test_the_playground_shows_row_after_row_and_its_replay_draws_the_same(folder
         changed = np.nonzero((before != after).any((1, 2)))[0]
         assert len(changed), row
     [answer] = sample.draw_answers(config, model, tokenizer, [sample.read_pictures(sample.list_prompt(config.prompt), 4, "stretch")])
-    first = sample.to_image(np.asarray(answer.pixels_NMHWC)[0, 0]).resize((128, 128), Image.Resampling.BICUBIC)
+    first = images.to_image(np.asarray(answer.pixels_NMHWC)[0, 0]).resize((128, 128), Image.Resampling.BICUBIC)
     np.testing.assert_allclose(np.asarray(first, int), shown[-1][6 + 152:6 + 152 + 128, 6:134].astype(int), atol=2)
 
     line = playground.save_replay(config, 4, folder / "replay.zip")

@@ -19,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import lvm
 import train
+from benchmarks import pods
 from common.images import UserError
 from conftest import ROOT, free_port, launch
 
@@ -43,7 +44,7 @@ def two_steps(*sizes, **options):
     mesh = mesh_of(*sizes)
     config = train.Config(steps=10, warmup=0, learning_rate=1e-4, batch=8, z_loss=1e-2, **options)
     optimizer, _ = train.make_optimizer(config)
-    _, shardings = train.abstract_state(config, TINY, optimizer, mesh)
+    _, shardings = train.abstract_state(TINY, optimizer, mesh)
     sharp = jax.tree.map(lambda w: w if w.ndim < 2 else 4 * w, eqx.filter_jit(lvm.LVM)(TINY, key=jax.random.key(0)))
     state = jax.device_put(train.new_state(sharp, optimizer), shardings)
     step = train.make_train_step(train.make_loss(mesh, lvm.partition_specs(sharp), jnp.float32, config.remat, config.z_loss), optimizer, 1, shardings)
@@ -144,7 +145,8 @@ def test_every_gradient_in_bfloat16_compute_has_the_float32_norm_and_values_wher
 
 
 def chosen(size, batch, devices, group, memory, **options):
-    return train.choose_mesh(train.Config(batch=batch, **options), lvm.SIZES[size], devices, group, memory)[0]
+    model_config = lvm.SIZES[size]
+    return train.choose_mesh(model_config, batch, 16 * lvm.parameter_count(model_config), devices, group, memory, **options)[0]
 
 
 def test_the_mesh_by_default_splits_weights_only_as_far_as_memory_asks():
@@ -153,7 +155,7 @@ def test_the_mesh_by_default_splits_weights_only_as_far_as_memory_asks():
     assert chosen("7b", 64, 64, 8, 141e9) == (8, 8, 1, 1)  # a node holds them: hybrid
     assert chosen("30b", 64, 64, 8, 80e9) == (1, 64, 1, 1)  # a node does not
     assert chosen("7b", 256, 256, 256, 16e9) == (1, 256, 1, 1)
-    assert train.choose_mesh(train.Config(batch=512), lvm.SIZES["30b"], 512, 256, 3e9, slices=2)[0] == (2, 256, 1, 1)  # data alone between slices
+    assert chosen("30b", 512, 512, 256, 3e9, slices=2) == (2, 256, 1, 1)  # data alone between slices
     assert chosen("7b", 64, 256, 256, 16e9) == (1, 64, 4, 1)  # more chips than sentences
     assert chosen("30b", 64, 256, 256, 16e9) == (1, 64, 4, 1) and chosen("30b", 32, 256, 256, 16e9) == (1, 32, 4, 2)  # 52 heads
     assert chosen("7b", 8, 8, 8, None) == (8, 1, 1, 1)
@@ -161,17 +163,15 @@ def test_the_mesh_by_default_splits_weights_only_as_far_as_memory_asks():
 
 
 def test_a_mesh_that_does_not_divide_the_model_names_the_nearest_that_do():
-    config = train.Config(size="7b", mesh="1,1,8,1")
-    optimizer, _ = train.make_optimizer(config)
-    with pytest.raises(UserError, match="fsdp 3 does not divide the hidden of 7b, 64; the nearest that do: 2 and 4"):
-        train.abstract_state(config, TINY, optimizer, mesh_of(1, 3, 1, 1))
-    with pytest.raises(UserError, match="tensor 5 does not divide the heads of 7b, 8; the nearest that do: 4 and 8"):
-        train.abstract_state(config, TINY, optimizer, mesh_of(1, 1, 5, 1))
+    with pytest.raises(UserError, match="fsdp 3 does not divide the hidden size of this model; take one of 1, 2, 4"):
+        train.make_mesh("1,3,1,1", TINY, 8, devices=jax.devices()[:3])
+    with pytest.raises(UserError, match="tensor 5 does not divide the heads and ffn of this model; take one of 1, 2, 4, 8"):
+        train.make_mesh("1,1,5,1", TINY, 8, devices=jax.devices()[:5])
 
 
 def test_one_size_of_the_mesh_may_be_the_rest_of_the_devices(capsys):
-    assert train.make_mesh(train.Config(mesh="2,-1,1,1"), TINY).devices.shape == (2, 4, 1, 1)
-    assert train.make_mesh(train.Config(batch=16), TINY).devices.shape == (8, 1, 1, 1)
+    assert train.make_mesh("2,-1,1,1", TINY, 8).devices.shape == (2, 4, 1, 1)
+    assert train.make_mesh("auto", TINY, 16).devices.shape == (8, 1, 1, 1)
     assert "as asked for" in (said := capsys.readouterr().out) and "share one memory" in said
 
 
@@ -356,8 +356,8 @@ def test_collectives_are_counted_with_their_bytes_and_loops():
     program = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=(both, both), out_specs=P(), check_vma=False))
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32, sharding=NamedSharding(mesh, both))
     text = program.lower(shape(8 * 100, 7), shape(8 * 16, 3)).compile().as_text()
-    moved = train.collectives(text, mesh, train.CHIPS["h200"])
-    assert "known_trip_count" in text and train.collectives(text.replace("known_trip_count", "x"), mesh, train.CHIPS["h200"]) == moved
+    moved = pods.collectives(text, mesh, pods.CHIPS["h200"])
+    assert "known_trip_count" in text and pods.collectives(text.replace("known_trip_count", "x"), mesh, pods.CHIPS["h200"]) == moved
     assert {kind: (c["count"], c["bytes"]) for kind, c in moved.items()} == {
         "all-gather": (5, 5 * 4 * 400 * 7 * 3 / 4), "collective-permute": (5, 5 * 4 * 16 * 3),
         "reduce-scatter": (5, 5 * 4 * 64 * 3 * 3 / 4), "all-reduce": (1, 4 * 16 * 3 * 2 * 7 / 8)}  # fmt: skip
@@ -401,7 +401,7 @@ ENTRY %main (p: f32[8], n: s32[]) -> f32[8] {
 @pytest.mark.parametrize("limit, first, runs", [(9, "%one", 4), (8, "%one", 4), (1, "%one", 0), (9, "%n", None)])
 def test_a_loop_whose_count_is_not_printed_is_counted_or_no_number_is_given(limit, first, runs):
     """As XLA writes accumulation on GPUs: the first turn peeled off, two turns in one, the limit inside of a fusion."""
-    moved = train.collectives(LOOP.replace("LIMIT", str(limit)).replace("FIRST", first), mesh_of(8, 1, 1, 1), train.CHIPS["h200"])
+    moved = pods.collectives(LOOP.replace("LIMIT", str(limit)).replace("FIRST", first), mesh_of(8, 1, 1, 1), pods.CHIPS["h200"])
     assert moved == (None if runs is None else moved) and (runs is None or moved.get("all-reduce", {"count": 0})["count"] == runs)
 
 
@@ -418,16 +418,15 @@ def test_the_users_own_xla_flags_win(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name, words", [("v9:2x2", "wanted one of"), ("h200:12", "nodes of 8"), ("v5e:3x5", "v5e:3x5")])
-def test_a_topology_that_is_none_says_so(name, words, monkeypatch):
-    monkeypatch.setattr(train, "tell_xla", lambda platform: None)
+def test_a_topology_that_is_none_says_so(name, words):
     with pytest.raises(UserError, match=words):
-        train.find_topology(name)
+        pods.find_topology(name)
 
 
 def test_without_the_compiler_the_error_says_what_to_type(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install -r tests/compilers.txt"):
-        train.find_topology("v5p:2x2x1")
+        pods.find_topology("v5p:2x2x1")
 
 
 @pytest.mark.parametrize("topology, mesh", [("v5e:2x2", "1,2,2,1"), ("h200:16", "2,4,2,1")])
@@ -464,14 +463,13 @@ def rows_fed(mesh, batch):
 
 
 @pytest.mark.parametrize("topology", ["v4:2x2x4", "v4:4x4x4", "v5e:4x4", "v5e:16x16", "v5e:4x8*2", "v5p:4x4x8", "v6e:8x8", "h200:16", "h200:64"])
-def test_ahead_of_time_every_row_is_fed_to_one_shard_and_alike_by_all_hosts_that_hold_it(topology, monkeypatch):
+def test_ahead_of_time_every_row_is_fed_to_one_shard_and_alike_by_all_hosts_that_hold_it(topology):
     if importlib.util.find_spec("jax_cuda13_plugin" if "h200" in topology else "libtpu") is None:
         pytest.skip("its compiler is not installed: pip install -r tests/compilers.txt on Linux x86_64")
-    monkeypatch.setattr(train, "tell_xla", lambda platform: None)  # this process has its flags
-    chip, devices = train.find_topology(topology)
+    chip, devices = pods.find_topology(topology)
     n, slices = len(devices), 2 if "*" in topology else 1
     for mesh in ("auto", f"{n},1,1,1", f"{slices},-1,1,1", f"{n // 4},1,4,1", f"{slices},-1,2,2", f"{n // 8},2,4,1", f"{slices},-1,1,8"):
-        mesh = train.make_mesh(train.Config(size="7b", batch=2 * n, mesh=mesh), lvm.SIZES["7b"], devices, chip.memory)
+        mesh = train.make_mesh(mesh, lvm.SIZES["7b"], 2 * n, devices=devices, memory=chip.memory)
         fed = set(rows_fed(mesh, 2 * n))
         assert len(fed) == mesh.shape["data"] * mesh.shape["fsdp"]  # one content a shard, whichever process feeds it
         assert sorted(row for _, rows in fed for row in rows) == list(range(2 * n))

@@ -2,6 +2,7 @@ import base64
 import dataclasses
 import json
 import math
+import re
 import sys
 import zlib
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from jax.sharding import AxisType, NamedSharding
 
 import lvm
@@ -32,7 +34,7 @@ def run_steps(sizes, rows, dtype=jnp.float32, **options):
     mesh = jax.make_mesh(sizes, train.AXES, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:int(np.prod(sizes))])
     config = train.Config(steps=10, warmup=1, learning_rate=1e-3, batch=8, **options)
     optimizer, _ = train.make_optimizer(config)
-    state, shardings = train.make_state(config, TINY, optimizer, mesh)
+    state, shardings = train.make_state(TINY, optimizer, mesh)
     loss_fn = train.make_loss(mesh, lvm.partition_specs(state["model"]), dtype, config.remat)
     step = train.make_train_step(loss_fn, optimizer, config.accumulate, shardings)
     losses = []
@@ -76,7 +78,7 @@ def test_unigram_entropy_is_that_of_the_frequencies(dataset):
     shards = tokenize_data.Shards(dataset[0])
     tokens = np.concatenate([shards[i][1] for i in range(len(shards))])
     p = np.unique(tokens, return_counts=True)[1] / len(tokens)
-    assert np.isclose(train.unigram_entropy([shards]), -(p * np.log(p)).sum())
+    assert np.isclose(train.unigram_entropy([train.Sentences("data", shards, 1.0, None)]), -(p * np.log(p)).sum())
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -154,9 +156,9 @@ def test_a_number_that_makes_no_sense_is_refused_by_the_name_of_its_flag(field, 
 def test_a_tokenizer_that_did_not_make_the_data_draws_no_pictures(dataset, tmp_path, capsys):
     other = vqgan.VQGAN(vqgan.load(dataset[1]).config, key=jax.random.key(9))
     vqgan.save(other, tmp_path / "other")
-    config, shards = train.Config(data=(str(dataset[0]),), tokenizer=tmp_path / "other"), tokenize_data.Shards(dataset[0])
-    chosen = [train.Sentences("data", shards, np.arange(len(shards)), 1.0)]
-    train.sample_picture(config, lvm.LVM(dataclasses.replace(TINY), key=jax.random.key(0)), chosen, tmp_path / "s.png")
+    shards = tokenize_data.Shards(dataset[0])
+    chosen = [train.Sentences("data", shards, 1.0, np.arange(len(shards)))]
+    train.sample_picture(tmp_path / "other", lvm.LVM(TINY, key=jax.random.key(0)), chosen, tmp_path / "s.png")
     assert "not made by" in capsys.readouterr().err and not (tmp_path / "s.png").exists()
 
 
@@ -172,13 +174,33 @@ def test_training_starts_from_given_weights_at_another_context_with_other_specia
     given = lvm.load(path)
     asked = dataclasses.replace(given.config, context=50, bos_id=given.config.codes + 7)
     mesh = jax.make_mesh((1, 2, 2, 1), train.AXES, axis_types=(AxisType.Auto,) * 4, devices=jax.devices()[:4])
-    config = train.Config(init=path)
-    state, _ = train.make_state(config, asked, train.make_optimizer(config)[0], mesh)
+    optimizer, _ = train.make_optimizer(train.Config())
+    state, _ = train.make_state(asked, optimizer, mesh, init=path)
     assert state["model"].config == asked
     for a, b in zip(jax.tree.leaves(state["model"]), jax.tree.leaves(given), strict=True):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(UserError, match="--init"):
-        train.make_state(config, dataclasses.replace(asked, ffn=300), train.make_optimizer(config)[0], mesh)
+        train.make_state(dataclasses.replace(asked, ffn=300), optimizer, mesh, init=path)
+
+
+def test_a_fork_with_the_optimizer_of_the_readme_trains_resumes_and_draws(dataset, uninterrupted, tmp_path):
+    old, new = re.search(r"```diff\n-(.+)\n\+(.+)\n```", (ROOT / "README.md").read_text()).groups()
+    assert (ROOT / "train.py").read_text().count(old) == 1
+    (tmp_path / "mine.py").write_text((ROOT / "train.py").read_text().replace(old, new))
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+
+    def python(script, *arguments):
+        process = launch([sys.executable, script, *map(str, arguments)], cwd=tmp_path, environment={"PYTHONPATH": str(ROOT)})
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output
+        return output
+
+    python("mine.py", *command(dataset, "run", "--steps", 4)[2:])
+    assert "resuming run at step 4" in python("mine.py", *command(dataset, "run", "--steps", 6)[2:])
+    lines = log_of(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, 7)) and lines[3]["loss"] != log_of(uninterrupted[0])[3]["loss"]
+    python(ROOT / "sample.py", "--model", "run", "--tokenizer", dataset[1], "--prompt", "red.png", "--out", "out.png", "--candidates", 1)
+    assert (tmp_path / "out.png").exists()
 
 
 FAKE_TENSORBOARD = """
@@ -219,8 +241,8 @@ def finetuned(tmp_path_factory):
 
 
 def test_finetuning_counts_what_the_fields_ask_for_and_begins_at_the_given_weights(finetuned):
-    batch = next(iter(tokenize_data.open_dataset([finetuned / "answers.jsonl"], context=34, batch=2, seed=0, codes=8192, specials=(8200, 8201, 8202),
-                                                 fields="<|bos|>,[{context}],{target},<|eos|>")))
+    [data] = [path for path in (finetuned / "run/data").iterdir() if path.name.startswith("answers.jsonl-")]
+    batch = next(iter(tokenize_data.open_dataset([data], context=34, batch=2, seed=0, specials=(8200, 8201, 8202))))
     model = lvm.load(finetuned / "hf")
     logits_BTV = jax.jit(lambda model, ids_BT: model(ids_BT))(model, batch["ids_BT"])
     log_p_BTV = np.asarray(jax.nn.log_softmax(logits_BTV))
@@ -262,7 +284,7 @@ def withheld(dataset, tmp_path_factory):
 
 def parts_of(place):
     """{name: (dataset, which of its sentences are withheld)}"""
-    parts = {text: tokenize_data.open_sentences(place / text.split(":")[0], 32, (32, 33, 34)) for text in THREE}
+    parts = {text: tokenize_data.open_sentences(place / text.split(":")[0], 32, beside=place / "parts") for text in THREE}
     return {text: (part, tokenize_data.is_heldout(part, 0.3)) for text, part in parts.items()}
 
 
@@ -295,7 +317,8 @@ def test_rows_are_withheld_from_every_dataset_and_their_losses_are_of_each_kind_
 def test_no_withheld_sentence_is_trained_on_from_any_dataset_and_tokens_are_the_targets_of_those_that_are(withheld):
     place, _ = withheld
     held = {tuple(part[i][1].tolist()) for part, held_N in parts_of(place).values() for i in np.flatnonzero(held_N)}
-    batches = iter(tokenize_data.open_dataset([str(place / text) for text in THREE], context=50, batch=4, seed=0, heldout_fraction=0.3))
+    mixture = [(part, float(text.split(":")[1])) for text, (part, _) in parts_of(place).items()]
+    batches = iter(tokenize_data.open_dataset(mixture, context=50, batch=4, seed=0, heldout_fraction=0.3))
     targets = []
     for _ in range(60):
         ids_BT = next(batches)["ids_BT"]
@@ -331,12 +354,13 @@ def test_held_out_sentences_that_are_trained_on_are_left_out_or_refused(dataset,
     tokenizer = vqgan.load(dataset[1])
     tokenize_data.write_dataset(tmp_path / "train", tokenizer, ["x"], [(0, a), (0, shards[3][1])])
     tokenize_data.write_dataset(tmp_path / "mixed", tokenizer, ["x"], [(0, shards[3][1]), (0, b), (0, rng.permutation(32).astype(np.uint16))])
-    trained = [train.Sentences(str(path), part := tokenize_data.Shards(path), np.arange(len(part)), 1.0) for path in (dataset[0], tmp_path / "train")]
-    [held] = train.find_heldout(trained, ("mixed", tokenize_data.Shards(tmp_path / "mixed")), 0.0, print)
+    opened = lambda path: train.Sentences(str(path), part := tokenize_data.Shards(path), 1.0, np.arange(len(part)))
+    trained = [opened(dataset[0]), opened(tmp_path / "train")]
+    [held] = train.find_heldout(trained, [opened(tmp_path / "mixed")])
     assert held.chosen_N.tolist() == [1, 2] and "1 of its 3 sentences are trained on" in capsys.readouterr().out
     base = ["--data", dataset[0], "--heldout", dataset[0], "--context", 34, "--out", tmp_path / "run", "--batch", 8, "--size", "debug"]
     assert "all of its 64 sentences are among those of --data" in " ".join(main(capsys, monkeypatch, *base).split())
-    assert train.find_heldout(trained, None, 0.0, print) == [] == train.find_heldout(trained, None, 1e-9, print)
+    assert train.find_heldout(trained, []) == [] == train.find_heldout(trained, [], 1e-9)
 
 
 def test_shares_and_rates_stay_right_when_the_clock_of_the_machine_is_set_back(monkeypatch):

@@ -47,6 +47,7 @@ from weights_rule import (
 )
 
 import vqgan
+from common import metrics
 from common.images import UserError
 from common.runs import RunStopped
 from common.weights import open_pickle, open_tensors
@@ -121,6 +122,10 @@ def test_the_codes_of_a_picture_do_not_depend_on_its_batch_or_the_number_of_devi
     split = vqgan.encode(jax.device_put(tiny, NamedSharding(mesh, P())), jax.device_put(pixels_BHWC, NamedSharding(mesh, P("data"))))
     assert len(split.sharding.device_set) == 8
     np.testing.assert_array_equal(split, codes_BS)
+    replicated = jax.device_put(tiny, NamedSharding(mesh, P()))
+    for model, batch in ((tiny, 3), (tiny, 16), (replicated, 16)):
+        np.testing.assert_array_equal(vqgan.encode_all(model, pixels_BHWC, batch), codes_BS)
+        np.testing.assert_allclose(vqgan.decode_all(model, codes_BS, batch), vqgan.decode(tiny, codes_BS), atol=1e-6)
 
 
 def test_the_released_network_is_146_244_675_parameters_in_277_tensors():
@@ -333,7 +338,7 @@ def test_a_checkpoint_of_another_project_gives_its_codes_and_pixels_and_comes_ba
     np.testing.assert_allclose(raw_BHWC[:, ::2, 1::2], PEERS[f"{name}/raw_BHWC"], rtol=0, atol=1e-4)
     np.testing.assert_allclose(raw_BHWC[:, [0, -1]], PEERS[f"{name}/edge_BHWC"], rtol=0, atol=1e-4)
 
-    shared = {"t": ("open-muse", "diffusers", "taming"), "l": vqgan.LAYOUTS, "m": ("open-muse",)}[name[0]]
+    shared = ("open-muse",) if name == "maskgit" else vqgan.LAYOUTS
     for layout in vqgan.LAYOUTS:
         if layout not in shared:
             with pytest.raises(UserError, match=f"{layout} has no such network"):
@@ -343,24 +348,21 @@ def test_a_checkpoint_of_another_project_gives_its_codes_and_pixels_and_comes_ba
         vqgan.save(model, tmp_path / layout, layout=layout)
         again = vqgan.load(tmp_path / layout)
         for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(model), jax.tree.leaves(again), strict=True):
-            if "quantize" in jax.tree_util.keystr(path) and model.config.l2_codes and layout in ("diffusers", "taming"):
+            if "quantize" in jax.tree_util.keystr(path) and model.config.l2_codes and layout == "diffusers":
                 latents = tensor("latents", (1, 8, 8, a.shape[1]))
                 a = a / jnp.linalg.norm(a, axis=-1, keepdims=True)  # there entries are of length 1, which changes no code
                 np.testing.assert_allclose(a, b, atol=1e-6)
-                np.testing.assert_array_equal(again.quantize.nearest(latents), model.quantize.nearest(vqgan.to_sphere(latents)))
+                np.testing.assert_array_equal(again.quantize.nearest(latents), model.quantize.nearest(vqgan.l2_normalize(latents)))
             else:
                 np.testing.assert_array_equal(a, b, err_msg=f"{layout} {jax.tree_util.keystr(path)}")
-        if layout in ("open-muse", "llamagen"):
+        if layout == "open-muse":
             assert again.config == model.config and vqgan.fingerprint(again) == vqgan.fingerprint(model)
 
 
-@pytest.mark.parametrize("name", PEER_NAMES)
-def test_a_checkpoint_is_written_back_under_its_own_names_shapes_and_numbers(name, tmp_path):
-    weights = peer_weights(name)
-    layout = {"t": "taming", "l": "llamagen", "m": "open-muse"}[name[0]]
-    vqgan.save(vqgan.load(write_peer(tmp_path / "theirs", name, weights)), tmp_path / "back", layout=layout)
-    file = tmp_path / "back" / {"taming": "last.ckpt", "llamagen": "vq.pt", "open-muse": "model.safetensors"}[layout]
-    written = open_tensors(file)
+def test_a_checkpoint_is_written_back_under_its_own_names_shapes_and_numbers(tmp_path):
+    weights = peer_weights("maskgit")
+    vqgan.save(vqgan.load(write_peer(tmp_path / "theirs", "maskgit", weights)), tmp_path / "back")
+    written = open_tensors(tmp_path / "back" / "model.safetensors")
     assert written.keys() == weights.keys()
     assert all(np.array_equal(written[key].read(), weights[key]) for key in weights)
 
@@ -434,8 +436,6 @@ def test_the_convert_command_writes_each_format(tiny, tmp_path):
     vqgan.save(vqgan.with_config(tiny, symmetric_pixels=True), tmp_path / "ours")
     command = [sys.executable, vqgan.__file__, "convert", "--model", str(tmp_path / "ours"), "--out", str(tmp_path / "out")]
     run = lambda *more: subprocess.run([*command, *more], capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
-    refused = run("--format", "taming")
-    assert refused.returncode == 2 and "no attention in the middle" in refused.stderr
     assert run("--format", "diffusers").returncode == 0
     assert vqgan.load(tmp_path / "out").config == dataclasses.replace(tiny.config, symmetric_pixels=True)
     assert run("--format", "diffusers", "--pixels", "unit").returncode == 2  # there is a model already
@@ -798,12 +798,9 @@ def gan_config(pictures, **changes):
 
 
 def new_state(config, started_from=None):
-    mesh, optimizers = vqgan.make_mesh(config.mesh), vqgan.make_optimizers(config)
-    state, shardings = vqgan.make_state(config, vqgan.network_config(config, started_from), started_from, optimizers, mesh)
-    step = lambda state, pixels_BHWC, at=4: vqgan.train_step(
-        (optimizers, config, shardings, True, {}), state, jnp.asarray(pixels_BHWC), jax.random.key(0), jnp.array(True), jnp.array(False), jnp.array(at)
-    )
-    return state, step
+    network = vqgan.network_config(config, started_from)
+    state, task = vqgan.make_state(config, network, started_from, vqgan.make_mesh(config.mesh))
+    return state, lambda state, pixels_BHWC: vqgan.train_step(task, state, jnp.asarray(pixels_BHWC), jnp.array(4), True)
 
 
 def equal(a, b):
@@ -816,19 +813,17 @@ def test_the_next_picture_stands_in_the_place_of_one_that_cannot_be_read_which_i
     for i in (3, 4, 9):
         (tmp_path / f"{i}.png").write_bytes(b"no picture")
     (tmp_path / "out").mkdir()
-    read, count = vqgan.open_pictures(tmp_path, 24, paths=(paths := []))
-    again = vqgan.leave_out_unreadable(read, count, tmp_path / "out" / "rejected.jsonl", 0.3, paths=paths)
-    assert [round(again(i, None)[0, 0, 0] * 255 / 20) for i in (*range(10), 3)] == [0, 1, 2, 5, 5, 5, 6, 7, 8, 0, 5]
+    opened = lambda most: vqgan.Pictures(tmp_path, 24, 1.0, tmp_path / "out" / "rejected.jsonl", most)
+    again = opened(0.3)
+    assert [round(again.read(i, np.zeros(3))[0, 0, 0] * 255 / 20) for i in (*range(10), 3)] == [0, 1, 2, 5, 5, 5, 6, 7, 8, 0, 5]
     listed = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     reasons = [line["reason"] for line in listed]
     assert [line["path"] for line in listed] == [reason.split(": ")[0] for reason in reasons] == [str(tmp_path / f"{i}.png") for i in (3, 4, 9)]
     assert [line for line in capsys.readouterr().err.splitlines()] == [f"left out: {reason}" for reason in reasons]
-    resumed = vqgan.leave_out_unreadable(read, count, tmp_path / "out" / "rejected.jsonl", 0.3, paths=paths)
-    assert round(resumed(9, None)[0, 0, 0] * 255 / 20) == 0  # what is listed already stays, once
+    assert round(opened(0.3).read(9, np.zeros(3))[0, 0, 0] * 255 / 20) == 0  # what is listed already stays, once
     assert [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()] == listed
-    strict = vqgan.leave_out_unreadable(read, count, tmp_path / "out" / "rejected.jsonl", 0.1, paths=paths)
     with pytest.raises(UserError, match="2 of 10 pictures cannot be read, more than --max-rejected 0.1; the last: .*4.png"):
-        strict(3, None)
+        opened(0.1).read(3, np.zeros(3))
 
 
 def test_a_resumed_adversarial_run_equals_an_uninterrupted_one_and_logs_every_step_once(pictures):
@@ -869,11 +864,11 @@ def test_a_step_with_nan_changes_neither_weights_nor_moments_and_is_counted_and_
     _, metrics = step(state | {"guard": state["guard"] | {"best": pixel / 2}}, pixels_BHWC)
     assert metrics["gate"] == 0 and metrics["gan_weight"] == 0
 
-    bad = {"in_a_row": 20.0, "loss": float("nan"), "grad_norm": 1.0, "perplexity": 9.0}
-    with pytest.raises(RunStopped, match="20 steps in a row.*step 7.*checkpoint is at step 6"):
-        vqgan.check_health(config, 7, bad, 6)
+    bad = {"step": 7, "in_a_row": 20.0, "loss": float("nan"), "grad_norm": 1.0, "perplexity": 9.0}
+    with pytest.raises(RunStopped, match="20 steps in a row.*step 7.*checkpoint is that of step 6"):
+        vqgan.check_training(config, bad, 6)
     with pytest.raises(RunStopped, match="codebook has collapsed: perplexity 1.20"):
-        vqgan.check_health(config, 600, bad | {"in_a_row": 0, "perplexity": 1.2}, 500)
+        vqgan.check_training(config, bad | {"step": 600, "in_a_row": 0, "perplexity": 1.2}, 500)
 
 
 def test_weights_split_over_devices_and_a_batch_in_parts_give_the_same_gradients(pictures):
@@ -897,8 +892,8 @@ def test_the_adaptive_weight_is_the_ratio_of_the_two_gradients_at_the_last_kerne
 
     @jax.jit
     def weight_and_slopes(model, critic, kernel):
-        quantize, listen = jnp.array(True), config.gan_weight
-        _, (_, _, metrics) = vqgan.losses({"model": model, "critic": critic}, (config, True, {}), pixels_BHWC, jax.random.key(0), quantize, listen)
+        task = vqgan.Task(config, None, None, None, {})
+        _, made = vqgan.generator_loss(model, critic, task, pixels_BHWC, config.quantize_from, config.gan_weight)
 
         def two_losses(kernel):
             codes_BHW = model.quantize.nearest(model.to_latents(pixels_BHWC))
@@ -906,7 +901,7 @@ def test_the_adaptive_weight_is_the_ratio_of_the_two_gradients_at_the_last_kerne
             rebuilt = jnp.abs(output_BHWC - pixels_BHWC).mean() + vqgan.image_gradient_loss(output_BHWC, pixels_BHWC)
             return jnp.stack([rebuilt, -critic(output_BHWC).mean()])
 
-        return metrics["gan_weight"], jnp.linalg.norm(jax.jacrev(two_losses)(kernel).reshape(2, -1), axis=1)
+        return made.numbers["gan_weight"], jnp.linalg.norm(jax.jacrev(two_losses)(kernel).reshape(2, -1), axis=1)
 
     weight, slopes = weight_and_slopes(model, critic, model.decoder.conv_out.weight)
     assert slopes.min() > 0
@@ -985,35 +980,35 @@ def test_lpips_equals_the_lpips_package_and_its_files_are_used_whole(tmp_path):
     heads = {k: v for k, v in weights.items() if k.startswith("lin")}
     save_file(vgg | {"classifier.0.bias": np.zeros(4, np.float32)}, tmp_path / "vgg.safetensors")
     save_file(heads, tmp_path / "heads.safetensors")
-    network = vqgan.load_lpips(tmp_path / "vgg.safetensors", tmp_path / "heads.safetensors")
+    network = metrics.load_lpips(tmp_path / "vgg.safetensors", tmp_path / "heads.safetensors")
     a, b = measured_pictures()
     distance = jax.jit(lambda network, a, b: network.distance(a, b))
     np.testing.assert_allclose(distance(network, a, b), MEASURES["lpips_B"], rtol=1e-4)
     assert (distance(network, a, a) < 1e-12).all()
     save_file(heads | {"lin5.model.1.weight": np.zeros((1, 4, 1, 1), np.float32)}, tmp_path / "more.safetensors")
     with pytest.raises(UserError, match=r"more\.safetensors: unexpected tensor lin5"):
-        vqgan.load_lpips(tmp_path / "vgg.safetensors", tmp_path / "more.safetensors")
+        metrics.load_lpips(tmp_path / "vgg.safetensors", tmp_path / "more.safetensors")
     save_file({k: v for k, v in vgg.items() if "28.bias" not in k}, tmp_path / "less.safetensors")
     with pytest.raises(UserError, match=r"less\.safetensors: no tensor features\.28\.bias"):
-        vqgan.load_lpips(tmp_path / "less.safetensors", tmp_path / "heads.safetensors")
+        metrics.load_lpips(tmp_path / "less.safetensors", tmp_path / "heads.safetensors")
 
 
 def test_efficientnet_lite0_equals_its_pytorch_package_and_tells_pictures_apart(tmp_path):
     weights = efficientnet_weights(json.loads(str(MEASURES["efficientnet_shapes"])))
     save_file(weights, tmp_path / "e.safetensors")
-    network = vqgan.load_efficientnet_lite0(tmp_path / "e.safetensors")
+    network = metrics.load_efficientnet_lite0(tmp_path / "e.safetensors")
     a, b = measured_pictures()
     logits_BK, distance_B, none_B = jax.jit(lambda n, a, b: (n(a), n.distance(a, b), n.distance(a, a)))(network, a, b)
     np.testing.assert_allclose(logits_BK[:, ::4], MEASURES["logits_BK"], rtol=0, atol=1e-4)
     assert (distance_B > 0.01).all() and (none_B < 1e-9).all()
     save_file(weights | {"extra": np.zeros(1, np.float32)}, tmp_path / "more.safetensors")
     with pytest.raises(UserError, match="unexpected tensor extra"):
-        vqgan.load_efficientnet_lite0(tmp_path / "more.safetensors")
+        metrics.load_efficientnet_lite0(tmp_path / "more.safetensors")
 
 
 @pytest.mark.skipif("EFFICIENTNET_LITE0" not in os.environ, reason="EFFICIENTNET_LITE0 names no weights; see README.md")
 def test_efficientnet_lite0_knows_what_is_on_the_photographs():
-    network = vqgan.load_efficientnet_lite0(pathlib.Path(os.environ["EFFICIENTNET_LITE0"]))
+    network = metrics.load_efficientnet_lite0(pathlib.Path(os.environ["EFFICIENTNET_LITE0"]))
     folder = pathlib.Path(vqgan.__file__).parent / "assets/pictures/photo"
     cats, cups = sorted(folder.glob("chelsea*")), [folder / f"coffee-{n}.webp" for n in ("01", "09", "14")]  # the crops with the whole cup
     pixels_BHWC = np.stack([vqgan.read_image(path, 224) for path in cats + cups])

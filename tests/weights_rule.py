@@ -1,5 +1,7 @@
 """The weights of every fixture, by rule: a tensor follows from its name, so that fixtures hold inputs and outputs only."""
 
+import pickle
+import zipfile
 import zlib
 
 import numpy as np
@@ -182,3 +184,19 @@ def measured_pictures() -> tuple[np.ndarray, np.ndarray]:
     """Two float32 [2, 64, 64, 3] in [0, 1]: pictures, and what a bad tokenizer would make of them."""
     a = picture(64, 2).astype(np.float32) / 255
     return a, np.clip(0.8 * a + 0.1 + tensor("measured", a.shape, 0.05), 0, 1)
+
+
+def write_pickle(file, tensors: dict[str, np.ndarray], key: str | None = None):
+    """Writes float32 `tensors`, or {key: tensors}, as torch.save would, without PyTorch: its words are put together by hand."""
+    word = lambda value: pickle.dumps(value, 2)[2:-1]  # without the frame of a whole pickle
+    entries = b""
+    for i, (name, array) in enumerate(tensors.items()):
+        storage = b"(" + word("storage") + b"ctorch\nFloatStorage\n" + word(str(i)) + word("cpu") + word(array.size) + b"tQ"
+        view = storage + word(0) + word(array.shape) + word(tuple(s // array.itemsize for s in array.strides))
+        entries += word(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + view + b"\x89ccollections\nOrderedDict\n)RtR"
+    content = b"}(" + entries + b"u"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + (content if key is None else b"}" + word(key) + content + b"s") + b".")
+        for i, array in enumerate(tensors.values()):
+            archive.writestr(f"archive/data/{i}", array.tobytes())
+        archive.writestr("archive/version", "3\n")

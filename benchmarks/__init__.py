@@ -1,0 +1,1 @@
+"""Scripts that print one table each. `pods` also holds what `train.py --compile-only` knows of chips."""
