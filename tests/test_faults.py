@@ -206,7 +206,8 @@ def pair(dataset, tmp_path_factory):
 
     def start(*flags, environments=({}, {}), out=out):
         port, count = free_port(), len(environments)
-        return out, [launch(command(dataset, out, "--coordinator", f"127.0.0.1:{port}", "--processes", count, "--process", i, "--heartbeat", 10, *flags),
+        reached = ["env", "--default-signal=HUP"]  # under nohup pytest ignores it, and so would its children
+        return out, [launch([*reached, *command(dataset, out, "--coordinator", f"127.0.0.1:{port}", "--processes", count, "--process", i, "--heartbeat", 10, *flags)],
                             environment=environment) for i, environment in enumerate(environments)]
 
     return start
