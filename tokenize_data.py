@@ -849,7 +849,8 @@ def read_ahead(jobs: list[ReadJob], todo, size: int, workers: int, patience: flo
         ) from None
     except MemoryError:
         raise RunStopped(
-            f"there is not enough memory to read {jobs[i].name}; take fewer --workers, or the file away; {again}"
+            f"there is not enough memory to read {jobs[i].name}; take fewer --workers, or the file away; "
+            f"{again}"
         ) from None
     finally:
         # Processes that hang would be waited for; Python 3.14 has `kill_workers` for this.
