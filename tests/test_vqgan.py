@@ -908,6 +908,18 @@ def test_the_adaptive_weight_is_the_ratio_of_the_two_gradients_at_the_last_kerne
     np.testing.assert_allclose(weight, 0.8 * slopes[0] / (slopes[1] + 1e-4), rtol=1e-3)
 
 
+def test_each_step_draws_by_the_seed_and_its_number(pictures, monkeypatch):
+    """By the keys that the steps are given: the revived codes and the penalty's mixtures follow from them."""
+    keys, revive = [], vqgan.revive_codes
+    note = lambda key: jax.debug.callback(lambda data: keys.append(data.tolist()), jax.random.key_data(key))
+    monkeypatch.setattr(vqgan, "revive_codes", lambda *given: note(given[-1]) or revive(*given))
+    for seed in (0, 1):
+        vqgan.train(vqgan.TrainConfig(data=pictures, out=pictures.parent / f"{seed}", optimizer="adam", steps=2, batch=8, quantize_from=1, save_every=2,
+                                      seed=seed))  # fmt: skip
+    jax.effects_barrier()
+    assert len(keys) == 4 and len(set(map(tuple, keys))) == 4
+
+
 def test_a_decoder_finetune_leaves_every_code_as_it_was(pictures, tmp_path):
     vqgan.save(vqgan.VQGAN(TRAINED, key=jax.random.key(5)), tmp_path / "start")
     start = vqgan.load(tmp_path / "start")
