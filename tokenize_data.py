@@ -1,30 +1,32 @@
-"""From pictures to visual sentences: reads images and clips, strings their codes into sentences, writes and reads shards.
+"""From pictures to visual sentences: reads images and clips, strings their codes into sentences, writes and
+reads shards.
 
-    python tokenize_data.py demo --out data/demo                                   # embedded pictures, exact answers
-    python tokenize_data.py pairs --inputs photos --answers masks depth --out data/pairs      # matched by file name
+    python tokenize_data.py demo --out data/demo                      # embedded pictures, exact answers
+    python tokenize_data.py pairs --inputs photos --answers masks depth --out data/pairs   # by file name
     python tokenize_data.py colorize --inputs photos --out data/colour             # inpaint: the same flags
-    python tokenize_data.py multi --inputs photos depth normals --out data/multi   # K modalities of one picture
-    python tokenize_data.py category --inputs classes --out data/category          # a folder of folders, one a class
-    python tokenize_data.py video --inputs clips --strides 8 12 24 --out data/video           # mp4 webm mkv avi mov gif
-    python tokenize_data.py frames --inputs clips --out data/frames                # a folder of folders of frames
+    python tokenize_data.py multi --inputs photos depth normals --out data/multi   # K modalities of a picture
+    python tokenize_data.py category --inputs classes --out data/category          # a folder for each class
+    python tokenize_data.py video --inputs clips --strides 8 12 24 --out data/video     # mp4 webm mkv avi mov
+    python tokenize_data.py frames --inputs clips --out data/frames                # folders of frames
     python tokenize_data.py multi-video --inputs rgb depth --out data/both         # clips of the same names
     python tokenize_data.py tracks --inputs co3d --modalities images masks depths --out data/tracks
-    python tokenize_data.py recolor --inputs labels --out colours                  # integer maps to colours, and back
-    python tokenize_data.py import-jsonl --inputs dataset.jsonl --tokenizer PATH --out data/lvm   # and export-jsonl
-    python tokenize_data.py show --data data/demo --out sentences.png              # decode sentences, as a check
-    python tokenize_data.py inspect --data data/demo                               # counts, use of the codes, digests
+    python tokenize_data.py recolor --inputs labels --out colours          # integer maps to colours, and back
+    python tokenize_data.py import-jsonl --inputs dataset.jsonl --tokenizer PATH --out data/lvm
+    python tokenize_data.py show --data data/demo --out sentences.png      # decode sentences, as a check
+    python tokenize_data.py inspect --data data/demo                       # counts, use of the codes, digests
 
-A sentence is `codes of picture 1, codes of picture 2, ...`, uint16, without special ids; the reader adds BOS and EOS.
-A dataset is a folder: `dataset.json`, `NNNNN.tokens` (flat uint16) and `NNNNN.index.npy` (int64 [sentences, 3]: where
-each sentence ends, its kind, and the CRC-32 of its tokens). It is written as `DIR.partial` and renamed when whole.
-`dataset.json` holds the SHA-256 of every file and of itself, which are compared when a dataset is opened.
+A sentence is `codes of picture 1, codes of picture 2, ...`, uint16, without special ids; the reader adds BOS
+and EOS. A dataset is a folder: `dataset.json`, `NNNNN.tokens` (flat uint16) and `NNNNN.index.npy` (int64
+[sentences, 3]: where each sentence ends, its kind, and the CRC-32 of its tokens). It is written as
+`DIR.partial` and renamed when whole. `dataset.json` holds the SHA-256 of every file and of itself, which are
+compared when a dataset is opened.
 
-Pictures are encoded in chunks that are kept in `DIR.codes` until all are there. A run that was killed goes on with the
-chunks that are missing; several hosts that share a disk each take a part (`--part 0/4`), and the last one to finish
-strings the sentences. The result depends on neither: it is that of one run, to the byte.
+Pictures are encoded in chunks that are kept in `DIR.codes` until all are there. A run that was killed goes on
+with the chunks that are missing; several hosts that share a disk each take a part (`--part 0/4`), and the
+last one to finish strings the sentences. The result depends on neither: it is that of one run, to the byte.
 
-Dimension key: N pictures or sentences, T pictures of a sentence or its tokens, S codes of a picture, H W C a picture,
-K colours of a palette, B rows of a batch.
+Dimension key: N pictures or sentences, T pictures of a sentence or its tokens, S codes of a picture, H W C a
+picture, K modalities of a picture or colours of a palette, B rows of a batch.
 """
 
 import common  # noqa: F401  first, so that Ctrl-C while the others load is one line
@@ -111,7 +113,7 @@ BAD_LINES = 0.05  # of a jsonl that is read directly: more than this fraction st
 LEVELS = np.arange(256, dtype=np.float32) / 255
 
 
-# ---------------------------------------------------------------------------------------------------- kinds of sentence
+# ---------------------------------------- kinds of sentence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +121,8 @@ class TokenizeConfig:
     """What all kinds made from files have in common."""
 
     inputs: Path
-    """Folder of pictures, searched in depth, also in its .tar (webdataset) and .parquet files; or one such file."""
+    """Folder of pictures, searched in depth, also in its .tar (webdataset) and .parquet files; or one such
+    file."""
     out: Path
     """Dataset folder to write; must not exist."""
     tokenizer: Path = vqgan.MINI
@@ -127,12 +130,13 @@ class TokenizeConfig:
     fit: Literal["stretch", "crop"] = "stretch"
     """Stretch each picture to the square, as LVM does, or crop it."""
     random_crop: float = 1.0
-    """Show a random part of each picture (the same of all pictures of a shot or clip): at least this fraction of
-    its sides."""
+    """Show a random part of each picture (the same of all pictures of a shot or clip): at least this fraction
+    of its sides."""
     flip: bool = False
     """Mirror half of the shots or clips, each as a whole."""
     jitter: float = 0.0
-    """Change brightness, contrast and saturation by up to this fraction, alike in all pictures of a shot or clip."""
+    """Change brightness, contrast and saturation by up to this fraction, alike in all pictures of a shot or
+    clip."""
     filter: str = ""
     """Use only the files whose path below --inputs holds this text."""
     limit: int | None = None
@@ -153,14 +157,14 @@ class TokenizeConfig:
     mesh: int = -1
     """Devices that share a batch; -1 for all."""
     part: str = "0/1"
-    """`i/n`: encode the i-th of n parts, on this host; the others run the same command with the same --out and their
-    own i."""
+    """`i/n`: encode the i-th of n parts, on this host; the others run the same command with the same --out
+    and their own i."""
     patience: float = 45.0
-    """Seconds without a sign of life from the workers after which they are stopped; raise it for clips that take
-    longer."""
+    """Seconds without a sign of life from the workers after which they are stopped; raise it for clips that
+    take longer."""
     check_contents: bool = False
-    """A run that goes on encodes anew what was changed since: compare the contents of the files, instead of their
-    sizes and times. To be given from the first call on."""
+    """A run that goes on encodes anew what was changed since: compare the contents of the files, instead of
+    their sizes and times. To be given from the first call on."""
 
     def __post_init__(self):
         if self.out.exists():
@@ -192,8 +196,8 @@ class Pairs(TokenizeConfig):
     shots: int = 8
     """Pairs a sentence."""
     answers: tuple[Path, ...] = ()
-    """Folders of annotations; `inputs/a/b.jpg` belongs to `answers/a/b.png`. Each folder makes sentences of its own,
-    of the kind `pairs` if it is the only one, else `pairs-FOLDER`."""
+    """Folders of annotations; `inputs/a/b.jpg` belongs to `answers/a/b.png`. Each folder makes sentences of
+    its own, of the kind `pairs` if it is the only one, else `pairs-FOLDER`."""
     answer_filter: str = ""
     """Use only the annotations whose path below their folder holds this text."""
 
@@ -215,7 +219,8 @@ class Colorize(TokenizeConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Inpaint(TokenizeConfig):
-    """8 x [masked, original]; with p = .3 one zeroed square, else 8 x 8 patches each kept with probability U(0, 1)."""
+    """8 x [masked, original]; with p = .3 one zeroed square, else 8 x 8 patches each kept with probability
+    U(0, 1)."""
 
     shots: int = 8
     """Pairs a sentence."""
@@ -241,7 +246,8 @@ class Multi(TokenizeConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Category(TokenizeConfig):
-    """4 pictures of each of 4 classes: class by class, every folder that directly holds pictures being a class."""
+    """4 pictures of each of 4 classes: class by class, every folder that directly holds pictures being a
+    class."""
 
     per_class: Literal[1, 2, 4, 8] = 4
     """Pictures of a class in a sentence."""
@@ -271,7 +277,8 @@ class Video(TokenizeConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Frames(TokenizeConfig):
-    """16 frames of one clip; every folder that directly holds pictures is a clip, its files in natural order of name."""
+    """16 frames of one clip; every folder that directly holds pictures is a clip, its files in natural order
+    of name."""
 
     frames: int = 16
     """Pictures a sentence."""
@@ -282,7 +289,8 @@ class Frames(TokenizeConfig):
 @dataclasses.dataclass(frozen=True)
 class MultiVideo(TokenizeConfig):
     """Several modalities of the same clips, in both orders: all frames of task 0, then of task 1 ... (kind
-    `multi-video-by-task`); and frame 0 of every task, frame 1 of every task ... (kind `multi-video-by-frame`)."""
+    `multi-video-by-task`); and frame 0 of every task, frame 1 of every task ... (kind
+    `multi-video-by-frame`)."""
 
     inputs: tuple[Path, ...]
     """A folder for each modality; clips are video files, or folders of frames, of the same name in each."""
@@ -302,14 +310,15 @@ class MultiVideo(TokenizeConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Tracks(TokenizeConfig):
-    """Views of things in CO3D's layout, `CATEGORY/TRACK/{images,masks,depths}/`: 4 x [4 images][4 masks], and the same
-    with every other modality (kinds `tracks-masks`, ...). Files belong together by their name up to the first dot, with
-    the numbers that follow it: `shot.0001.png` and `shot.0001.depth.png`."""
+    """Views of things in CO3D's layout, `CATEGORY/TRACK/{images,masks,depths}/`: 4 x [4 images][4 masks], and
+    the same with every other modality (kinds `tracks-masks`, ...). Files belong together by their name up to
+    the first dot, with the numbers that follow it: `shot.0001.png` and `shot.0001.depth.png`."""
 
     modalities: tuple[str, ...] = ("images", "masks", "depths")
     """Names of a track's folders; the first are the images."""
     half_floats: tuple[str, ...] = ("depths",)
-    """Those whose 16-bit pictures hold float16 values, as CO3D's depths do; scaled by the largest of a shot."""
+    """Those whose 16-bit pictures hold float16 values, as CO3D's depths do; scaled by the largest of a
+    shot."""
     frames: int = 4
     """Views a shot."""
     shots: int = 4
@@ -334,8 +343,9 @@ def check_modalities(folders):
 
 
 class ReadJob(NamedTuple):
-    """What a worker reads at a time. `read(size)` returns a list of pictures, or (pictures, rejections): without any
-    picture the job is left out. A rejection is {"path", "reason"}, with "bad" where it counts against --max-rejected."""
+    """What a worker reads at a time. `read(size)` returns a list of pictures, or (pictures, rejections):
+    without any picture the job is left out. A rejection is {"path", "reason"}, with "bad" where it counts
+    against --max-rejected."""
 
     name: str
     read: Callable
@@ -443,12 +453,13 @@ def category(config: Category) -> Sentences:
     wanted = config.pictures // size
     if len(classes) < wanted:
         raise UserError(
-            f"{config.inputs}: {len(classes)} folders hold pictures, a sentence shows {wanted} classes; lower "
-            "--pictures or raise --per-class"
+            f"{config.inputs}: {len(classes)} folders hold pictures, a sentence shows {wanted} classes; "
+            "lower --pictures or raise --per-class"
         )
 
     def arrange(readable_N):
-        """Groups of one class's pictures; then sentences of different classes, likelier those with more groups left."""
+        """Groups of one class's pictures; then sentences of different classes, likelier those with more
+        groups left."""
         for epoch in range(config.epochs):
             rng, groups = np.random.default_rng((config.seed, epoch)), []
             for members in classes.values():
@@ -535,16 +546,18 @@ def tracks(config: Tracks) -> Sentences:
 
 
 def write_sentences(make: Callable, config: TokenizeConfig):
-    """Encodes the pictures of a kind and, when those of all parts are there, strings the readable ones into sentences."""
+    """Encodes the pictures of a kind and, when those of all parts are there, strings the readable ones into
+    sentences."""
     kinds, jobs, series, rejections, pictures = make(config)
 
     def too_few(readable, rejections):
         write_rejections(config.out, rejections)
         folder = config.inputs if isinstance(config.inputs, Path) else config.inputs[0]
         shots = 1 if callable(series) else series[0].shots
+        sentence = f"one sentence of {shots}" if shots > 1 else "one sentence"
         return UserError(
-            f"{folder}: {readable} readable items do not fill one sentence{f' of {shots}' if shots > 1 else ''}; lower "
-            f"--shots, --frames, --strides or --per-class, or see {config.out}.rejected.jsonl"
+            f"{folder}: {readable} readable items do not fill {sentence}; lower --shots, --frames, --strides "
+            f"or --per-class, or see {config.out}.rejected.jsonl"
         )
 
     if not callable(series) and all(len(some.units) < some.shots for some in series):
@@ -589,12 +602,12 @@ def write_sentences(make: Callable, config: TokenizeConfig):
             print(f"{kind}: {count} readable shots or clips did not fill another sentence and were left out")
 
 
-# ---------------------------------------------------------------------------------------------------- reading pictures
+# ---------------------------------------- reading pictures
 
 
 def draw_view(config: TokenizeConfig, epoch: int, name: str):
-    """How a shot or clip is shown, all its pictures alike: (fit, box, mirrored?, factors of brightness, contrast and
-    saturation)."""
+    """How a shot or clip is shown, all its pictures alike: (fit, box, mirrored?, factors of brightness,
+    contrast and saturation)."""
     if not config.augments:
         return config.fit, None, False, None
     rng = np.random.default_rng((config.seed, epoch, zlib.crc32(os.fsencode(name)), 1))
@@ -625,8 +638,8 @@ def adjust(pixels_HWC, view):
 
 
 def still_jobs(config: TokenizeConfig, stems, found):
-    """A job for each picture of `stems` in the folders `found`, anew in each epoch only where pictures are augmented;
-    and the number of the job of (folder, epoch, stem)."""
+    """A job for each picture of `stems` in the folders `found`, anew in each epoch only where pictures are
+    augmented; and the number of the job of (folder, epoch, stem)."""
     jobs, at = [], {}
     for epoch, stem, (k, paths) in itertools.product(range(config.epochs), stems, enumerate(found)):
         if stem in paths and epoch and not config.augments:
@@ -662,7 +675,8 @@ def clip_jobs(config, clips: dict[str, list], frames: int, half=None) -> list[Re
 
 
 def clip_job(config, tracks, name, epoch, strides, frames, half=None) -> ReadJob:
-    """The same frames of the tracks (video files, or tuples of pictures) of one clip, one track after the other."""
+    """The same frames of the tracks (video files, or tuples of pictures) of one clip, one track after the
+    other."""
     first = tracks[0]
     place = str(first if isinstance(first, Path) else first[0].parent if first else name)
     of_pictures = {"half": half or [False] * len(tracks)}
@@ -680,7 +694,8 @@ def clip_job(config, tracks, name, epoch, strides, frames, half=None) -> ReadJob
 
 
 def draw_stride(seed, strides, frames: int, count: int) -> int | None:
-    """A stride at which `frames` of `count` frames can be shown; it depends on `count` only as far as it must."""
+    """A stride at which `frames` of `count` frames can be shown; it depends on `count` only as far as it
+    must."""
     order = np.random.default_rng(seed).permutation(strides).tolist()
     return next((stride for stride in order if stride * (frames - 1) < count), None)
 
@@ -707,8 +722,9 @@ def read_video_clip(size, tracks, place, strides, frames, view, seed):
 
 
 def read_frame_clip(size, tracks, place, strides, frames, view, seed, half):
-    """The same of clips that are folders of pictures. A frame that cannot be read is left out, and the draw made again:
-    the outcome is as if the frame had never been there, so those between the frames shown are tried, too."""
+    """The same of clips that are folders of pictures. A frame that cannot be read is left out, and the draw
+    made again: the outcome is as if the frame had never been there, so those between the frames shown are
+    tried, too."""
     rejections, files = [], []
     for track in tracks:
         files.append({})
@@ -791,21 +807,24 @@ def begin_worker():
 
 
 def read_ahead(jobs: list[ReadJob], todo, size: int, workers: int, patience: float):
-    """Yields (number of the job, pictures, rejections) in the order of `todo`, read by other processes (0: by two
-    threads).
+    """Yields (number of the job, pictures, rejections) in the order of `todo`, read by other processes (0: by
+    two threads).
 
-    Raises RunStopped, naming the files, where a worker dies, has no memory left, or none gives a sign of life for
-    `patience` seconds."""
+    Raises RunStopped, naming the files, where a worker dies, has no memory left, or none gives a sign of life
+    for `patience` seconds."""
     again = "the same command goes on where this one stopped"
     if workers:
-        # A fork of this process would copy JAX's locks; a server that only imported the modules forks in a millisecond.
+        # A fork of this process would copy JAX's locks; a server that only imported the modules forks in a
+        # millisecond.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tokenize_data"])
         pool = ProcessPoolExecutor(workers, context, begin_worker)
     else:
         pool = ThreadPoolExecutor(2, READER)
     numbers, waiting, ahead = iter(todo), collections.deque(), 4 * workers + 16
-    names = lambda: ", ".join([jobs[i].name for i, future in waiting if not future.done()][: max(1, workers)])
+    names = lambda chosen: ", ".join(
+        [jobs[i].name for i, future in waiting if chosen(future)][: workers or 1]
+    )
     try:
         while True:
             for i in itertools.islice(numbers, ahead - len(waiting)):
@@ -817,33 +836,30 @@ def read_ahead(jobs: list[ReadJob], todo, size: int, workers: int, patience: flo
                 pending = [future for _, future in waiting if not future.done()]
                 if not wait(pending, patience, FIRST_COMPLETED).done:
                     raise RunStopped(
-                        f"no worker gave a sign of life for {patience:g} seconds; they were reading {names()}. Raise "
-                        f"--patience, or take the file away; {again}"
+                        f"no worker gave a sign of life for {patience:g} seconds; they were reading "
+                        f"{names(lambda f: not f.done())}. Raise --patience, or take the file away; {again}"
                     )
-            reading = [jobs[n].name for n, future in waiting if future.done() and future.exception()][
-                :workers
-            ]
-            try:
-                pictures, rejections = future.result()
-            except BrokenProcessPool:
-                raise RunStopped(
-                    f"a worker ended, perhaps killed for memory, while they read {', '.join(reading)}; {again}"
-                ) from None
-            except MemoryError:
-                raise RunStopped(
-                    f"there is not enough memory to read {jobs[i].name}; take fewer --workers, or the file away; {again}"
-                ) from None
+            pictures, rejections = future.result()
             waiting.popleft()
             yield i, pictures, rejections
+    except BrokenProcessPool:
+        reading = names(lambda f: not f.done() or f.exception())
+        raise RunStopped(
+            f"a worker ended, perhaps killed for memory, while they read {reading}; {again}"
+        ) from None
+    except MemoryError:
+        raise RunStopped(
+            f"there is not enough memory to read {jobs[i].name}; take fewer --workers, or the file away; "
+            f"{again}"
+        ) from None
     finally:
-        for process in (
-            getattr(pool, "_processes", None) or {}
-        ).values():  # Python 3.14 calls this kill_workers
+        # Processes that hang would be waited for; Python 3.14 has `kill_workers` for this.
+        for process in dict(getattr(pool, "_processes", None) or {}).values():
             process.kill()
         pool.shutdown(wait=bool(workers), cancel_futures=True)  # a thread that hangs is not waited for
 
 
-# ---------------------------------------------------------------------------------------------------- encoding
+# ---------------------------------------- encoding
 
 
 def open_tokenizer(path) -> vqgan.VQGAN:
@@ -852,8 +868,8 @@ def open_tokenizer(path) -> vqgan.VQGAN:
     tokenizer = vqgan.load(path)
     if tokenizer.config.num_embeddings > MOST_CODES:
         raise UserError(
-            f"{path}: its codebook of {tokenizer.config.num_embeddings:,} entries is over the {MOST_CODES:,} that the "
-            "16 bits of a dataset's tokens can tell apart; take a tokenizer with fewer"
+            f"{path}: its codebook of {tokenizer.config.num_embeddings:,} entries is over the {MOST_CODES:,} "
+            "that the 16 bits of a dataset's tokens can tell apart; take a tokenizer with fewer"
         )
     return tokenizer
 
@@ -883,8 +899,9 @@ def encode_stream(
     patience: float = 45.0,
     flush_after=lambda i: False,
 ):
-    """Yields (number of the job, uint16 codes [T, S], rejections) in order. Reading, and the device's work on one batch,
-    go on while the next batch is filled. A batch never reaches over a job after which it must be flushed."""
+    """Yields (number of the job, uint16 codes [T, S], rejections) in order. Reading, and the device's work on
+    one batch, go on while the next batch is filled. A batch never reaches over a job after which it must be
+    flushed."""
     size, S = tokenizer.config.resolution, tokenizer.config.codes_per_image
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
     tokenizer, split = jax.device_put(tokenizer, NamedSharding(mesh, P())), NamedSharding(mesh, P("data"))
@@ -926,8 +943,9 @@ def encode_stream(
 
 
 class Chunks:
-    """The encoded pictures of a run that is not finished, in `OUT.codes`: for each `size` jobs one file of codes, and one
-    of JSON that vouches for it. Raises UserError for a folder that a run with other settings, files or tokenizer left."""
+    """The encoded pictures of a run that is not finished, in `OUT.codes`: for each `size` jobs one file of
+    codes, and one of JSON that vouches for it. Raises UserError for a folder that a run with other settings,
+    files or tokenizer left."""
 
     def __init__(self, config: TokenizeConfig, tokenizer, jobs: list[ReadJob], batch: int, pictures: int):
         self.folder, self.S, self.jobs = Path(f"{config.out}.codes"), tokenizer.config.codes_per_image, jobs
@@ -964,12 +982,13 @@ class Chunks:
                 self.about[chunk] = about
         if anew:
             print(
-                f"{len(changed)} inputs have changed since they were encoded, such as {', '.join(changed[:3])}: "
-                f"{anew} chunks are encoded anew"
+                f"{len(changed)} inputs have changed since they were encoded, such as "
+                f"{', '.join(changed[:3])}: {anew} chunks are encoded anew"
             )
 
     def gather(self):
-        """Of all chunks: (was it readable, for each job; function from a job to its codes [T, S]; rejections)."""
+        """Of all chunks: (was it readable, for each job; function from a job to its codes [T, S];
+        rejections)."""
         abouts = [self.about[chunk] for chunk in self.numbers]
         counts_N = np.array([count for about in abouts for count in about["counts"]], int)
         starts_N = np.array(
@@ -1014,8 +1033,9 @@ def sha256(data: bytes) -> str:
 
 
 def encode_chunks(config: TokenizeConfig, tokenizer, jobs: list[ReadJob], pictures: int, rejections):
-    """Encodes the chunks of this part that are not there yet. Returns what `Chunks.gather` does, or None while chunks of
-    other parts are missing. Raises UserError where more than --max-rejected of the files cannot be read."""
+    """Encodes the chunks of this part that are not there yet. Returns what `Chunks.gather` does, or None
+    while chunks of other parts are missing. Raises UserError where more than --max-rejected of the files
+    cannot be read."""
     devices = jax.device_count() if config.mesh == -1 else config.mesh
     if not 1 <= devices <= jax.device_count():
         raise UserError(
@@ -1068,8 +1088,8 @@ def encode_chunks(config: TokenizeConfig, tokenizer, jobs: list[ReadJob], pictur
         print(f"another part wrote {config.out} in the meantime")
     elif missing:
         print(
-            f"part {config.part} is encoded; {missing} of {len(chunks.numbers)} chunks are still to come from other "
-            f"parts; the last to finish writes {config.out}"
+            f"part {config.part} is encoded; {missing} of {len(chunks.numbers)} chunks are still to come "
+            f"from other parts; the last to finish writes {config.out}"
         )
     else:
         return chunks.gather()
@@ -1078,13 +1098,15 @@ def encode_chunks(config: TokenizeConfig, tokenizer, jobs: list[ReadJob], pictur
 def begin_plan(folder: Path, config: TokenizeConfig, tokenizer, jobs, batch):
     """Makes `OUT.codes`, or finds it as a run with the same settings, files and tokenizer left it."""
     free = {"out", "tokenizer", "max_rejected", "context", "workers", "batch", "mesh", "part", "patience"}
-    files = "".join(repr((job.name, job.read.func.__name__, job.read.keywords)) for job in jobs)
+    files = hashlib.sha256()
+    for job in jobs:
+        files.update(repr((job.name, job.read.func.__name__, job.read.keywords)).encode())
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
     plan = {
         "kind": type(config).__name__,
         "tokenizer": vqgan.fingerprint(tokenizer),
         "batch": batch,
-        "files": f"{len(jobs)} items, {sha256(files.encode())[:16]}",
+        "files": f"{len(jobs)} items, {files.hexdigest()[:16]}",
         **json.loads(json.dumps(settings, default=str)),
     }
     file = folder / "plan.json"
@@ -1094,8 +1116,8 @@ def begin_plan(folder: Path, config: TokenizeConfig, tokenizer, jobs, batch):
     before = read_json(file) if file.exists() else plan
     if changed := [f"{k}: {before.get(k)} -> {v}" for k, v in plan.items() if before.get(k) != v]:
         raise UserError(
-            f"{folder} holds an unfinished run with other settings ({'; '.join(changed)}); repeat them, delete it, or "
-            "choose another --out"
+            f"{folder} holds an unfinished run with other settings ({'; '.join(changed)}); repeat them, "
+            "delete it, or choose another --out"
         )
     write_whole(file, strict_json(plan, indent=1) + "\n")
 
@@ -1133,8 +1155,8 @@ OURS = re.compile(r"\d{6}\.(codes|json)|plan\.json|\d{5}\.(tokens|index\.npy)|da
 
 
 def remove_scratch(folder: Path):
-    """Takes away a folder that is not needed any more. What stays, such as files that a network disk keeps for whoever
-    has them open, or that another part is taking away, is no reason to fail: the work is done."""
+    """Takes away a folder that is not needed any more. What stays, such as files that a network disk keeps
+    for whoever has them open, or that another part is taking away, is no reason to fail: the work is done."""
     with contextlib.suppress(OSError):
         for file in list(folder.iterdir()):
             if OURS.fullmatch(file.name):
@@ -1415,7 +1437,7 @@ def read_at(path: Path, offset: int, count: int) -> bytes:
         raise UserError(f"{path}: {error.strerror}; it was there when it was opened") from None
 
 
-# ------------------------------------------------------------------------------------------------ LVM's jsonl
+# ---------------------------------------- LVM's jsonl
 
 
 LONGEST_LINE = MOST_JSON
@@ -1550,7 +1572,7 @@ def split_fields(text: str, specials, vocabulary: int) -> list[tuple["str | int"
     return fields
 
 
-# ------------------------------------------------------------------------------------------------- the reader
+# ---------------------------------------- the reader
 
 
 PACKINGS = ("sentence", "concat", "segment")
@@ -1773,7 +1795,7 @@ def split_weight(text) -> tuple[str, float]:
     return path, weight
 
 
-# -------------------------------------------------------------------------------------------- looking at data
+# ---------------------------------------- looking at data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1856,7 +1878,7 @@ def inspect(config: Inspect):
     print(f"digests      {len(about['sha256'])} files are as they were written")
 
 
-# ---------------------------------------------------------------------------------------------- other formats
+# ---------------------------------------- other formats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2110,7 +2132,7 @@ def demo(config: Demo):
     write_dataset(config.out, tokenizer, kinds, sentences)
 
 
-# ---------------------------------------------------------------------------------------------------- commands
+# ---------------------------------------- commands
 
 KINDS = {
     "pairs": (Pairs, pairs),

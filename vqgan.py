@@ -563,6 +563,7 @@ class TrainConfig:
     """Compare codes by direction alone, in this many dimensions (LlamaGen and ViT-VQGAN: 8). 0: plain
     codes."""
     steps: int = 3000
+    """Updates of the weights."""
     batch: int = 8
     """Pictures an update; a multiple of the number of devices times --accumulate."""
     accumulate: int = 1
@@ -602,6 +603,7 @@ class TrainConfig:
     """Keep its slope small on real pictures (r1), or near 1 between real and reconstructed ones
     (gradient)."""
     gan_penalty_weight: float = 10.0
+    """Weight of that penalty."""
     gan_channels: int = 64
     """Width of its first layer."""
     gan_learning_rate: float = 1e-4

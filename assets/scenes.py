@@ -1,6 +1,8 @@
-"""The demo world: scenes composed from the embedded pictures, and tasks whose answers are exact by construction.
+"""The demo world: scenes composed from the embedded pictures, and tasks whose answers are exact by
+construction.
 
-Pictures are float32 [H, W, 3] in [0, 1]. They are drawn at twice their size and halved, which smooths the outlines.
+Pictures are float32 [H, W, 3] in [0, 1]. They are drawn at twice their size and halved, which smooths the
+outlines.
 """
 
 import itertools
@@ -22,7 +24,8 @@ COLOURS = {
     "blue": (0.1, 0.3, 0.9),
     "yellow": (1, 0.85, 0.1),
 }
-# Colour pairs that no training sentence shows: the examples in the prompt are the only place to learn them from.
+# Colour pairs that no training sentence shows: the examples in the prompt are the only place to learn them
+# from.
 UNSEEN = {
     ("white", "red"),
     ("red", "white"),
@@ -49,10 +52,11 @@ TASKS = {
 
 
 class World:
-    """The embedded pictures of one split: `objects` (RGBA), `styles` (pairs of RGBA), `grounds` (RGB), `reliefs` (pairs of RGB).
+    """The embedded pictures of one split: `objects` (RGBA), `styles` (pairs of RGBA), `grounds` (RGB),
+    `reliefs` (pairs of RGB).
 
-    The split is by source: the text before the first '-' of a file name (an emoji, a drawing, a scene of the film, a
-    region of the earth) is wholly in one or the other."""
+    The split is by source: the text before the first '-' of a file name (an emoji, a drawing, a scene of the
+    film, a region of the earth) is wholly in one or the other."""
 
     def __init__(self, split: str):
         self.split = split
@@ -219,7 +223,8 @@ def textured_shape(world: World, rng) -> Image.Image:
 
 
 def motion(world: World, rng, size: int):
-    """16 frames of one object that crosses a still background at constant velocity and bounces off the borders."""
+    """16 frames of one object that crosses a still background at constant velocity and bounces off the
+    borders."""
     scene = Scene(world, rng, 2 * size, objects=1)
     image, _, _, _, angle = scene.layers[0]
     side, direction, speed = rng.uniform(0.3, 0.5), rng.uniform(0, 2 * np.pi), rng.uniform(0.04, 0.1)
@@ -265,7 +270,8 @@ def to_grey(pixels_HWC):
 
 
 def random_mask(pixels_HWC, rng, squares: float = 0.3):
-    """Zeroes a square of side U[25, 128) of 256 (with probability `squares`), else the dropped ones of 8 x 8 patches."""
+    """Zeroes a square of side U[25, 128) of 256 (with probability `squares`), else the dropped ones of 8 x 8
+    patches."""
     size, pixels_HWC = len(pixels_HWC), pixels_HWC.copy()
     if rng.random() < squares:
         side = int(rng.integers(-(-25 * size // 256), size // 2))

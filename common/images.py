@@ -148,8 +148,8 @@ ARCHIVES = (".tar", ".parquet")
 
 
 class Member(type(Path())):
-    """A picture inside of a `.tar` or `.parquet` file, as the path ARCHIVE/NAME. `place` is where `archive` holds its
-    bytes: (offset, size), or (row group, row in it, column)."""
+    """A picture inside of a `.tar` or `.parquet` file, as the path ARCHIVE/NAME. `place` is where `archive`
+    holds its bytes: (offset, size), or (row group, row in it, column)."""
 
     @classmethod
     def of(cls, archive, name: str, place: tuple):
@@ -172,8 +172,9 @@ class Member(type(Path())):
 
 
 def members(archive: Path) -> list[Member]:
-    """The files in a `.tar` (webdataset's naming: 0001.jpg and 0001.mask.png are of one sample), or the pictures in a
-    `.parquet`: ROW.COLUMN.png for each column of bytes, or LABEL/ROW.COLUMN.png where there is a column `label`."""
+    """The files in a `.tar` (webdataset's naming: 0001.jpg and 0001.mask.png are of one sample), or the
+    pictures in a `.parquet`: ROW.COLUMN.png for each column of bytes, or LABEL/ROW.COLUMN.png where there is
+    a column `label`."""
     found = []
     with naming(archive):
         if archive.suffix.lower() == ".tar":

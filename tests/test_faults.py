@@ -206,7 +206,8 @@ def pair(dataset, tmp_path_factory):
 
     def start(*flags, environments=({}, {}), out=out):
         port, count = free_port(), len(environments)
-        return out, [launch(command(dataset, out, "--coordinator", f"127.0.0.1:{port}", "--processes", count, "--process", i, "--heartbeat", 10, *flags),
+        reached = ["env", "--default-signal=HUP"]  # under nohup pytest ignores it, and so would its children
+        return out, [launch([*reached, *command(dataset, out, "--coordinator", f"127.0.0.1:{port}", "--processes", count, "--process", i, "--heartbeat", 10, *flags)],
                             environment=environment) for i, environment in enumerate(environments)]
 
     return start
@@ -818,6 +819,7 @@ def test_fault_18_hosts_that_differ_are_found_at_the_start(dataset, tmp_path, wh
         for source in ROOT.glob("*.py"):
             shutil.copy(source, host)
         shutil.copytree(ROOT / "common", host / "common")
+        (host / "assets").symlink_to(ROOT / "assets")
         if what == "seed and code" and i:
             (host / "lvm.py").write_text((host / "lvm.py").read_text() + "# an edit\n")
         arguments = command(("data", dataset[1]), tmp_path / "run", "--coordinator", f"127.0.0.1:{port}", "--processes", 2, "--process", i,
