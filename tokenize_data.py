@@ -1190,25 +1190,23 @@ def split_part(text: str) -> tuple[int, int]:
 def write_dataset(out, tokenizer, kinds, sentences, rejected=(), context=None, suffix=""):
     """Writes `sentences`, (number of the kind, its codes) each, as a dataset folder, whole or not at all.
 
-    `rejected` are the records of OUT.rejected.jsonl. With `context`, says how many sentences are longer. `suffix`
-    keeps writers of the same folder apart. Raises UserError where OUT exists or a code is not in the codebook."""
-    config = tokenizer.config
-    about = {"tokenizer": vqgan.fingerprint(tokenizer), "codes": config.num_embeddings}
-    about |= {"codes_per_image": config.codes_per_image}
+    `rejected` are the records of OUT.rejected.jsonl. With `context`, says how many sentences are longer.
+    `suffix` keeps writers of the same folder apart. Raises UserError where OUT exists or a code is not in the
+    codebook."""
+    codes, S = tokenizer.config.num_embeddings, tokenizer.config.codes_per_image
+    about = {"tokenizer": vqgan.fingerprint(tokenizer), "codes": codes, "codes_per_image": S}
     write_shards(out, about, kinds, sentences, rejected, context, suffix)
 
 
 def write_shards(out, about: dict, kinds, sentences, rejected=(), context=None, suffix=""):
-    """`write_dataset`, given the first fields of dataset.json. A sentence may also be (kind, tokens, *cuts): the
-    places where the tokens under one key of a .jsonl end and those under the next begin."""
+    """`write_dataset`, given the first fields of dataset.json. A sentence may also be (kind, tokens, *cuts):
+    the places where the tokens under one key of a .jsonl end and those under the next begin."""
     out, partial = Path(out), Path(f"{out}.partial{suffix}")
     if out.exists():
         raise UserError(f"{out} exists; choose another --out or delete it")
     remains = list(partial.iterdir()) if partial.exists() else []  # of a run that was killed
     if any(not OURS.fullmatch(file.name) and not file.name.startswith(".nfs") for file in remains):
-        raise UserError(
-            f"{partial} is in the way, and holds files that no run left there; choose another --out"
-        )
+        raise UserError(f"{partial} is in the way, and holds files of others; choose another --out")
     for file in remains:
         file.unlink(missing_ok=True)
     partial.mkdir(parents=True, exist_ok=True)
@@ -1217,15 +1215,12 @@ def write_shards(out, about: dict, kinds, sentences, rejected=(), context=None, 
     while (first := next(sentences, None)) is not None:
         stem, index, end, digest = partial / f"{len(digests) // 2:05d}", [], 0, hashlib.sha256()
         with naming(f"{stem}.tokens"), open(f"{stem}.tokens", "wb") as file:
-            for kind, codes, *cuts in itertools.chain(
-                [first], itertools.islice(sentences, SENTENCES_PER_SHARD - 1)
-            ):
+            more = itertools.islice(sentences, SENTENCES_PER_SHARD - 1)
+            for kind, codes, *cuts in itertools.chain([first], more):
                 codes_T = np.asarray(codes).reshape(-1)
                 if not len(codes_T) or codes_T.min() < 0 or codes_T.max() >= vocabulary:
-                    most = f" up to {codes_T.max()}" if len(codes_T) else ""
-                    raise UserError(
-                        f"{out}: a sentence of {len(codes_T)} codes{most} does not fit the tokenizer's {vocabulary}"
-                    )
+                    found = f"{len(codes_T)} codes up to {codes_T.max(initial=0)}"
+                    raise UserError(f"{out}: a sentence of {found} does not fit the tokenizer's {vocabulary}")
                 file.write(data := codes_T.astype("<u2").tobytes())
                 digest.update(data)
                 end += len(codes_T)
@@ -1252,22 +1247,19 @@ def write_shards(out, about: dict, kinds, sentences, rejected=(), context=None, 
             raise
         remove_scratch(partial)  # another part was faster, with the same result
     if longer:
-        print(
-            f"{longer:,} of {count:,} sentences are longer than --context {context} with BOS and EOS: train with a "
-            "longer one, or with --packing concat"
-        )
+        told = f"{longer:,} of {count:,} sentences are longer than --context {context} with BOS and EOS"
+        print(f"{told}: train with a longer one, or with --packing concat")
     print(f"wrote {count:,} sentences, {tokens:,} tokens to {out}")
 
 
 class Shards:
     """Random access to a dataset folder: `shards[i]` is (kind, uint16 tokens) of sentence i.
 
-    Opening it reads every file once and compares its digest; the user's cache folder remembers what was compared, so
-    that another start reads the indices alone. Each sentence is compared with its checksum when it is read. Files are
-    opened for each sentence: any number of shards takes no descriptors, and a file that is emptied, replaced or deleted
-    meanwhile is an error, never a fault of memory or a wrong sentence.
-    Raises UserError, naming the file, for a folder that is no dataset, of another format version, changed since it was
-    written, truncated, or with codes outside the codebook."""
+    Opening it compares the digest of every file, see `verify`. Each sentence is compared with its checksum
+    when it is read, from a file that is opened for it: any number of shards takes no descriptors, and a file
+    that is emptied, replaced or deleted meanwhile is an error, never a fault of memory or a wrong sentence.
+    Raises UserError, naming the file, for what is no dataset, of another format, changed, truncated, or with
+    codes outside the codebook."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -1297,8 +1289,7 @@ class Shards:
         data = read_at(path, 2 * int(self.starts_N[i]), 2 * int(self.lengths_N[i]))
         if zlib.crc32(data) != self.hashes_N[i]:  # fewer bytes have another one too
             raise UserError(
-                f"{path}: sentence {i} is not the one that was written: the file was changed, cut or damaged "
-                "after it was opened"
+                f"{path}: sentence {i} is not the one that was written: it changed after it was opened"
             )
         return int(self.kinds_N[i]), np.frombuffer(data, "<u2")
 
@@ -1325,8 +1316,8 @@ class Shards:
         return counts_K[: self.codes]  # an imported .jsonl may hold special ids
 
     def verify(self, anew=False):
-        """Reads the token files and compares their digests, unless the cache folder says that this was done and they
-        have the size, times and inode that they had then. Raises UserError, naming the file."""
+        """Reads the token files and compares their digests, unless the cache folder says that this was done
+        and they have the size, times and inode that they had then. Raises UserError, naming the file."""
         cache = cache_folder("verified")
         name = hashlib.sha256(os.fsencode(self.folder.resolve())).hexdigest()[:32]
         known, record = {}, cache and cache / f"{name}.json"
@@ -1336,16 +1327,13 @@ class Shards:
         states = {path: [*stamp(path), digests[path.name], vocabulary] for path in self.paths}
         todo = [path for path in self.paths if known.get(path.name) != states[path]]
         total = sum(states[path][0] for path in todo)
-        quick, called = total < 1 << 30, f"verifying {self.folder}"
+        shown = dict(desc=f"verifying {self.folder}", disable=total < 1 << 30, dynamic_ncols=True)
         with (
-            tqdm(
-                total=total, unit="B", unit_scale=True, desc=called, disable=quick, dynamic_ncols=True
-            ) as bar,
+            tqdm(total=total, unit="B", unit_scale=True, **shown) as bar,
             ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,  # hashing does not hold Python's lock
         ):
             list(pool.map(lambda path: verify_file(path, digests[path.name], vocabulary, bar.update), todo))
-        # A file may change again within the same tick of its clock: those of the last seconds are read again
-        # next time.
+        # A file may change again within the same tick of its clock: that of the last seconds is read again.
         settled = [path for path in self.paths if time.time_ns() - max(states[path][1:3]) > 2e9]
         if record and todo and settled:
             with contextlib.suppress(OSError):  # such as a full disk
@@ -1363,8 +1351,8 @@ def describe(about: dict) -> bytes:
 
 
 def read_description(file: Path) -> tuple[dict, str]:
-    """dataset.json -> (what it says, its digest, which names all that the dataset holds). Raises UserError, naming the
-    file and the field, where it was changed, is of another format or describes no dataset."""
+    """dataset.json -> (what it says, its digest, which names all that the dataset holds). Raises UserError,
+    naming the file and the field, where it was changed, is of another format or describes no dataset."""
     if not file.is_file():
         make = f"python tokenize_data.py KIND --out {file.parent}"
         raise UserError(f"{file.parent}: no dataset here (dataset.json is missing); make one with: {make}")
@@ -1374,19 +1362,11 @@ def read_description(file: Path) -> tuple[dict, str]:
         raise UserError(f"{file}: format {reprlib.repr(version)}, this program reads {FORMAT}{older}")
     if describe(about) != content:
         raise UserError(f"{file}: not as it was written (its digest differs); {AGAIN}")
-    numbers = {
-        "codes": int,
-        "sentences": int,
-        "tokens": int,
-        "rejected": int | None,
-        "vocabulary": int | None,
-    }
-    texts = {"tokenizer": str | None, "codes_per_image": int | None, "fields": str | None}
-    check_fields(about, numbers | texts | {"kinds": dict[str, int], "sha256": dict[str, str]}, file)
-    if not 1 <= about["codes"] <= MOST_CODES or (about.get("codes_per_image") or 1) < 1:
-        raise UserError(
-            f"{file}: codes {about['codes']} must be in [1, {MOST_CODES}] and codes_per_image at least 1"
-        )
+    there = {"codes": int, "sentences": int, "tokens": int, "kinds": dict[str, int], "sha256": dict[str, str]}
+    maybe = dict.fromkeys(("rejected", "vocabulary", "codes_per_image"), int | None)
+    check_fields(about, there | maybe | dict.fromkeys(("tokenizer", "fields"), str | None), file)
+    if not 1 <= (codes := about["codes"]) <= MOST_CODES or (about.get("codes_per_image") or 1) < 1:
+        raise UserError(f"{file}: codes {codes} must be in [1, {MOST_CODES}] and codes_per_image at least 1")
     for name in about["sha256"]:
         if not re.fullmatch(r"[0-9]{5,9}\.(tokens|index\.npy)", name):
             raise UserError(f"{file}: sha256 names {name!r:.80}, which is no file of a dataset")
@@ -1394,8 +1374,9 @@ def read_description(file: Path) -> tuple[dict, str]:
 
 
 def read_index(tokens: Path, digests: dict[str, str], kinds: int, cuts: int) -> np.ndarray:
-    """NNNNN.index.npy of a token file, checked -> int64 [sentences, 3 + cuts]: where each sentence ends in the file,
-    its kind, the CRC-32 of its tokens, and where within it the tokens under the keys of a .jsonl part."""
+    """NNNNN.index.npy of a token file, checked -> int64 [sentences, 3 + cuts]: where each sentence ends in
+    the file, its kind, the CRC-32 of its tokens, and where within it the tokens under the keys of a .jsonl
+    part."""
     file = tokens.with_suffix(".index.npy")
     if file.name not in digests:
         raise UserError(f"{tokens.parent / 'dataset.json'}: sha256 names {tokens.name} and not {file.name}")
@@ -1408,9 +1389,8 @@ def read_index(tokens: Path, digests: dict[str, str], kinds: int, cuts: int) -> 
     index_NC = np.array(read_array(file, np.int64, (None, 3 + cuts)))
     ends_N, kinds_N = index_NC[:, 0], index_NC[:, 1]
     if len(ends_N) and size != (wanted := 2 * int(ends_N[-1])):
-        raise UserError(
-            f"{tokens}: {size:,} bytes, {file.name} asks for {wanted:,}; the file is truncated or mixed up"
-        )
+        found = f"{size:,} bytes, {file.name} asks for {wanted:,}"
+        raise UserError(f"{tokens}: {found}; the file is truncated or mixed up")
     lengths_N = np.diff(ends_N, prepend=0)
     places_NK = np.column_stack([np.zeros_like(ends_N), index_NC[:, 3:], lengths_N])
     if (
@@ -1440,7 +1420,8 @@ def verify_file(path: Path, digest: str, codes: int, progress):
 
 
 def stamp(path) -> list[int]:
-    """Size, times of change of content and inode, and the inode of a file: what changes when its content does."""
+    """Size, times of change of content and inode, and the inode of a file: what changes when its content
+    does."""
     found = os.stat(path)
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
@@ -1448,11 +1429,9 @@ def stamp(path) -> list[int]:
 def read_at(path: Path, offset: int, count: int) -> bytes:
     """`count` bytes of a file, or fewer where it ends."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            return os.pread(descriptor, count, offset)
-        finally:
-            os.close(descriptor)
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            return file.read(count)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; it was there when it was opened") from None
 
@@ -1468,19 +1447,19 @@ def is_lines(path) -> bool:
 
 
 def open_sentences(path, codes=None, specials=None, fields=None, vocabulary=None, beside=None) -> Shards:
-    """A dataset folder; or a `.jsonl`, `.jsonl.gz` or `.jsonl.zst` of LVM, which the first call imports into shards in
-    the folder `beside` and later ones find there. The other arguments are of a .jsonl alone.
+    """A dataset folder; or a `.jsonl`, `.jsonl.gz` or `.jsonl.zst` of LVM, which the first call imports into
+    shards in the folder `beside`, where later ones find them. The other arguments are of a .jsonl alone.
 
-    `codes` is the size of its tokenizer's codebook; ids must be below the `vocabulary` (by default codes + 100).
-    `fields` is the mini-language of LVM's trainer: a comma list of `{key}` (base64 of int32 tokens), `<|id|>`,
-    `<|bos|>` and `<|eos|>` (one literal id, of `specials`), each in `[ ]` where the loss leaves it out. The default is
-    `<|bos|>,{tokens},<|eos|>`. Raises UserError for other fields, no line, or more than BAD_LINES bad lines."""
+    `codes` is the size of its tokenizer's codebook; ids must be below the `vocabulary` (by default codes +
+    100). `fields` is the mini-language of LVM's trainer: a comma list of `{key}` (base64 of int32 tokens),
+    `<|id|>`, `<|bos|>` and `<|eos|>` (one literal id, of `specials`), each in `[ ]` where the loss leaves it
+    out. The default is `<|bos|>,{tokens},<|eos|>`. Raises UserError for other fields, no line, or more than
+    BAD_LINES bad lines."""
     if not is_lines(path):
         return Shards(path)
     if codes is None or beside is None:
-        raise UserError(
-            f"{path} is no dataset yet; type: python tokenize_data.py import-jsonl --inputs {path} --out DIR"
-        )
+        make = f"python tokenize_data.py import-jsonl --inputs {path} --out DIR"
+        raise UserError(f"{path} is no dataset yet; type: {make}")
     if not (path := Path(path)).is_file():
         raise UserError(f"{path}: no such file")
     vocabulary, keys = min(vocabulary or codes + 100, MOST_CODES), ["tokens"]
@@ -1499,8 +1478,9 @@ def open_sentences(path, codes=None, specials=None, fields=None, vocabulary=None
 
 
 def read_lines(path: Path, out: Path, kind: int, keys, vocabulary: int, rejected: list, max_rejected: float):
-    """Yields (kind, tokens, *cuts) of each good line of a jsonl, with a bar, and appends a record of each bad one to
-    `rejected`. Raises UserError where there is no line, or more than the fraction `max_rejected` of them is bad."""
+    """Yields (kind, tokens, *cuts) of each good line of a jsonl, with a bar, and appends a record of each bad
+    one to `rejected`. Raises UserError where there is no line, or more than the fraction `max_rejected` of
+    them is bad."""
     good, before = 0, len(rejected)
     for number, line in enumerate(lines_of(path), 1):
         if not line.strip():
@@ -1546,6 +1526,8 @@ def decode_line(line: bytes, keys, vocabulary: int) -> list[np.ndarray]:
 
 def lines_of(path: Path):
     """Yields the lines of a .jsonl, .jsonl.gz or .jsonl.zst, with a bar over the bytes of the file."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     size, broken = os.path.getsize(path), (EOFError, zlib.error, gzip.BadGzipFile)
     with (
         open(path, "rb") as raw,
@@ -1569,16 +1551,16 @@ def lines_of(path: Path):
 
 
 def split_fields(text: str, specials, vocabulary: int) -> list[tuple["str | int", bool]]:
-    """'[{context}],<|8192|>' -> [("context", False), (8192, True)]: keys and literal ids, and whether the loss counts
-    them."""
+    """'[{context}],<|8192|>' -> [("context", False), (8192, True)]: keys and literal ids, and whether the
+    loss counts them."""
     fields, ids = [], dict(zip(("bos", "eos"), specials))
     for field in text.split(","):
         match = re.fullmatch(r"(\[)?(?:<\|(bos|eos|[0-9]{1,9})\|>|\{([^{}\[\]<>|]+)\})(\])?", field.strip())
         if not match or (match[1] is None) != (match[4] is None):
             lost = "; a page that shows HTML swallows <|8192|>" if not field.strip() else ""
             raise UserError(
-                f"--fields {text!r}: {field!r} is neither {{key}} nor <|id|>, nor one of them in [ ]; LVM's are "
-                f"'<|8192|>,{{tokens}},<|8193|>'{lost}"
+                f"--fields {text!r}: {field!r} is neither {{key}} nor <|id|>, nor one of them in [ ]; "
+                f"LVM's are '<|8192|>,{{tokens}},<|8193|>'{lost}"
             )
         key = match[3] or ids.get(match[2]) or int(match[2])
         if isinstance(key, int) and key >= vocabulary:
@@ -1609,17 +1591,19 @@ def open_dataset(
     packing: Literal["sentence", "concat", "segment"] = "sentence",
     heldout_fraction: float = 0.0,
 ):
-    """Batches for ever, from any number of datasets, shuffled and mixed by `seed`: a grain dataset of {"ids_BT": int32,
-    "mask_BT": float32}, and with `segment` {"segment_ids_BT": int32}. `mask_BT` marks the targets.
+    """Batches for ever, from any number of datasets, shuffled and mixed by `seed`: a grain dataset of
+    {"ids_BT": int32, "mask_BT": float32}, and with `segment` {"segment_ids_BT": int32}. `mask_BT` marks the
+    targets.
 
-    `paths_and_weights`: "DIR" or "DIR:weight" each, or `Shards`, or pairs of those and a weight. An epoch of a dataset
-    shows each of its rows once, in an order of its own. Rows are drawn exactly in the proportion of the weights
-    (default 1), evenly spread. `packing` makes the rows of a dataset: see `SentenceRows`, `ConcatRows`, `SegmentRows`.
-    `start`: the step to begin at. A batch depends on the arguments and its number alone; process p of P gets the p-th of
-    P equal parts of its rows, so a run may go on with another number of processes. `specials`: ids of BOS, EOS and
-    padding (default codebook size + 0, 1, 2). `heldout_fraction` of the sentences, see `is_heldout`, are left out.
-    Raises UserError where a sentence does not fit `context`, datasets were made by different tokenizers, `batch` does
-    not divide by `processes`, or the data do not fill a batch."""
+    `paths_and_weights`: "DIR" or "DIR:weight" each, or `Shards`, or pairs of those and a weight. Each epoch
+    of a dataset shows all its rows once, in an order of its own. Rows are drawn exactly in the proportion of
+    the weights (default 1), evenly spread. `packing` makes the rows: see `SentenceRows`, `ConcatRows`,
+    `SegmentRows`. `start`: the step to begin at. A batch depends on the arguments and its number alone;
+    process p of P gets the p-th of P equal parts of it, so a run may go on with another number of processes.
+    `specials`: ids of BOS, EOS and padding (default codebook size + 0, 1, 2). `heldout_fraction` of the
+    sentences, see `is_heldout`, are left out. Raises UserError where a sentence does not fit `context`,
+    datasets were made by different tokenizers, `batch` does not divide by `processes`, or the data do not
+    fill a batch."""
     if batch % processes:
         raise UserError(f"--batch {batch} is not a multiple of the {processes} processes")
     if packing not in PACKINGS:
@@ -1629,37 +1613,30 @@ def open_dataset(
     opened = [part if isinstance(part, Shards) else open_sentences(part) for part in opened]
     for part, other in itertools.combinations(opened, 2):
         if part.codes != other.codes or len({part.about["tokenizer"], other.about["tokenizer"], None}) > 2:
-            raise UserError(
-                f"{part.folder} was made by another tokenizer than {other.folder} (of {part.codes} codes and of "
-                f"{other.codes})"
-            )
+            codes = f"(of {part.codes} codes and of {other.codes})"
+            raise UserError(f"{part.folder} was made by another tokenizer than {other.folder} {codes}")
     specials = specials or tuple(opened[0].codes + i for i in range(3))
     rows, tokens = [], 0
     for n, part in enumerate(opened):
         longest = int(part.row_lengths_N.max())
         if packing != "concat" and longest > context:
-            raise UserError(
-                f"{part.folder}: a sentence has {int(part.lengths_N.max())} codes and needs --context {longest} with "
-                f"BOS and EOS, got {context}"
-            )
+            wanted = f"{part.lengths_N.max()} codes and needs --context {longest} with BOS and EOS"
+            raise UserError(f"{part.folder}: a sentence has {wanted}, got {context}")
         chosen_N = np.arange(len(part))
         if heldout_fraction:
             chosen_N = np.flatnonzero(~is_heldout(part, heldout_fraction))
             if not len(chosen_N):
-                raise UserError(
-                    f"{part.folder}: a held-out fraction of {heldout_fraction} leaves no sentence out of it"
-                )
-        # Numpy promises never to change this generator's numbers. Neighbours in a dataset may be of one class
-        # or clip.
+                held = f"a held-out fraction of {heldout_fraction}"
+                raise UserError(f"{part.folder}: {held} leaves no sentence out of it")
+        # Neighbours may be of one class or clip. Numpy promises never to change this generator's numbers.
         chosen_N = np.random.RandomState(seed_of(seed, n)).permutation(chosen_N)
         kind_of_rows = {"sentence": SentenceRows, "concat": ConcatRows, "segment": SegmentRows}[packing]
         rows.append(kind_of_rows(part, chosen_N, context, specials))
         tokens += int(part.row_lengths_N[chosen_N].sum())
     if sum(map(len, rows)) < batch:
-        raise UserError(
-            f"{', '.join(str(part.folder) for part in opened)}: {sum(len(r.chosen_N) for r in rows)} sentences of "
-            f"{tokens} tokens do not fill a batch of {batch} rows of {context}; lower --batch"
-        )
+        names, count = ", ".join(str(part.folder) for part in opened), sum(len(r.chosen_N) for r in rows)
+        rest = f"do not fill a batch of {batch} rows of {context}; lower --batch"
+        raise UserError(f"{names}: {count} sentences of {tokens} tokens {rest}")
     endless = [grain.MapDataset.source(r).shuffle(seed=seed_of(seed, n)).repeat() for n, r in enumerate(rows)]
     mixed = Mixture(endless, [part.folder for part in opened], weights)
     parts = mixed.batch(batch // processes)[start * processes + process :: processes]
@@ -1681,7 +1658,8 @@ class Rows:
         return [self.part.row(i, self.specials) for i in self.chosen_N[first:last].tolist()]
 
     def fill(self, pieces):
-        """(ids, mask) of some sentences -> a row of them and padding. Nothing predicts the first id of a sentence."""
+        """(ids, mask) of some sentences -> a row of them and padding. Nothing predicts the first id of a
+        sentence."""
         ids_T = np.full(self.context, self.specials[2], np.int32)
         mask_T, segment_ids_T, end = np.zeros(self.context, np.float32), np.zeros(self.context, np.int32), 0
         for number, (piece_T, counts_T) in enumerate(pieces, 1):
@@ -1705,9 +1683,9 @@ class SentenceRows(Rows):
 
 
 class ConcatRows(Rows):
-    """As published: the sentences are joined and cut into rows; attention crosses them. Each row begins with the last
-    token of the row before, so that every token but the first is a target once: rows of `context` 4097 are LVM's 4096
-    inputs and targets. The last row is padded."""
+    """As published: the sentences are joined and cut into rows; attention crosses them. Each row begins with
+    the last token of the row before, so that every token but the first is a target once: rows of `context`
+    4097 are LVM's 4096 inputs and targets. The last row is padded."""
 
     def __init__(self, part, chosen_N, context, specials):
         super().__init__(part, chosen_N, context, specials)
@@ -1727,8 +1705,8 @@ class ConcatRows(Rows):
 
 
 class SegmentRows(Rows):
-    """Whole sentences, each in the first row that has room for it, then padding. Attention keeps to a segment (0 is
-    the padding), and so positions, being relative, restart."""
+    """Whole sentences, each in the first row that has room for it, then padding. Attention keeps to a segment
+    (0 is the padding), and so positions, being relative, restart."""
 
     def __init__(self, part, chosen_N, context, specials):
         row_N = first_fit(part.row_lengths_N[chosen_N].tolist(), context)
@@ -1745,7 +1723,8 @@ class SegmentRows(Rows):
 
 
 def first_fit(lengths: list[int], context: int, most=64) -> list[int]:
-    """For each length the number of its row: the oldest with room for it, of the last `most` that are not full."""
+    """For each length the number of its row: the oldest with room for it, of the last `most` that are not
+    full."""
     rows, room, count, shortest = [], {}, 0, min(lengths)
     for length in lengths:
         row = next((row for row, left in room.items() if left >= length), None)
@@ -1762,8 +1741,8 @@ def first_fit(lengths: list[int], context: int, most=64) -> list[int]:
 
 
 class Mixture(grain.MapDataset):
-    """Endless datasets, drawn exactly in the proportion of their weights and evenly spread. (Grain's
-    own `mix` rounds weights to hundredths of the smallest.) Raises UserError for a weight below a millionth."""
+    """Endless datasets, drawn exactly in the proportion of their weights and evenly spread. (Grain's own
+    `mix` rounds weights to hundredths of the smallest.) Raises UserError for a weight below a millionth."""
 
     def __init__(self, endless, names, weights):
         super().__init__(endless)
@@ -1771,8 +1750,8 @@ class Mixture(grain.MapDataset):
         for name, share, weight in zip(names, shares, weights):
             if not share or share * LEAST_SHARE < sum(shares):
                 raise UserError(
-                    f"{name}:{weight}: a weight below a millionth of all, by which a run of {LEAST_SHARE:,} rows "
-                    "sees none of this dataset; raise it, or leave the dataset out"
+                    f"{name}:{weight}: a weight below a millionth of all, by which a run of {LEAST_SHARE:,} "
+                    "rows sees none of this dataset; raise it, or leave the dataset out"
                 )
         unit = math.lcm(*(share.denominator for share in shares))
         self.counts = [int(share * unit) for share in shares]
@@ -1793,18 +1772,14 @@ class Mixture(grain.MapDataset):
 
 
 def is_heldout(part: Shards, fraction: float):
-    """For each sentence: is it among the held-out fraction? By the hash of its tokens, wherever they are stored."""
+    """For each sentence: is it among the held-out fraction? By the hash of its tokens, wherever they are
+    stored."""
     if not 0 < fraction < 1:
         raise UserError(f"--heldout-fraction must lie between 0 and 1, got {fraction}")
-    return scramble(part.hashes_N.astype(np.uint64)) < np.uint64(int(fraction * 2**64))
-
-
-def scramble(x_N):
-    """splitmix64's finaliser: uint64 -> uint64, a bijection whose results look random, the same for ever."""
-    x_N = x_N + np.uint64(0x9E3779B97F4A7C15)
+    x_N = part.hashes_N.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)  # splitmix64
     x_N = (x_N ^ (x_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x_N = (x_N ^ (x_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x_N ^ (x_N >> np.uint64(31))
+    return x_N ^ (x_N >> np.uint64(31)) < np.uint64(int(fraction * 2**64))
 
 
 def split_weight(text) -> tuple[str, float]:
@@ -1854,15 +1829,13 @@ def show(config: Show):
         for i in chosen:
             kind, tokens = shards[i]
             if len(tokens) % S or tokens.max() >= shards.codes:
-                raise UserError(
-                    f"{config.data}: sentence {i} is not a row of pictures of {S} codes below {shards.codes}"
-                )
+                wanted = f"a row of pictures of {S} codes below {shards.codes}"
+                raise UserError(f"{config.data}: sentence {i} is not {wanted}")
             pictures = np.asarray(vqgan.decode(tokenizer, tokens.reshape(-1, S).astype(np.int32)))
             name = ascii(shards.kinds[kind])[1:-1][:80]  # Pillow's own font has few letters more
             rows += [f"{name}, sentence {i}: {len(pictures)} pictures, {len(tokens)} codes", list(pictures)]
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    picture = sheet(rows, captions=False, columns=config.columns)
-    write_whole(config.out, encode_image(picture, config.out))
+    write_whole(config.out, encode_image(sheet(rows, captions=False, columns=config.columns), config.out))
     print(f"wrote {config.out}: " + ", ".join(shards.kinds[shards.kinds_N[i]] for i in chosen))
 
 
@@ -1892,10 +1865,8 @@ def inspect(config: Inspect):
         raise UserError(f"{config.data}: dataset.json counts other sentences, tokens or kinds than there are")
     p_K = counts_K[counts_K > 0] / counts_K.sum()
     entropy, longer = float(-(p_K * np.log(p_K)).sum()), int((lengths_N + 2 > config.context).sum())
-    print(
-        f"{config.data}: {len(shards):,} sentences, {about['tokens']:,} tokens of {about['codes_per_image'] or 'unknown'} "
-        f"a picture; tokenizer {about['tokenizer'] or 'unknown'}"
-    )
+    made = f"{about['codes_per_image'] or 'unknown'} a picture; tokenizer {about['tokenizer'] or 'unknown'}"
+    print(f"{config.data}: {len(shards):,} sentences, {about['tokens']:,} tokens of {made}")
     for kind, count in about["kinds"].items():
         print(f"  {count:>9,} {kind}")
     lengths = f"{lengths_N.min():,} to {lengths_N.max():,} codes"
@@ -1911,7 +1882,8 @@ def inspect(config: Inspect):
 
 @dataclasses.dataclass(frozen=True)
 class ImportJsonl:
-    """LVM's `dataset.jsonl` -> a dataset folder; each file is a kind of its own name. Bad lines are listed, not read."""
+    """LVM's `dataset.jsonl` -> a dataset folder; each file is a kind of its own name. Bad lines are listed,
+    not read."""
 
     inputs: tuple[Path, ...]
     """.jsonl, .jsonl.gz or .jsonl.zst files of lines {"tokens": base64 of int32}."""
@@ -1926,9 +1898,6 @@ class ImportJsonl:
         check_numbers(self, {"[0, 1]": "max_rejected"})
         if self.out.exists():
             raise UserError(f"--out {self.out} exists; choose another folder or delete it")
-        for path in self.inputs:
-            if not path.is_file():
-                raise UserError(f"--inputs {path}: no such file")
 
 
 def import_jsonl(config: ImportJsonl):
@@ -1944,7 +1913,8 @@ def import_jsonl(config: ImportJsonl):
 
 @dataclasses.dataclass(frozen=True)
 class ExportJsonl:
-    """A dataset folder -> LVM's `dataset.jsonl`: {"tokens": base64 of int32} a line, in order, without BOS and EOS."""
+    """A dataset folder -> LVM's `dataset.jsonl`: {"tokens": base64 of int32} a line, in order, without BOS
+    and EOS."""
 
     data: Path
     """Dataset folder."""
@@ -1967,8 +1937,9 @@ def export_jsonl(config: ExportJsonl):
 
 @dataclasses.dataclass(frozen=True)
 class Recolor:
-    """Integer maps (grey, palette or 16-bit pictures) -> colours of a fixed random palette, as answers for `pairs`; with
-    --invert colours, such as a model's answers, -> the integers of the nearest palette colours."""
+    """Integer maps (grey, palette or 16-bit pictures) -> colours of a fixed random palette, as answers for
+    `pairs`; with --invert colours, such as a model's answers, -> the integers of the nearest palette
+    colours."""
 
     inputs: Path
     """Folder of pictures, searched in depth."""
@@ -2013,7 +1984,8 @@ def recolor(config: Recolor):
                 if bad > config.max_rejected * len(stems):
                     write_rejections(config.out, notes)
                     raise UserError(
-                        f"{bad} of {len(stems)} inputs cannot be read, more than --max-rejected {config.max_rejected}; "
+                        f"{bad} of {len(stems)} inputs cannot be read, more than --max-rejected "
+                        f"{config.max_rejected}; "
                         f"the last: {notes[-1]['reason']}"
                     )
                 continue
@@ -2040,9 +2012,8 @@ def from_colours(path, palette_K3, size: int | None) -> Image.Image:
     if size is None:
         size, height = shown_size(path)
         if size != height:
-            raise UserError(
-                f"{path}: {size}x{height} pixels are no square, as a model's answers are; name a --size"
-            )
+            found = f"{size}x{height} pixels are no square, as a model's answers are"
+            raise UserError(f"{path}: {found}; name a --size")
     colours_K3 = palette_K3.astype(np.float32) / 255
     squares_K = np.square(colours_K3).sum(-1)
     labels_HW = [
@@ -2052,8 +2023,8 @@ def from_colours(path, palette_K3, size: int | None) -> Image.Image:
 
 
 def draw_palette(colours: int, seed: int) -> np.ndarray:
-    """uint8 [K, 3]: black, then each time the one of 64 random colours that is farthest from all before it, so that
-    integers can be read back from colours that a model or a codec has changed a little."""
+    """uint8 [K, 3]: black, then each time the one of 64 random colours that is farthest from all before it,
+    so that integers can be read back from colours that a model or a codec has changed a little."""
     rng, palette_K3 = np.random.default_rng((seed, colours)), np.zeros((colours, 3), np.int64)
     for k in range(1, colours):
         if k % 256 == 1:  # the tree holds all but the last few colours: 65,536 of them take a minute
@@ -2066,12 +2037,8 @@ def draw_palette(colours: int, seed: int) -> np.ndarray:
 
 
 def read_palette(path: Path) -> np.ndarray:
-    colours = read_json(path, list)
-    good = lambda colour: (
-        isinstance(colour, list)
-        and len(colour) == 3
-        and all(type(c) is int and 0 <= c <= 255 for c in colour)
-    )
+    colours, levels = read_json(path, list), set(range(256))
+    good = lambda c: isinstance(c, list) and len(c) == 3 and all(type(x) is int and x in levels for x in c)
     if not (2 <= len(colours) <= 65536 and all(map(good, colours))):
         raise UserError(f"{path}: wanted a list of 2 to 65,536 colours [R, G, B], each from 0 to 255")
     return np.array(colours, np.uint8)

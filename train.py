@@ -837,7 +837,10 @@ def sample_picture(tokenizer_path: Path, model, chosen: list[Sentences], path: P
     ours = vqgan.fingerprint(tokenizer)
     pool = [(c.part, i) for c in chosen if c.part.about["tokenizer"] == ours for i in c.chosen_N]
     if not pool:
-        warn(f"no sample pictures: the sentences were not made by --tokenizer {tokenizer_path}")
+        warn(
+            f"no sample pictures: the sentences were not made by --tokenizer {tokenizer_path}, or do not say "
+            "so, as a .jsonl: name theirs, or make shards of it with python tokenize_data.py import-jsonl"
+        )
         return
     S = pool[0][0].about["codes_per_image"]
     if (most := (context - 1) // S * S) < 2 * S:

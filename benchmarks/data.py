@@ -1,4 +1,4 @@
-"""How fast training data arrive: the published reader, ours on the same jsonl, ours on shards; and pictures by workers.
+"""How fast training data arrive, and CPU time a row: the published reader, ours; and pictures by workers.
 
     python benchmarks/data.py                       # about a minute on a laptop
     python benchmarks/data.py --workers 1 8 32      # on a host with more cores
@@ -57,26 +57,28 @@ def main(config: Config):
         batches = {name: reader() for name, reader in readers.items()}
         for stream in batches.values():
             next(stream)  # opening a file is not what is measured
-        rates = {name: [] for name in readers}
+        rates, costs = ({name: [] for name in readers} for _ in range(2))
         for _ in range(config.rounds):
             for name, stream in batches.items():
-                rates[name].append(measure(stream, config.seconds) * config.batch * config.context / 1e6)
+                rate, cost = measure(stream, config.seconds)
+                rates[name].append(rate * config.batch * config.context / 1e6)
+                costs[name].append(cost / config.batch * 1e6)
         published = statistics.median(rates["published JsonDataset, jsonl"])
-        print(f"{'reader':44} {'Mtok/s':>8} {'times':>7}   rounds")
+        print(f"{'reader':44} {'Mtok/s':>8} {'times':>7} {'CPU us a row':>12}   rounds")
         for name, rounds in rates.items():
-            print(f"{name:44} {statistics.median(rounds):8.1f} {statistics.median(rounds) / published:7.1f}   {' '.join(f'{r:.1f}' for r in rounds)}")
+            print(f"{name:44} {statistics.median(rounds):8.1f} {statistics.median(rounds) / published:7.1f} {statistics.median(costs[name]):12.0f}   {' '.join(f'{r:.1f}' for r in rounds)}")
         print(f"\n{'pictures decoded and resized, 256 x 256':44} {'images/s':>8}")
         for workers, rate in read_pictures(config, Path(scratch)):
             print(f"{f'{workers} worker processes' if workers else 'two threads':44} {rate:8.0f}")
 
 
 def measure(stream, seconds):
-    """Batches a second."""
-    began, count = time.perf_counter(), 0
+    """(batches a second, CPU seconds a batch, of all threads)"""
+    began, used, count = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - began < seconds:
         next(stream)
         count += 1
-    return count / (time.perf_counter() - began)
+    return count / (time.perf_counter() - began), (time.process_time() - used) / count
 
 
 def make_readers(config: Config, folder: Path):
@@ -89,11 +91,12 @@ def make_readers(config: Config, folder: Path):
     tokenizer = vqgan.VQGAN(dataclasses.replace(vqgan.PRESETS["mini"], num_embeddings=8192, resolution=128), key=jax.random.key(0))
     for name, part_NT in (("a", rows_NT[::2]), ("b", rows_NT[1::2])):
         tokenize_data.write_dataset(folder / name, tokenizer, ["video"], ((0, row_T) for row_T in part_NT))
-    ours = partial(tokenize_data.open_dataset, batch=config.batch, seed=0, codes=8192)
+    ours = partial(tokenize_data.open_dataset, batch=config.batch, seed=0)
     mixed = [f"{folder}/a:0.7", f"{folder}/b:0.3"]
     return {
         "published JsonDataset, jsonl": lambda: published_reader(file, config.batch, config.context),
-        "ours, the same jsonl, concat": lambda: iter(ours([file], context=config.context + 1, packing="concat")),
+        "ours, imported jsonl, concat": lambda: iter(ours([tokenize_data.open_sentences(file, 8192, beside=folder)],
+                                                          context=config.context + 1, packing="concat")),
         "ours, shards shuffled and mixed, concat": lambda: iter(ours(mixed, context=config.context + 1, packing="concat")),
         "ours, shards shuffled and mixed, segment": lambda: iter(ours(mixed, context=4098, packing="segment")),
         "ours, shards shuffled and mixed, sentence": lambda: iter(ours(mixed, context=4098)),
