@@ -2051,18 +2051,20 @@ def read_palette(path: Path) -> np.ndarray:
 class Demo:
     """Visual sentences composed from the embedded pictures, with answers that are exact by construction.
 
-    Eight pairs of one task each (a task has parameters, such as the two colours of a mask, drawn once a sentence), or
-    16 frames of an object moving. One eighth of the objects and backgrounds, six colour pairs and the task `cut-out` are
-    kept for the split `heldout`."""
+    Eight pairs of one task each (a task has parameters, such as the two colours of a mask, drawn once a
+    sentence), or 16 frames of an object moving. One eighth of the objects and backgrounds, six colour pairs
+    and the task `cut-out` are kept for the split `heldout`."""
 
     out: Path
     """Dataset folder to write, or with --pictures an `.npy` file; must not exist."""
     sentences: int = 1000
     """Sentences to compose."""
     prompts: bool = False
-    """Write each sentence as a folder of PNG pictures but for the last one, ready for `sample.py --prompt`, instead."""
+    """Write each sentence as a folder of PNG pictures but for the last one, ready for `sample.py --prompt`,
+    instead."""
     pictures: int = 0
-    """Write this many loose pictures (uint8 [N, 48, 48, 3], every task) instead, to train the `mini` tokenizer on."""
+    """Write this many loose pictures (uint8 [N, 48, 48, 3], every task) instead, to train the `mini`
+    tokenizer on."""
     split: Literal["train", "heldout"] = "train"
     """Which objects, backgrounds and colour pairs to use."""
     tasks: tuple[str, ...] = ()
