@@ -1507,6 +1507,10 @@ def draw(
     rows = -(-len(panels) // columns)
     figure = Figure((max(4 * columns, 7.5), max(2.6 * rows, 4) + 0.8), dpi=110, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    for ax in axes.flat[max(0, len(panels) - columns) : len(panels)]:  # the lowest of each column
+        ax.tick_params(labelbottom=True)
     for ax, (name, curves) in zip(axes.flat, panels.items()):
         curves = curves if isinstance(curves, dict) else {None: curves}
         for (legend, points), style in zip(curves.items(), styles):

@@ -163,9 +163,13 @@ class Member(type(Path())):
     def read(self) -> bytes:
         if self.archive.suffix.lower() == ".parquet":
             group, row, column = self.place
-            value = read_row_group(self.archive, group, column)[row].as_py()
+            value = read_row_group(self.archive, os.stat(self.archive).st_mtime_ns, group, column)[
+                row
+            ].as_py()
             return (value["bytes"] if isinstance(value, dict) else value) or b""
         offset, size = self.place
+        if size > 4 * MAX_PIXELS:
+            raise UserError(f"{self}: {size:,} bytes are over the limit of {4 * MAX_PIXELS:,} in an archive")
         with open(self.archive, "rb") as file:
             file.seek(offset)
             return file.read(size)
@@ -209,7 +213,8 @@ def open_parquet(archive):
 
 
 @functools.lru_cache(2)
-def read_row_group(archive, group: int, column: str):
+def read_row_group(archive, changed: int, group: int, column: str):
+    """Of the file as it was `changed`: another one is read anew."""
     return open_parquet(archive).read_row_group(group, [column]).column(0)
 
 

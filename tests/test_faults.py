@@ -2052,6 +2052,11 @@ def test_fault_31_an_evaluation_killed_between_examples_ends_with_the_bytes_of_a
     assert results(out) == results(tmp_path / "whole")
     finish(launch(evaluation(tiny, tmp_path, "killed")))  # finished, it may be asked again
     assert results(out) == results(tmp_path / "whole")
+    head, lines = (text := record.read_text()).split("\n", 1)
+    record.write_text(head + "\n" + re.sub(r"([:\[] ?)0\.", r"\g<1>9.", lines, count=1))  # what the record says is believed
+    finish(launch(evaluation(tiny, tmp_path, "killed")))
+    assert results(out)["colorization.json"] != results(tmp_path / "whole")["colorization.json"]
+    record.write_text(text)
     picture(99, 4).save(tmp_path / "pictures/07.png")
     finish(launch(evaluation(tiny, tmp_path, "killed")))
     finish(launch(evaluation(tiny, tmp_path, "anew")))
