@@ -1297,7 +1297,8 @@ def test_fault_21_a_second_training_in_a_run_folder_ends_at_once_and_the_first_i
 def test_fault_22_an_out_that_is_not_one_disk_is_found_at_the_start(dataset, tmp_path):
     port, processes, began = free_port(), [], time.time()
     for i in range(2):
-        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "run").mkdir(parents=True)
+        (tmp_path / str(i) / "run/lock").write_text('{"pid": 1, "host": "here", "token": "of an earlier run"}')
         processes.append(launch(command(dataset, "run", "--coordinator", f"127.0.0.1:{port}", "--processes", 2, "--process", i), cwd=tmp_path / str(i)))
     outputs = [finish(process, status=2) for process in processes]
     assert time.time() - began < 30 + 60  # on a busy machine the start alone takes long

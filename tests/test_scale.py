@@ -125,6 +125,14 @@ def test_a_row_of_the_embedding_gets_the_float32_sum_of_its_uses_in_bfloat16_com
     assert not np.any(gradient_VD[1:])
 
 
+def test_the_heads_gradient_is_the_float32_sum_over_chunks_in_bfloat16_compute():
+    """65,536 tokens in 4,096 chunks, each of which adds 1 or takes 15; in bfloat16 the first sum stands still at 256."""
+    h_BTD, targets_BT = jnp.ones((1, 65536, 4), jnp.bfloat16), jnp.zeros((1, 65536), jnp.int32)
+    loss = lambda head_DV: lvm.cross_entropy(h_BTD, head_DV, targets_BT, 16, most=16 * 16).sum()
+    gradient_DV = jax.jit(jax.grad(loss))(jnp.zeros((4, 16)))
+    np.testing.assert_allclose(gradient_DV, np.broadcast_to([-61440] + [4096] * 15, (4, 16)), rtol=1e-2)
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (1, 4, 1, 1)], ids=str)
 def test_every_gradient_in_bfloat16_compute_has_the_float32_norm_and_values_where_ids_repeat(sizes):
     """Two ids, thousands of times each: rounding in bfloat16 costs half a percent, sums in it cost half of the embedding's."""
