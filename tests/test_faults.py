@@ -1327,7 +1327,7 @@ def test_fault_23_a_disk_that_is_full_for_a_while_costs_neither_the_run_nor_what
         assert_equal_runs(out, uninterrupted[0])
 
 
-@pytest.mark.all_faults
+@pytest.mark.slow
 def test_fault_23_the_tokenizers_training_waits_for_room_at_its_end(undisturbed_tokenizer, tmp_path):
     with small_disk(tmp_path / "disk", 8) as disk:
         process, lines = launch(tokenizer_command(tmp_path, disk / "run", "--save-patience", 300)), []
@@ -1889,8 +1889,9 @@ def test_fault_36_any_file_name_is_read_or_listed(dataset, tmp_path):
         assert os.fsencode(listed["path"]) == bad and len(read_all(tmp_path / f"out{workers}")) == 2
     finish(launch([sys.executable, "tokenize_data.py", *tokenise(dataset, encoded, tmp_path / "plain-out")]))
     assert sorted(sum([row[1:-1] for row in read_all(tmp_path / "out0")], [])) == sorted(sum([row[1:-1] for row in read_all(tmp_path / "plain-out")], []))
-    pathlib.Path(os.fsdecode(bad)).unlink()
-    finish(launch([sys.executable, "evaluate.py", "reconstruction", "--data", str(folder), "--tokenizer", str(dataset[1]), "--out", str(tmp_path / "report")]))
+    os.rename(bad, bad.replace(b".png", b".psd"))  # which is left out, and named on stdout
+    said = finish(launch([sys.executable, "evaluate.py", "reconstruction", "--data", str(folder), "--tokenizer", str(dataset[1]), "--out", str(tmp_path / "report")]))
+    assert "left out below" in said and r"bad-\udce9.psd" in said
     report = json.loads((tmp_path / "report/reconstruction.json").read_text())
     assert {os.path.basename(os.fsencode(example["path"])) for example in report["examples"]} == set(NAMES)
 
