@@ -1776,10 +1776,15 @@ def is_heldout(part: Shards, fraction: float):
     stored."""
     if not 0 < fraction < 1:
         raise UserError(f"--heldout-fraction must lie between 0 and 1, got {fraction}")
-    x_N = part.hashes_N.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)  # splitmix64
+    return scramble(part.hashes_N.astype(np.uint64)) < np.uint64(int(fraction * 2**64))
+
+
+def scramble(x_N):
+    """The last step of splitmix64: uint64 -> uint64, a bijection whose results look random."""
+    x_N = x_N + np.uint64(0x9E3779B97F4A7C15)
     x_N = (x_N ^ (x_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x_N = (x_N ^ (x_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x_N ^ (x_N >> np.uint64(31)) < np.uint64(int(fraction * 2**64))
+    return x_N ^ (x_N >> np.uint64(31))
 
 
 def split_weight(text) -> tuple[str, float]:

@@ -32,17 +32,18 @@ sys.path.insert(0, str(ROOT))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also the variants that take long; .ci/run runs them")
+    parser.addoption("--slow", action="store_true", help="also the tests that take long; those chosen by -k run anyway")
     parser.addoption("--all-faults", action="store_true", help="every seed and every variant of tests/test_faults.py")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: runs with --slow alone")
+    config.addinivalue_line("markers", "slow: runs with --slow, or where -k chooses it")
     config.addinivalue_line("markers", "all_faults: runs with --all-faults alone")
 
 
 def pytest_collection_modifyitems(config, items):
-    markers = [name for name in ("slow", "all_faults") if not config.getoption("--" + name.replace("_", "-"))]
+    named = {"slow": config.getoption("--slow") or config.getoption("-k"), "all_faults": config.getoption("--all-faults")}
+    markers = [name for name, asked in named.items() if not asked]
     left_out = [item for item in items if any(item.get_closest_marker(name) for name in markers)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]

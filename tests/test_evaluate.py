@@ -182,6 +182,7 @@ def test_a_sentence_scores_the_same_beside_longer_ones_and_in_any_batch(model):
 # ---------------------------------------------------------------------------------------------------- shots
 
 
+@pytest.mark.slow
 def test_shots_equal_a_float64_computation_by_hand_and_drawn_answers_and_baselines_meet_the_same_true_answer(folder, monkeypatch, model, tokenizer):
     assert command(monkeypatch, "shots", *BASE, "--data", "data", "--out", "report", "--shots", 2, "--sheet", 0) == 0
     report = read("report/shots.json")
@@ -260,6 +261,7 @@ def test_a_killed_evaluation_goes_on_where_it_was_and_ends_the_same(folder, monk
     assert not list(Path("parts").glob("*.partial*")) and Path("parts/perplexity.record.jsonl").read_bytes() == Path("whole/perplexity.record.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_without_data_the_heldout_demo_is_composed_once_and_the_untrained_task_is_not_pooled(folder, monkeypatch, capsys):
     arguments = ("shots", *BASE[:4], "--batch", 8, "--sentences", 1, "--shots", 1, "--sheet", 1)
     assert command(monkeypatch, *arguments) == 0
@@ -435,6 +437,7 @@ def test_every_bad_input_gives_exit_status_2_and_one_line(folder, monkeypatch, c
 
 
 @pytest.mark.skipif(not sample.MINI.exists(), reason="assets/mini is not in this checkout")
+@pytest.mark.slow
 def test_shots_of_the_bundled_model_fall_with_examples(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert command(monkeypatch, "shots", "--sentences", 2, "--shots", 1, "--sheet", 0, "--batch", 11) == 0

@@ -156,6 +156,7 @@ def assert_equal_tokenizer_runs(disturbed, whole):
 
 
 @pytest.mark.parametrize("rounds", variants([1], 10))
+@pytest.mark.slow
 def test_fault_02_killed_while_it_saves_goes_on_from_the_last_whole_step(dataset, uninterrupted, tmp_path, rounds):
     out, newest, left = tmp_path / "run", 0, 0
     for n in range(rounds):
@@ -173,6 +174,7 @@ def test_fault_02_killed_while_it_saves_goes_on_from_the_last_whole_step(dataset
     assert_equal_runs(out, uninterrupted[0])
 
 
+@pytest.mark.slow
 def test_fault_03_sigterm_saves_the_current_step_and_loses_none(dataset, uninterrupted, tmp_path):
     out = tmp_path / "run"
     process = launch(command(dataset, out, *SLOW))
@@ -213,6 +215,7 @@ def pair(dataset, tmp_path_factory):
     return start
 
 
+@pytest.mark.slow
 def test_fault_03_a_signal_to_one_process_of_two_stops_both_at_one_step(pair):
     out, processes = pair(*SLOW)
     wait_for(logged(out, 2), *processes)
@@ -225,6 +228,7 @@ def test_fault_03_a_signal_to_one_process_of_two_stops_both_at_one_step(pair):
     assert [line["step"] for line in log_of(out)] == list(range(1, stopped + 1))
 
 
+@pytest.mark.slow
 def test_fault_17_the_death_of_one_process_of_two_ends_the_other_and_together_they_equal_one(pair, uninterrupted):
     out, processes = pair(*SLOW)
     before = max(steps_in(out), default=0) if (out / "checkpoints").exists() else 0
@@ -299,6 +303,7 @@ def test_fault_04_every_flipped_bit_is_found_and_its_file_named(copy, flips, cap
     runs.check_digests(step)
 
 
+@pytest.mark.slow
 def test_fault_04_training_and_loading_fall_back_to_the_newest_whole_step_or_refuse(dataset, uninterrupted, copy):
     rng = random.Random(1)
     largest = lambda step: max((path for path in (copy / "checkpoints" / step).rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
@@ -353,6 +358,7 @@ def damage(step, how):
 
 
 @pytest.mark.parametrize("how", variants(["truncated"], "empty", "missing", "no marker", "garbage", "stray folder", "stray file"))
+@pytest.mark.slow
 def test_fault_05_a_step_that_is_not_whole_is_passed_over_with_one_line(dataset, uninterrupted, copy, how):
     damage(copy / "checkpoints" / "12", how)
     output = finish(launch(command(dataset, copy)))
@@ -368,6 +374,7 @@ def test_fault_05_loading_passes_over_a_step_that_is_not_whole(copy, how, capsys
     assert capsys.readouterr().err.count("passed over") == 1
 
 
+@pytest.mark.slow
 def test_fault_06_a_full_disk_leaves_earlier_checkpoints_whole_and_a_later_save_works(dataset, copy):
     """The disk is full for files over 50 kB, until the run has said so."""
     limits = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
@@ -413,6 +420,7 @@ def test_fault_07_a_folder_that_cannot_be_written_fails_at_once(dataset, tmp_pat
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
 
 
+@pytest.mark.slow
 def test_fault_08_other_devices_and_meshes_go_on_with_the_same_sentences(dataset, tmp_path):
     """8 devices that split the weights, 4 that split the batch, 2 that split the matrices; one device did it alone."""
     alone, out, flags = tmp_path / "alone", tmp_path / "run", ("--batch", 8, "--evaluate-every", 0)
@@ -499,6 +507,7 @@ def good(dataset, tmp_path_factory):
     return folder, folder.parent / "clean", used["peak_mb"]
 
 
+@pytest.mark.slow
 def test_fault_10_odd_pictures_are_read_or_listed_and_the_others_come_out_as_without_them(dataset, good, tmp_path):
     folder, clean, _ = good
     shutil.copytree(folder, tmp_path / "in")
@@ -629,6 +638,7 @@ tokenize_data.main()
 
 
 @pytest.mark.parametrize("first, then", variants([(1, 4)], (0, 1), (4, 0), (2, 2)))
+@pytest.mark.slow
 def test_fault_14_tokenising_killed_and_run_again_gives_the_bytes_of_a_clean_run(dataset, tmp_path, first, then):
     """Chunks of 16 pictures instead of 4096, and time after each for the test to meet one."""
     folder = write_pictures(tmp_path / "in", 40)
@@ -655,6 +665,7 @@ def test_fault_14_tokenising_killed_and_run_again_gives_the_bytes_of_a_clean_run
 
 @pytest.mark.parametrize("number, message", [(signal.SIGKILL, "a worker ended, perhaps killed for memory, while they read"), (signal.SIGSTOP, "no worker gave a sign of life for 4 seconds; they were reading")],
                          ids=["killed", "hung"])
+@pytest.mark.slow
 def test_fault_15_a_worker_that_is_killed_or_hangs_ends_the_run_which_says_so(dataset, tmp_path, number, message):
     folder = write_pictures(tmp_path / "in", 400)
     process = launch([sys.executable, "tokenize_data.py", *tokenise(dataset, folder, tmp_path / "out", "--workers", 2, "--patience", 4)], start_new_session=True)
@@ -695,6 +706,7 @@ train.main()
 """
 
 
+@pytest.mark.slow
 def test_fault_16_a_poisoned_step_changes_nothing_and_is_counted(dataset, tmp_path):
     """NaN, infinity and a spike, each at the batch of one step."""
     out, bad = tmp_path / "run", {3: np.nan, 5: np.inf, 24: 1e4}
@@ -713,6 +725,7 @@ def test_fault_16_a_poisoned_step_changes_nothing_and_is_counted(dataset, tmp_pa
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((model, moments)))
 
 
+@pytest.mark.slow
 def test_fault_16_too_many_bad_steps_in_a_row_stop_the_run(dataset, tmp_path):
     out = tmp_path / "run"
     output = finish(launch(command(dataset, out, "--learning-rate", 1e30, "--warmup", 0, "--patience", 3, "--save-every", 1)), status=1)
@@ -720,6 +733,7 @@ def test_fault_16_too_many_bad_steps_in_a_row_stop_the_run(dataset, tmp_path):
     assert all(np.isfinite(leaf).all() for step in steps_in(out) for leaf in jax.tree.leaves(state_of(out, step)))
 
 
+@pytest.mark.slow
 def test_fault_16_weights_that_overflow_are_not_saved(dataset, tmp_path):
     """The loss of the first step is finite, what its update makes of the weights is not."""
     output = finish(launch(command(dataset, tmp_path / "run", "--learning-rate", 3e38, "--weight-decay", 30, "--warmup", 0, "--save-every", 1)), status=1)
@@ -764,6 +778,7 @@ vqgan.main()
 """
 
 
+@pytest.mark.slow
 def test_fault_16_a_poisoned_step_of_a_tokenizer_changes_neither_generator_nor_discriminator(tmp_path):
     """NaN, infinity and a spike in the loss of the one or the other alone, each at one step."""
     bad = {"generator": {6: np.nan, 8: np.inf, 60: 1e4}, "discriminator": {10: np.nan, 12: np.inf, 62: 1e4}}
@@ -787,6 +802,7 @@ def assert_finite_steps(out, steps):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 def test_fault_16_too_many_bad_steps_in_a_row_stop_a_tokenizers_run(tmp_path):
     """Its weights become so large that nothing finite comes out."""
     output = finish(launch(tokenizer_command(tmp_path, tmp_path / "run", "--learning-rate", 1e30, "--patience", 3, "--gan-weight", 0)), status=1)
@@ -1223,6 +1239,7 @@ def test_fault_20_a_picture_depends_on_its_seed_and_prompt_and_on_nothing_beside
     assert len(np.unique(drawn["short"], axis=0)) > 20
 
 
+@pytest.mark.slow
 def test_fault_20_drafting_ahead_draws_the_same_pictures_as_often_as_their_probabilities_say(tiny, drawn):
     """Chi-square of 81 pictures against exact probabilities without a cache: its mean is its 80 degrees of freedom, its standard deviation 12.6."""
     drafted, printed = answers(tiny, "drafted", "--candidates", 2000, "--jacobi", 3)
@@ -1274,6 +1291,7 @@ def fill(disk):
 
 
 @pytest.mark.parametrize("script", variants(["train"], "vqgan"))
+@pytest.mark.slow
 def test_fault_21_a_second_training_in_a_run_folder_ends_at_once_and_the_first_is_as_undisturbed(dataset, uninterrupted, undisturbed_tokenizer, tmp_path, script):
     out = tmp_path / "run"
     arguments = command(dataset, out, *SLOW) if script == "train" else tokenizer_command(tmp_path, out)
@@ -1294,6 +1312,7 @@ def test_fault_21_a_second_training_in_a_run_folder_ends_at_once_and_the_first_i
         assert_equal_tokenizer_runs(out, undisturbed_tokenizer)
 
 
+@pytest.mark.slow
 def test_fault_22_an_out_that_is_not_one_disk_is_found_at_the_start(dataset, tmp_path):
     port, processes, began = free_port(), [], time.time()
     for i in range(2):
@@ -1305,6 +1324,7 @@ def test_fault_22_an_out_that_is_not_one_disk_is_found_at_the_start(dataset, tmp
     assert all("process 1" in output and "does not see in --out run" in output and "Traceback" not in output for output in outputs), outputs
 
 
+@pytest.mark.slow
 def test_fault_23_a_disk_that_is_full_for_a_while_costs_neither_the_run_nor_what_it_saved(dataset, uninterrupted, tmp_path):
     """Pictures, log, checkpoints, compiled programs and the profile are all on it."""
     with small_disk(tmp_path / "disk", 40) as disk:
@@ -1341,6 +1361,7 @@ def test_fault_23_the_tokenizers_training_waits_for_room_at_its_end(undisturbed_
         assert_equal_tokenizer_runs(disk / "run", undisturbed_tokenizer)
 
 
+@pytest.mark.slow
 def test_fault_23_a_save_that_fails_at_the_end_is_an_error_after_the_patience(copy, tmp_path, dataset):
     with small_disk(tmp_path / "disk", 12) as disk:
         shutil.copytree(copy, disk / "run", ignore=lambda folder, names: ["8"] if folder.endswith("checkpoints") else [])
@@ -1377,6 +1398,7 @@ def test_fault_24_a_file_of_state_is_old_or_new_after_kill_9(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["train", "vqgan"])
+@pytest.mark.slow
 def test_fault_24_a_run_started_on_a_full_disk_ends_with_one_line_and_keeps_its_files(dataset, copy, undisturbed_tokenizer, tmp_path, script):
     with small_disk(tmp_path / "disk", 64) as disk:
         out = disk / "run"
@@ -1394,6 +1416,7 @@ def test_fault_24_a_run_started_on_a_full_disk_ends_with_one_line_and_keeps_its_
         assert [line["step"] for line in log_of(out)] == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_fault_24_recolor_and_demo_go_on_after_kill_9_and_leave_nothing_half(tmp_path):
     (tmp_path / "maps").mkdir()
     for i in range(400):
@@ -1455,6 +1478,7 @@ time.time = lambda: real() - 40 * os.path.exists(os.environ["SET_BACK"])
 """
 
 
+@pytest.mark.slow
 def test_fault_28_a_lost_terminal_a_pause_and_a_clock_set_back_cost_no_step_and_no_true_number(dataset, uninterrupted, tmp_path):
     out, site = tmp_path / "run", tmp_path / "site"
     site.mkdir()
@@ -1483,6 +1507,7 @@ def test_fault_28_a_lost_terminal_a_pause_and_a_clock_set_back_cost_no_step_and_
     assert_equal_runs(out, uninterrupted[0])
 
 
+@pytest.mark.slow
 def test_fault_29_without_a_home_a_name_or_a_writable_clone_a_run_goes_as_ever(dataset, uninterrupted):
     place = pathlib.Path(tempfile.mkdtemp())
     try:
@@ -1509,6 +1534,7 @@ LOGGERS = {"tensorboardX": "class SummaryWriter:\n    def __init__(self, *_, **_
 
 
 @pytest.mark.parametrize("how", variants(["raise RuntimeError('out of order')", "import time; time.sleep(1000)"], "raise SystemExit(3)"))
+@pytest.mark.slow
 def test_fault_30_loggers_that_raise_or_hang_cost_one_warning_each_and_not_the_run(dataset, uninterrupted, tmp_path, how):
     (tmp_path / "packages").mkdir()
     for (package, code), where in zip(LOGGERS.items(), ("init", "log", "finish")):
@@ -1567,6 +1593,7 @@ def rusage(arguments):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in bytes elsewhere")
+@pytest.mark.slow
 def test_fault_33_weights_that_cannot_be_are_refused_by_name_soon_and_in_little_memory(tmp_path):
     _, _, seconds, memory = rusage([sys.executable, ROOT / "lvm.py", "sizes"])
     for kind in ("nan", "absurd", "keys", "integers"):
@@ -1610,6 +1637,7 @@ def test_fault_32_damaged_lines_of_the_log_are_left_out_by_name_and_kept_aside(d
     assert [line["step"] for line in found] == list(range(1, 13)) and found[3]["loss"] is None
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_without_the_newer_flags_is_resumed(dataset, uninterrupted, tmp_path):
     out = tmp_path / "run"
     finish(launch(command(dataset, out, "--steps", 12, "--save-every", 8, *SLOW)))
@@ -1624,6 +1652,7 @@ def test_a_run_of_an_older_version_without_the_newer_flags_is_resumed(dataset, u
     assert_equal_runs(out, uninterrupted[0])
 
 
+@pytest.mark.slow
 def test_a_tokenizers_run_folder_of_the_older_layout_is_resumed(undisturbed_tokenizer, tmp_path):
     """Its checkpoints are one item called default, its digests have no digest of their own, and train.json knows fewer flags."""
     out = tmp_path / "run"
@@ -1644,6 +1673,7 @@ def test_a_tokenizers_run_folder_of_the_older_layout_is_resumed(undisturbed_toke
     assert_equal_tokenizer_runs(out, undisturbed_tokenizer)
 
 
+@pytest.mark.slow
 def test_fault_37_a_run_needs_no_more_than_64_open_files(dataset, uninterrupted, tmp_path):
     output = finish(launch(["bash", "-c", 'ulimit -n 64; exec "$@"', "-", *command(dataset, tmp_path / "run", *SLOW)]))
     assert "Traceback" not in output
@@ -1665,6 +1695,7 @@ SURROUNDINGS = {
 
 
 @pytest.mark.parametrize("where", variants(["all of it at once"], *list(SURROUNDINGS)[1:]))
+@pytest.mark.slow
 def test_fault_40_losses_codes_and_pictures_are_the_same_in_other_surroundings(dataset, uninterrupted, tiny, drawn, tmp_path, where):
     """To the bit; only losses after another number of threads are the same up to rounding, as XLA cuts its products otherwise."""
     finish(launch(command(dataset, tmp_path / "run"), **SURROUNDINGS[where]))
@@ -1731,6 +1762,7 @@ print(shards[0][1].tolist())
 """
 
 
+@pytest.mark.slow
 def test_fault_25_a_dataset_is_verified_once_and_its_sentences_whenever_they_are_read(tmp_path, dataset):
     """The second start reads no tokens; a bit that flips after it, whatever the times of the file say, is found in its sentence."""
     rows, cache = np.random.default_rng(0).integers(0, 32, (64, 32768), dtype=np.uint16), {"XDG_CACHE_HOME": str(tmp_path / "cache")}
@@ -1761,6 +1793,7 @@ def test_fault_25_a_dataset_is_verified_once_and_its_sentences_whenever_they_are
     assert re.search(rf"UserError: {tokens}: sentence 0 is not the one that was written", opened(cache, damage)[2])
 
 
+@pytest.mark.slow
 def test_fault_26_a_dataset_tokenized_anew_under_its_path_is_refused_on_resume_with_the_difference(dataset, tmp_path):
     data, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(dataset[0], data)
@@ -1774,6 +1807,7 @@ def test_fault_26_a_dataset_tokenized_anew_under_its_path_is_refused_on_resume_w
 
 
 @pytest.mark.parametrize("how", variants(["emptied"], "cut", "replaced", "overwritten", "deleted"))
+@pytest.mark.slow
 def test_fault_26_a_shard_that_changes_under_a_running_training_ends_it_with_one_line(dataset, tmp_path, how):
     data, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(dataset[0], data)
@@ -1795,6 +1829,7 @@ def test_fault_26_a_shard_that_changes_under_a_running_training_ends_it_with_one
     assert re.search(rf"^error: {tokens}: (sentence \d+ is not the one that was written|No such file)", output, re.M) and "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_fault_27_pictures_that_change_between_a_killed_tokenisation_and_its_resume_are_encoded_anew(dataset, tmp_path):
     folder, chunks = write_pictures(tmp_path / "in", 80), tmp_path / "killed.codes"
     command = lambda out, slow, *flags: [sys.executable, "-c", CHUNKS, str(slow), *tokenise(dataset, folder, tmp_path / out, "--batch", 8, *flags)]
@@ -1813,6 +1848,7 @@ def test_fault_27_pictures_that_change_between_a_killed_tokenisation_and_its_res
     assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "clean")
 
 
+@pytest.mark.slow
 def test_fault_27_contents_are_compared_where_times_do_not_tell(dataset, tmp_path):
     folder = write_pictures(tmp_path / "in", 80)
     for path in folder.iterdir():  # bitmaps are all of one size
@@ -1844,6 +1880,7 @@ def test_a_finished_tokenisation_whose_scratch_cannot_be_removed_ends_well(datas
 
 
 @pytest.mark.parametrize("where", variants(["codes"], "dataset"))
+@pytest.mark.slow
 def test_fault_23_tokenising_on_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_space(dataset, tmp_path, where):
     folder = write_pictures(tmp_path / "in", 400)
     small = {"codes": 40, "dataset": 100}[where]  # chunks of 16 x 2 pictures of 16 codes: 26 KB of codes in all, as many of tokens, and records
@@ -1873,6 +1910,7 @@ NAMES = [b"with space.png", b"line\nbreak.png", b"quote's \"two\".png", b"latin-
          "画像.png".encode(), "٣².png".encode(), b"%s{}$HOME.png"]
 
 
+@pytest.mark.slow
 def test_fault_36_any_file_name_is_read_or_listed(dataset, tmp_path):
     folder, encoded = tmp_path / "in", tmp_path / "plain"
     folder.mkdir(), encoded.mkdir()
@@ -1922,6 +1960,7 @@ def test_fault_37_a_worker_without_memory_ends_the_run_which_names_the_file(data
 
 
 @pytest.mark.parametrize("count", variants([1000], 100_000))
+@pytest.mark.slow
 def test_fault_37_many_small_files_and_few_descriptors(dataset, tmp_path, count):
     folder = write_pictures(tmp_path / "some", 100)
     for i in range(count):
@@ -1977,6 +2016,7 @@ def killed_at_random(command, seed, seconds):
             kills += 1
 
 
+@pytest.mark.slow
 def test_fault_31_batch_prompting_killed_between_answers_ends_with_the_bytes_of_an_undisturbed_run(tiny, tmp_path):
     command = many_prompts(tiny, tmp_path)
     finish(launch([*command, str(tmp_path / "whole")]))
@@ -2014,6 +2054,7 @@ def test_fault_31_a_bad_picture_of_the_last_prompt_is_found_before_the_first_is_
     assert "bad.png" in output and "Traceback" not in output and not contents(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_fault_31_a_prompt_whose_picture_changed_is_drawn_again(tiny, tmp_path):
     for i in range(2):
         shutil.copy(tiny[0] / f"{i}.png", tmp_path / f"{i}.png")
@@ -2042,6 +2083,7 @@ def results(folder):
     return {name: re.sub(rb'"command": ".*?"', b"", content) for name, content in contents(folder).items()}
 
 
+@pytest.mark.slow
 def test_fault_31_an_evaluation_killed_between_examples_ends_with_the_bytes_of_an_undisturbed_run(tiny, tmp_path):
     finish(launch(evaluation(tiny, tmp_path, "whole")))
     out, record = tmp_path / "killed", tmp_path / "killed/colorization.record.jsonl"
@@ -2074,6 +2116,7 @@ def test_fault_31_an_evaluation_killed_at_random_ends_with_the_bytes_of_an_undis
 
 
 @pytest.mark.parametrize("what", variants(["prompts"], "evaluation"))
+@pytest.mark.slow
 def test_fault_23_answers_and_reports_on_a_full_disk_end_with_one_line_and_go_on_when_there_is_space(tiny, tmp_path, what):
     command = [*many_prompts(tiny, tmp_path), str(tmp_path / "disk/out")] if what == "prompts" else evaluation(tiny, tmp_path, "disk/out")
     first, second = on_a_full_disk(tmp_path, 32, command)

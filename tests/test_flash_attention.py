@@ -313,6 +313,7 @@ def test_the_portable_kernels_run_under_shard_map_with_its_checks(remat):
 
 @pytest.mark.parametrize("implementation, ranks, causal", [
     ("xla", 2, True), ("xla", 4, True), ("xla", 8, True), ("xla", 4, False), ("pallas", 2, True), ("pallas", 4, True), ("pallas", 8, True)])
+@pytest.mark.slow
 def test_a_ring_of_devices_equals_one_device(implementation, ranks, causal):
     tokens = 272
     mesh, spec = mesh_of(data=8 // ranks, seq=ranks), P(None, "seq")
@@ -351,6 +352,7 @@ def test_decoding_equals_the_definition_on_the_slots_that_are_filled(implementat
     np.testing.assert_allclose(o_BNCK, np.einsum("bncs,bnsk->bnck", p, v_LBNSK[1, :, :, :length]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_a_rate_and_a_small_error_for_every_implementation(capsys):
     from benchmarks import attention
     attention.main(attention.Config(head_dims=(32,), tokens=(128,), total=128, width=32, rounds=1))

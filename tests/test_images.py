@@ -201,6 +201,7 @@ def test_what_is_not_finite_is_refused_by_every_reader(tmp_path, bad):
             read(tmp_path / "float.tif", SIZE)
 
 
+@pytest.mark.slow
 def test_pictures_of_nan_are_named_by_every_command_and_in_no_batch(tmp_path, tokenizer):
     rng = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
@@ -486,6 +487,7 @@ def test_one_finder_follows_links_skips_hidden_files_and_names_what_it_leaves_ou
     assert printed.count("\n") == 1 and "pillow-heif" in printed and "layers.psd" in printed
 
 
+@pytest.mark.slow
 def test_odd_names_and_what_is_no_file_are_read_or_listed_and_nothing_hangs(tmp_path, tokenizer):
     folder = tmp_path / "in"
     names = ["two words.png", "line\nbreak.png", "-dash.png", "colon:quote'\".png", "漢" * 78 + ".png", "٣.png", os.fsdecode(b"caf\xe9.png")]

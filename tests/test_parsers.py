@@ -636,6 +636,7 @@ def run_script(*words, **environment):
     return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=vqgan.HERE, env=os.environ | environment)
 
 
+@pytest.mark.slow
 def test_a_value_error_that_nobody_raised_on_purpose_keeps_its_traceback_and_status_1(files, tmp_path):
     """Pillow is broken for one process, so that `show` fails for no fault of its user."""
     words = ["tokenize_data.py", "show", "--tokenizer", files.tokenizer, "--out", tmp_path / "shown.png", "--data"]

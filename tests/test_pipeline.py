@@ -29,6 +29,7 @@ def python(folder, script, *arguments, status=0):
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_main_job_composes_trains_and_says_what_to_type_next(folder):
     printed = python(folder, "train.py", "--steps", 2, "--demo-sentences", 8, "--batch", 2, "--save-every", 2)
     heldout = json.loads((folder / "runs/mini/metrics.jsonl").read_text().splitlines()[-1])["heldout_loss"]
@@ -37,6 +38,7 @@ def test_the_main_job_composes_trains_and_says_what_to_type_next(folder):
     assert (folder / "runs/mini/samples/2.png").exists()
 
 
+@pytest.mark.slow
 def test_sample_prompts_the_newest_run_and_evaluate_measures_it(folder):
     assert "runs/mini" in python(folder, "sample.py", "--candidates", 2)
     assert Image.open(folder / "sample.png").width > 500
@@ -45,6 +47,7 @@ def test_sample_prompts_the_newest_run_and_evaluate_measures_it(folder):
     assert {"0 pairs", "1 pair", "copy the query"} <= {row["line"] for row in rows}
 
 
+@pytest.mark.slow
 def test_a_run_becomes_a_hugging_face_folder_that_can_be_prompted(folder):
     python(folder, "lvm.py", "convert", "--model", "runs/mini", "--out", "hf")
     prompt = sorted((ROOT / "assets/prompts/segmentation").iterdir())[-3:]
@@ -52,6 +55,7 @@ def test_a_run_becomes_a_hugging_face_folder_that_can_be_prompted(folder):
     assert (folder / "answer.png").exists()
 
 
+@pytest.mark.slow
 def test_demo_sentences_are_written_shown_and_cut_into_prompts(folder):
     python(folder, "tokenize_data.py", "demo", "--out", "demo", "--sentences", 3, "--split", "heldout", "--tasks", "depth", "motion")
     python(folder, "tokenize_data.py", "show", "--data", "demo", "--out", "demo.png")
@@ -59,6 +63,7 @@ def test_demo_sentences_are_written_shown_and_cut_into_prompts(folder):
     assert len(list((folder / "prompt").glob("*.png"))) == 15
 
 
+@pytest.mark.slow
 def test_a_tokenizer_trains_resumes_and_reconstructs(folder):
     rng = np.random.default_rng(0)
     for i in range(6):
@@ -85,6 +90,7 @@ def test_a_tokenizer_trains_resumes_and_reconstructs(folder):
     assert "other settings" in python(folder, "vqgan.py", "train", *flags, "--steps", 9, "--out", "whole", status=2)
 
 
+@pytest.mark.slow
 def test_the_bundled_tokenizer_knows_its_pictures(folder):
     printed = python(folder, "vqgan.py", "reconstruct", "--images", *sorted((ROOT / "assets/prompts/segmentation").iterdir())[:4])
     assert float(printed.split("dB")[-2].split()[-1]) > 17  # mean of four: a grey picture would have about 12

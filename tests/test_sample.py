@@ -229,6 +229,7 @@ def test_two_devices_draw_what_one_draws(model, jacobi):
 
 
 @pytest.mark.parametrize("jacobi, devices, cache", [(0, 1, None), (3, 1, jnp.int8), (0, 2, None)])
+@pytest.mark.slow
 def test_layers_of_a_long_prompt_are_unstacked_and_draw_the_same(model, monkeypatch, jacobi, devices, cache):
     model = sample.split_over_devices(lvm.quantize(model), 2) if devices == 2 else model
     draw = lambda: continued(model, [codes(2)[0], codes(3)[0]], keys(4), frames=2, temperature=1.0, jacobi=jacobi, cache_dtype=cache)

@@ -336,6 +336,7 @@ def test_show_decodes_sentences_to_a_picture(tmp_path, dataset, tokenizer):
     assert (width, height) == (6 + 2 * 134, 6 + 4 * (18 + 134))  # two of each kind, titles above
 
 
+@pytest.mark.slow
 def test_show_draws_a_sentence_of_pictures_wider_than_4000_pixels_in_all(tmp_path):
     config = vqgan.VQGANConfig(
         resolution=256,
@@ -669,6 +670,7 @@ def test_labels_survive_the_way_through_colours_and_back(tmp_path):
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "back" / f"{name}.png")), wanted)
 
 
+@pytest.mark.slow
 def test_a_palette_takes_the_farthest_of_64_random_colours_each_time():
     rng, found = np.random.default_rng((7, 300)), [np.zeros(3, int)]
     for _ in range(299):
@@ -1093,6 +1095,7 @@ def losses(out, monkeypatch, **options):
     return [{k: v for k, v in json.loads(line).items() if "loss" in k} for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_jsonl_written_by_hand_trains_as_the_shards_made_of_it(tmp_path, tokenizer, monkeypatch, capsys):
     """Three sentences a row, with special ids of one's own, and a held-out fraction."""
     rows = [np.random.default_rng(i).integers(0, 32, 32) for i in range(96)]

@@ -44,6 +44,7 @@ def run_steps(sizes, rows, dtype=jnp.float32, **options):
     return np.array(losses), jax.device_get(state["model"])
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_give_the_update_of_the_whole_batch(dataset):
     rows = batches(dataset, 3)
     whole, model = run_steps((1, 1, 1, 1), rows)
@@ -183,6 +184,7 @@ def test_training_starts_from_given_weights_at_another_context_with_other_specia
         train.make_state(dataclasses.replace(asked, ffn=300), optimizer, mesh, init=path)
 
 
+@pytest.mark.slow
 def test_a_fork_with_the_optimizer_of_the_readme_trains_resumes_and_draws(dataset, uninterrupted, tmp_path):
     old, new = re.search(r"```diff\n-(.+)\n\+(.+)\n```", (ROOT / "README.md").read_text()).groups()
     assert (ROOT / "train.py").read_text().count(old) == 1

@@ -63,6 +63,7 @@ PEER_NAMES = ["taming-f16-1024", "taming-f16-16384", "llamagen-vq16", "llamagen-
 
 
 @pytest.mark.parametrize("name", VQGAN_CONFIGS)
+@pytest.mark.slow
 def test_codes_and_pixels_equal_the_published_tokenizer(name):
     expected = lambda key: EXPECTED[f"{name}/{key}"]
     weights = vqgan_weights(vqgan_shapes(VQGAN_CONFIGS[name]), str(expected("suffix")))
@@ -111,6 +112,7 @@ def test_a_convolution_after_doubling_equals_smaller_ones_before_it():
     np.testing.assert_allclose(resample(x_BHWC), resample.conv(doubled_BHWC), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_codes_of_a_picture_do_not_depend_on_its_batch_or_the_number_of_devices(tiny):
     pixels_BHWC = picture(32, 8).astype(np.float32) / 255
     codes_BS = vqgan.encode(tiny, pixels_BHWC)
@@ -329,6 +331,7 @@ def write_peer(folder, name, weights) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("name", PEER_NAMES)
+@pytest.mark.slow
 def test_a_checkpoint_of_another_project_gives_its_codes_and_pixels_and_comes_back_from_every_format(name, tmp_path):
     model = vqgan.load(write_peer(tmp_path / "theirs", name, peer_weights(name)))
     images = picture(64, 2).astype(np.float32) / 255
@@ -432,6 +435,7 @@ def test_the_bundled_tokenizer_keeps_the_name_that_datasets_know_it_by():
     assert vqgan.fingerprint(vqgan.load(vqgan.MINI)) == "c790061100646d36"
 
 
+@pytest.mark.slow
 def test_the_convert_command_writes_each_format(tiny, tmp_path):
     vqgan.save(vqgan.with_config(tiny, symmetric_pixels=True), tmp_path / "ours")
     command = [sys.executable, vqgan.__file__, "convert", "--model", str(tmp_path / "ours"), "--out", str(tmp_path / "out")]
@@ -826,6 +830,7 @@ def test_the_next_picture_stands_in_the_place_of_one_that_cannot_be_read_which_i
         opened(0.1).read(3, np.zeros(3))
 
 
+@pytest.mark.slow
 def test_a_resumed_adversarial_run_equals_an_uninterrupted_one_and_logs_every_step_once(pictures):
     config = gan_config(pictures)
     whole = vqgan.train(config)
@@ -846,6 +851,7 @@ def test_a_resumed_adversarial_run_equals_an_uninterrupted_one_and_logs_every_st
     assert [without_time(json.loads(x)) for x in log.read_text().splitlines()] == [without_time(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_a_step_with_nan_changes_neither_weights_nor_moments_and_is_counted_and_a_row_of_them_stops_the_run(pictures):
     config = gan_config(pictures)
     pixels_BHWC = picture(24, 8).astype(np.float32) / 255
@@ -871,6 +877,7 @@ def test_a_step_with_nan_changes_neither_weights_nor_moments_and_is_counted_and_
         vqgan.check_training(config, bad | {"step": 600, "in_a_row": 0, "perplexity": 1.2}, 500)
 
 
+@pytest.mark.slow
 def test_weights_split_over_devices_and_a_batch_in_parts_give_the_same_gradients(pictures):
     changes = dict(accumulate=2, mesh="2,4")
     whole = dataclasses.replace(gan_config(pictures), batch=16, gan_penalty="none", gan_adaptive=False)
@@ -908,6 +915,7 @@ def test_the_adaptive_weight_is_the_ratio_of_the_two_gradients_at_the_last_kerne
     np.testing.assert_allclose(weight, 0.8 * slopes[0] / (slopes[1] + 1e-4), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_each_step_draws_by_the_seed_and_its_number(pictures, monkeypatch):
     """By the keys that the steps are given: the revived codes and the penalty's mixtures follow from them."""
     keys, revive = [], vqgan.revive_codes
@@ -920,6 +928,7 @@ def test_each_step_draws_by_the_seed_and_its_number(pictures, monkeypatch):
     assert len(keys) == 4 and len(set(map(tuple, keys))) == 4
 
 
+@pytest.mark.slow
 def test_a_decoder_finetune_leaves_every_code_as_it_was(pictures, tmp_path):
     vqgan.save(vqgan.VQGAN(TRAINED, key=jax.random.key(5)), tmp_path / "start")
     start = vqgan.load(tmp_path / "start")
@@ -933,6 +942,7 @@ def test_a_decoder_finetune_leaves_every_code_as_it_was(pictures, tmp_path):
     assert not np.array_equal(start.post_quant_conv.weight, tuned.post_quant_conv.weight)
 
 
+@pytest.mark.slow
 def test_codes_of_length_1_train_in_bfloat16(pictures, tmp_path):
     config = vqgan.TrainConfig(data=pictures, out=tmp_path / "sphere", l2_codes=8, dtype="bfloat16", optimizer="adam", learning_rate=1e-3,
                                steps=3, quantize_from=1, legacy_loss=True)  # fmt: skip
