@@ -211,6 +211,7 @@ def test_shots_equal_a_float64_computation_by_hand_and_drawn_answers_and_baselin
     np.testing.assert_allclose(values["1 pair"]["mse"], mse(drawn_HWC), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_seeds_draw_other_answers_and_one_seed_the_same(folder, monkeypatch):
     arguments = ("shots", *BASE, "--data", "data", "--shots", 1, "--sheet", 0, "--temperature", 1)
     reports = []

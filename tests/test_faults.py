@@ -1252,6 +1252,7 @@ def test_fault_20_drafting_ahead_draws_the_same_pictures_as_often_as_their_proba
 
 
 @pytest.mark.parametrize("jacobi", variants([3], 0))
+@pytest.mark.slow
 def test_fault_20_greedy_decoding_with_a_cache_equals_greedy_decoding_without(tiny, jacobi):
     """The likeliest code after the likeliest codes, by full passes."""
     greedy, _ = answers(tiny, f"greedy-{jacobi}", "--temperature", 0, "--jacobi", jacobi)
@@ -1606,6 +1607,7 @@ def test_fault_33_weights_that_cannot_be_are_refused_by_name_soon_and_in_little_
 
 
 @pytest.mark.parametrize("content", variants([b"\0" * 500, b'{"model": {"hidden"'], b"", b"[]", b'{"model": 3, "tokenizer": null, "train": [1]}'))
+@pytest.mark.slow
 def test_fault_32_damaged_settings_are_named_with_what_to_do(dataset, copy, content):
     (copy / "config.json").write_bytes(content)
     output = finish(launch(command(dataset, copy)), status=2)

@@ -243,6 +243,7 @@ def test_layers_of_a_long_prompt_are_unstacked_and_draw_the_same(model, monkeypa
     np.testing.assert_allclose(found_nats, nats, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_int8_rounds_to_half_a_step_and_hardly_moves_the_likelihoods(model):
     """Judged on a model of the usual spread of weights: the same codes, read with rounded weights and caches."""
     packed = lvm.quantize(model)

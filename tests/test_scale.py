@@ -85,6 +85,7 @@ def plain_losses(h_BTD, head_DV, targets_BT, z_loss=0.0):
 
 
 @pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.slow
 def test_the_loss_in_chunks_with_padded_columns_is_the_plain_one_and_so_are_its_gradients(parts):
     """Over 1 and 4 devices that hold columns each; 99 tokens in 8 chunks; a random third of the targets does not count."""
     h_BTD, head_DV = 3 * jax.random.normal(jax.random.key(0), (3, 33, 16)), jax.random.normal(jax.random.key(1), (16, 41))
@@ -285,6 +286,7 @@ def test_by_default_the_warm_up_is_a_tenth_of_the_steps_and_the_published_one_of
     assert schedule(0) == 0 and schedule(1) == 0.5 and schedule(2) == 1
 
 
+@pytest.mark.slow
 def test_muon_moves_every_matrix_of_the_blocks_by_a_fifth_of_the_learning_rate():
     """RMS 0.2, AdamW's own, is what `consistent_rms` promises (Liu et al. 2025, Muon is scalable for LLM training)."""
     model = lvm.LVM(TINY, key=jax.random.key(0))
@@ -505,6 +507,7 @@ for devices in (blocks, overlap):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_feed_each_row_once_where_their_rows_are_not_neighbours(tmp_path):
     (tmp_path / "feeds.py").write_text(FEEDS)
     arguments = [sys.executable, str(tmp_path / "feeds.py"), f"127.0.0.1:{free_port()}"]

@@ -330,6 +330,7 @@ def test_no_withheld_sentence_is_trained_on_from_any_dataset_and_tokens_are_the_
     assert targets[0] < 4 * 49
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_with_its_tokens_and_its_warm_up(withheld):
     place, _ = withheld
     before = log_of(place / "run")[-1]
